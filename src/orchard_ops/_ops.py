@@ -1,0 +1,266 @@
+"""The ops: schemas, shapes (fake kernels), the reference kernels and the autograd formula.
+
+``native/module.cpp`` adds the MPS kernels of flash_attn_fwd and flash_attn_bwd; ``attention.py`` adds
+flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable ABI
+handle keyword-only arguments unevenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from . import _calls, _native, reference
+from .checks import check_problem, check_scoring
+from .layout import empty_in_order_of
+
+_SCORING = (
+    "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, float dropout_p, "
+    "float scale, int window_left, int window_right, int diagonal, float softcap"
+)
+_FORWARD = f"Tensor query, Tensor key, Tensor value, {_SCORING}"
+_BACKWARD = (
+    "Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_SCORING}, bool mask_grad"
+)
+_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
+
+library = torch.library.Library("orchard", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+for _schema in (
+    "flash_attn(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    "int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None) -> Tensor",
+    f'flash_attn_fwd({_FORWARD}, str impl="auto") -> (Tensor out, Tensor lse)',
+    f'flash_attn_bwd({_BACKWARD}, str impl="auto") -> {_GRADIENTS}',
+    # What the MPS kernels call when Metal refuses or fails, with the reason.
+    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> (Tensor out, Tensor lse)",
+    f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason) -> {_GRADIENTS}",
+):
+    library.define(_schema, tags=_TAGS)
+
+forward = torch.ops.orchard.flash_attn_fwd.default
+backward = torch.ops.orchard.flash_attn_bwd.default
+
+_NUM_SCORING = 10
+
+
+def _check_forward(op: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
+    scoring, impl = rest[:_NUM_SCORING], rest[_NUM_SCORING]
+    mask, alibi_slopes, sinks, seed, dropout_p, _, left, right, _, softcap = scoring
+    check_problem(op, query, key, value)
+    check_scoring(
+        op, query, key, mask, alibi_slopes, sinks, seed, dropout_p, left, right, softcap, impl
+    )
+
+
+def _check_backward(
+    op: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> None:
+    scoring, impl = rest[:_NUM_SCORING], rest[_NUM_SCORING + 1]
+    _check_forward(op, query, key, value, *scoring, impl)
+    out_shape = (*query.shape[:3], value.shape[3])
+    lse_dtype = _lse_dtype(query)
+    for name, x, shape, dtype in (
+        ("dout", dout, out_shape, query.dtype),
+        ("out", out, out_shape, query.dtype),
+        ("lse", lse, query.shape[:3], lse_dtype),
+        ("dlse", dlse, query.shape[:3], lse_dtype),
+    ):
+        if x is None:
+            continue
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}; got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype}; got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{op}: {name} must be on {query.device}; got {x.device}")
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("orchard::flash_attn_fwd", lib=library)
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any, impl: str = "auto"):
+    _check_forward("orchard::flash_attn_fwd", query, key, value, *rest[:_NUM_SCORING], impl)
+    out = empty_in_order_of(query, value.shape[-1])
+    return out, query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+
+
+@torch.library.register_fake("orchard::flash_attn_bwd", lib=library)
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+    impl: str = "auto",
+):
+    mask, sinks, mask_grad = rest[0], rest[2], rest[_NUM_SCORING]
+    return (
+        empty_in_order_of(query),
+        empty_in_order_of(key),
+        empty_in_order_of(value),
+        mask.new_empty(mask.shape) if mask is not None and mask_grad else query.new_empty(0),
+        sinks.new_empty(sinks.shape) if sinks is not None else query.new_empty(0),
+    )
+
+
+# ---- reference kernels --------------------------------------------------------------------------
+
+
+def _why_not_metal(query: Tensor, impl: str) -> str:
+    """Why the dispatcher chose the reference: it only does so where no MPS kernel is registered."""
+    if query.device.type != "mps":
+        return f"{_calls.NOT_MPS}{query.device.type}, not on mps"
+    if impl == "reference":
+        return 'impl="reference" was asked for'
+    return _native.why_not() or "the dispatcher did not choose the MPS kernel"
+
+
+def _forward_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, impl, reason = args
+    _calls.record_reference("flash_attn_fwd", reason, inputs[0].device.type, impl)
+    query, key, value, *scoring = inputs
+    return reference.forward(query, key, value, reference.Scoring(*scoring))
+
+
+def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, mask_grad, impl, reason = args
+    _calls.record_reference("flash_attn_bwd", reason, inputs[2].device.type, impl)
+    tensors, scoring = inputs[:7], inputs[7:]
+    return reference.backward(*tensors, reference.Scoring(*scoring), mask_grad)
+
+
+def _forward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    *inputs, impl = (*args, impl) if len(args) == 3 + _NUM_SCORING else args
+    _check_forward("orchard::flash_attn_fwd", *inputs, impl)
+    return _forward_reference(*inputs, impl, _why_not_metal(inputs[0], impl))
+
+
+def _backward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, ...]:
+    *inputs, impl = (*args, impl) if len(args) == 8 + _NUM_SCORING else args
+    _check_backward("orchard::flash_attn_bwd", *inputs, impl)
+    return _backward_reference(*inputs, impl, _why_not_metal(inputs[2], impl))
+
+
+library.impl("flash_attn_fwd", _forward_kernel, "CompositeExplicitAutograd")
+library.impl("flash_attn_bwd", _backward_kernel, "CompositeExplicitAutograd")
+library.impl("flash_attn_fwd_reference", _forward_reference, "CompositeExplicitAutograd")
+library.impl("flash_attn_bwd_reference", _backward_reference, "CompositeExplicitAutograd")
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+def _needs_grad(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+class _Formula(torch.autograd.Function):
+    """An autograd.Function called from an Autograd kernel.
+
+    There torch.func's transforms have already been entered for the op itself; `Function.apply` would
+    enter them a second time (and fail), so `record` calls what it wraps.
+    """
+
+    @classmethod
+    def record(cls, *args: Any) -> Any:
+        apply = super(torch.autograd.Function, cls).apply
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*args)
+        with enable_single_level_autograd_function():
+            return apply(*args)
+
+
+class _FlashAttention(_Formula):
+    """out, lse of flash_attn_fwd with flash_attn_bwd as the derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, mask, alibi_slopes, sinks, seed, *rest = inputs
+        ctx.save_for_backward(query, key, value, *output, mask, alibi_slopes, sinks, seed)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, mask, alibi_slopes, sinks, seed = ctx.saved_tensors
+        *scoring, impl = ctx.rest
+        if ctx.needs_input_grad[4]:
+            raise NotImplementedError(
+                "orchard::flash_attn: alibi_slopes has no gradient; detach it"
+            )
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dq, dk, dv, dmask, dsinks = backward(
+            torch.zeros_like(out) if dout is None else dout, dlse, query, key, value, out, lse,
+            mask, alibi_slopes, sinks, seed, *scoring, ctx.needs_input_grad[3], impl,
+        )  # fmt: skip
+        wanted = (dq, dk, dv, dmask, None, dsinks)
+        grads = [g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)]
+        return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+
+
+class _FlashAttentionBackward(_Formula):
+    """flash_attn_bwd, whose own derivative is refused: without this torch returns wrong gradients."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "orchard::flash_attn_bwd: double backward is not implemented; use "
+            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for second derivatives"
+        )
+
+
+def _forward_autograd(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    args = (*args, *kwargs.values())  # impl may come by keyword
+    if len(args) == 3 + _NUM_SCORING:
+        args = (*args, "auto")
+    return (_FlashAttention.record if _needs_grad(args) else _FlashAttention.forward)(*args)
+
+
+def _backward_autograd(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    args = (*args, *kwargs.values())
+    if len(args) == 8 + _NUM_SCORING:
+        args = (*args, "auto")
+    function = _FlashAttentionBackward
+    return (function.record if _needs_grad(args) else function.forward)(*args)
+
+
+library.impl("flash_attn_fwd", _forward_autograd, "Autograd")
+library.impl("flash_attn_bwd", _backward_autograd, "Autograd")
