@@ -1,0 +1,105 @@
+// Attention forward: out and lse.
+//
+//   for each block of BK keys:
+//     S = scale * Q K^T            rows of the simdgroup x BK
+//     P = exp2(S - m),  m the running row maximum;  O, l rescaled to it
+//     O = O + drop(P) V;  l = l + rowsum(P)
+//   out = O / l,  lse = log(l) + m
+//
+// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with Q, S,
+// P and O in registers; K and V are staged once for all. T: tensors, F: operands of the matrix unit.
+#pragma once
+
+#include "dropout.h"
+#include "loader.h"
+#include "mask.h"
+#include "score.h"
+#include "softmax.h"
+
+template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC, bool DROPOUT>
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS * ORCHARD_SIMD_WIDTH)]] void
+attention_forward(
+    const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
+    const device T* key [[buffer(kBufferKey)]],      // (B, Hkv, S, D)
+    const device T* value [[buffer(kBufferValue)]],  // (B, Hkv, S, D)
+    device T* out [[buffer(kBufferOut)]],            // (B, Hq, L, D)
+    device float* lse [[buffer(kBufferLse)]],        // (B, Hq, L)
+    constant AttentionParams& params [[buffer(kBufferParams)]],
+    uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
+  const int kDepth = BD / 8;
+  const int BQ = 8 * R * SIMDGROUPS;
+  const int LD = StagedRow<T, BD>::kLength;
+  threadgroup uint4 k_storage[BK * LD * sizeof(T) / 16];
+  threadgroup uint4 v_storage[BK * LD * sizeof(T) / 16];
+  threadgroup T* k_block = reinterpret_cast<threadgroup T*>(k_storage);  // (BK, BD)
+  threadgroup T* v_block = reinterpret_cast<threadgroup T*>(v_storage);  // (BK, BD)
+
+  // Heads run fastest and late rows first: under a causal mask the heaviest blocks start first.
+  const int batch = group.x / params.num_heads;
+  const int head = group.x % params.num_heads;
+  const int kv_head = head / (params.num_heads / params.num_kv_heads);
+  const int group_row0 = (grid.y - 1 - group.y) * BQ;
+  const int row0 = group_row0 + simdgroup * 8 * R;
+  const LanePosition at = lane_position(lane);
+  const HeadRows<T> k_rows =
+      head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim);
+  const HeadRows<T> v_rows =
+      head_rows(value, params.v, batch, kv_head, params.kv_len, params.head_dim);
+
+  LeftOperand<T, F, R, kDepth, VEC, BD <= 128> q;
+  q.load(head_rows(query, params.q, batch, head, params.q_len, params.head_dim), row0, at);
+  Tile<float, R, kDepth> o;
+  zero(o);
+  OnlineSoftmax<R> softmax;
+  softmax.init();
+  const DropoutDraws draws = dropout_draws(batch, head, at, params);
+  SharedBlock<T, F, LD> k_shared;
+  k_shared.rows = k_block;
+  k_shared.at = at;
+  SharedBlock<T, F, LD> v_shared;
+  v_shared.rows = v_block;
+  v_shared.at = at;
+
+  const BlockRange blocks =
+      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
+  for (int block = blocks.begin; block < blocks.end; block++) {
+    const int key0 = block * BK;
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+    load_block<BK, BD, kThreads, VEC>(k_block, k_rows, key0, thread_index);
+    load_block<BK, BD, kThreads, VEC>(v_block, v_rows, key0, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    Tile<float, R, BK / 8> s;
+    zero(s);
+    mma_ABt<kDepth>(s, q, k_shared);
+    score(s, params);
+    if (!sees_all(row0, 8 * R, key0, BK, params)) {
+      mask_tile(s, row0, key0, -INFINITY, at, params);
+    }
+    float rescale[R];
+    softmax.update(s, rescale);  // s is P now
+    mul_row(o, rescale);
+    if (DROPOUT) {
+      drop(s, row0, key0, draws);
+    }
+    const Tile<F, R, BK / 8> p = as_operand<F>(s);
+    mma_AB(o, p, v_shared);
+  }
+
+  float factor[R];
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    const float total = softmax.total(r);
+    factor[r] = total == 0.0f ? 0.0f : (DROPOUT ? params.dropout_rescale : 1.0f) / total;
+    const int row = row0 + 8 * r + at.row;
+    if (row < params.q_len && at.col == 0) {
+      lse[(int64_t)group.x * params.q_len + row] = softmax.lse(r, total);
+    }
+  }
+  store_rows<VEC>(
+      out, params.out, batch, head, row0, params.q_len, params.head_dim, o, factor, at);
+}

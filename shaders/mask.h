@@ -1,0 +1,64 @@
+// Which keys a query sees: the ends of the sequences and the window (causal is window_right = 0).
+#pragma once
+
+#include "params.h"
+#include "tile.h"
+
+/// Half-open range of blocks.
+struct BlockRange {
+  int begin;
+  int end;
+};
+
+METAL_FUNC BlockRange block_range(int first, int last, int length, int block) {
+  BlockRange range;
+  range.begin = max(first, 0) / block;
+  range.end = (min(last, length - 1) + block) / block;  // last may be negative: end <= begin
+  return range;
+}
+
+/// Blocks of BK keys that any of the query rows [row0, row1) sees.
+METAL_FUNC BlockRange key_blocks(int row0, int row1, int BK, constant AttentionParams& params) {
+  return block_range(
+      row0 + params.diagonal - params.window_left, row1 - 1 + params.diagonal + params.window_right,
+      params.kv_len, BK);
+}
+
+/// Blocks of BQ queries that see any of the keys [key0, key1).
+METAL_FUNC BlockRange query_blocks(int key0, int key1, int BQ, constant AttentionParams& params) {
+  return block_range(
+      key0 - params.diagonal - params.window_right, key1 - 1 - params.diagonal + params.window_left,
+      params.q_len, BQ);
+}
+
+METAL_FUNC bool sees(int row, int key, constant AttentionParams& params) {
+  return row < params.q_len && key < params.kv_len &&
+         key >= row + params.diagonal - params.window_left &&
+         key <= row + params.diagonal + params.window_right;
+}
+
+/// Whether every query row [row0, row0 + rows) sees every key [key0, key0 + keys).
+METAL_FUNC bool sees_all(int row0, int rows, int key0, int keys, constant AttentionParams& params) {
+  const int row1 = row0 + rows - 1;
+  const int key1 = key0 + keys - 1;
+  return row1 < params.q_len && key1 < params.kv_len &&
+         key0 >= row1 + params.diagonal - params.window_left &&
+         key1 <= row0 + params.diagonal + params.window_right;
+}
+
+/// Sets what a query does not see to `hidden`. s is (queries, keys) from (row0, key0).
+template <int ROWS, int COLS>
+METAL_FUNC void mask_tile(
+    thread Tile<float, ROWS, COLS>& s, int row0, int key0, float hidden, LanePosition at,
+    constant AttentionParams& params) {
+  ORCHARD_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    const int row = row0 + 8 * r + at.row;
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      const int key = key0 + 8 * c + at.col;
+      s.fragments[r][c].x = sees(row, key, params) ? s.fragments[r][c].x : hidden;
+      s.fragments[r][c].y = sees(row, key + 1, params) ? s.fragments[r][c].y : hidden;
+    }
+  }
+}

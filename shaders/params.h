@@ -1,0 +1,71 @@
+// The border: what the host passes to the kernels. Compiled by the C++ and by the Metal compiler.
+#pragma once
+
+#ifdef __METAL_VERSION__
+#include <metal_stdlib>
+using namespace metal;
+#else
+#include <cstdint>
+#endif
+
+/// Index of each [[buffer(n)]], the same in all three kernels.
+enum AttentionBuffer {
+  kBufferQuery = 0,
+  kBufferKey = 1,
+  kBufferValue = 2,
+  kBufferOut = 3,
+  kBufferLse = 4,
+  kBufferDout = 5,
+  kBufferDlse = 6,
+  kBufferDelta = 7,
+  kBufferDq = 8,
+  kBufferDk = 9,
+  kBufferDv = 10,
+  kBufferParams = 11,
+};
+
+/// Threads of a simdgroup.
+#define ORCHARD_SIMD_WIDTH 32
+
+/// Strides of a (B, H, length, head_dim) tensor, in elements.
+struct TensorStrides {
+  int64_t batch;
+  int64_t head;
+  int64_t row;
+  int64_t col;
+};
+
+/// One attention problem. Row i sees key j iff i + diagonal - window_left <= j and
+/// j <= i + diagonal + window_right; open windows come as ORCHARD_WINDOW_OPEN.
+struct AttentionParams {
+  TensorStrides q;
+  TensorStrides k;
+  TensorStrides v;
+  TensorStrides out;
+  TensorStrides dout;
+  TensorStrides dq;
+  TensorStrides dk;
+  TensorStrides dv;
+  int32_t num_heads;     ///< query heads
+  int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads / num_kv_heads)
+  int32_t q_len;
+  int32_t kv_len;
+  int32_t head_dim;  ///< D <= BD; the kernels pad with zeros
+  int32_t diagonal;
+  int32_t window_left;
+  int32_t window_right;
+  float scale;                 ///< softmax scale
+  float scale_log2;            ///< scale * log2(e): scores are kept in powers of two
+  uint32_t dropout_seed[2];    ///< Philox key: low, high
+  uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
+  float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
+  int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
+  int32_t padding;
+};
+
+/// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal + ORCHARD_WINDOW_OPEN.
+#define ORCHARD_MAX_LENGTH (1 << 28)
+#define ORCHARD_WINDOW_OPEN (1 << 30)
+
+static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
+static_assert(sizeof(AttentionParams) == 8 * 32 + 16 * 4, "host and shader must agree on AttentionParams");

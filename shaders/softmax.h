@@ -1,0 +1,72 @@
+// The online softmax of FlashAttention: per row a running maximum and a running sum.
+#pragma once
+
+#include "tile.h"
+
+/// exp2 of scores; the fast variant's error is far below that of the operands' rounding.
+METAL_FUNC float exp2_score(float x) { return fast::exp2(x); }
+
+template <int ROWS>
+struct OnlineSoftmax {
+  float maximum[ROWS];  // of the row so far, in powers of two
+  float sum[ROWS];      // this lane's part of the row's sum of exp2(s - maximum)
+
+  METAL_FUNC void init() {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      maximum[r] = -INFINITY;
+      sum[r] = 0.0f;
+    }
+  }
+
+  /// Takes a tile of scores in and leaves exp2(s - maximum) in it. rescale[row] brings what was
+  /// accumulated before to the new maximum.
+  template <int COLS>
+  METAL_FUNC void update(thread Tile<float, ROWS, COLS>& s, thread float* rescale) {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float top = max(s.fragments[r][0].x, s.fragments[r][0].y);
+      ORCHARD_UNROLL
+      for (int c = 1; c < COLS; c++) {
+        top = max(top, max(s.fragments[r][c].x, s.fragments[r][c].y));
+      }
+      top = max(maximum[r], row_max(top));
+      const float origin = top == -INFINITY ? 0.0f : top;  // no key yet: exp2(-inf - 0) = 0
+      rescale[r] = exp2_score(maximum[r] - origin);
+      maximum[r] = top;
+      float part = 0.0f;
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - origin);
+        s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - origin);
+        part += s.fragments[r][c].x + s.fragments[r][c].y;
+      }
+      sum[r] = sum[r] * rescale[r] + part;
+    }
+  }
+
+  /// Sum over the whole row.
+  METAL_FUNC float total(int r) const { return row_sum(sum[r]); }
+
+  /// Natural logarithm of the row's denominator; -inf for a row without a key.
+  METAL_FUNC float lse(int r, float total) const {
+    return total == 0.0f ? -INFINITY : (maximum[r] + log2(total)) * M_LN2_F;
+  }
+};
+
+/// lse as the backward uses it: in powers of two, 0 for a row without a key (whose weights are all
+/// masked or exp2(-inf), so that 0 is what they stay).
+METAL_FUNC float finite_lse_log2(float lse) { return lse == -INFINITY ? 0.0f : lse * M_LOG2E_F; }
+
+/// p = exp2(s - lse) with a row-wise lse.
+template <int ROWS, int COLS>
+METAL_FUNC void exp2_rows(thread Tile<float, ROWS, COLS>& s, thread const float* lse) {
+  ORCHARD_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - lse[r]);
+      s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - lse[r]);
+    }
+  }
+}
