@@ -1,0 +1,72 @@
+// The plan: which kernels a call runs, with which tiles and grid, or why Metal cannot run it.
+// Pure C++: no torch, no Metal. The one source for the MPS kernels, explain() and doctor.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../shaders/params.h"
+
+namespace orchard {
+
+enum class DType { kFloat16, kBFloat16, kFloat32, kOther };
+
+/// Where a 4-D tensor (B, H, length, head_dim) lies: sizes, strides and offset in elements.
+struct Layout {
+  std::array<int64_t, 4> sizes{};
+  std::array<int64_t, 4> strides{};
+  int64_t offset = 0;
+};
+
+/// One call, reduced to what decides kernels.
+struct Problem {
+  DType dtype = DType::kOther;
+  Layout q, k, v;
+  bool has_mask = false;
+  bool has_alibi = false;
+  bool has_sinks = false;
+  double dropout_p = 0.0;
+  double scale = 1.0;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+  int64_t diagonal = 0;
+  double softcap = 0.0;
+};
+
+/// One dispatch.
+struct KernelPlan {
+  std::string family;         ///< attention_forward, attention_backward_dq or attention_backward_dkv
+  std::string name;           ///< host name of the variant, every degree of freedom readable
+  std::string instantiation;  ///< the line of Metal that makes the variant
+  std::string tile;           ///< tile and grid in words
+  std::array<uint64_t, 2> groups{};  ///< threadgroups in x and y
+  uint64_t threads = 0;              ///< per threadgroup, along x
+};
+
+struct Plan {
+  std::string refusal;  ///< empty, or why Metal cannot run the call
+  std::string advice;   ///< what the caller could change; may be empty
+  AttentionParams params{};
+  std::vector<KernelPlan> kernels;
+};
+
+/// Forward: fills params but for `out` strides and the dropout seed.
+Plan plan_forward(const Problem& problem, const Layout& out);
+
+/// Backward: fills params but for the strides of dq, dk, dv and the dropout seed.
+Plan plan_backward(const Problem& problem, const Layout& out, const Layout& dout);
+
+/// Memory order of an output, as src/orchard_ops/layout.py has it: strides of a dense tensor of these
+/// sizes whose B, H, L run in the order of `like`'s strides, with D innermost.
+std::array<int64_t, 4> strides_in_order_of(
+    const std::array<int64_t, 4>& like, const std::array<int64_t, 4>& sizes);
+
+/// Fraction of 65536 dropped, as src/orchard_ops/dropout.py rounds it.
+uint32_t dropout_threshold(double dropout_p);
+
+/// The plan as JSON, for explain().
+std::string to_json(const Plan& plan);
+
+}  // namespace orchard

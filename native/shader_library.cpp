@@ -1,0 +1,139 @@
+#include "shader_library.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "shader_text.h"
+
+namespace orchard {
+namespace {
+
+using Function = AOTIMetalKernelFunctionHandle;
+using SetArgBytes = AOTITorchError (*)(Function, unsigned, const void*, uint64_t);
+
+// torch 2.10 ... 2.13 export the C++ method that the later C shim wraps; the handle is its object.
+#ifdef __APPLE__
+constexpr const char* kSetArgMethod = "_ZN2at6native3mps19MetalKernelFunction6setArgEjPKvy";
+#else
+constexpr const char* kSetArgMethod = "_ZN2at6native3mps19MetalKernelFunction6setArgEjPKvm";
+#endif
+using SetArgMethod = void (*)(Function, unsigned, const void*, uint64_t);
+
+SetArgMethod set_arg_method() {
+  static const auto method = reinterpret_cast<SetArgMethod>(dlsym(RTLD_DEFAULT, kSetArgMethod));
+  return method;
+}
+
+/// How this torch passes a struct to a kernel; looked up once.
+SetArgBytes set_arg_bytes() {
+  static const SetArgBytes route = [] {
+    auto shim = reinterpret_cast<SetArgBytes>(dlsym(RTLD_DEFAULT, "torch_mps_set_arg_bytes"));
+    if (shim != nullptr) return shim;
+    if (set_arg_method() == nullptr) return SetArgBytes{nullptr};
+    return SetArgBytes{[](Function f, unsigned index, const void* data, uint64_t size) {
+      try {
+        set_arg_method()(f, index, data, size);
+        return AOTITorchError{AOTI_TORCH_SUCCESS};
+      } catch (...) {
+        return AOTITorchError{AOTI_TORCH_FAILURE};
+      }
+    }};
+  }();
+  return route;
+}
+
+/// The message of the shim call that has just failed on this thread, where torch keeps it (>= 2.13).
+std::string last_error() {
+  using What = const char* (*)();
+  static const auto what =
+      reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  const char* text = what == nullptr ? nullptr : what();
+  return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
+}
+
+/// A compiled variant, or why it does not compile (which is not tried again).
+struct Pipeline {
+  Function function = nullptr;
+  std::string failure;
+  std::mutex encoding;  // torch's function object holds the encoder: one thread at a time
+};
+
+void compile(const KernelPlan& kernel, Pipeline& pipeline) {
+  const std::string source = shader_text(kernel.family) + kernel.instantiation;
+  AOTIMetalShaderLibraryHandle library = nullptr;  // kept for the life of the process
+  if (aoti_torch_mps_create_shader_library(source.c_str(), &library) != AOTI_TORCH_SUCCESS) {
+    pipeline.failure = "the shader " + kernel.name + " does not compile: " + last_error();
+  } else if (
+      aoti_torch_mps_get_kernel_function(library, kernel.name.c_str(), &pipeline.function) !=
+      AOTI_TORCH_SUCCESS) {
+    pipeline.failure = "the kernel " + kernel.name + " cannot be created: " + last_error();
+  }
+}
+
+Pipeline& pipeline_of(const KernelPlan& kernel) {
+  // Never destroyed: threads may still run kernels while the process exits.
+  static auto& mutex = *new std::mutex;
+  static auto& pipelines = *new std::map<std::string, std::unique_ptr<Pipeline>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& entry = pipelines[kernel.name];
+  if (entry == nullptr) {
+    entry = std::make_unique<Pipeline>();
+    compile(kernel, *entry);
+  }
+  return *entry;
+}
+
+/// What the command block's callback needs, and what it reports: no exception may cross it.
+struct Launch {
+  const KernelPlan& kernel;
+  const Bindings& tensors;
+  const AttentionParams& params;
+  std::string failure;
+};
+
+void encode(Function function, void* user_data) {
+  auto& launch = *static_cast<Launch*>(user_data);
+  auto ok = [&](AOTITorchError code, const char* step) {
+    if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {
+      launch.failure = std::string(step) + " failed: " + last_error();
+    }
+    return launch.failure.empty();
+  };
+  if (!ok(aoti_torch_mps_start_encoding(function), "starting the encoder")) return;
+  for (const auto& [index, tensor] : launch.tensors) {
+    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor.get()), "binding a tensor")) return;
+  }
+  if (!ok(set_arg_bytes()(function, kBufferParams, &launch.params, sizeof launch.params),
+          "passing the parameters")) {
+    return;
+  }
+  // The shim counts threads, not threadgroups.
+  const auto& groups = launch.kernel.groups;
+  const uint64_t threads[] = {groups[0] * launch.kernel.threads, groups[1], 1};
+  const uint64_t group[] = {launch.kernel.threads, 1, 1};
+  ok(aoti_torch_mps_dispatch_array_with_group_size(function, threads, 3, group, 3), "the dispatch");
+}
+
+}  // namespace
+
+void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params) {
+  if (set_arg_bytes() == nullptr) {
+    throw MetalError("this torch offers no way to pass a struct to a Metal kernel");
+  }
+  Pipeline& pipeline = pipeline_of(kernel);
+  if (!pipeline.failure.empty()) throw MetalError(pipeline.failure);
+  Launch launch{kernel, tensors, params, {}};
+  const std::lock_guard<std::mutex> lock(pipeline.encoding);
+  const AOTITorchError code =
+      aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
+  if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {
+    launch.failure = "the command block failed: " + last_error();
+  }
+  if (!launch.failure.empty()) throw MetalError(kernel.name + ": " + launch.failure);
+}
+
+}  // namespace orchard
