@@ -6,17 +6,18 @@ Metal kernels.
 
 from . import _native
 from ._calls import OrchardFallbackWarning, Stats, reset_stats, stats
+from ._version import __version__
 from .attention import flash_attn
 from .dropout import dropout_mask
 from .explain import Explanation, explain
 
 _native.load()
 
-__version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "OrchardFallbackWarning",
     "Stats",
+    "__version__",
     "dropout_mask",
     "explain",
     "flash_attn",

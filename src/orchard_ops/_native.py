@@ -32,7 +32,7 @@ def load() -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        _why_not = f"the native library {path.name} does not load: {error}"
+        _why_not = f"the native library {path.name} does not load: {error.__cause__ or error}"
     else:
         _why_not = None
 

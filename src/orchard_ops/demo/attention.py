@@ -32,7 +32,7 @@ def sdpa_math_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: fl
         dropout_p = dropout.threshold(dropout_p) / dropout.RESOLUTION
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dropout mask should only be used for testing purposes")
-        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        out, _ = torch._scaled_dot_product_attention_math(
             query, key, value, None, dropout_p, True, keep, enable_gqa=True
         )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +41,19 @@ def standard_library_files() -> list[Path]:
     return files
 
 
+def indent_with_tabs(source: bytes) -> bytes:
+    """Each four leading spaces as one tab: a short context is for code, not for indentation."""
+    return re.sub(rb"(?m)^(?: {4})+", lambda spaces: b"\t" * (len(spaces[0]) // 4), source)
+
+
 def load_corpus(files: list[Path] | None = None) -> Corpus:
-    """Reads the files (the standard library's by default); every tenth is held out."""
+    """Reads the files (the standard library's by default); every tenth is held out.
+
+    Indentation is by tabs, see `indent_with_tabs`.
+    """
     if files is None:
         files = standard_library_files()
-    texts = [path.read_bytes() for path in files]
+    texts = [indent_with_tabs(path.read_bytes()) for path in files]
     held_out = b"".join(texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     train = b"".join(
         text for i, text in enumerate(texts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1

@@ -21,7 +21,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 class ModelConfig:
     """Sizes of the model. The width is num_heads * head_dim."""
 
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -105,8 +105,12 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: normal(0.02), and smaller where a block adds to the residual stream."""
-        for name, weight in self.named_parameters():
+        """As GPT-2, smaller where a block adds to the residual stream; larger embeddings.
+
+        A run of a few hundred steps has no time to grow the embeddings from GPT-2's 0.02.
+        """
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
                 depth = 2 * self.config.num_layers if residual else 1

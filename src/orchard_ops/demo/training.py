@@ -23,8 +23,8 @@ class TrainingConfig:
     """How to train. The learning rate warms up linearly and falls along a cosine to a tenth."""
 
     steps: int = 300
-    batch_size: int = 8
-    learning_rate: float = 3e-3
+    batch_size: int = 16
+    learning_rate: float = 4e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0

@@ -19,7 +19,7 @@ void run_command_block(const std::function<void()>& body) {
   static std::mutex queue;
   static std::atomic<uint64_t> blocks{0};
   TORCH_CHECK(!in_command_block(),
-              "simulator: runCommandBlock() inside a command block; on a Mac this deadlocks");
+      "simulator: runCommandBlock() inside a command block; on a Mac this deadlocks");
   std::lock_guard<std::mutex> turn(queue);
   struct Scope {
     explicit Scope(uint64_t block) { this_threads_block = block; }

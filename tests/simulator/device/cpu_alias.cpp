@@ -1,5 +1,7 @@
 #include "cpu_alias.h"
 
+#include <c10/core/CPUAllocator.h>
+
 #include "handle.h"
 #include "memory.h"
 
@@ -8,8 +10,8 @@ namespace {
 
 c10::Storage make_storage(size_t nbytes, at::DataPtr data, c10::Allocator* allocator) {
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(),
-                                                            nbytes, std::move(data), allocator,
-                                                            /*resizable=*/true));
+      nbytes, std::move(data), allocator,
+      /*resizable=*/true));
 }
 
 // A tensor of device `key` over `storage`, otherwise like `like`.
@@ -33,11 +35,11 @@ bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
 
 void check_dtype(c10::ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype != c10::kDouble,
-                   "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't "
-                   "support float64. Please use float32 instead.");
+      "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't "
+      "support float64. Please use float32 instead.");
   TORCH_CHECK_TYPE(dtype != c10::kComplexDouble,
-                   "Trying to convert ComplexDouble to the MPS backend but it does not have "
-                   "support for that dtype.");
+      "Trying to convert ComplexDouble to the MPS backend but it does not have "
+      "support for that dtype.");
 }
 
 c10::Storage CpuAliases::cpu_storage_of(const c10::Storage& mps) {
@@ -59,7 +61,7 @@ at::Tensor CpuAliases::to_cpu(const at::Tensor& mps) {
     if (pair.mps.is_same(mps)) return pair.cpu;
   }
   TORCH_CHECK(mps.has_storage() && mps.layout() == at::kStrided,
-              "simulator: only strided mps tensors with storage are simulated");
+      "simulator: only strided mps tensors with storage are simulated");
   auto cpu = retagged(c10::DispatchKey::CPU, cpu_storage_of(mps.storage()), mps);
   tensors_.push_back({mps, cpu});
   return cpu;
@@ -91,8 +93,8 @@ void CpuAliases::carry_back_resizes() {
   }
   for (auto& pair : tensors_) {
     if (same_geometry(pair.mps, pair.cpu)) continue;
-    pair.mps.unsafeGetTensorImpl()->set_sizes_and_strides(pair.cpu.sizes(), pair.cpu.strides(),
-                                                          pair.cpu.storage_offset());
+    pair.mps.unsafeGetTensorImpl()->set_sizes_and_strides(
+        pair.cpu.sizes(), pair.cpu.strides(), pair.cpu.storage_offset());
   }
 }
 

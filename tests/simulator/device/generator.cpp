@@ -33,9 +33,8 @@ const at::Generator& default_generator() {
 }
 
 at::Generator cpu_generator_of(const at::Generator& generator) {
-  TORCH_CHECK(generator.device().is_mps(),
-              "Expected a 'mps' device type for generator but found '", generator.device().type(),
-              "'");
+  TORCH_CHECK(generator.device().is_mps(), "Expected a 'mps' device type for generator but found '",
+      generator.device().type(), "'");
   return static_cast<MpsGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 

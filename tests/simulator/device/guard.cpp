@@ -35,8 +35,7 @@ struct MpsGuard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
 
-  void record(void** event, const c10::Stream&, c10::DeviceIndex,
-              c10::EventFlag) const override {
+  void record(void** event, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {
     if (!*event) *event = new EventTime();
     event_time(*event) = std::chrono::steady_clock::now();
   }
@@ -55,11 +54,10 @@ struct MpsGuard final : c10::impl::DeviceGuardImplInterface {
     c10::DeviceCapability capability;
     uint64_t bits = 0;
     // Everything but float64, complex128 and the exotic types.
-    for (auto kind :
-         {c10::kIndex_Byte, c10::kIndex_Char, c10::kIndex_Short, c10::kIndex_Int, c10::kIndex_Long,
-          c10::kIndex_UInt16, c10::kIndex_UInt32, c10::kIndex_UInt64, c10::kIndex_Bool,
-          c10::kIndex_Half, c10::kIndex_BFloat16, c10::kIndex_Float, c10::kIndex_ComplexHalf,
-          c10::kIndex_ComplexFloat}) {
+    for (auto kind : {c10::kIndex_Byte, c10::kIndex_Char, c10::kIndex_Short, c10::kIndex_Int,
+             c10::kIndex_Long, c10::kIndex_UInt16, c10::kIndex_UInt32, c10::kIndex_UInt64,
+             c10::kIndex_Bool, c10::kIndex_Half, c10::kIndex_BFloat16, c10::kIndex_Float,
+             c10::kIndex_ComplexHalf, c10::kIndex_ComplexFloat}) {
       bits |= uint64_t(1) << kind;
     }
     capability.capability_data.capability_bits = bits;

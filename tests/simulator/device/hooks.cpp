@@ -1,6 +1,7 @@
 // MPSHooks: how libtorch and torch._C._mps_* ask about the device. PyTorch looks the class up by
 // the name "MPSHooks", once per process, and caches the answer for good.
 #include <ATen/detail/MPSHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <atomic>
 

@@ -5,6 +5,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "faults.h"
 #include "handle.h"
@@ -45,24 +48,23 @@ at::DataPtr data_ptr_of(Block* block) {
   return {handle_of(block->host), block, &delete_block, mps_device()};
 }
 
-void fail_if_out_of_memory(size_t nbytes, bool really = false) {
-  // PyTorch raises a plain RuntimeError here, not torch.OutOfMemoryError.
-  TORCH_CHECK(!really && !fault_is_due(Fault::kAllocate),
-              "MPS backend out of memory (MPS allocated: ", allocated.load(),
-              " bytes, other allocations: 0 bytes, max allowed: 17179869184 bytes). "
-              "Tried to allocate ",
-              nbytes,
-              " bytes on shared pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper "
-              "limit for memory allocations (may cause system failure).");
+void check_memory(bool available, size_t nbytes) {
+  // A plain RuntimeError, as PyTorch's MPS allocator raises it, not torch.OutOfMemoryError.
+  TORCH_CHECK(available, "MPS backend out of memory (MPS allocated: ", allocated.load(),
+      " bytes, other allocations: 0 bytes, max allowed: 17179869184 bytes). "
+      "Tried to allocate ",
+      nbytes,
+      " bytes on shared pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper "
+      "limit for memory allocations (may cause system failure).");
 }
 
 struct DeviceMemory final : c10::DeviceAllocator {
   at::DataPtr allocate(size_t nbytes) override {
     if (nbytes == 0) return {nullptr, nullptr, &c10::detail::deleteNothing, mps_device()};
-    fail_if_out_of_memory(nbytes);
+    check_memory(!fault_is_due(Fault::kAllocate), nbytes);
     auto block = std::make_unique<Block>();
     const size_t rounded = (nbytes + kAlignment - 1) / kAlignment * kAlignment;
-    fail_if_out_of_memory(nbytes, posix_memalign(&block->host, kAlignment, rounded) != 0);
+    check_memory(posix_memalign(&block->host, kAlignment, rounded) == 0, nbytes);
     std::memset(block->host, kPoisonByte, rounded);
     block->nbytes = nbytes;
     block->owned = true;
@@ -90,6 +92,9 @@ struct DeviceMemory final : c10::DeviceAllocator {
 
 DeviceMemory device_memory;
 
+std::mutex buffers_mutex;
+std::unordered_map<void*, at::DataPtr> buffers;  // what allocate_buffer() has given out
+
 [[maybe_unused]] const int registered = [] {
   c10::SetAllocator(c10::DeviceType::MPS, &device_memory, /*priority=*/0);
   return 0;
@@ -100,12 +105,27 @@ DeviceMemory device_memory;
 c10::Allocator* allocator() { return &device_memory; }
 
 at::DataPtr adopt(const c10::Storage& cpu_storage) {
-  if (cpu_storage.nbytes() > 0) fail_if_out_of_memory(cpu_storage.nbytes());
+  if (cpu_storage.nbytes() > 0) {
+    check_memory(!fault_is_due(Fault::kAllocate), cpu_storage.nbytes());
+  }
   auto* block = new Block();
   block->adopted = cpu_storage;
   block->host = cpu_storage.mutable_data();
   block->nbytes = cpu_storage.nbytes();
   return data_ptr_of(block);
+}
+
+void* allocate_buffer(size_t nbytes) {
+  auto data = device_memory.allocate(nbytes);
+  void* handle = data.get();
+  std::lock_guard<std::mutex> lock(buffers_mutex);
+  buffers[handle] = std::move(data);
+  return handle;
+}
+
+void free_buffer(void* handle) {
+  std::lock_guard<std::mutex> lock(buffers_mutex);
+  TORCH_CHECK(buffers.erase(handle) == 1, "simulator: freeing a buffer that is not allocated");
 }
 
 int64_t allocated_bytes() { return allocated; }

@@ -16,6 +16,10 @@ c10::Allocator* allocator();
 // as an allocation, and can be made to fail, as the allocation on a Mac would.
 at::DataPtr adopt(const c10::Storage& cpu_storage);
 
+// Memory outside any tensor; freed by hand. Returns the handle.
+void* allocate_buffer(size_t nbytes);
+void free_buffer(void* handle);
+
 int64_t allocated_bytes();
 int64_t peak_bytes();
 

@@ -1,0 +1,61 @@
+# One command each; every target does its own set-up.
+#   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
+#   make test   the whole suite
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+NATIVE := build/native/liborchard_ops.so
+SYSTEM := $(shell uname -s)
+
+ifeq ($(SYSTEM),Darwin)
+ON_MPS := $(PY)
+PLUGIN :=
+else
+# The simulated mps device; it needs clang-19 to execute the kernels.
+ON_MPS := PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
+PLUGIN := $(NATIVE)
+endif
+
+.PHONY: demo test lint format native tools clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	@if sh tools/system_tools.sh; then \
+	  $(MAKE) --no-print-directory $(PLUGIN) && $(ON_MPS) -m orchard_ops demo $(ARGS); \
+	else \
+	  echo "Without a simulated device the demo runs the reference kernels on the CPU."; \
+	  $(PY) -m orchard_ops demo $(ARGS); \
+	fi
+
+test: $(VENV)/ready tools lint $(PLUGIN)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+lint: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format -i
+
+native: $(NATIVE)
+
+$(NATIVE): $(wildcard native/* shaders/*) $(VENV)/ready
+	$(PY) native/build.py $@
+
+tools:
+	sh tools/system_tools.sh
+
+$(VENV)/ready: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orchard_ops needs Python 3.11 or later; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) demo-output

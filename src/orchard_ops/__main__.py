@@ -1,0 +1,74 @@
+"""``python -m orchard_ops``: commands for people. Each one imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    return run(args)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)  # argparse names the option and the value
+    return number
+
+
+_positive.__name__ = "positive integer"
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small GPT through the op beside the same model through SDPA",
+        description="Trains a byte-level GPT with grouped-query attention and attention dropout on "
+        "the source of Python's standard library through torch.ops.orchard.flash_attn, beside the "
+        "same model on the cpu through SDPA with the same dropout masks, and compares the losses "
+        "at every step. Exit status 0: they agree; 1: they differ, or calls fell back; 2: it "
+        "cannot run here.",
+    )
+    parser.add_argument("--steps", type=_positive, default=300, help="default: %(default)s")
+    parser.add_argument(
+        "--device", choices=("auto", "mps", "cpu"), default="auto",
+        help="auto: mps where there is one, else the reference on the cpu",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", default="demo-output", metavar="DIR",
+        help="folder for the figure, loss.png (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write every figure of the run to FILE")
+    parser.add_argument(
+        "--sample-bytes", type=_positive, default=240, metavar="N",
+        help="length of the text sampled in the end (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.set_defaults(command=_demo)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. A command is a parser whose default `command` runs it: args -> exit status."""
+    parser = argparse.ArgumentParser(prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs.")
+    commands = parser.add_subparsers(title="commands")
+    for add in (_add_demo,):
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help()
+        return 0
+    return args.command(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

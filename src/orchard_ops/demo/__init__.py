@@ -1,0 +1,105 @@
+"""``python -m orchard_ops demo``: a small GPT trained through the op and, beside it, through SDPA.
+
+The two models share weights, batches and dropout masks, so their losses must agree at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import _calls
+from ..explain import explain
+from .attention import orchard_attention, sdpa_math_attention
+from .data import load_corpus
+from .model import GPT, Attention, ModelConfig, generate
+from .outcome import Outcome
+from .place import find_place
+from .training import TrainingConfig, train_twins
+
+_PROMPT = "\tdef __init__(self"
+
+
+def run(
+    args: argparse.Namespace,
+    model: ModelConfig | None = None,
+    training: TrainingConfig | None = None,
+    attention: Attention = orchard_attention,
+) -> int:
+    """Trains, compares, reports.
+
+    Args:
+        args: steps, device ("auto", "mps" or "cpu"), output, json, seed, as ``__main__`` parses them.
+        model, training: other sizes than the demo's; args.steps and args.seed hold in any case.
+        attention: of the model under test.
+
+    Returns:
+        The exit status: 0 pass, 1 the runs disagree or calls fell back, 2 the demo cannot run.
+    """
+    try:
+        from rich.console import Console
+
+        from . import report
+    except ModuleNotFoundError as error:
+        print(f'the demo needs {error.name}: pip install "orchard_ops[demo]"')
+        return 2
+
+    start = time.perf_counter()
+    console = Console()
+    try:
+        place = find_place(args.device)
+        corpus = load_corpus()
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"demo: {error}", highlight=False, markup=False)
+        return 2
+    model = model or ModelConfig()
+    training = replace(training or TrainingConfig(), steps=args.steps, seed=args.seed)
+    num_parameters = sum(p.numel() for p in GPT(model, attention).parameters())
+    report.print_header(console, place, model, training, corpus, num_parameters)
+
+    recorder = _KernelNames(attention)
+    _calls.reset_stats()
+    with report.progress(console, str(place.device), training.steps) as on_step:
+        comparison = train_twins(
+            model, training, corpus, place.device, recorder, sdpa_math_attention, on_step
+        )
+    sample = generate(
+        comparison.device_run.model, _PROMPT.encode(), args.sample_bytes, seed=args.seed
+    )
+    figure = Path(args.output) / "loss.png"
+    report.save_figure(comparison, place, figure)
+    outcome = Outcome(
+        place, model, training, corpus, comparison, _calls.stats(), recorder.kernels,
+        _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
+    )  # fmt: skip
+    report.print_outcome(console, outcome)
+    if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(outcome.as_json(), indent=2, allow_nan=False) + "\n")
+    return 1 if outcome.failures() else 0
+
+
+class _KernelNames:
+    """An attention function that asks `explain` about its first call."""
+
+    def __init__(self, attention: Attention):
+        self.attention = attention
+        self.kernels: tuple[str, ...] = ()
+        self._asked = False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        if not self._asked:
+            self._asked = True
+            self.kernels = explain(query, key, value, None, dropout_p, is_causal=True).kernels
+        return self.attention(query, key, value, dropout_p)
+
+
+def _printable(text: bytes) -> str:
+    """Bytes as text for a terminal: an untrained model may write control characters."""
+    decoded = text.decode(errors="replace").expandtabs(4)
+    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded)

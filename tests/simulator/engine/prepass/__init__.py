@@ -1,0 +1,73 @@
+"""Rewrites preprocessed Metal text into the C++ that clang compiles against include/msl.
+
+Each module handles one construct.  Line structure is kept throughout.
+"""
+
+from collections.abc import Sequence
+
+from ..lexer import TokenStream
+from ..lint import check
+from . import expressions, function_constants, kernels, storage
+
+ENTRY_TABLE = "\nMSL_ENTRY_TABLE\n"
+
+
+def rewrite(
+    text: str, constants: dict[str, object] | None = None, only: Sequence[str] = ("*",)
+) -> str:
+    """``constants``: values of function constants, by name or by decimal index; ``only``: glob
+    patterns of the kernels to make."""
+    stream = TokenStream(text)
+    check(stream)
+    expressions.rewrite_literals(stream)
+    expressions.rewrite_constructors(stream)
+    pass_ = _Declarations(stream, constants or {}, only)
+    pass_.run()
+    return stream.render() + ENTRY_TABLE
+
+
+class _Declarations:
+    """Walks over the text once and hands each declaration to the module that knows it."""
+
+    def __init__(self, stream: TokenStream, constants: dict[str, object], only: Sequence[str]):
+        self.stream = stream
+        self.kernels = kernels.Kernels(stream, only)
+        self.constants = constants
+        self.variables = storage.VariableNumbers()
+
+    def run(self) -> None:
+        i = 0
+        while self.stream[i].kind != "end":
+            i = self.step(i)
+
+    def step(self, i: int) -> int:
+        """Handles what starts at i and returns where to go on."""
+        stream = self.stream
+        token = stream[i]
+        if token.kind == "op":
+            found = stream.attribute(i) if token.text == "[" else None
+            return self.attribute(i, *found) if found else i + 1
+        if token.kind != "word":
+            return i + 1
+        if token.text == "template" and self.kernels.is_instantiation(i):
+            return self.kernels.instantiation(i)
+        if token.text == "kernel":
+            return self.kernels.definition(i, i + 1)
+        if token.text in ("device", "threadgroup", "constant"):
+            end = storage.drop_qualified_method(stream, i)
+            if end:
+                return end
+            storage.rewrite_array_parameter(stream, i)
+            if token.text == "threadgroup":
+                storage.rewrite_local(stream, i, self.variables)
+        return i + 1
+
+    def attribute(self, i: int, end: int, body: str) -> int:
+        if kernels.is_kernel_attribute(body):
+            return self.kernels.definition(i, end + 1, body)
+        self.kernels.remember(body)
+        number = function_constants.index(body)
+        if number is not None:
+            return function_constants.rewrite(self.stream, i, end, number, self.constants)
+        self.stream.remove(i, end + 1)
+        return end + 1

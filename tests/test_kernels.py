@@ -1,0 +1,161 @@
+"""The Metal kernels against float64, every variant, in the simulator's check mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import DTYPES, Case, check_case, run
+
+from orchard_ops.testing import assert_attention_close
+
+pytestmark = pytest.mark.usefixtures("checked")
+
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # the plan's, see test_plan.py
+RAGGED = (1, 7, 31, 33, 63, 64, 65, 100, 127, 130, 257)
+
+
+def ids(case: Case) -> str:
+    return str(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
+def test_every_variant_with_chunked_loads(head_dim: int, dtype: torch.dtype, dropout_p: float):
+    check_case(Case(37, 51, head_dim, dtype=dtype, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
+def test_every_variant_with_elementwise_loads(head_dim: int, dtype: torch.dtype, dropout_p: float):
+    check_case(Case(37, 51, head_dim - 1, dtype=dtype, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_multiple_of_8(head_dim: int):
+    check_case(Case(33, 40, head_dim, dtype=torch.float16, window_right=0))
+
+
+@pytest.mark.parametrize("kv_len", RAGGED)
+@pytest.mark.parametrize("q_len", RAGGED)
+def test_ragged_lengths(q_len: int, kv_len: int):
+    check_case(Case(q_len, kv_len, 32))
+
+
+@pytest.mark.parametrize("kv_len", RAGGED)
+@pytest.mark.parametrize("q_len", RAGGED)
+def test_ragged_lengths_causal_with_dropout(q_len: int, kv_len: int):
+    check_case(Case(q_len, kv_len, 32, dtype=torch.float16, window_right=0, dropout_p=0.1))
+
+
+BOTTOM_RIGHT = [
+    Case(q_len, kv_len, 64, dtype=dtype, window_right=0, diagonal=kv_len - q_len)
+    for q_len, kv_len, dtype in (
+        (1, 100, torch.float16),
+        (33, 130, torch.float32),
+        (130, 33, torch.float32),  # the first 97 rows see no key
+        (100, 7, torch.bfloat16),
+        (65, 65, torch.float16),
+    )
+]
+
+
+@pytest.mark.parametrize("case", BOTTOM_RIGHT, ids=ids)
+def test_causal_from_the_bottom_right(case: Case):
+    check_case(case)
+
+
+def test_rows_without_a_key_are_zero():
+    case = Case(40, 7, 64, window_right=0, diagonal=7 - 40)
+    out, lse, dq, _, _ = check_case(case)
+    assert not out[:, :, :33].any() and not dq[:, :, :33].any()
+    assert torch.isneginf(lse[:, :, :33]).all() and torch.isfinite(lse[:, :, 33:]).all()
+
+
+WINDOWS = [
+    Case(70, 90, 32, window_left=left, window_right=right, diagonal=diagonal, dropout_p=p)
+    for left, right, diagonal, p in (
+        (5, 0, 0, 0.0),
+        (0, 0, 0, 0.0),
+        (16, 16, 0, 0.3),
+        (-1, 10, -30, 0.0),
+        (10, -1, 40, 0.0),
+        (3, 2, 200, 0.0),  # no query sees any key
+        (3, 2, -200, 0.0),
+        (64, 0, 20, 0.2),
+    )
+]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=ids)
+def test_windows(case: Case):
+    check_case(case)
+
+
+HEADS = [
+    Case(50, 60, 64, batch=3, num_heads=h, num_kv_heads=kv, dtype=dtype, window_right=0)
+    for h, kv, dtype in (
+        (1, 1, torch.float32),
+        (5, 5, torch.float16),
+        (6, 2, torch.bfloat16),
+        (8, 1, torch.float32),
+    )
+]
+
+
+@pytest.mark.parametrize("case", HEADS, ids=ids)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+def test_grouped_heads(case: Case, dropout_p: float):
+    check_case(case.but(dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.2, 1.0, 3.0))
+def test_scale(scale: float):
+    check_case(Case(45, 52, 32, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_lse(dtype: torch.dtype):
+    case = Case(45, 52, 64, dtype=dtype, window_right=0, diagonal=-10, dropout_p=0.1)
+    operands = case.operands()
+    dlse = torch.randn(1, 2, 45)
+    ref, eager = (case.math(t, *operands, dlse=dlse) for t in (torch.float64, dtype))
+    results = run(case, *(x.to("mps") for x in operands), dlse.to("mps"))
+    assert_attention_close(results, ref, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_bitwise_equal(dtype: torch.dtype):
+    case = Case(100, 130, 64, batch=2, num_heads=4, num_kv_heads=2, dtype=dtype, dropout_p=0.1)
+    operands = [x.to("mps") for x in case.operands()]
+    for first, second in zip(run(case, *operands), run(case, *operands)):
+        assert torch.equal(first.cpu(), second.cpu())
+
+
+LONG = [
+    Case(600, 700, 64, dtype=torch.float16, window_right=0, diagonal=100),
+    Case(513, 513, 128, dtype=torch.bfloat16, num_heads=1, window_left=200, window_right=0),
+    Case(1000, 300, 32, num_heads=1, dropout_p=0.1),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=ids)
+def test_longer_sequences(case: Case):
+    check_case(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_do_not_overflow(dtype: torch.dtype):
+    """Scores of several hundred: exponentials must be taken against the running maximum."""
+    check_case(Case(60, 80, 64, dtype=dtype, scale=8.0, window_right=0))
+
+
+def test_small_gradients_survive_float16():
+    """dS of about 1e-9: below float16's range, though dq and dk of these sizes are within it."""
+    case = Case(128, 128, 64, dtype=torch.float16)
+    q, k, v, do = case.operands()
+    do = do * 2.0**-10
+    results = run(case, *(x.to("mps") for x in (q, k, v, do)))
+    ref, eager = (case.math(t, q, k, v, do) for t in (torch.float64, torch.float16))
+    assert_attention_close(results, ref, eager)

@@ -1,0 +1,127 @@
+"""The reference kernels: against float64, against SDPA, by finite differences, and their memory."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import DTYPES, Case, check_case, run
+
+import orchard_ops
+from orchard_ops import reference
+
+CASES = [
+    Case(37, 51, 24, batch=2, num_heads=4, num_kv_heads=2),
+    Case(130, 70, 40, window_right=0),
+    Case(20, 90, 300, window_right=0, diagonal=70),
+    Case(90, 20, 16, window_right=0, diagonal=-70),
+    Case(65, 129, 64, window_left=10, window_right=4, diagonal=3, dropout_p=0.3),
+    Case(1, 1, 8),
+    Case(200, 200, 32, dropout_p=0.2, window_right=0, scale=-0.3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_obeys_the_tolerance_rule(case: Case, dtype: torch.dtype):
+    check_case(case.but(dtype=dtype), device="cpu", impl="auto")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_is_exact(case: Case):
+    operands = [x.double() for x in case.operands()]
+    ref = case.math(torch.float64, *operands)
+    for x, expected in zip(run(case, *operands, impl="auto"), (ref.out, ref.lse, ref.dq, ref.dk, ref.dv)):
+        torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", (16, 48, 10**9), ids=lambda n: f"rows{n}")
+def test_block_size_does_not_matter(block: int, monkeypatch: pytest.MonkeyPatch):
+    case = Case(130, 70, 16, dropout_p=0.2, window_left=20, window_right=5)
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block * 2 * 70)
+    check_case(case, device="cpu", impl="auto")
+
+
+FEATURES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "dropout": {"dropout_p": 0.4},
+    "window": {"window_left": 3, "window_right": 2},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25])},
+    "alibi_per_batch": {"alibi_slopes": torch.tensor([[0.5, 0.25], [0.1, 0.9]])},
+    "all": {"is_causal": True, "dropout_p": 0.3, "window_left": 4, "softcap": 2.0,
+            "alibi_slopes": torch.tensor([0.5, 0.25]), "scale": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("mask_shape", [None, (2, 2, 5, 7), (5, 7), (2, 1, 1, 7)], ids=str)
+def test_gradcheck(feature: str, mask_shape: tuple[int, ...] | None):
+    """Every gradient (q, k, v, mask, sinks, through out and lse) against finite differences."""
+    inputs = [torch.randn(2, h, n, 4, dtype=torch.float64) for h, n in ((2, 5), (1, 7), (1, 7))]
+    inputs.append(torch.randn(2, dtype=torch.float64))
+    if mask_shape is not None:
+        inputs.append(torch.randn(mask_shape, dtype=torch.float64))
+
+    def attention(q, k, v, sinks, mask=None):
+        torch.manual_seed(5)  # one dropout mask for all evaluations
+        return orchard_ops.flash_attn(
+            q, k, v, mask, sinks=sinks, return_lse=True, **FEATURES[feature]
+        )
+
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(attention, inputs, fast_mode=True)
+
+
+def test_sinks_take_probability():
+    """A sink of s is a key with logit s and value 0."""
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    logits = torch.matmul(q, k.transpose(-1, -2)) * 8**-0.5
+    extended = torch.cat((logits, sinks.view(1, 2, 1, 1).expand(1, 2, 6, 1)), dim=-1)
+    expected = torch.softmax(extended, dim=-1)[..., :-1] @ v
+    torch.testing.assert_close(orchard_ops.flash_attn(q, k, v, sinks=sinks), expected)
+
+
+def test_softcap_and_alibi_formulas():
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    slopes = torch.tensor([0.3, 0.6])
+    logits = torch.matmul(q, k.transpose(-1, -2)) * 8**-0.5
+    logits = 2.0 * torch.tanh(logits / 2.0)
+    distance = (torch.arange(6).unsqueeze(1) - torch.arange(6)).abs()
+    expected = torch.softmax(logits - slopes.view(1, 2, 1, 1) * distance, dim=-1) @ v
+    actual = orchard_ops.flash_attn(q, k, v, softcap=2.0, alibi_slopes=slopes)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("kind", ("bool", "float", "blocked_row"))
+def test_masks_as_sdpa(kind: str, dtype: torch.dtype):
+    q, k, v = (torch.randn(2, 4, 17, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.randn(2, 1, 17, 17, dtype=dtype)
+    if kind != "float":
+        mask = mask > 0
+    if kind == "blocked_row":
+        mask[:, :, 3] = False
+    out, expected = (
+        f(q, k, v, attn_mask=mask)
+        for f in (torch.ops.orchard.flash_attn, F.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(out, expected)
+    do = torch.randn_like(out)
+    for x, y in zip(torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+        torch.testing.assert_close(x, y)
+
+
+def test_memory_is_linear_in_the_length():
+    """No tensor of L x S elements per head is ever allocated (the profiler sees every allocation)."""
+    case = Case(4096, 4096, 16, num_heads=1)
+    operands = case.operands()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run(case, *operands, impl="auto")
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    block = reference._BLOCK_ELEMENTS * 4
+    assert block < 4096 * 4096 * 4 / 2  # else this test could not fail
+    assert largest <= block + 4096 * 16 * 4

@@ -1,0 +1,436 @@
+"""The engine that runs Metal sources on the CPU: language, launches, caching, concurrency.
+
+What check mode finds is in test_simulator_engine_checks.py, what the compiler refuses in
+test_simulator_engine_lint.py, PyTorch's kernels in test_simulator_engine_pytorch.py.
+"""
+
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulator import engine
+from simulator.engine import arrays
+
+TESTS = Path(__file__).parent
+MODES = pytest.mark.parametrize("check", [False, True], ids=["plain", "check"])
+
+
+def launch(source, name, threads, group, arguments, *, check=False, constants=None, **options):
+    library = engine.compile(source, check=check, function_constants=constants)
+    return arrays.launch(library, name, threads, group, arguments, **options)
+
+
+# ---- language
+
+MATRIX = """
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+// C = A * transpose(B), one simdgroup for each 8x8 tile of C
+template <typename T>
+kernel void multiply(const device T* A [[buffer(0)]], const device T* B [[buffer(1)]],
+                     device float* C [[buffer(2)]], constant int3& dims [[buffer(3)]],
+                     uint2 tg [[threadgroup_position_in_grid]],
+                     ushort sg [[simdgroup_index_in_threadgroup]],
+                     ushort nsg [[simdgroups_per_threadgroup]]) {
+  simdgroup_matrix<T, 8, 8> a, b;
+  simdgroup_float8x8 c = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  const int N = dims.y, K = dims.z;
+  const ulong column = (tg.x * nsg + sg) * 8;
+  for (int k = 0; k < K; k += 8) {
+    simdgroup_load(a, A + tg.y * 8 * K + k, K);
+    simdgroup_load(b, B, K, ulong2(k, column), true);
+    simdgroup_multiply_accumulate(c, a, b, c);
+  }
+  simdgroup_store(c, C, N, ulong2(column, tg.y * 8));
+}
+template [[host_name("multiply_half")]] [[kernel]] decltype(multiply<half>) multiply<half>;
+template [[host_name("multiply_" "float")]] kernel void multiply<float>(
+    const device float*, const device float*, device float*, constant int3&, uint2, ushort, ushort);
+"""
+
+
+@MODES
+@pytest.mark.parametrize("dtype", ["half", "float"])
+def test_matrix_product(dtype, check):
+    m, n, k = 24, 64, 40
+    rng = np.random.default_rng(0)
+    type_ = np.float16 if dtype == "half" else np.float32
+    a, b = (rng.standard_normal(shape).astype(type_) for shape in [(m, k), (n, k)])
+    c = np.zeros((m, n), np.float32)
+    arguments = {0: a, 1: b, 2: c, 3: struct.pack("4i", m, n, k, 0)}
+    grid, group = (n // 16 * 64, m // 8, 1), (64, 1, 1)
+    counters = launch(MATRIX, f"multiply_{dtype}", grid, group, arguments, check=check)
+    assert np.abs(c - a.astype(np.float64) @ b.T.astype(np.float64)).max() < 1e-5
+    assert counters.mma == (m // 8) * (n // 8) * (k // 8)
+    assert counters.threadgroups == (n // 16) * (m // 8)
+    assert (counters.device_bytes_written == m * n * 4) if check else True
+
+
+FEATURES = """
+#include <metal_stdlib>
+using namespace metal;
+constant bool has_bias [[function_constant(0)]];
+constant int repeats [[function_constant(1)]];
+constant float table[4] = {1.0, 2.0, 4.0, 8.0};
+struct Parameters { int n; float s; float4 f; };
+inline float first(constant const float table[4]) { return table[0]; }
+kernel void features(device float4* out [[buffer(0)]], constant Parameters& p [[buffer(1)]],
+                     device atomic_uint* counter [[buffer(2)]],
+                     threadgroup float* dynamic [[threadgroup(0)]],
+                     uint gid [[thread_position_in_grid]],
+                     uint tid [[thread_position_in_threadgroup]],
+                     uint lane [[thread_index_in_simdgroup]], uint n [[threads_per_grid]]) {
+  half2 h = half2(float2(float(gid), 0.5));
+  float4 v = float4(h.x, float2(h.y, p.s), 1e-1);
+  v.zw = v.wz;
+  v += p.f.wzyx * 2.0;
+  dynamic[tid] = v.x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float neighbour = dynamic[tid ^ 33];
+  uint prefix = simd_prefix_inclusive_sum(lane);
+  float sum = simd_sum(float(lane)), largest = simd_max(float(lane ^ 5));
+  uint down = simd_shuffle_down(lane, 3), up = simd_shuffle_and_fill_up(lane, 100u, 2);
+  uint ballot = uint(ulong(simd_ballot((lane & 1) != 0)));
+  atomic_fetch_add_explicit(counter, 1u, memory_order_relaxed);
+  out[gid * 3] = v;
+  out[gid * 3 + 1] = float4(neighbour, prefix, sum, largest);
+  float last = has_bias ? table[gid & 3] + repeats : n + first(table);
+  out[gid * 3 + 2] = float4(down, up, as_type<float>(ballot), last);
+}
+"""
+
+
+@MODES
+def test_language_features(check):
+    out, counter = np.zeros((128, 3, 4), np.float32), np.zeros(1, np.uint32)
+    parameters = struct.pack("if8x4f", 5, 2.5, 1, 2, 3, 4)
+    arguments = {0: out, 1: parameters, 2: counter}
+    options = {"check": check, "threadgroup_memory": {0: 64 * 4}}
+    constants = {"has_bias": True, 1: 3}
+    launch(FEATURES, "features", (128, 1, 1), (64, 1, 1), arguments, constants=constants, **options)
+    assert counter[0] == 128
+    assert out[70, 0].tolist() == pytest.approx([78.0, 6.5, 4.1, 4.5])
+    assert out[70, 1].tolist() == [111.0, 21.0, 496.0, 31.0]
+    assert out[70, 2, [0, 1, 3]].tolist() == [9.0, 4.0, 4.0 + 3]
+    assert out[70, 2, 2:3].view(np.uint32)[0] == 0xAAAAAAAA
+    launch(FEATURES, "features", (128, 1, 1), (64, 1, 1), arguments, **options)
+    assert out[70, 2, 3] == 128 + 1
+
+
+def test_conversions_and_small_floats():
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(device bfloat* b [[buffer(0)]], device half* h [[buffer(1)]],
+              const device float* x [[buffer(2)]], uint t [[thread_position_in_grid]]) {
+  b[t] = bfloat(x[t]);
+  h[t] = half(x[t]) * 1.5h + 0.25h;
+}"""
+    x = np.float32([1.0, 1.00390625, 1.01171875, -3.4e38, np.inf, np.nan, 1e-40, 65504.0])
+    b, h = np.zeros(8, np.uint16), np.zeros(8, np.float16)
+    launch(source, "k", (8, 1, 1), (8, 1, 1), {0: b, 1: h, 2: x})
+    bits = x.view(np.uint32).astype(np.uint64)
+    expected = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    assert np.isnan((b[5:6].astype(np.uint32) << 16).view(np.float32))[0]
+    np.testing.assert_array_equal(np.delete(b, 5), np.delete(expected, 5))
+    with np.errstate(over="ignore"):
+        product = (x.astype(np.float16) * np.float16(1.5)).astype(np.float16) + np.float16(0.25)
+        fused = (x.astype(np.float16).astype(np.float64) * 1.5 + 0.25).astype(np.float16)
+    same = (h == product) | (h == fused) | (np.isnan(h) & np.isnan(product))
+    assert same.all()
+
+
+@MODES
+def test_atomics_of_all_threadgroups(check):
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(device atomic_uint* n [[buffer(0)]], device atomic_float* f [[buffer(1)]],
+              device atomic_int* m [[buffer(2)]], uint t [[thread_position_in_grid]]) {
+  atomic_fetch_add_explicit(n, t, memory_order_relaxed);
+  atomic_fetch_add_explicit(f, 0.5f, memory_order_relaxed);
+  atomic_fetch_max_explicit(m, int(t * 7 % 1000), memory_order_relaxed);
+  uint seen = atomic_load_explicit(n + 1, memory_order_relaxed);
+  while (!atomic_compare_exchange_weak_explicit(n + 1, &seen, seen + 2, memory_order_relaxed,
+                                                memory_order_relaxed)) {}
+}"""
+    n, f, m = np.zeros(2, np.uint32), np.zeros(1, np.float32), np.zeros(1, np.int32)
+    launch(source, "k", (1000, 1, 1), (64, 1, 1), {0: n, 1: f, 2: m}, check=check)
+    assert n.tolist() == [499500, 2000]
+    assert f[0] == 500
+    assert m[0] == max(t * 7 % 1000 for t in range(1000))
+
+
+def test_many_threadgroup_variables_in_one_source():
+    kernels = "\n".join(
+        f"""kernel void k{i}(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {{
+  threadgroup float a[64], b[64];
+  a[t] = t; b[t] = {i};
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  o[t] = a[63 - t] + b[t ^ 1];
+}}"""
+        for i in range(50)
+    )
+    source = "#include <metal_stdlib>\nusing namespace metal;\n" + kernels
+    out = np.zeros(64, np.float32)
+    for i in (0, 49):
+        counters = launch(source, f"k{i}", (64, 1, 1), (64, 1, 1), {0: out}, check=True)
+        assert (out == np.arange(63, -1, -1) + i).all()
+        assert counters.threadgroup_memory == 512
+
+
+# ---- grids
+
+POSITIONS = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void positions(device uint4* out [[buffer(0)]], uint3 p [[thread_position_in_grid]],
+                      uint3 size [[threads_per_threadgroup]],
+                      uint3 nominal [[dispatch_threads_per_threadgroup]],
+                      uint3 grid [[threads_per_grid]], uint3 groups [[threadgroups_per_grid]],
+                      uint3 group [[threadgroup_position_in_grid]],
+                      uint3 local [[thread_position_in_threadgroup]],
+                      uint index [[thread_index_in_threadgroup]],
+                      uint lane [[thread_index_in_simdgroup]],
+                      uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      uint simdgroups [[simdgroups_per_threadgroup]],
+                      uint nominal_simdgroups [[dispatch_simdgroups_per_threadgroup]]) {
+  ulong i = (p.z * grid.y + p.y) * grid.x + p.x;
+  out[i * 4] = uint4(size, index);
+  out[i * 4 + 1] = uint4(nominal, lane);
+  out[i * 4 + 2] = uint4(groups, simdgroup);
+  out[i * 4 + 3] = uint4(simdgroups, nominal_simdgroups, grid.x * 100 + grid.y * 10 + grid.z,
+                         all(p == group * nominal + local));
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "group"),
+    [((10, 1, 1), (4, 1, 1)), ((7, 5, 3), (4, 2, 2)), ((3, 2, 1), (8, 8, 1)), ((64, 1, 1), (64, 1, 1))],
+    ids=["edge", "edges in 3 dimensions", "grid smaller than a group", "exact"],
+)
+@MODES
+def test_threadgroups_at_the_edge_are_smaller(threads, group, check):
+    out = np.zeros((*threads[::-1], 4, 4), np.uint32)
+    counters = launch(POSITIONS, "positions", threads, group, {0: out}, check=check)
+    assert counters.threads == np.prod(threads)
+    counts = [-(-t // g) for t, g in zip(threads, group, strict=True)]
+    assert counters.threadgroups == np.prod(counts)
+    for z, y, x in np.ndindex(*threads[::-1]):
+        position = (x, y, z)
+        start = [p // g * g for p, g in zip(position, group, strict=True)]
+        size = [min(g, t - s) for g, t, s in zip(group, threads, start, strict=True)]
+        local = [p - s for p, s in zip(position, start, strict=True)]
+        index = (local[2] * size[1] + local[1]) * size[0] + local[0]
+        simdgroups = [-(-int(np.prod(n)) // 32) for n in (size, group)]
+        assert out[z, y, x].tolist() == [
+            [*size, index],
+            [*group, index % 32],
+            [*counts, index // 32],
+            [*simdgroups, threads[0] * 100 + threads[1] * 10 + threads[2], 1],
+        ]
+
+
+def test_collectives_in_a_partial_threadgroup():
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]],
+              uint i [[thread_index_in_threadgroup]], uint n [[threads_per_threadgroup]]) {
+  threadgroup float s[64];
+  s[i] = 1;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float sum = simd_sum(s[n - 1 - i]);
+  o[t] = sum;
+}"""
+    out = np.zeros(107, np.float32)
+    for seed in (None, 3):
+        launch(source, "k", (107, 1, 1), (64, 1, 1), {0: out}, check=True, seed=seed)
+        assert (out == [32] * 96 + [11] * 11).all()
+
+
+def test_empty_grid_does_nothing():
+    assert launch(POSITIONS, "positions", (0, 1, 1), (4, 1, 1), {}).threads == 0
+
+
+# ---- refused launches
+
+LIMITS = """
+#include <metal_stdlib>
+using namespace metal;
+[[max_total_threads_per_threadgroup(64)]]
+kernel void small(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) { o[t] = 1; }
+template <int N>
+[[kernel, max_total_threads_per_threadgroup(N * 32)]] void sized(device float* o [[buffer(0)]]) {}
+template [[host_name("sized_2")]] [[kernel]] decltype(sized<2>) sized<2>;
+kernel void large(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  threadgroup float s[8193];
+  s[t] = t;
+  o[t] = s[t];
+}
+kernel void fits(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  threadgroup float s[8192];
+  s[t] = t;
+  o[t] = s[t];
+}
+"""
+
+
+def test_max_threads():
+    library = engine.compile(LIMITS)
+    assert library.names == ["fits", "large", "sized_2", "small"]
+    assert [library.max_threads(n) for n in library.names] == [1024, 1024, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "buffers", "message"),
+    [
+        ("small", (65, 1, 1), [0], "65 threads; the kernel allows 64"),
+        ("sized_2", (8, 3, 3), [0], "72 threads; the kernel allows 64"),
+        ("fits", (1025, 1, 1), [0], "the kernel allows 1024"),
+        ("fits", (0, 1, 1), [0], "invalid"),
+        ("fits", (32, 1, 1), [0, 31], "Metal has 31 buffers"),
+        ("large", (32, 1, 1), [0], r"threadgroup memory: 327\d\d bytes with 's'; the limit is 32768"),
+        ("absent", (32, 1, 1), [0], "no kernel 'absent'"),
+    ],
+)
+@MODES
+def test_refused_launch(name, group, buffers, message, check):
+    arguments = {i: np.zeros(64, np.float32) for i in buffers}
+    with pytest.raises(engine.KernelError, match=message):
+        launch(LIMITS, name, (64, 1, 1), group, arguments, check=check)
+    launch(LIMITS, "fits", (64, 1, 1), (64, 1, 1), {0: np.zeros(64, np.float32)}, check=check)
+
+
+def test_dynamic_threadgroup_memory_counts():
+    with pytest.raises(engine.KernelError, match="threadgroup memory"):
+        arguments = {0: np.zeros(64, np.float32)}
+        options = {"threadgroup_memory": {0: 16}}
+        launch(LIMITS, "fits", (64, 1, 1), (64, 1, 1), arguments, **options)
+
+
+# ---- schedules, counters, concurrency
+
+
+def test_random_schedules_agree():
+    results = []
+    for seed in (None, 1, 2, 3):
+        out, counter = np.zeros((128, 3, 4), np.float32), np.zeros(1, np.uint32)
+        arguments = {0: out, 1: struct.pack("if8x4f", 5, 2.5, 1, 2, 3, 4), 2: counter}
+        options = {"threadgroup_memory": {0: 256}, "seed": seed}
+        launch(FEATURES, "features", (128, 1, 1), (64, 1, 1), arguments, **options)
+        results.append(out.tobytes())
+    assert len(set(results)) == 1
+
+
+def test_instruction_mix():
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  float x = o[t];
+  for (int i = 0; i < 10; i++) x = fma(x, x, o[t + 64 * i]);
+  o[t] = x;
+}"""
+    library = engine.compile(source, check=True)
+    data = np.zeros(640, np.float32)
+    arguments = {0: engine.Buffer(data.ctypes.data, data.nbytes)}
+    counters, mix = library.instruction_mix("k", (64, 1, 1), (32, 1, 1), arguments)
+    assert mix["fma"] == 64 * 10
+    assert mix["store_device"] == counters.device_writes == 64
+    assert mix["load_device"] == counters.device_reads
+    plain = engine.compile(source)
+    with pytest.raises(ValueError, match="check=True"):
+        plain.instruction_mix("k", (64, 1, 1), (32, 1, 1), arguments)
+
+
+def test_two_python_threads_launch_at_once():
+    library = engine.compile(FEATURES, check=True)
+    errors = []
+
+    def work(seed):
+        try:
+            for i in range(10):
+                out, counter = np.zeros((256, 3, 4), np.float32), np.zeros(1, np.uint32)
+                arguments = {0: out, 1: struct.pack("if8x4f", 5, 2.5, 1, 2, 3, 4), 2: counter}
+                options = {"threadgroup_memory": {0: 256}, "seed": seed * 100 + i}
+                arrays.launch(library, "features", (256, 1, 1), (64, 1, 1), arguments, **options)
+                assert counter[0] == 256
+                assert (out[:, 1, 2] == 496).all()
+                arguments[0] = out[:255].copy()  # the last thread writes behind it
+                with pytest.raises(engine.KernelError, match="out-of-bounds"):
+                    arrays.launch(library, "features", (256, 1, 1), (64, 1, 1), arguments, **options)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# ---- cache
+
+
+def fresh_source(tag):
+    return f"""
+kernel void k(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {{
+  o[t] = {tag};
+}} // {time.time_ns()}"""
+
+
+def test_included_files_are_part_of_the_cache_key(tmp_path):
+    source = '#include "value.h"\n' + fresh_source("VALUE + EXTRA")
+    out = np.zeros(4, np.float32)
+    for value in (1, 2):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "value.h").write_text(f"#define VALUE {value}")
+        for extra in (10, 20):
+            library = engine.compile(source, include_dirs=[folder], defines=[f"EXTRA={extra}"])
+            arrays.launch(library, "k", (4, 1, 1), (4, 1, 1), {0: out})
+            assert out[0] == value + extra
+
+
+def test_only_selects_kernels():
+    library = engine.compile(MATRIX, only=["*_half"])
+    assert library.names == ["multiply_half"]
+
+
+def test_compile_many_fills_the_cache(monkeypatch):
+    sources = [fresh_source(i) for i in range(3)] + ["kernel void k(device double* o) {}"]
+    errors = engine.compile_many(sources, jobs=2)
+    assert errors[:3] == [None] * 3
+    assert "double" in str(errors[3])
+    monkeypatch.setattr("simulator.engine.compiler._compile", None)  # nothing is compiled any more
+    for i, source in enumerate(sources[:3]):
+        out = np.zeros(4, np.float32)
+        arrays.launch(engine.compile(source), "k", (4, 1, 1), (4, 1, 1), {0: out})
+        assert out[0] == i
+
+
+def test_concurrent_processes_with_an_empty_cache(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+from simulator import engine
+print(engine.compile({fresh_source(1)!r}).names)
+"""
+    environment = dict(os.environ, SIMULATOR_CACHE=str(tmp_path))
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [run.communicate()[0].strip() for run in runs] == ["['k']"] * 2
+    assert not list(tmp_path.rglob("tmp-*"))
