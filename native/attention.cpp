@@ -71,25 +71,25 @@ std::string shape_of(const Tensor& x) {
   return text.str();
 }
 
-/// What the kernels rely on. The public function has checked more, with kinder messages; this guards
-/// direct calls of the functional ops, whose mistakes would otherwise read out of bounds.
+/// What the kernels rely on. The public function has checked more, with kinder messages; this
+/// guards direct calls of the functional ops, whose mistakes would otherwise read out of bounds.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* x : {&q, &k, &v}) {
-    STD_TORCH_CHECK(x->dim() == 4, op, ": query, key and value must be (batch, heads, length, "
-                    "head_dim); got shape ", shape_of(*x));
-    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), op,
-                    ": query, key and value must have the same dtype");
+    STD_TORCH_CHECK(x->dim() == 4, op,
+        ": query, key and value must be (batch, heads, length, "
+        "head_dim); got shape ",
+        shape_of(*x));
+    STD_TORCH_CHECK(
+        x->scalar_type() == q.scalar_type(), op, ": query, key and value must have the same dtype");
     STD_TORCH_CHECK(x->size(0) == q.size(0), op, ": key and value must have query's batch size ",
-                    q.size(0), "; got ", x->size(0));
+        q.size(0), "; got ", x->size(0));
   }
   STD_TORCH_CHECK(k.size(3) == q.size(3), op, ": key must have query's head_dim ", q.size(3),
-                  "; got ", k.size(3));
+      "; got ", k.size(3));
   STD_TORCH_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op,
-                  ": value must have key's heads and length; got shapes ", shape_of(v), " and ",
-                  shape_of(k));
+      ": value must have key's heads and length; got shapes ", shape_of(v), " and ", shape_of(k));
   STD_TORCH_CHECK(q.size(3) > 0 && v.size(3) > 0, op, ": head_dim must be at least 1");
-  STD_TORCH_CHECK(
-      q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), op,
+  STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), op,
       ": the number of query heads must be a multiple of the number of key/value heads; got ",
       q.size(1), " and ", k.size(1));
 }
@@ -97,13 +97,13 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
 /// The dropout seed; also checks the arguments that decide whether one is needed.
 uint64_t checked_seed(const char* op, const Scoring& s) {
   STD_TORCH_CHECK(s.dropout_p >= 0.0 && s.dropout_p < 1.0, op,
-                  ": dropout_p must be in [0, 1); got ", s.dropout_p);
+      ": dropout_p must be in [0, 1); got ", s.dropout_p);
   if (s.dropout_p == 0.0) return 0;
-  STD_TORCH_CHECK(s.dropout_seed.has_value(), op, ": dropout_p is ", s.dropout_p,
-                  " but dropout_seed is None");
+  STD_TORCH_CHECK(
+      s.dropout_seed.has_value(), op, ": dropout_p is ", s.dropout_p, " but dropout_seed is None");
   const Tensor& seed = *s.dropout_seed;
   STD_TORCH_CHECK(seed.dim() == 0 && seed.is_cpu() && seed.scalar_type() == ScalarType::Long, op,
-                  ": dropout_seed must be a 0-dim int64 cpu tensor; got shape ", shape_of(seed));
+      ": dropout_seed must be a 0-dim int64 cpu tensor; got shape ", shape_of(seed));
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
 
@@ -126,15 +126,14 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sc
 }
 
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                     const std::vector<int64_t>& strides, int32_t dtype) {
+    const std::vector<int64_t>& strides, int32_t dtype) {
   int32_t device_type = 0;
   int32_t device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
-      device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+      strides.data(), dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -145,8 +144,8 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   const auto strides = strides_in_order_of(layout.strides, layout.sizes);
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(like, {layout.sizes.begin(), layout.sizes.end()},
-                       {strides.begin(), strides.end()}, dtype);
+  return empty_strided(
+      like, {layout.sizes.begin(), layout.sizes.end()}, {strides.begin(), strides.end()}, dtype);
 }
 
 /// (B, H, L) float32
@@ -158,8 +157,8 @@ Tensor empty_row_stats(const Tensor& q) {
 void log_metal(const char* op, const Plan& plan) {
   if (!debug_enabled()) return;
   for (const KernelPlan& kernel : plan.kernels) {
-    std::fprintf(stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(),
-                 kernel.tile.c_str());
+    std::fprintf(
+        stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
   }
 }
 
@@ -197,9 +196,8 @@ TensorStrides strides_of(const Tensor& x) {
 }
 
 /// The forward on Metal. Throws MetalError.
-std::tuple<Tensor, Tensor> run_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Scoring& s, uint64_t seed,
-    const Problem& problem) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+    const Scoring& s, uint64_t seed, const Problem& problem) {
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_row_stats(q);
   Plan plan = plan_forward(problem, layout_of(out));
@@ -211,17 +209,17 @@ std::tuple<Tensor, Tensor> run_forward(
     set_seed(plan.params, seed);
     log_metal("flash_attn_fwd", plan);
     dispatch(plan.kernels[0],
-             {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-              {kBufferLse, lse}},
-             plan.params);
+        {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
+            {kBufferLse, lse}},
+        plan.params);
   }
   return {out, lse};
 }
 
 /// dq, dk, dv on Metal. Throws MetalError.
-std::array<Tensor, 3> run_backward(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, uint64_t seed, const Problem& problem) {
+std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, uint64_t seed,
+    const Problem& problem) {
   Plan plan = plan_backward(problem, layout_of(out), layout_of(dout));
   if (!plan.refusal.empty()) throw MetalError(plan.refusal);
   Tensor dq = empty_in_order_of(q, q.size(3));
@@ -239,14 +237,14 @@ std::array<Tensor, 3> run_backward(
   log_metal("flash_attn_bwd", plan);
   const Tensor delta = empty_row_stats(q);
   dispatch(plan.kernels[0],
-           {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-            {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)},
-            {kBufferDelta, delta}, {kBufferDq, dq}},
-           plan.params);
+      {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out}, {kBufferLse, lse},
+          {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)}, {kBufferDelta, delta},
+          {kBufferDq, dq}},
+      plan.params);
   dispatch(plan.kernels[1],
-           {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-            {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv}},
-           plan.params);
+      {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
+          {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv}},
+      plan.params);
   return {dq, dk, dv};
 }
 
@@ -254,27 +252,27 @@ std::array<Tensor, 3> run_backward(
 Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
                       x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
-                  op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ",
-                  q.size(2), "); got shape ", shape_of(x));
+      op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
+      "); got shape ", shape_of(x));
   return torch::stable::contiguous(x);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> flash_attn_fwd(
-    Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask, OptionalTensor alibi_slopes,
-    OptionalTensor sinks, OptionalTensor dropout_seed, double dropout_p, double scale,
-    int64_t window_left, int64_t window_right, int64_t diagonal, double softcap, std::string impl) {
+std::tuple<Tensor, Tensor> flash_attn_fwd(Tensor query, Tensor key, Tensor value,
+    OptionalTensor attn_mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
+    OptionalTensor dropout_seed, double dropout_p, double scale, int64_t window_left,
+    int64_t window_right, int64_t diagonal, double softcap, std::string impl) {
   const char* op = "orchard::flash_attn_fwd";
-  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale,
-                        window_left, window_right, diagonal, softcap};
+  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
+      window_right, diagonal, softcap};
   check_operands(op, query, key, value);
   const uint64_t seed = checked_seed(op, scoring);
   std::string reason = switched_off(impl);
   if (reason.empty()) {
     try {
-      auto result = run_forward(
-          query, key, value, scoring, seed, make_problem(query, key, value, scoring));
+      auto result =
+          run_forward(query, key, value, scoring, seed, make_problem(query, key, value, scoring));
       forward_calls++;
       return result;
     } catch (const MetalError& error) {
@@ -282,27 +280,27 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(
     }
   }
   allow_fallback("flash_attn_fwd", impl, reason);
-  auto [out, lse] = call_op<2>(
-      "orchard::flash_attn_fwd_reference", query, key, value, attn_mask, alibi_slopes, sinks,
-      dropout_seed, dropout_p, scale, window_left, window_right, diagonal, softcap, impl, reason);
+  auto [out, lse] = call_op<2>("orchard::flash_attn_fwd_reference", query, key, value, attn_mask,
+      alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left, window_right, diagonal,
+      softcap, impl, reason);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
-    Tensor dout, OptionalTensor dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
-    OptionalTensor attn_mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
-    OptionalTensor dropout_seed, double dropout_p, double scale, int64_t window_left,
-    int64_t window_right, int64_t diagonal, double softcap, bool mask_grad, std::string impl) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
+    Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, OptionalTensor attn_mask,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed,
+    double dropout_p, double scale, int64_t window_left, int64_t window_right, int64_t diagonal,
+    double softcap, bool mask_grad, std::string impl) {
   const char* op = "orchard::flash_attn_bwd";
-  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale,
-                        window_left, window_right, diagonal, softcap};
+  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
+      window_right, diagonal, softcap};
   check_operands(op, query, key, value);
   for (const Tensor* x : {&dout, &out}) {
     STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
                         x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
                         x->scalar_type() == query.scalar_type(),
-                    op, ": dout and out must have the forward output's shape and dtype; got shape ",
-                    shape_of(*x));
+        op, ": dout and out must have the forward output's shape and dtype; got shape ",
+        shape_of(*x));
   }
   lse = dense_row_stats(op, "lse", lse, query);
   if (dlse.has_value()) dlse = dense_row_stats(op, "dlse", *dlse, query);
@@ -310,31 +308,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
   std::string reason = switched_off(impl);
   if (reason.empty()) {
     try {
-      auto [dq, dk, dv] = run_backward(dout, dlse, query, key, value, out, lse, seed,
-                                       make_problem(query, key, value, scoring));
+      auto [dq, dk, dv] = run_backward(
+          dout, dlse, query, key, value, out, lse, seed, make_problem(query, key, value, scoring));
       backward_calls++;
       int32_t dtype = 0;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
       // Nobody asks for these on Metal: masks and sinks are refused by the plan.
-      return {dq, dk, dv, empty_strided(query, {0}, {1}, dtype), empty_strided(query, {0}, {1}, dtype)};
+      return {
+          dq, dk, dv, empty_strided(query, {0}, {1}, dtype), empty_strided(query, {0}, {1}, dtype)};
     } catch (const MetalError& error) {
       reason = error.what();
     }
   }
   allow_fallback("flash_attn_bwd", impl, reason);
-  auto [dq, dk, dv, dmask, dsinks] = call_op<5>(
-      "orchard::flash_attn_bwd_reference", dout, dlse, query, key, value, out, lse, attn_mask,
-      alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left, window_right, diagonal,
-      softcap, mask_grad, impl, reason);
+  auto [dq, dk, dv, dmask, dsinks] = call_op<5>("orchard::flash_attn_bwd_reference", dout, dlse,
+      query, key, value, out, lse, attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale,
+      window_left, window_right, diagonal, softcap, mask_grad, impl, reason);
   return {dq, dk, dv, dmask, dsinks};
 }
 
-std::string flash_attn_plan(
-    Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask, OptionalTensor alibi_slopes,
-    OptionalTensor sinks, OptionalTensor dropout_seed, double dropout_p, double scale,
-    int64_t window_left, int64_t window_right, int64_t diagonal, double softcap, std::string impl) {
-  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale,
-                        window_left, window_right, diagonal, softcap};
+std::string flash_attn_plan(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed,
+    double dropout_p, double scale, int64_t window_left, int64_t window_right, int64_t diagonal,
+    double softcap, std::string impl) {
+  const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
+      window_right, diagonal, softcap};
   check_operands("orchard::flash_attn_plan", query, key, value);
   Plan plan;
   plan.refusal = switched_off(impl);

@@ -36,8 +36,8 @@ constexpr int kMaxHeadDim = 256;
 struct DTypeNames {
   const char* torch;
   const char* metal;
-  /// Operand type of the matrix unit. The forward's weights lie in [0, 1] and fit half; the backward's
-  /// score gradients may not. bfloat16 operands would round the weights to 8 bits.
+  /// Operand type of the matrix unit. The forward's weights lie in [0, 1] and fit half; the
+  /// backward's score gradients may not. bfloat16 operands would round the weights to 8 bits.
   const char* forward_operand;
   const char* backward_operand;
   int size;
@@ -103,10 +103,10 @@ void refuse(const Problem& p, Plan& plan) {
     because("softcap is ", p.softcap);
   } else if (longest > ORCHARD_MAX_LENGTH || std::abs(p.diagonal) > ORCHARD_MAX_LENGTH) {
     because("lengths and diagonals must be at most ", ORCHARD_MAX_LENGTH, "; got ",
-            std::max(longest, std::abs(p.diagonal)));
+        std::max(longest, std::abs(p.diagonal)));
   } else if (p.q.sizes[0] * p.q.sizes[1] > INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH)) {
-    because("batch times heads must be at most ",
-            INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH), "; got ", p.q.sizes[0] * p.q.sizes[1]);
+    because("batch times heads must be at most ", INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH),
+        "; got ", p.q.sizes[0] * p.q.sizes[1]);
   }
 }
 
@@ -181,16 +181,15 @@ KernelPlan query_kernel(
   args << r << ", " << bk;
   text << "BQ " << bq << ", BK " << bk;
   return make_kernel(p, {family, operand, name.str(), args.str(), text.str()}, chunks,
-                     static_cast<uint64_t>(p.q.sizes[0] * p.q.sizes[1]),
-                     blocks_of(p.q.sizes[2], bq));
+      static_cast<uint64_t>(p.q.sizes[0] * p.q.sizes[1]), blocks_of(p.q.sizes[2], bq));
 }
 
 KernelPlan key_kernel(const Problem& p, const char* operand, int bq, bool chunks) {
   const int keys = 8 * kSimdgroups;
   std::ostringstream text;
   text << "BK " << keys << ", BQ " << bq;
-  return make_kernel(
-      p, {"attention_backward_dkv", operand, "q" + std::to_string(bq), std::to_string(bq), text.str()},
+  return make_kernel(p,
+      {"attention_backward_dkv", operand, "q" + std::to_string(bq), std::to_string(bq), text.str()},
       chunks, static_cast<uint64_t>(p.k.sizes[0] * p.k.sizes[1]), blocks_of(p.k.sizes[2], keys));
 }
 

@@ -37,10 +37,10 @@ struct Problem {
 
 /// One dispatch.
 struct KernelPlan {
-  std::string family;         ///< attention_forward, attention_backward_dq or attention_backward_dkv
-  std::string name;           ///< host name of the variant, every degree of freedom readable
-  std::string instantiation;  ///< the line of Metal that makes the variant
-  std::string tile;           ///< tile and grid in words
+  std::string family;  ///< attention_forward, attention_backward_dq or attention_backward_dkv
+  std::string name;    ///< host name of the variant, every degree of freedom readable
+  std::string instantiation;         ///< the line of Metal that makes the variant
+  std::string tile;                  ///< tile and grid in words
   std::array<uint64_t, 2> groups{};  ///< threadgroups in x and y
   uint64_t threads = 0;              ///< per threadgroup, along x
 };
@@ -58,8 +58,8 @@ Plan plan_forward(const Problem& problem, const Layout& out);
 /// Backward: fills params but for the strides of dq, dk, dv and the dropout seed.
 Plan plan_backward(const Problem& problem, const Layout& out, const Layout& dout);
 
-/// Memory order of an output, as src/orchard_ops/layout.py has it: strides of a dense tensor of these
-/// sizes whose B, H, L run in the order of `like`'s strides, with D innermost.
+/// Memory order of an output, as src/orchard_ops/layout.py has it: strides of a dense tensor of
+/// these sizes whose B, H, L run in the order of `like`'s strides, with D innermost.
 std::array<int64_t, 4> strides_in_order_of(
     const std::array<int64_t, 4>& like, const std::array<int64_t, 4>& sizes);
 

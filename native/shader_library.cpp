@@ -46,7 +46,8 @@ SetArgBytes set_arg_bytes() {
   return route;
 }
 
-/// The message of the shim call that has just failed on this thread, where torch keeps it (>= 2.13).
+/// The message of the shim call that has just failed on this thread, where torch keeps it
+/// (>= 2.13).
 std::string last_error() {
   using What = const char* (*)();
   static const auto what =
@@ -67,9 +68,8 @@ void compile(const KernelPlan& kernel, Pipeline& pipeline) {
   AOTIMetalShaderLibraryHandle library = nullptr;  // kept for the life of the process
   if (aoti_torch_mps_create_shader_library(source.c_str(), &library) != AOTI_TORCH_SUCCESS) {
     pipeline.failure = "the shader " + kernel.name + " does not compile: " + last_error();
-  } else if (
-      aoti_torch_mps_get_kernel_function(library, kernel.name.c_str(), &pipeline.function) !=
-      AOTI_TORCH_SUCCESS) {
+  } else if (aoti_torch_mps_get_kernel_function(library, kernel.name.c_str(), &pipeline.function) !=
+             AOTI_TORCH_SUCCESS) {
     pipeline.failure = "the kernel " + kernel.name + " cannot be created: " + last_error();
   }
 }
@@ -105,7 +105,8 @@ void encode(Function function, void* user_data) {
   };
   if (!ok(aoti_torch_mps_start_encoding(function), "starting the encoder")) return;
   for (const auto& [index, tensor] : launch.tensors) {
-    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor.get()), "binding a tensor")) return;
+    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor.get()), "binding a tensor"))
+      return;
   }
   if (!ok(set_arg_bytes()(function, kBufferParams, &launch.params, sizeof launch.params),
           "passing the parameters")) {
@@ -128,8 +129,7 @@ void dispatch(const KernelPlan& kernel, const Bindings& tensors, const Attention
   if (!pipeline.failure.empty()) throw MetalError(pipeline.failure);
   Launch launch{kernel, tensors, params, {}};
   const std::lock_guard<std::mutex> lock(pipeline.encoding);
-  const AOTITorchError code =
-      aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
+  const AOTITorchError code = aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
   if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {
     launch.failure = "the command block failed: " + last_error();
   }

@@ -12,7 +12,8 @@
 
 namespace orchard {
 
-/// Metal refused: a shader did not compile or a dispatch failed. what() is the reason shown to users.
+/// Metal refused: a shader did not compile or a dispatch failed. what() is the reason shown to
+/// users.
 struct MetalError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -1,15 +1,16 @@
-// Attention backward, the key's side: dk and dv. Transposed throughout, so that P^T and dS^T are left
-// operands as they are.
+// Attention backward, the key's side: dk and dv. Transposed throughout, so that P^T and dS^T are
+// left operands as they are.
 //
 //   for each query head of the group, each block of BQ queries:
-//     P^T  = exp2(scale * K Q^T - lse)    dP^T = drop(V dO^T)
+//     P^T  = exp(scale * K Q^T - lse)     dP^T = drop(V dO^T)
 //     dS^T = P^T (dP^T - delta)
 //     dV = dV + drop(P^T) dO
 //     dK = dK + dS^T Q
 //   dv = dV,  dk = scale * dK
 //
-// A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO are
-// staged once for all. Summing the group's heads here, in order, keeps the result deterministic.
+// A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO
+// are staged once for all. Summing the group's heads here, in order, keeps the result
+// deterministic.
 #pragma once
 
 #include "dropout.h"
@@ -19,19 +20,17 @@
 #include "softmax.h"
 
 template <typename T, typename F, int BD, int BQ, int SIMDGROUPS, bool VEC, bool DROPOUT>
-[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS * ORCHARD_SIMD_WIDTH)]] void
-attention_backward_dkv(
-    const device T* query [[buffer(kBufferQuery)]],       // (B, Hq, L, D)
-    const device T* key [[buffer(kBufferKey)]],           // (B, Hkv, S, D)
-    const device T* value [[buffer(kBufferValue)]],       // (B, Hkv, S, D)
-    const device float* lse [[buffer(kBufferLse)]],       // (B, Hq, L)
-    const device T* dout [[buffer(kBufferDout)]],         // (B, Hq, L, D)
-    const device float* delta [[buffer(kBufferDelta)]],   // (B, Hq, L), from attention_backward_dq
-    device T* dk [[buffer(kBufferDk)]],                   // (B, Hkv, S, D)
-    device T* dv [[buffer(kBufferDv)]],                   // (B, Hkv, S, D)
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
+    const device T* key [[buffer(kBufferKey)]],                         // (B, Hkv, S, D)
+    const device T* value [[buffer(kBufferValue)]],                     // (B, Hkv, S, D)
+    const device float* lse [[buffer(kBufferLse)]],                     // (B, Hq, L)
+    const device T* dout [[buffer(kBufferDout)]],                       // (B, Hq, L, D)
+    const device float* delta [[buffer(kBufferDelta)]],  // (B, Hq, L), from attention_backward_dq
+    device T* dk [[buffer(kBufferDk)]],                  // (B, Hkv, S, D)
+    device T* dv [[buffer(kBufferDv)]],                  // (B, Hkv, S, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
+    uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
@@ -65,8 +64,8 @@ attention_backward_dkv(
   grad_shared.rows = grad_block;
   grad_shared.at = at;
 
-  const BlockRange blocks = query_blocks(
-      group_key0, min(group_key0 + 8 * SIMDGROUPS, params.kv_len), BQ, params);
+  const BlockRange blocks =
+      query_blocks(group_key0, min(group_key0 + 8 * SIMDGROUPS, params.kv_len), BQ, params);
   for (int member = 0; member < heads; member++) {
     const int head = kv_head * heads + member;
     const int64_t stats0 = ((int64_t)batch * params.num_heads + head) * params.q_len;
@@ -85,7 +84,7 @@ attention_backward_dkv(
       Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
       zero(p);
       mma_ABt<kDepth>(p, k, q_shared);
-      score(p, params);
+      score(p, params.scale);
       Tile<float, 1, kBlocks> ds;
       zero(ds);
       mma_ABt<kDepth>(ds, v, grad_shared);  // dP^T
@@ -101,14 +100,14 @@ attention_backward_dkv(
         for (int e = 0; e < 2; e++) {
           const int row = row0 + 8 * c + at.col + e;
           const int64_t stats = stats0 + min(row, params.q_len - 1);
-          float weight = exp2_score(p.fragments[0][c][e] - finite_lse_log2(lse[stats]));
-          weight = all_seen || sees(row, key0 + at.row, params) ? weight : 0.0f;
+          float w = weight(p.fragments[0][c][e], finite_lse(lse[stats]));
+          w = all_seen || sees(row, key0 + at.row, params) ? w : 0.0f;
           float keep = 1.0f;
           if (DROPOUT) {
             keep = (kept >> (16 * e + c)) & 1 ? params.dropout_rescale : 0.0f;
           }
-          dropped.fragments[0][c][e] = weight * keep;
-          ds.fragments[0][c][e] = weight * (ds.fragments[0][c][e] * keep - delta[stats]);
+          dropped.fragments[0][c][e] = w * keep;
+          ds.fragments[0][c][e] = w * (ds.fragments[0][c][e] * keep - delta[stats]);
         }
       }
       const Tile<F, 1, kBlocks> p_operand = as_operand<F>(dropped);

@@ -2,13 +2,13 @@
 //
 //   delta = rowsum(dO * O) - dlse
 //   for each block of BK keys:
-//     P  = exp2(scale * Q K^T - lse)      dP = drop(dO V^T)
+//     P  = exp(scale * Q K^T - lse)       dP = drop(dO V^T)
 //     dS = P (dP - delta)
 //     dQ = dQ + dS K
 //   dq = scale * dQ
 //
-// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them; K and V are
-// staged once for all.
+// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them; K and
+// V are staged once for all.
 #pragma once
 
 #include "dropout.h"
@@ -19,8 +19,7 @@
 
 /// dS = P (dP - delta) with a row-wise delta.
 template <int ROWS, int COLS>
-METAL_FUNC void dscore(
-    thread Tile<float, ROWS, COLS>& ds, thread const Tile<float, ROWS, COLS>& p,
+METAL_FUNC void dscore(thread Tile<float, ROWS, COLS>& ds, thread const Tile<float, ROWS, COLS>& p,
     thread const Tile<float, ROWS, COLS>& dp, thread const float* delta) {
   ORCHARD_UNROLL
   for (int r = 0; r < ROWS; r++) {
@@ -32,17 +31,16 @@ METAL_FUNC void dscore(
 }
 
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC, bool DROPOUT>
-[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS * ORCHARD_SIMD_WIDTH)]] void
-attention_backward_dq(
-    const device T* query [[buffer(kBufferQuery)]],     // (B, Hq, L, D)
-    const device T* key [[buffer(kBufferKey)]],         // (B, Hkv, S, D)
-    const device T* value [[buffer(kBufferValue)]],     // (B, Hkv, S, D)
-    const device T* out [[buffer(kBufferOut)]],         // (B, Hq, L, D)
-    const device float* lse [[buffer(kBufferLse)]],     // (B, Hq, L)
-    const device T* dout [[buffer(kBufferDout)]],       // (B, Hq, L, D)
-    const device float* dlse [[buffer(kBufferDlse)]],   // (B, Hq, L), read if params.has_dlse
-    device float* delta [[buffer(kBufferDelta)]],       // (B, Hq, L)
-    device T* dq [[buffer(kBufferDq)]],                 // (B, Hq, L, D)
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
+    const device T* key [[buffer(kBufferKey)]],                        // (B, Hkv, S, D)
+    const device T* value [[buffer(kBufferValue)]],                    // (B, Hkv, S, D)
+    const device T* out [[buffer(kBufferOut)]],                        // (B, Hq, L, D)
+    const device float* lse [[buffer(kBufferLse)]],                    // (B, Hq, L)
+    const device T* dout [[buffer(kBufferDout)]],                      // (B, Hq, L, D)
+    const device float* dlse [[buffer(kBufferDlse)]],  // (B, Hq, L), read if params.has_dlse
+    device float* delta [[buffer(kBufferDelta)]],      // (B, Hq, L)
+    device T* dq [[buffer(kBufferDq)]],                // (B, Hq, L, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
@@ -82,7 +80,7 @@ attention_backward_dq(
   out_rows.row0 = row0;
   out_rows.at = at;
 
-  float row_lse[R];  // in powers of two
+  float row_lse[R];
   float row_delta[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
@@ -98,7 +96,7 @@ attention_backward_dq(
     if (inside && params.has_dlse) {
       row_delta[r] -= dlse[stats0 + row];
     }
-    row_lse[r] = inside ? finite_lse_log2(lse[stats0 + row]) : 0.0f;
+    row_lse[r] = inside ? finite_lse(lse[stats0 + row]) : 0.0f;
     if (inside && at.col == 0) {
       delta[stats0 + row] = row_delta[r];
     }
@@ -114,8 +112,7 @@ attention_backward_dq(
   v_shared.rows = v_block;
   v_shared.at = at;
 
-  const BlockRange blocks =
-      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
+  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
@@ -126,8 +123,8 @@ attention_backward_dq(
     Tile<float, R, BK / 8> p;
     zero(p);
     mma_ABt<kDepth>(p, q, k_shared);
-    score(p, params);
-    exp2_rows(p, row_lse);
+    score(p, params.scale);
+    weights(p, row_lse);
     if (!sees_all(row0, 8 * R, key0, BK, params)) {
       mask_tile(p, row0, key0, 0.0f, at, params);
     }

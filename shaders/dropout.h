@@ -1,6 +1,6 @@
-// Dropout: which weights are kept is a function of (seed; batch, head, query, key) alone, the same in
-// src/orchard_ops/dropout.py. One Philox block decides 8 weights: of 16 x 16 weights, those in rows
-// i and i + 8 and columns j, j + 1, j + 8, j + 9 (j even). A lane owns just such elements.
+// Dropout: which weights are kept is a function of (seed; batch, head, query, key) alone, the same
+// in src/orchard_ops/dropout.py. One Philox block decides 8 weights: of 16 x 16 weights, those in
+// rows i and i + 8 and columns j, j + 1, j + 8, j + 9 (j even). A lane owns just such elements.
 #pragma once
 
 #include "params.h"
@@ -17,11 +17,11 @@ struct DropoutDraws {
 
   /// This lane's draws for row blocks 2 * row_pair (+1) and column blocks 2 * col_pair (+1).
   METAL_FUNC uint4 words(uint row_pair, uint col_pair) const {
-    return philox_4x32(
-        uint4(col_pair * 4 + at.col / 2, row_pair * 8 + at.row, head, batch), seed);
+    return philox_4x32(uint4(col_pair * 4 + at.col / 2, row_pair * 8 + at.row, head, batch), seed);
   }
 
-  /// The word of one fragment: its low half draws for the first element, its high half for the second.
+  /// The word of one fragment: its low half draws for the first element, its high half for the
+  /// second.
   METAL_FUNC static uint word(uint4 words, uint row_block, uint col_block) {
     const uint2 row = row_block % 2 == 0 ? words.xy : words.zw;
     return col_block % 2 == 0 ? row.x : row.y;
@@ -45,8 +45,7 @@ METAL_FUNC DropoutDraws dropout_draws(
 /// x = 0 where dropped. x is (queries, keys) from (row0, key0), both multiples of 8 times an even
 /// tile size.
 template <int ROWS, int COLS>
-METAL_FUNC void drop(
-    thread Tile<float, ROWS, COLS>& x, int row0, int key0, DropoutDraws draws) {
+METAL_FUNC void drop(thread Tile<float, ROWS, COLS>& x, int row0, int key0, DropoutDraws draws) {
   const int kRowStep = ROWS % 2 == 0 ? 2 : 1;
   const int kColStep = COLS % 2 == 0 ? 2 : 1;
   const uint row_block = row0 / 8;

@@ -6,8 +6,9 @@
 //     O = O + drop(P) V;  l = l + rowsum(P)
 //   out = O / l,  lse = log(l) + m
 //
-// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with Q, S,
-// P and O in registers; K and V are staged once for all. T: tensors, F: operands of the matrix unit.
+// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with
+// Q, S, P and O in registers; K and V are staged once for all. T: tensors, F: operands of the
+// matrix unit.
 #pragma once
 
 #include "dropout.h"
@@ -17,13 +18,12 @@
 #include "softmax.h"
 
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC, bool DROPOUT>
-[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS * ORCHARD_SIMD_WIDTH)]] void
-attention_forward(
-    const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
-    const device T* key [[buffer(kBufferKey)]],      // (B, Hkv, S, D)
-    const device T* value [[buffer(kBufferValue)]],  // (B, Hkv, S, D)
-    device T* out [[buffer(kBufferOut)]],            // (B, Hq, L, D)
-    device float* lse [[buffer(kBufferLse)]],        // (B, Hq, L)
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
+    const device T* key [[buffer(kBufferKey)]],                    // (B, Hkv, S, D)
+    const device T* value [[buffer(kBufferValue)]],                // (B, Hkv, S, D)
+    device T* out [[buffer(kBufferOut)]],                          // (B, Hq, L, D)
+    device float* lse [[buffer(kBufferLse)]],                      // (B, Hq, L)
     constant AttentionParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
@@ -64,8 +64,7 @@ attention_forward(
   v_shared.rows = v_block;
   v_shared.at = at;
 
-  const BlockRange blocks =
-      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
+  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
@@ -76,7 +75,7 @@ attention_forward(
     Tile<float, R, BK / 8> s;
     zero(s);
     mma_ABt<kDepth>(s, q, k_shared);
-    score(s, params);
+    score(s, params.scale_log2);
     if (!sees_all(row0, 8 * R, key0, BK, params)) {
       mask_tile(s, row0, key0, -INFINITY, at, params);
     }
@@ -100,6 +99,5 @@ attention_forward(
       lse[(int64_t)group.x * params.q_len + row] = softmax.lse(r, total);
     }
   }
-  store_rows<VEC>(
-      out, params.out, batch, head, row0, params.q_len, params.head_dim, o, factor, at);
+  store_rows<VEC>(out, params.out, batch, head, row0, params.q_len, params.head_dim, o, factor, at);
 }

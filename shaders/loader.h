@@ -27,8 +27,8 @@ struct HeadRows {
 };
 
 template <typename T>
-METAL_FUNC HeadRows<T> head_rows(
-    const device T* tensor, constant TensorStrides& strides, int batch, int head, int length, int head_dim) {
+METAL_FUNC HeadRows<T> head_rows(const device T* tensor, constant TensorStrides& strides, int batch,
+    int head, int length, int head_dim) {
   HeadRows<T> rows;
   rows.data = tensor + batch * strides.batch + head * strides.head;
   rows.row_stride = strides.row;
@@ -112,10 +112,9 @@ struct LeftOperand {
 
 /// Writes x * factor[row] to rows [row0, ...) of one head of an output (columns adjacent).
 template <bool VEC, typename T, int ROWS, int COLS>
-METAL_FUNC void store_rows(
-    device T* tensor, constant TensorStrides& strides, int batch, int head, int row0, int length,
-    int head_dim, thread const Tile<float, ROWS, COLS>& x, thread const float* factor,
-    LanePosition at) {
+METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, int batch, int head,
+    int row0, int length, int head_dim, thread const Tile<float, ROWS, COLS>& x,
+    thread const float* factor, LanePosition at) {
   device T* rows = tensor + batch * strides.batch + head * strides.head;
   ORCHARD_UNROLL
   for (int r = 0; r < ROWS; r++) {

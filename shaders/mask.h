@@ -19,16 +19,14 @@ METAL_FUNC BlockRange block_range(int first, int last, int length, int block) {
 
 /// Blocks of BK keys that any of the query rows [row0, row1) sees.
 METAL_FUNC BlockRange key_blocks(int row0, int row1, int BK, constant AttentionParams& params) {
-  return block_range(
-      row0 + params.diagonal - params.window_left, row1 - 1 + params.diagonal + params.window_right,
-      params.kv_len, BK);
+  return block_range(row0 + params.diagonal - params.window_left,
+      row1 - 1 + params.diagonal + params.window_right, params.kv_len, BK);
 }
 
 /// Blocks of BQ queries that see any of the keys [key0, key1).
 METAL_FUNC BlockRange query_blocks(int key0, int key1, int BQ, constant AttentionParams& params) {
-  return block_range(
-      key0 - params.diagonal - params.window_right, key1 - 1 - params.diagonal + params.window_left,
-      params.q_len, BQ);
+  return block_range(key0 - params.diagonal - params.window_right,
+      key1 - 1 - params.diagonal + params.window_left, params.q_len, BQ);
 }
 
 METAL_FUNC bool sees(int row, int key, constant AttentionParams& params) {
@@ -48,9 +46,8 @@ METAL_FUNC bool sees_all(int row0, int rows, int key0, int keys, constant Attent
 
 /// Sets what a query does not see to `hidden`. s is (queries, keys) from (row0, key0).
 template <int ROWS, int COLS>
-METAL_FUNC void mask_tile(
-    thread Tile<float, ROWS, COLS>& s, int row0, int key0, float hidden, LanePosition at,
-    constant AttentionParams& params) {
+METAL_FUNC void mask_tile(thread Tile<float, ROWS, COLS>& s, int row0, int key0, float hidden,
+    LanePosition at, constant AttentionParams& params) {
   ORCHARD_UNROLL
   for (int r = 0; r < ROWS; r++) {
     const int row = row0 + 8 * r + at.row;

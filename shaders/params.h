@@ -47,7 +47,8 @@ struct AttentionParams {
   TensorStrides dk;
   TensorStrides dv;
   int32_t num_heads;     ///< query heads
-  int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads / num_kv_heads)
+  int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads /
+                         ///< num_kv_heads)
   int32_t q_len;
   int32_t kv_len;
   int32_t head_dim;  ///< D <= BD; the kernels pad with zeros
@@ -55,7 +56,7 @@ struct AttentionParams {
   int32_t window_left;
   int32_t window_right;
   float scale;                 ///< softmax scale
-  float scale_log2;            ///< scale * log2(e): scores are kept in powers of two
+  float scale_log2;            ///< scale * log2(e): the forward takes exponentials of two
   uint32_t dropout_seed[2];    ///< Philox key: low, high
   uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
@@ -63,9 +64,11 @@ struct AttentionParams {
   int32_t padding;
 };
 
-/// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal + ORCHARD_WINDOW_OPEN.
+/// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal +
+/// ORCHARD_WINDOW_OPEN.
 #define ORCHARD_MAX_LENGTH (1 << 28)
 #define ORCHARD_WINDOW_OPEN (1 << 30)
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 16 * 4, "host and shader must agree on AttentionParams");
+static_assert(
+    sizeof(AttentionParams) == 8 * 32 + 16 * 4, "host and shader must agree on AttentionParams");

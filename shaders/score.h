@@ -4,14 +4,14 @@
 #include "params.h"
 #include "tile.h"
 
-/// s = scale * log2(e) * (q k^T): from here on exponentials are powers of two.
+/// s = scale * (q k^T), or scale * log2(e) * (q k^T) where exponentials are powers of two.
 template <int ROWS, int COLS>
-METAL_FUNC void score(thread Tile<float, ROWS, COLS>& s, constant AttentionParams& params) {
+METAL_FUNC void score(thread Tile<float, ROWS, COLS>& s, float scale) {
   ORCHARD_UNROLL
   for (int r = 0; r < ROWS; r++) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      s.fragments[r][c] *= params.scale_log2;
+      s.fragments[r][c] *= scale;
     }
   }
 }

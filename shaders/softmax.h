@@ -3,6 +3,8 @@
 
 #include "tile.h"
 
+constant float kLn2Low = -1.904654e-9f;  // ln(2) - M_LN2_F
+
 /// exp2 of scores; the fast variant's error is far below that of the operands' rounding.
 METAL_FUNC float exp2_score(float x) { return fast::exp2(x); }
 
@@ -50,23 +52,30 @@ struct OnlineSoftmax {
 
   /// Natural logarithm of the row's denominator; -inf for a row without a key.
   METAL_FUNC float lse(int r, float total) const {
-    return total == 0.0f ? -INFINITY : (maximum[r] + log2(total)) * M_LN2_F;
+    // ln(2) in two parts: the backward needs every bit of lse, whose error is the weights' relative
+    // one.
+    const float small = fma(maximum[r], kLn2Low, log(total));
+    return total == 0.0f ? -INFINITY : fma(maximum[r], M_LN2_F, small);
   }
 };
 
-/// lse as the backward uses it: in powers of two, 0 for a row without a key (whose weights are all
-/// masked or exp2(-inf), so that 0 is what they stay).
-METAL_FUNC float finite_lse_log2(float lse) { return lse == -INFINITY ? 0.0f : lse * M_LOG2E_F; }
+/// lse as the backward uses it: 0 for a row without a key, whose weights are all masked (or
+/// exp(-inf)), so that 0 is what they stay.
+METAL_FUNC float finite_lse(float lse) { return lse == -INFINITY ? 0.0f : lse; }
 
-/// p = exp2(s - lse) with a row-wise lse.
+/// A weight from its score and its row's lse. The difference is taken before the change to powers
+/// of two: near the largest scores it is exact.
+METAL_FUNC float weight(float score, float lse) { return exp2_score((score - lse) * M_LOG2E_F); }
+
+/// p = exp(s - lse) with a row-wise lse.
 template <int ROWS, int COLS>
-METAL_FUNC void exp2_rows(thread Tile<float, ROWS, COLS>& s, thread const float* lse) {
+METAL_FUNC void weights(thread Tile<float, ROWS, COLS>& s, thread const float* lse) {
   ORCHARD_UNROLL
   for (int r = 0; r < ROWS; r++) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - lse[r]);
-      s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - lse[r]);
+      s.fragments[r][c].x = weight(s.fragments[r][c].x, lse[r]);
+      s.fragments[r][c].y = weight(s.fragments[r][c].y, lse[r]);
     }
   }
 }

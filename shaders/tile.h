@@ -1,5 +1,5 @@
-// Register tiles of 8 x 8 fragments and the few verbs the kernels are written in. The only file that
-// knows simdgroup matrices.
+// Register tiles of 8 x 8 fragments and the few verbs the kernels are written in. The only file
+// that knows simdgroup matrices.
 #pragma once
 
 #include <metal_simdgroup>
@@ -99,8 +99,7 @@ METAL_FUNC void mma_ABt(
 
 /// o += p b; p is ROWS x DEPTH fragments, b is DEPTH x COLS fragments of shared rows.
 template <int ROWS, int COLS, int DEPTH, typename T, typename F, int LD>
-METAL_FUNC void mma_AB(
-    thread Tile<float, ROWS, COLS>& o, thread const Tile<F, ROWS, DEPTH>& p,
+METAL_FUNC void mma_AB(thread Tile<float, ROWS, COLS>& o, thread const Tile<F, ROWS, DEPTH>& p,
     SharedBlock<T, F, LD> b) {
   ORCHARD_UNROLL
   for (int k = 0; k < DEPTH; k++) {
@@ -152,8 +151,9 @@ METAL_FUNC void mul_row(thread Tile<float, ROWS, COLS>& x, thread const float* f
   }
 }
 
-/// Transposes 8 x 8 fragments of bits: in, bit c of the low half belongs to this lane's first element
-/// of fragment c, bit c of the high half to its second; out, the same for the transposed fragments.
+/// Transposes 8 x 8 fragments of bits: in, bit c of the low half belongs to this lane's first
+/// element of fragment c, bit c of the high half to its second; out, the same for the transposed
+/// fragments.
 METAL_FUNC uint transpose_bits(uint bits, ushort lane) {
   // A row index is lane bits (4, 2, 1), a column index lane bits (3, 0) and the element: swap them.
   const uint by_24 = simd_shuffle_xor(bits, ushort(24));

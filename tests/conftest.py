@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,11 @@ def fresh_stats() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     """A fallback that no test asked for is an error. (In pyproject it would import the package too early.)"""
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
+
+
+@pytest.fixture
+def quiet_fallback() -> Iterator[None]:
+    """For tests of what runs on the reference on mps by design."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", orchard_ops.OrchardFallbackWarning)
+        yield

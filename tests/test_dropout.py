@@ -48,7 +48,9 @@ def _metal_forward_mask(p: float, batch: int, heads: int, q_len: int, kv_len: in
         parts.append(out[..., :width].cpu())
     weights = torch.cat(parts, dim=-1)
     kept = weights > 0
-    torch.testing.assert_close(weights[kept], torch.tensor(dropout.rescale(p) / kv_len).expand(int(kept.sum())))
+    torch.testing.assert_close(
+        weights[kept], torch.tensor(dropout.rescale(p) / kv_len).expand(int(kept.sum()))
+    )
     return kept
 
 

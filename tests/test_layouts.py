@@ -91,7 +91,9 @@ def test_expanded_gradient_as_sum_makes_it():
     case = Case(40, 50, 32)
     q, k, v, _ = case.operands()
     do = torch.ones(()).expand(q.shape)
-    results = run(case, q.to("mps"), k.to("mps"), v.to("mps"), torch.ones((), device="mps").expand(q.shape))
+    results = run(
+        case, q.to("mps"), k.to("mps"), v.to("mps"), torch.ones((), device="mps").expand(q.shape)
+    )
     ref, eager = (case.math(t, q, k, v, do) for t in (torch.float64, torch.float32))
     assert_attention_close(results, ref, eager)
 

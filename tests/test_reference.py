@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,9 @@ def test_obeys_the_tolerance_rule(case: Case, dtype: torch.dtype):
 def test_float64_is_exact(case: Case):
     operands = [x.double() for x in case.operands()]
     ref = case.math(torch.float64, *operands)
-    for x, expected in zip(run(case, *operands, impl="auto"), (ref.out, ref.lse, ref.dq, ref.dk, ref.dv)):
+    for x, expected in zip(
+        run(case, *operands, impl="auto"), (ref.out, ref.lse, ref.dq, ref.dk, ref.dv)
+    ):
         torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -111,7 +112,9 @@ def test_masks_as_sdpa(kind: str, dtype: torch.dtype):
     )
     torch.testing.assert_close(out, expected)
     do = torch.randn_like(out)
-    for x, y in zip(torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+    for x, y in zip(
+        torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)
+    ):
         torch.testing.assert_close(x, y)
 
 

@@ -295,24 +295,6 @@ def test_attention_dropout_needs_gradients():
     F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).sum().backward()
 
 
-def test_attention_may_be_replaced_by_a_library():
-    """As on a Mac: nothing sits at MPS and AutogradMPS, so a kernel that is put there wins."""
-    name = "aten::scaled_dot_product_attention"
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "MPS")
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradMPS")
-    q = torch.randn(1, 1, 4, 8, device=MPS, requires_grad=True)
-    library = torch.library.Library("aten", "IMPL")
-    for key in ("MPS", "AutogradMPS"):
-        library.impl("scaled_dot_product_attention", lambda q, k, v, *_, **__: v * 2, key)
-    try:
-        assert torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2)
-        with torch.inference_mode():
-            assert torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2)
-    finally:
-        library._destroy()
-    assert not torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype):
     x = torch.randn(4, 4, device=MPS)

@@ -15,7 +15,7 @@ import pytest
 import simulator
 import torch
 import torch.nn.functional as F
-from simulator import build
+from simulator import build, engine
 
 if sys.platform != "linux":
     pytest.skip("the simulated device is for Linux", allow_module_level=True)
@@ -145,6 +145,34 @@ def test_cpu_tensor_is_refused(extension):
         extension.saxpy(x, y, 1.0, False)
     with pytest.raises(RuntimeError):
         extension.saxpy(x.to(MPS), y, 1.0, False)
+
+
+def test_arguments_are_released(extension):
+    x, y = (t.to(MPS) for t in tensors(1000))
+    before = simulator.memory().allocated
+    extension.saxpy(x, y, 1.0, False)
+    assert simulator.memory().allocated == before
+    del x, y
+    assert simulator.memory().allocated == before - 8000
+
+
+def test_raw_buffers():
+    """aoti_torch_mps_malloc and its kin, which AOTInductor's generated code calls."""
+    shims = ctypes.CDLL(None)
+    before = simulator.memory().allocated
+    buffer = ctypes.c_void_p()
+    assert shims.aoti_torch_mps_malloc(ctypes.byref(buffer), ctypes.c_size_t(8)) == 0
+    assert buffer.value >> 62 == 1 and simulator.memory().allocated == before + 8
+    size = ctypes.c_size_t
+    assert shims.aoti_torch_mps_memcpy(buffer, size(2), size(1), size(3), b"-abc-") == 0
+    x = torch.zeros(8, dtype=torch.uint8, device=MPS)
+    to = ctypes.c_void_p(x.data_ptr())
+    assert shims.aoti_torch_mps_copy_buffer(buffer, to, size(3), size(2), size(4)) == 0
+    assert bytes(x.tolist()) == b"\0\0\0\0abc\0"
+    assert shims.aoti_torch_mps_free(buffer) == 0
+    assert simulator.memory().allocated == before + 8  # x
+    assert shims.aoti_torch_mps_free(buffer) != 0
+    assert "not allocated" in last_shim_error()
 
 
 def last_shim_error() -> str:
@@ -278,7 +306,7 @@ def test_shader_includes_pytorchs_headers():
     assert x.eq(0.5).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 50), (4, 1024)])
+@pytest.mark.parametrize("shape", [(3, 20), (4, 1024)])
 def test_inductor(shape):
     """torch.compile writes Metal for mps; the device runs it."""
 
@@ -353,6 +381,25 @@ def test_check_switches_at_once():
             library.scale(out, x[4:], 4.0)  # reads past the end
     library.scale(out, x, 5.0)
     assert out.eq(5).all()
+
+
+def test_schedule_seed_reaches_the_engine(shaders, monkeypatch):
+    seeds = []
+    launch = engine.Library.launch
+
+    def spy(self, *arguments, seed=None, **options):
+        seeds.append(seed)
+        return launch(self, *arguments, seed=seed, **options)
+
+    monkeypatch.setattr(engine.Library, "launch", spy)
+    x = torch.ones(4, device=MPS)
+    shaders.scale(x, x, 1.0)
+    simulator.schedule_seed(7)
+    try:
+        shaders.scale(x, x, 1.0)
+    finally:
+        simulator.schedule_seed(None)
+    assert seeds == [None, 7]
 
 
 # ------------------------------------------------------------------------------------- faults

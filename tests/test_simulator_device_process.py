@@ -56,6 +56,20 @@ simulator.enable()
     assert "RuntimeError: simulator: enabled too late" in result.stderr
 
 
+def test_what_may_come_before_enabling():
+    code = """
+import torch
+torch.manual_seed(0)
+torch.randn(3, generator=torch.Generator()) + torch.rand(3)
+torch.nn.Linear(2, 2)(torch.ones(2))
+import simulator
+simulator.enable()
+print(torch.ones(1, device="mps").item())
+"""
+    result = python("-c", code)
+    assert result.stdout == "1.0\n", result.stderr
+
+
 def test_importing_needs_no_torch():
     result = python("-c", "import sys, simulator; print('torch' in sys.modules)")
     assert result.stdout == "False\n", result.stderr
@@ -93,6 +107,30 @@ def test_concurrent_builds_compile_once(tmp_path):
     assert sum("compiling" in err for _, err in results) == 1
     assert len(list(tmp_path.glob("*.so"))) == 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# ----------------------------------------------------------------------------------- dispatch
+
+
+def test_attention_may_be_replaced_by_a_library():
+    """As on a Mac: nothing sits at MPS and AutogradMPS, so a kernel that is put there wins."""
+    code = """
+import torch, torch.nn.functional as F
+name = "aten::scaled_dot_product_attention"
+q = torch.randn(1, 1, 4, 8, device="mps", requires_grad=True)
+library = torch.library.Library("aten", "IMPL")
+for key in ("MPS", "AutogradMPS"):
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    library.impl("scaled_dot_product_attention", lambda q, k, v, *_, **__: v * 2, key)
+print(torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2))
+with torch.inference_mode():
+    print(torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2))
+library._destroy()
+print(torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2))
+"""
+    result = python("-m", "simulator", "-c", code)
+    assert result.stdout.split() == ["True", "True", "False"], result.stderr
+    assert "Overriding a previously registered kernel" not in result.stderr
 
 
 # --------------------------------------------------------------- the two generations of torch

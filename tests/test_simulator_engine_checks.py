@@ -1,4 +1,4 @@
-"""Check mode: every fault of the corpus is reported at its line, and the legal twins stay silent."""
+"""Check mode: every fault of the corpus is reported at its line, its legal twin stays silent."""
 
 import re
 
@@ -118,10 +118,10 @@ kernel void threadgroup_pointer(OUT, TID) {
 
 // ---- device memory
 kernel void write_behind(OUT, TID) {
-  o[t + 1] = 1;  // expect: out-of-bounds device write of 4 bytes; nearest is buffer.0. .* offset 256
+  o[t + 1] = 1;  // expect: out-of-bounds device write of 4 bytes; nearest is buffer.0. .* 256$
 }
 kernel void read_before(OUT, const device float* i [[buffer(1)]], TID) {
-  o[t] = i[int(t) - 1];  // expect: out-of-bounds device read .* buffer.1. of 256 bytes, at offset -4
+  o[t] = i[int(t) - 1];  // expect: device read .* buffer.1. of 256 bytes, at offset -4
 }
 kernel void write_read_only(OUT, device float* i [[buffer(1)]], TID) {
   i[t] = 1;  // expect: device write of 4 bytes in buffer.1., which is read-only
@@ -140,7 +140,7 @@ kernel void constant_behind(OUT, constant float* i [[buffer(1)]], TID) {
   o[t] = i[t * 2];  // expect: out-of-bounds constant read
 }
 kernel void atomic_behind(device atomic_uint* o [[buffer(0)]], TID) {
-  atomic_fetch_add_explicit(o + t + 1, 1u, memory_order_relaxed);  // expect: out-of-bounds device at
+  atomic_fetch_add_explicit(o + t + 1, 1u, memory_order_relaxed);  // expect: out-of-bounds device
 }
 
 // ---- alignment
@@ -248,7 +248,9 @@ def corpus():
 
 
 def run(library, name, **options):
-    out, read_only = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    # An access behind a buffer counts as legal if another buffer begins there: keep them apart.
+    memory = np.zeros((3, 64), np.float32)
+    out, read_only = memory[0], memory[2]
     arguments = {0: out, 1: read_only}
     arrays.launch(library, name, (64, 1, 1), (64, 1, 1), arguments, writable=[0], **options)
 
@@ -339,6 +341,9 @@ kernel void division(device int* o [[buffer(0)]], uint t [[thread_position_in_gr
   o[t] = 7 / o[t];
 }
 inline int deep(int n) { volatile int big[4096]; big[n & 4095] = n; return big[n & 4095]; }
+kernel void misaligned(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  if (t == 0) ((device float4*)(o + 1))[2] = float4(0);
+}
 kernel void fine(device int* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
   o[t] = deep(t);
 }"""
@@ -347,5 +352,7 @@ kernel void fine(device int* o [[buffer(0)]], uint t [[thread_position_in_grid]]
     for name, text in [("wild", "memory fault|out-of-bounds"), ("division", "division")]:
         with pytest.raises(engine.KernelError, match=rf"program_source:\d+: kernel.*({text})"):
             arrays.launch(library, name, (64, 1, 1), (64, 1, 1), {0: out})
+    if not check:  # right on the CPU, wrong on a GPU
+        arrays.launch(library, "misaligned", (64, 1, 1), (64, 1, 1), {0: out})
     arrays.launch(library, "fine", (64, 1, 1), (64, 1, 1), {0: out})
     assert (out == np.arange(64)).all()

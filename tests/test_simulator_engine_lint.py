@@ -14,11 +14,11 @@ REFUSED = {
         "cannot initialize",
     ),
     "threadgroup to thread pointer": (
-        f"kernel void k({OUT}, {TID}) {{ threadgroup float s[4]; thread float* p = s; o[0] = p[0]; }}",
+        f"kernel void k({OUT}) {{ threadgroup float s[4]; thread float* p = s; o[0] = p[0]; }}",
         "cannot initialize",
     ),
     "device lvalue as thread reference": (
-        "void f(thread float& x) { x = 1; } " f"kernel void k({OUT}, {TID}) {{ f(o[t]); }}",
+        f"void f(thread float& x) {{ x = 1; }} kernel void k({OUT}, {TID}) {{ f(o[t]); }}",
         "no matching function",
     ),
     "write through constant": (
@@ -30,7 +30,7 @@ REFUSED = {
         "const",
     ),
     "dropped const": (
-        f"kernel void k(const device float* c [[buffer(0)]], {TID}) {{ device float* p = c; p[t] = 1; }}",
+        "kernel void k(const device float* c [[buffer(0)]]) { device float* p = c; p[0] = 1; }",
         "cannot initialize",
     ),
     "parameter without attribute": (
@@ -45,7 +45,10 @@ REFUSED = {
         f"kernel void k(device float* o [[buffer(31)]], {TID}) {{ o[t] = 1; }}",
         "Metal has 31 buffers",
     ),
-    "double": (f"kernel void k(device double* o [[buffer(0)]], {TID}) {{ o[t] = 1; }}", "no double"),
+    "double": (
+        f"kernel void k(device double* o [[buffer(0)]], {TID}) {{ o[t] = 1; }}",
+        "no double",
+    ),
     "long double literal": (f"kernel void k({OUT}, {TID}) {{ o[t] = 1.0L; }}", "no long double"),
     "pointer without address space": (
         "void f(float* x) { x[0] = 1; } "
@@ -65,40 +68,43 @@ REFUSED = {
     "exceptions": (f"kernel void k({OUT}) {{ throw 1; }}", "no exceptions"),
     "goto": (f"kernel void k({OUT}) {{ x: o[0] = 1; goto x; }}", "no goto"),
     "implicit vector conversion": (
-        f"kernel void k(device float2* o [[buffer(0)]], {TID}) {{ half2 h = half2(1, 2); o[t] = h; }}",
+        "kernel void k(device float2* o [[buffer(0)]]) { half2 h = half2(1, 2); o[0] = h; }",
         "half2|_Float16",
     ),
     "wrong number of components": (
-        f"kernel void k(device float4* o [[buffer(0)]]) {{ o[0] = float4(1, 2, 3); }}",
+        "kernel void k(device float4* o [[buffer(0)]]) { o[0] = float4(1, 2, 3); }",
         "wrong number of components",
     ),
     "syntax": (f"kernel void k({OUT}) {{ o[0] = ; }}", "expected expression"),
     "unmatched bracket": (f"kernel void k({OUT}) {{ o[0 = 1; }}", "unmatched"),
     "missing header": ("#include <c10/metal/utils.h>", "file not found"),
     "standard library": (f"kernel void k({OUT}) {{ o[0] = std::exp(1.0f); }}", "std"),
-    "duplicate name": (f"kernel void k({OUT}) {{}} [[host_name(\"k\")]] kernel void j({OUT}) {{}}", "two"),
+    "duplicate name": (
+        f'kernel void k({OUT}) {{}} [[host_name("k")]] kernel void j({OUT}) {{}}',
+        "two",
+    ),
     "concepts": (
         "template <typename T> concept C = true; template <C T> T f(T x) { return x; } "
         f"kernel void k({OUT}) {{ o[0] = f(1.0f); }}",
-        "C\\+\\+20|C\\+\\+ standards before",
+        "C\\+\\+17 at most",
     ),
 }
 
 ACCEPTED = {
     "plain": f"kernel void k({OUT}, {TID}) {{ o[t] = 1; }}",
     "deleted function": f"struct S {{ S() = delete; }}; kernel void k({OUT}) {{}}",
-    "member called new": f"struct S {{ int a; }}; kernel void k({OUT}) {{ S s = {{1}}; o[0] = s.a; }}",
+    "aggregate": f"struct S {{ int a; }}; kernel void k({OUT}) {{ S s = {{1}}; o[0] = s.a; }}",
     "constexpr if": (
         "template <bool B> float f() { if constexpr (B) return 1; else return 2; } "
         f"kernel void k({OUT}) {{ o[0] = f<true>(); }}"
     ),
-    "unnumbered buffers": f"kernel void k(device float* a, constant float& b, {TID}) {{ a[t] = b; }}",
+    "unnumbered buffers": "kernel void k(device float* a, constant float& b) { a[0] = b; }",
     "method for device objects": (
         "struct S { float a; float get() const device { return a; } }; "
         f"kernel void k({OUT}) {{ o[0] = 1; }}"
     ),
     "kernel in a namespace": (
-        f"namespace n {{ template <typename T> kernel void k(device T* o) {{ o[0] = 1; }} }} "
+        "namespace n { template <typename T> kernel void k(device T* o) { o[0] = 1; } } "
         'template [[host_name("k")]] [[kernel]] decltype(n::k<float>) n::k<float>;'
     ),
 }
@@ -123,8 +129,8 @@ def test_source_must_be_ascii():
 
 
 def test_newer_language_is_a_warning():
-    source = f"template <class... T> float f(T... x) {{ return (x + ...); }} kernel void k({OUT}) {{ o[0] = f(1.0, 2.0); }}"
-    library = engine.compile(HEAD + source)
+    fold = "template <class... T> float f(T... x) { return (x + ...); } "
+    library = engine.compile(HEAD + fold + f"kernel void k({OUT}) {{ o[0] = f(1.0, 2.0); }}")
     assert "before C++17" in library.warnings[0]
     assert engine.compile(HEAD + ACCEPTED["plain"]).warnings == []
 
@@ -134,4 +140,6 @@ def test_line_numbers_follow_line_directives_and_includes(tmp_path):
     with pytest.raises(engine.CompileError, match=r"body\.h:3:.*oops"):
         engine.compile('#include "body.h"\n', include_dirs=[tmp_path])
     with pytest.raises(engine.CompileError, match=r"template\.metal:41:.*oops"):
-        engine.compile('#line 40 "template.metal"\n\nkernel void k(device float* o) { o[0] = oops; }')
+        engine.compile(
+            '#line 40 "template.metal"\n\nkernel void k(device float* o) { o[0] = oops; }'
+        )

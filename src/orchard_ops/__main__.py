@@ -53,8 +53,10 @@ def _add_demo(commands: Any) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line. A command is a parser whose default `command` runs it: args -> exit status."""
-    parser = argparse.ArgumentParser(prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs.")
+    """The command line. Each command's parser sets `command`: parsed arguments -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
+    )
     commands = parser.add_subparsers(title="commands")
     for add in (_add_demo,):
         add(commands)

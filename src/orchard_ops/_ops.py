@@ -142,14 +142,16 @@ def _forward_reference(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, impl, reason = args
     _calls.record_reference("flash_attn_fwd", reason, inputs[0].device.type, impl)
     query, key, value, *scoring = inputs
-    return reference.forward(query, key, value, reference.Scoring(*scoring))
+    with torch.autocast(query.device.type, enabled=False):  # the precision is chosen here
+        return reference.forward(query, key, value, reference.Scoring(*scoring))
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     *inputs, mask_grad, impl, reason = args
     _calls.record_reference("flash_attn_bwd", reason, inputs[2].device.type, impl)
     tensors, scoring = inputs[:7], inputs[7:]
-    return reference.backward(*tensors, reference.Scoring(*scoring), mask_grad)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return reference.backward(*tensors, reference.Scoring(*scoring), mask_grad)
 
 
 def _forward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:

@@ -64,9 +64,7 @@ def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{op}: key must have query's head_dim {query.shape[3]}; got {key.shape[3]}"
         )
     if value.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"{op}: value must have key's {key.shape[1]} heads; got {value.shape[1]}"
-        )
+        raise ValueError(f"{op}: value must have key's {key.shape[1]} heads; got {value.shape[1]}")
     if value.shape[2] != key.shape[2]:
         raise ValueError(f"{op}: value must have key's length {key.shape[2]}; got {value.shape[2]}")
     if query.shape[3] == 0 or value.shape[3] == 0:

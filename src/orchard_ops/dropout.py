@@ -90,9 +90,7 @@ def keep_block(
         seed,
     )
     # (B, H, row group, 8, column group, 4, row block, column block, half)
-    draws = torch.stack(words, dim=-1).view(
-        batch, num_heads, row_groups, 8, col_groups, 4, 2, 2, 1
-    )
+    draws = torch.stack(words, dim=-1).view(batch, num_heads, row_groups, 8, col_groups, 4, 2, 2, 1)
     draws = (draws >> torch.tensor([0, 16], device=device)) & (RESOLUTION - 1)
     keep = draws >= threshold(dropout_p)
     keep = keep.permute(0, 1, 2, 6, 3, 4, 7, 5, 8).reshape(

@@ -74,6 +74,4 @@ def explain(
     if plan["refusal"]:
         return Explanation("reference", plan["refusal"], plan["advice"], (), {})
     tiles = {k["name"]: k["tile"] for k in plan["kernels"]}
-    return Explanation(
-        "metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles
-    )
+    return Explanation("metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles)

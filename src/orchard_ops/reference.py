@@ -59,6 +59,8 @@ class _Block:
 
 
 def _blocks(batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring) -> Iterator[_Block]:
+    if batch * num_heads == 0:
+        return
     step = _BLOCK_ELEMENTS // max(1, batch * num_heads * kv_len)
     step = max(dropout.GROUP, step // dropout.GROUP * dropout.GROUP)
     for row0 in range(0, q_len, step):
@@ -235,7 +237,9 @@ def backward(
             dq[:, :, block.rows] = 0.0
             continue
         q, x, slope = p.scores(block)
-        weights = x.sub_(row_lse.masked_fill(row_lse == -math.inf, 0.0)).exp_()  # P (B, Hq, rows, cols)
+        weights = x.sub_(
+            row_lse.masked_fill(row_lse == -math.inf, 0.0)
+        ).exp_()  # P (B, Hq, rows, cols)
         kv_shape = (p.batch, p.num_kv_heads, -1, weights.shape[-1])
         do = p.rows_by_kv_head(dout, block)
         keep = p.keep(block)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(
     """Trains, compares, reports.
 
     Args:
-        args: steps, device ("auto", "mps" or "cpu"), output, json, seed, as ``__main__`` parses them.
+        args: steps, device, output, json, sample_bytes, seed, as ``__main__`` parses them.
         model, training: other sizes than the demo's; args.steps and args.seed hold in any case.
         attention: of the model under test.
 
@@ -68,9 +69,11 @@ def run(
         comparison = train_twins(
             model, training, corpus, place.device, recorder, sdpa_math_attention, on_step
         )
-    sample = generate(
-        comparison.device_run.model, _PROMPT.encode(), args.sample_bytes, seed=args.seed
-    )
+    sample = b""
+    if math.isfinite(comparison.device_held_out):
+        sample = generate(
+            comparison.device_run.model, _PROMPT.encode(), args.sample_bytes, seed=args.seed
+        )
     figure = Path(args.output) / "loss.png"
     report.save_figure(comparison, place, figure)
     outcome = Outcome(
@@ -102,4 +105,6 @@ class _KernelNames:
 def _printable(text: bytes) -> str:
     """Bytes as text for a terminal: an untrained model may write control characters."""
     decoded = text.decode(errors="replace").expandtabs(4)
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+    return "".join(
+        c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded
+    )

@@ -1,4 +1,4 @@
-"""The two attention functions that the demo compares: the op, and PyTorch's own in plain matmuls."""
+"""The two attention functions that the demo compares: the op, and PyTorch's math path."""
 
 from __future__ import annotations
 

@@ -76,8 +76,6 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(context_length + 1)
     while True:
-        starts = torch.randint(
-            len(text) - context_length, (batch_size, 1), generator=generator
-        )
+        starts = torch.randint(len(text) - context_length, (batch_size, 1), generator=generator)
         excerpt = text[starts + offsets].long()
         yield excerpt[:, :-1], excerpt[:, 1:]

@@ -1,7 +1,7 @@
 """A byte-level GPT with grouped-query attention whose attention function is an argument.
 
-Attention dropout is the only randomness in training: two models that start from the same weights and
-see the same dropout masks compute the same losses, whatever their attention function is made of.
+Attention dropout is the only randomness in training: two models that start from the same weights
+and see the same dropout masks compute the same losses, whatever computes their attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""Causal attention: query (B, Hq, L, D), key and value (B, Hkv, L, D), dropout_p -> (B, Hq, L, D)."""
+"""Causal: query (B, Hq, L, D), key and value (B, Hkv, L, D), dropout_p -> (B, Hq, L, D)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention (B, L, width) -> (B, L, width) with fewer key/value than query heads."""
+    """Causal self-attention (B, L, width) -> (B, L, width), several query heads per key head."""
 
     def __init__(self, config: ModelConfig, attention: Attention):
         super().__init__()
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes (B, L) int64 -> logits of the next byte (B, L, vocab_size). The head is the embedding."""
+    """Bytes (B, L) int64 -> next-byte logits (B, L, vocab_size); the head is the embedding."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -133,9 +133,10 @@ class GPT(nn.Module):
 def generate(
     model: GPT, prompt: bytes, num_bytes: int, *, temperature: float = 0.7, seed: int = 0
 ) -> bytes:
-    """Continues the prompt by num_bytes sampled bytes. Every byte runs the model on its whole context.
+    """Continues the prompt by num_bytes sampled bytes.
 
-    The sampling itself runs on the cpu, so that a seed gives the same draws on every device.
+    Every byte runs the model on its whole context. The sampling itself runs on the cpu, so that a
+    seed gives the same draws on every device.
     """
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)

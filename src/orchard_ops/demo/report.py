@@ -119,7 +119,10 @@ def _table(outcome: Outcome) -> Table:
     device_speed = f"{device_run.tokens_per_second(tokens):,.0f}"
     if outcome.place.kind == "simulated":
         device_speed += " (simulated)"
-    table = Table("", f"{outcome.place.device} (op)", "cpu (SDPA math)")
+    table = Table()
+    table.add_column(no_wrap=True)
+    table.add_column(f"{outcome.place.device} (op)", overflow="fold")  # kernel names are long
+    table.add_column("cpu (SDPA math)")
     table.add_row("first train loss", f"{device_run.losses[0]:.6f}", f"{cpu_run.losses[0]:.6f}")
     table.add_row("last train loss", f"{device_run.losses[-1]:.6f}", f"{cpu_run.losses[-1]:.6f}")
     table.add_row(
@@ -130,12 +133,12 @@ def _table(outcome: Outcome) -> Table:
     table.add_row("steps", str(outcome.training.steps), "")
     table.add_row("max relative difference", f"{worst:.1e} at step {step}", "")
     for op, count in calls.metal.items():
-        table.add_row(f"Metal calls of {op}", str(count), "")
+        table.add_row(f"Metal: {op}", f"{count} calls", "")
     for kernel in outcome.kernels:
-        table.add_row("kernel of a training call", kernel, "")
+        table.add_row("kernel of training", kernel, "")
     for reason, ops in calls.reference.items():
         for op, count in ops.items():
-            table.add_row(f"reference calls of {op}", str(count), "")
+            table.add_row(f"reference: {op}", f"{count} calls", "")
         table.add_row("because", reason, "")
     table.add_row("fallbacks on mps", str(calls.fallbacks), "")
     table.add_row("time", f"{outcome.seconds:.0f} s", "")
@@ -160,7 +163,10 @@ def save_figure(comparison: Comparison, place: Place, path: Path) -> None:
     losses.legend()
     # A difference of exactly 0 has no place on a logarithmic axis.
     visible = [d if d > 0 else math.nan for d in comparison.relative_differences]
-    difference.semilogy(steps, visible, ".", markersize=3)
+    top = max([TOLERANCE, *(d for d in visible if math.isfinite(d))])
+    difference.set_yscale("log")
+    difference.set_ylim(1e-9, 10 * top)
+    difference.plot(steps, visible, ".", markersize=3)
     difference.axhline(TOLERANCE, color="red", linewidth=0.8, label="tolerance")
     difference.set_ylabel("|difference| / loss")
     difference.set_xlabel("step")

@@ -1,4 +1,4 @@
-"""Two runs in lockstep: the same model, weights, batches and dropout masks; two attention functions."""
+"""Two runs in lockstep: same model, weights, batches and dropout masks; two attentions."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def train_twins(
             before = torch.get_rng_state()
             device_run.step(tokens, targets, rate, max_norm)
             after = torch.get_rng_state()
-            # The twin starts from the state that the first model started from: same seeds, same masks.
+            # From the state that the first model started from: same seeds, same masks.
             torch.set_rng_state(before)
             cpu_run.step(tokens, targets, rate, max_norm)
             if not torch.equal(torch.get_rng_state(), after):

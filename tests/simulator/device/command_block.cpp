@@ -4,11 +4,13 @@
 
 #include <atomic>
 #include <mutex>
+#include <vector>
 
 namespace simulator {
 namespace {
 
 thread_local uint64_t this_threads_block = 0;
+thread_local std::vector<at::Tensor> kept_tensors;
 
 }  // namespace
 
@@ -20,6 +22,9 @@ void run_command_block(const std::function<void()>& body) {
   static std::atomic<uint64_t> blocks{0};
   TORCH_CHECK(!in_command_block(),
       "simulator: runCommandBlock() inside a command block; on a Mac this deadlocks");
+  struct FreeTensors {
+    ~FreeTensors() { kept_tensors.clear(); }
+  } after_the_turn;
   std::lock_guard<std::mutex> turn(queue);
   struct Scope {
     explicit Scope(uint64_t block) { this_threads_block = block; }
@@ -27,5 +32,7 @@ void run_command_block(const std::function<void()>& body) {
   } scope(++blocks);
   body();
 }
+
+void keep_until_block_ends(at::Tensor tensor) { kept_tensors.push_back(std::move(tensor)); }
 
 }  // namespace simulator

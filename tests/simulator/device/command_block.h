@@ -1,6 +1,8 @@
 // Command blocks: code between runCommandBlock's braces runs on the stream's serial queue.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <functional>
 
@@ -18,5 +20,9 @@ bool in_command_block();
 
 // A number for the block this thread is in, different for every block; 0 outside.
 uint64_t current_command_block();
+
+// Keeps a tensor alive until the end of the block this thread is in. A bound argument may be freed
+// before the dispatch; and no longer than that, or memory() would count it for too long.
+void keep_until_block_ends(at::Tensor tensor);
 
 }  // namespace simulator

@@ -19,7 +19,7 @@ std::atomic<int64_t> allocated{0}, peak{0}, allocations{0};
 
 // Reading memory that nothing has written must show: 0xFF bytes are NaN in every float type.
 constexpr int kPoisonByte = 0xFF;
-constexpr size_t kAlignment = 256;  // what Metal guarantees at least for buffers
+constexpr size_t kAlignment = 256;  // more than any Metal type asks for
 
 struct Block {
   void* host = nullptr;

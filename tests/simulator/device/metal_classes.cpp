@@ -28,7 +28,6 @@ struct Encoder {
   struct Bound {
     SimulatorArgument argument{};
     std::vector<char> bytes;  // the copy that setBytes makes
-    at::Tensor tensor;        // kept alive until the encoder goes
   };
   std::map<unsigned, Bound> bound;
   uint64_t block = current_command_block();
@@ -73,9 +72,11 @@ void dispatch_threads(const Pipeline& pipeline, Encoder& encoder, Size3 threads,
   }
   std::vector<SimulatorArgument> arguments;
   for (auto& [index, bound] : encoder.bound) arguments.push_back(bound.argument);
-  SimulatorDispatch dispatch{pipeline.library->id, pipeline.kernel.c_str(), arguments.data(),
-      arguments.size(), {}, {},
-      /*corrupt=*/0};
+  SimulatorDispatch dispatch{};
+  dispatch.library = pipeline.library->id;
+  dispatch.kernel = pipeline.kernel.c_str();
+  dispatch.arguments = arguments.data();
+  dispatch.argument_count = arguments.size();
   std::copy(threads.begin(), threads.end(), dispatch.threads);
   std::copy(group.begin(), group.end(), dispatch.group);
   execute(dispatch);
@@ -148,7 +149,7 @@ void MetalKernelFunction::setArg(unsigned index, const at::TensorBase& tensor) {
   }
   TORCH_CHECK(tensor.is_mps(), "Placeholder storage has not been allocated on MPS device!");
   auto& bound = slot(open, index);
-  bound.tensor = at::Tensor(tensor);
+  keep_until_block_ends(at::Tensor(tensor));
   bound.argument = {index, /*is_tensor=*/1, nullptr, 0};
   const auto& storage = tensor.storage();
   const auto offset = static_cast<size_t>(tensor.storage_offset()) * tensor.element_size();

@@ -1,10 +1,11 @@
 """From a Metal source to a shared library in the cache.
 
-1. clang -E with the program's own include directories.  Metal's headers are empty there, so the text
-   holds nothing but the program.  Line markers stay: every message names the original file and line.
+1. clang -E with the program's own include directories.  Metal's headers are empty there, so the
+   text holds nothing but the program.  Line markers stay: every message names the original file and
+   line.
 2. The pre-pass (lint and rewriting).
-3. clang with include/msl as a precompiled header, straight to an object.  In check mode: to LLVM IR,
-   which instrument.py extends by a call for each memory access, then to an object.
+3. clang with include/msl as a precompiled header, straight to an object.  In check mode: to LLVM
+   IR, which instrument.py extends by a call for each memory access, then to an object.
 4. lld.  The runtime is a library of its own, loaded once.
 """
 
@@ -67,8 +68,8 @@ WARNINGS = [
     "-Wpre-c++17-compat",
     "-Werror=pre-c++20-compat",
 ]
-# Without a check a misaligned vector access must not fault: let clang assume no more than a scalar's
-# alignment (which the atomic operations need).
+# Without a check a misaligned vector access must not fault: let clang assume no more than a
+# scalar's alignment (which the atomic operations need).
 PLAIN = ["-O2", "-fmax-type-align=4"]
 CHECKED = [
     "-O2",
@@ -109,10 +110,11 @@ def _language(check: bool) -> list[str]:
 
 def precompiled_header(check: bool) -> Path:
     def make(path: Path) -> None:
-        command = [CLANG, *_language(check), "-x", "c++-header", "-isystem", str(INCLUDE)]
-        # Its inputs are part of the cache's name, so clang need not compare time stamps.
-        command += ["-Xclang", "-fno-pch-timestamp", "-", "-o", str(path)]
-        run(command, "#include <msl/msl.h>\n")
+        command = [CLANG, *_language(check), "-isystem", str(INCLUDE)]
+        # From one preprocessed text, macros included: clang would refuse a header made from files
+        # as soon as one of them is edited while a test run goes on.
+        text = run([*command, "-E", "-dD", "-"], "#include <msl/msl.h>\n").stdout
+        run([*command, "-x", "c++-header", "-", "-o", str(path)], text)
 
     return cache.get("checked.pch" if check else "plain.pch", make)
 
@@ -221,9 +223,7 @@ def _start_worker(request: dict) -> subprocess.Popen:
 def serve() -> None:
     """A worker of compile_many: reads one request, writes one message (or null) for each source."""
     request = json.loads(sys.stdin.readline())
-    options = Options(
-        request["check"], tuple(request["include_dirs"]), tuple(request["defines"])
-    )
+    options = Options(request["check"], tuple(request["include_dirs"]), tuple(request["defines"]))
     messages = []
     for source in request["sources"]:
         try:

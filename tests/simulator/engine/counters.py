@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Counters:
     """Dynamic counts of one launch, summed over its threads.
 
-    The fields up to ``switches`` mirror msl::Counters (include/msl/executor.h), in order.  Loads and
-    stores are counted in check mode only, and as the optimised code makes them: requested bytes,
-    without any cache.
+    The fields up to ``switches`` mirror msl::Counters (include/msl/executor.h), in order.  Loads
+    and stores are counted in check mode only, and as the optimised code makes them: requested
+    bytes, without any cache.
     """
 
     #: 8x8x8 matrix products (one for all 32 lanes of a simdgroup)

@@ -30,7 +30,9 @@ def clean(diagnostics: str) -> str:
     for group in _groups(diagnostics):
         head = _HEAD.match(group[0][0])
         if _in_library(head["place"]):
-            caller = next((n for n in group[1:] if not _in_library(_HEAD.match(n[0])["place"])), None)
+            caller = next(
+                (n for n in group[1:] if not _in_library(_HEAD.match(n[0])["place"])), None
+            )
             place = _HEAD.match(caller[0])["place"] if caller else head["place"]
             result.append(f"{place}: {head['kind']}: {head['text']}")
             result += caller[1:] if caller else []

@@ -10,15 +10,19 @@ from .instruction_classes import classify
 
 _TYPE = r"(?P<type><\d+ x \w+>|\w+)"
 _POINTER = r"(?P<pointer>ptr addrspace\((?P<space>[123])\) (?P<value>getelementptr.*\)|[^,]+))"
-_LOAD = re.compile(rf"\s*%\S+ = load (?:atomic )?(?:volatile )?{_TYPE}, {_POINTER}, align (?P<align>\d+)")
+_LOAD = re.compile(
+    rf"\s*%\S+ = load (?:atomic )?(?:volatile )?{_TYPE}, {_POINTER}, align (?P<align>\d+)"
+)
 _STORE = re.compile(rf"\s*store (?:volatile )?{_TYPE} .*?, {_POINTER}, align (?P<align>\d+)")
 _ACCESS = re.compile(r"\b(?:load|store|atomicrmw|cmpxchg) .*addrspace\([123]\)")
 _MEMORY_CALL = re.compile(r"@llvm\.mem(?P<what>cpy|move|set)\S*\((?P<arguments>.*)\)")
-_MEMORY_ARGUMENT = re.compile(r"ptr (?:addrspace\((?P<space>[123])\) )?(?P<flags>.*?)(?P<value>[%@]\S+)$")
+_MEMORY_ARGUMENT = re.compile(
+    r"ptr (?:addrspace\((?P<space>[123])\) )?(?P<flags>.*?)(?P<value>[%@]\S+)$"
+)
 _DEBUG = re.compile(r", (!dbg !\d+)")
 _LABEL = re.compile(r'[-\w.$"]+:')
-# The library's own functions do not count as the kernel's instructions; the table of entries runs on
-# no lane at all.
+# The library's own functions do not count as the kernel's instructions; the table of entries runs
+# on no lane at all.
 _LIBRARY_FUNCTION = re.compile(r"@_ZN3msl(7backend|4core)|msl_entry_\d+3runE|@msl_entries_")
 _BYTES = {"double": 8, "half": 2, "bfloat": 2, "float": 4, "ptr": 8}
 

@@ -2,8 +2,8 @@
 
 The pre-pass works on tokens instead of a syntax tree because clang refuses, while parsing, the very
 constructs that have to be rewritten (attributes on explicit instantiations, variables in the
-threadgroup address space, ``float4(a, b)``).  After preprocessing, a ``#`` starts a line marker or a
-pragma; both count as white space.
+threadgroup address space, ``float4(a, b)``).  After preprocessing, a ``#`` starts a line marker or
+a pragma; both count as white space.
 """
 
 import re
@@ -29,7 +29,7 @@ class Token:
     space always stays, so that diagnostics keep their line numbers.
     """
 
-    __slots__ = ("kind", "text", "lead", "before", "after", "removed")
+    __slots__ = ("after", "before", "kind", "lead", "removed", "text")
 
     def __init__(self, kind: str, text: str, lead: str):
         self.kind = kind
@@ -154,7 +154,7 @@ class TokenStream:
         raise self.error(i, "unmatched '>'")
 
     def angle_close(self, i: int) -> int:
-        """The ``>`` that belongs to the ``<`` at i, or i itself if there is none in the statement."""
+        """The ``>`` that belongs to the ``<`` at i; i itself if the statement has none."""
         depth = 0
         j = i
         while j < len(self.tokens) and not self.tokens[j].is_op(";", "{", "}"):

@@ -125,9 +125,9 @@ class Library:
         """Runs a kernel on a grid of ``threads`` in threadgroups of ``group``.
 
         As with Metal's dispatchThreads the grid need not divide: threadgroups at its edges are
-        smaller.  ``threadgroup_memory`` gives the bytes of [[threadgroup(i)]] arguments, ``workers``
-        the operating system threads; with a ``seed`` the lanes run in random order.  Raises
-        KernelError if the launch is refused or anything is reported.
+        smaller.  ``threadgroup_memory`` gives the bytes of [[threadgroup(i)]] arguments,
+        ``workers`` the operating system threads; with a ``seed`` the lanes run in random order.
+        Raises KernelError if the launch is refused or anything is reported.
         """
         launch = self._prepare(name, threads, group, buffers, threadgroup_memory or {})
         launch.workers = max(1, workers)
@@ -160,7 +160,9 @@ class Library:
     def _prepare(self, name, threads, group, buffers, threadgroup_memory) -> _Launch:
         entry = self._kernel(name)
         if len(threads) != 3 or len(group) != 3 or min(*threads) < 0 or min(*group) < 1:
-            raise KernelError(f"{name}: invalid grid {tuple(threads)} or threadgroup {tuple(group)}")
+            raise KernelError(
+                f"{name}: invalid grid {tuple(threads)} or threadgroup {tuple(group)}"
+            )
         limit = self.max_threads(name)
         if math.prod(group) > limit:
             raise KernelError(

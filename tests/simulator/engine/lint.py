@@ -37,9 +37,7 @@ def check_characters(source: str) -> None:
     for number, line in enumerate(source.split("\n"), 1):
         if not line.isascii():
             found = next(c for c in line if not c.isascii())
-            raise CompileError(
-                f"program_source:{number}: error: character {found!r} is not ASCII"
-            )
+            raise CompileError(f"program_source:{number}: error: character {found!r} is not ASCII")
 
 
 def check(stream: TokenStream) -> None:

@@ -57,9 +57,9 @@ class _Declarations:
             end = storage.drop_qualified_method(stream, i)
             if end:
                 return end
+            if token.text == "threadgroup" and storage.rewrite_local(stream, i, self.variables):
+                return i + 1
             storage.rewrite_array_parameter(stream, i)
-            if token.text == "threadgroup":
-                storage.rewrite_local(stream, i, self.variables)
         return i + 1
 
     def attribute(self, i: int, end: int, body: str) -> int:

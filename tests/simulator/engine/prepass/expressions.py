@@ -3,7 +3,7 @@
 import re
 
 from ..lexer import TokenStream
-from ..vocabulary import VECTORS
+from ..vocabulary import SCALARS, VECTORS
 
 _HALF_INTEGER = re.compile(r"[0-9]+[hH]")
 _STATEMENT_WORDS = {"return", "else", "case", "do"}
@@ -30,9 +30,9 @@ def rewrite_literals(stream: TokenStream) -> None:
 def rewrite_constructors(stream: TokenStream) -> None:
     """``float4(a, b)`` becomes ``::msl::construct<float4>(a, b)``.
 
-    clang's C++ constructs its extended vectors from one value only.  A template parameter or an alias
-    may stand for a vector type, so ``T(a, b)`` is rewritten as well; construct() passes the arguments
-    through if T turns out to be something else.
+    clang's C++ constructs its extended vectors from one value only.  A template parameter or an
+    alias may stand for a vector type, so ``T(a, b)`` is rewritten as well; construct() passes the
+    arguments through if T turns out to be something else.
     """
     aliases = _type_names(stream)
     for i, token in enumerate(stream.tokens):
@@ -52,15 +52,18 @@ def _type_names(stream: TokenStream) -> set[str]:
         if token.kind != "word" or tokens[i + 1].kind != "word":
             continue
         follows = tokens[i + 2]
-        if token.text in ("typename", "class") and follows.is_op(",", ">", "="):
-            names.add(tokens[i + 1].text)
-        elif token.text == "using" and follows.is_op("="):
+        is_parameter = token.text in ("typename", "class") and follows.is_op(",", ">", "=")
+        is_alias = token.text == "using" and follows.is_op("=")
+        if is_parameter or is_alias:
             names.add(tokens[i + 1].text)
     return names
 
 
 def _rewrite_named(stream: TokenStream, i: int) -> None:
     token, before = stream[i], stream[i - 1]
+    if stream[i + 1].kind == "word" and stream[i + 2].is_op("("):
+        _rewrite_initializer(stream, i)
+        return
     if not stream[i + 1].is_op("("):
         return
     end = stream.closing[i + 1]
@@ -76,6 +79,26 @@ def _rewrite_named(stream: TokenStream, i: int) -> None:
         token.text = f"::msl::construct<{token.text}>"
 
 
+def _rewrite_initializer(stream: TokenStream, i: int) -> None:
+    """``float4 v(a, b);`` becomes ``float4 v = ::msl::construct<float4>(a, b);``."""
+    end = stream.closing[i + 2]
+    arguments = stream.split_commas(i + 3, end)
+    if len(arguments) < 2 or not stream[end + 1].is_op(";", ","):
+        return
+    if any(_is_parameter(stream, begin, stop) for begin, stop in arguments):
+        return  # the declaration of a function
+    stream.insert_after(i + 1, f" = ::msl::construct<{stream[i].text}>")
+
+
+def _is_parameter(stream: TokenStream, begin: int, stop: int) -> bool:
+    """Whether a function parameter is declared there, rather than an argument given."""
+    first, second = stream[begin], stream[begin + 1]
+    if begin + 1 < stop and first.kind == second.kind == "word":
+        return True
+    is_type = first.text in VECTORS or first.text in SCALARS
+    return is_type and not second.is_op("(", "{")
+
+
 def _rewrite_vec(stream: TokenStream, i: int) -> None:
     """``vec<T, N>(...)`` and ``metal::vec<T, N>(...)``."""
     if not stream[i + 1].is_op("<"):
@@ -87,7 +110,10 @@ def _rewrite_vec(stream: TokenStream, i: int) -> None:
     while stream[first - 1].is_op("::") or stream[first - 1].text == "metal":
         first -= 1
     before = stream[first - 1]
-    if before.is_op(*"=(,+-*/?:{;<>[!&|", "==", "+=", "*=", "-=") or before.text in _STATEMENT_WORDS:
+    if (
+        before.is_op(*"=(,+-*/?:{;<>[!&|", "==", "+=", "*=", "-=")
+        or before.text in _STATEMENT_WORDS
+    ):
         stream.remove(first, i)
         stream[i].text = "::msl::construct<metal::vec"
         stream[end].text = ">>"

@@ -15,9 +15,7 @@ def index(body: str) -> int | None:
     return int(m[1], 0) if m else None
 
 
-def rewrite(
-    stream: TokenStream, i: int, end: int, number: int, values: dict[str, object]
-) -> int:
+def rewrite(stream: TokenStream, i: int, end: int, number: int, values: dict[str, object]) -> int:
     """The attribute spans i..end.  A constant without a value is zero and "not defined"."""
     name = stream[i - 1].text
     begin = i - 1

@@ -1,8 +1,8 @@
 """Kernel definitions and ``template [[host_name("...")]]`` instantiations.
 
 For each kernel that the host can launch, an MSL_ENTRY is written behind it, with one tag for each
-parameter.  How a parameter is passed follows from the function's C++ type (include/msl/arguments.h),
-so that only the names of the attributes have to be understood here.
+parameter.  How a parameter is passed follows from the function's C++ type
+(include/msl/arguments.h), so that only the names of the attributes have to be understood here.
 """
 
 import re
@@ -53,26 +53,12 @@ class Kernels:
     # ---- definitions
 
     def definition(self, begin: int, i: int, attribute: str = "") -> int:
-        """``kernel void name(...)`` or ``[[kernel, ...]] void name(...)``; i is behind the keyword."""
+        """``kernel void name(...)`` or ``[[kernel]] void name(...)``; i is behind the keyword."""
         stream = self.stream
         stream.remove(begin, i)
         stream.insert_before(begin, "MSL_KERNEL ")
         self.remember(attribute)
-        name = ""
-        while not stream[i].is_op("("):
-            found = stream.attribute(i)
-            if found:
-                self.remember(found[1])
-                stream.remove(i, found[0] + 1)
-                i = found[0] + 1
-                continue
-            if stream[i].kind == "end":
-                raise stream.error(begin, "kernel without a parameter list")
-            if stream[i].text == "kernel":
-                stream.remove(i, i + 1)
-            elif stream[i].kind == "word":
-                name = stream[i].text
-            i += 1
+        name, i = self._name(i)
         close = stream.closing[i]
         tags = _number([self._tag(name, a, b) for a, b in stream.split_commas(i + 1, close)])
         limit = _MAX_THREADS.search(self.pending)
@@ -88,6 +74,26 @@ class Kernels:
             stream.insert_after(end, self._entry(begin, host, name, self.known[name], expression))
         return i + 1  # the main walk strips the parameters' attributes
 
+    def _name(self, i: int) -> tuple[str, int]:
+        """The kernel's name and the bracket of its parameters; attributes on the way are noted."""
+        stream = self.stream
+        name = ""
+        while not stream[i].is_op("("):
+            found = stream.attribute(i)
+            if found:
+                self.remember(found[1])
+                stream.remove(i, found[0] + 1)
+                i = found[0] + 1
+                continue
+            if stream[i].kind == "end":
+                raise stream.error(i, "kernel without a parameter list")
+            if stream[i].text == "kernel":
+                stream.remove(i, i + 1)
+            elif stream[i].kind == "word":
+                name = stream[i].text
+            i += 1
+        return name, i
+
     def _template_end(self, begin: int) -> int | None:
         """The ``>`` of ``template <...>`` in front of a definition, or None."""
         last = begin - 1
@@ -95,8 +101,8 @@ class Kernels:
             last = self.stream.opening[last] - 1
         return last if last > 0 and self.stream[last].is_op(">") else None
 
-    def _tag(self, kernel: str, begin: int, end: int) -> str | None:
-        """The tag of one parameter; None and a kind for a buffer that Metal numbers itself."""
+    def _tag(self, kernel: str, begin: int, end: int) -> str:
+        """The tag of one parameter; only its kind if Metal has to number it."""
         stream = self.stream
         tag = None
         i = begin
@@ -171,7 +177,9 @@ class Kernels:
         scope = stream.source(first, open_ - 1)
         arguments = stream.source(open_, last + 1)
         limit = f"{scope}msl_max_threads_{name}{arguments}"
-        text = self._entry(begin, host or name, f"{scope}{name}{arguments}", self.known[name], limit)
+        text = self._entry(
+            begin, host or name, f"{scope}{name}{arguments}", self.known[name], limit
+        )
         stream.remove(begin, end + 1)
         stream.insert_after(end, text)
         return end + 1

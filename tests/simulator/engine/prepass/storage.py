@@ -14,17 +14,18 @@ class VariableNumbers:
         return self.next
 
 
-def rewrite_local(stream: TokenStream, i: int, numbers: VariableNumbers) -> None:
+def rewrite_local(stream: TokenStream, i: int, numbers: VariableNumbers) -> bool:
     """``threadgroup T name[dims];`` in a kernel: the backend supplies the storage.
 
     It becomes a typedef of the variable's type and MSL_THREADGROUP_VARIABLE, one for each
-    declarator.  An initialiser has no effect on threadgroup memory and is dropped.
+    declarator.  An initialiser has no effect on threadgroup memory and is dropped.  Returns False
+    for anything else.
     """
     if not (i == 0 or stream[i - 1].is_op(";", "{", "}", ":")):
-        return
+        return False
     end = _variable_end(stream, i)
     if end is None:
-        return
+        return False
     declarations = []
     for begin, stop in stream.split_commas(i + 1, end):
         equals = next((j for j in range(begin, stop) if stream[j].is_op("=")), stop)
@@ -37,6 +38,7 @@ def rewrite_local(stream: TokenStream, i: int, numbers: VariableNumbers) -> None
         declarations.append(f" MSL_THREADGROUP_VARIABLE({variable}, {numbers.take()});")
     stream.insert_before(i, "typedef ")
     stream.insert_after(end, "".join(declarations))
+    return True
 
 
 def _variable_end(stream: TokenStream, i: int) -> int | None:
@@ -56,6 +58,11 @@ def rewrite_array_parameter(stream: TokenStream, i: int) -> None:
 
     C++ would do the same adjustment, but it loses the address space on the way.
     """
+    before = i - 1
+    while stream[before].text == "const":
+        before -= 1
+    if not stream[before].is_op("(", ","):
+        return
     name = bracket = None
     angles = 0
     j = i + 1

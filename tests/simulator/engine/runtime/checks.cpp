@@ -1,7 +1,6 @@
-// Check mode.  instrument.py puts a call in front of every load and store of the device (1), constant
-// (2) and threadgroup (3) address spaces; `align` is the alignment that the access relies on.
-#include <cstdlib>
-
+// Check mode.  instrument.py puts a call in front of every load and store of the device (1),
+// constant (2) and threadgroup (3) address spaces; `align` is the alignment that the access relies
+// on.
 #include "runtime.h"
 
 using namespace msl;
@@ -16,8 +15,10 @@ const char* verb(Kind kind) {
 
 void check_alignment(Lane* lane, const char* p, unsigned n, unsigned align, Kind kind, void* pc) {
   if ((unsigned long)p & (align - 1))
-    msl_fail(lane, pc, "misaligned %s of %u bytes: the type requires %u-byte alignment, the address is "
-             "%lu modulo %u", verb(kind), n, align, (unsigned long)p & (align - 1), align);
+    msl_fail(lane, pc,
+        "misaligned %s of %u bytes: the type requires %u-byte alignment, the address is "
+        "%lu modulo %u",
+        verb(kind), n, align, (unsigned long)p & (align - 1), align);
 }
 
 bool inside(const Launch* launch, unsigned i, const char* p, unsigned n) {
@@ -25,16 +26,18 @@ bool inside(const Launch* launch, unsigned i, const char* p, unsigned n) {
   return p >= begin && p + n <= begin + launch->buffer_bytes[i];
 }
 
-[[noreturn]] void fail_buffer(Lane* lane, const char* p, unsigned n, Kind kind, void* pc,
-                              const char* space) {
+[[noreturn]] void fail_buffer(
+    Lane* lane, const char* p, unsigned n, Kind kind, void* pc, const char* space) {
   Launch* launch = lane->group->launch;
   unsigned missing = launch->declared & ~launch->bound;
   long distance = 1l << 62;
   unsigned nearest = 0;
   for (unsigned i = 0; i < kMaxBuffers; i++) {
     if (!(launch->bound >> i & 1)) continue;
-    long d = p - (const char*)launch->buffers[i];
-    if (labs(d) < labs(distance)) distance = d, nearest = i;
+    const char* begin = (const char*)launch->buffers[i];
+    long before = begin - p, behind = p - (begin + launch->buffer_bytes[i]);
+    long d = before > 0 ? before : behind > 0 ? behind : 0;
+    if (d < distance) distance = d, nearest = i;
   }
   // A null pointer plus an offset.
   if (missing && (unsigned long)p + (1ul << 40) < 1ul << 41) {
@@ -42,12 +45,15 @@ bool inside(const Launch* launch, unsigned i, const char* p, unsigned n) {
     unsigned used = 0;
     for (unsigned i = 0; i < kMaxBuffers; i++)
       if (missing >> i & 1) used += __builtin_snprintf(list + used, sizeof list - used, " %u", i);
-    msl_fail(lane, pc, "%s %s through a buffer that is not bound (missing:%s)", space, verb(kind), list);
+    msl_fail(
+        lane, pc, "%s %s through a buffer that is not bound (missing:%s)", space, verb(kind), list);
   }
   if (!launch->bound)
     msl_fail(lane, pc, "%s %s of %u bytes, but no buffer is bound", space, verb(kind), n);
-  msl_fail(lane, pc, "out-of-bounds %s %s of %u bytes; nearest is buffer(%u) of %lu bytes, at offset %ld",
-           space, verb(kind), n, nearest, launch->buffer_bytes[nearest], distance);
+  msl_fail(lane, pc,
+      "out-of-bounds %s %s of %u bytes; nearest is buffer(%u) of %lu bytes, at offset %ld", space,
+      verb(kind), n, nearest, launch->buffer_bytes[nearest],
+      p - (const char*)launch->buffers[nearest]);
 }
 
 // The same bytes may be bound twice, once to be read and once to be written.
@@ -64,36 +70,39 @@ void device_access(const char* p, unsigned n, unsigned align, Kind kind, void* p
   }
   if (read_only >= 0)
     msl_fail(lane, pc, "device %s of %u bytes in buffer(%d), which is read-only, at offset %ld",
-             verb(kind), n, read_only, p - (const char*)launch->buffers[read_only]);
+        verb(kind), n, read_only, p - (const char*)launch->buffers[read_only]);
   fail_buffer(lane, p, n, kind, pc, "device");
 }
 
 // Threadgroup memory: the variable that holds the bytes, or a report.
-const ThreadgroupVariable& find_variable(Lane* lane, const char* p, unsigned n, Kind kind, void* pc) {
+const ThreadgroupVariable& find_variable(
+    Lane* lane, const char* p, unsigned n, Kind kind, void* pc) {
   Threadgroup* group = lane->group;
   long offset = p - (const char*)group->arena;
   const ThreadgroupVariable* nearest = nullptr;
   for (unsigned i = 0; i < group->variable_count; i++) {
     const ThreadgroupVariable& v = group->variables[i];
     if (offset >= v.begin && offset + n <= v.end) return v;
-    if (offset + 64l >= v.begin && offset < v.end + 64l && !(nearest && offset < v.begin)) nearest = &v;
+    if (offset + 64l >= v.begin && offset < v.end + 64l && !(nearest && offset < v.begin))
+      nearest = &v;
   }
   if (!nearest)
     msl_fail(lane, pc, "out-of-bounds threadgroup %s of %u bytes, near no variable", verb(kind), n);
   msl_fail(lane, pc, "out-of-bounds threadgroup %s of %u bytes at offset %ld of '%s' (%u bytes)",
-           verb(kind), n, offset - nearest->begin, nearest->name ? nearest->name : "an argument",
-           nearest->end - nearest->begin);
+      verb(kind), n, offset - nearest->begin, nearest->name ? nearest->name : "an argument",
+      nearest->end - nearest->begin);
 }
 
 [[noreturn]] void fail_race(Lane* lane, void* pc, Kind kind, const ThreadgroupVariable& v,
-                            unsigned offset, const char* earlier, Access by) {
+    unsigned offset, const char* earlier, Access by) {
   const char* name = v.name ? v.name : "an argument";
   if (by.is_thread())
-    msl_fail(lane, pc, "threadgroup race: %s at offset %u of '%s', thread %u %s it with no barrier between",
-             verb(kind), offset, name, (unsigned)by.who - 1, earlier);
+    msl_fail(lane, pc,
+        "threadgroup race: %s at offset %u of '%s', thread %u %s it with no barrier between",
+        verb(kind), offset, name, (unsigned)by.who - 1, earlier);
   msl_fail(lane, pc, "threadgroup race: %s at offset %u of '%s', %s %s it with no barrier between",
-           verb(kind), offset, name, by.who == Access::kAtomic ? "an atomic operation" : "several threads",
-           earlier);
+      verb(kind), offset, name,
+      by.who == Access::kAtomic ? "an atomic operation" : "several threads", earlier);
 }
 
 void threadgroup_access(const char* p, unsigned n, unsigned align, Kind kind, void* pc) {
@@ -107,14 +116,15 @@ void threadgroup_access(const char* p, unsigned n, unsigned align, Kind kind, vo
     unsigned offset = first + k - v.begin;
     if (kind == Kind::kRead && byte.writer.who == Access::kNobody)
       msl_fail(lane, pc, "read of uninitialised threadgroup memory at offset %u of '%s'", offset,
-               v.name ? v.name : "an argument");
+          v.name ? v.name : "an argument");
     bool both_atomic = kind == Kind::kAtomic && byte.writer.who == Access::kAtomic;
     if (!both_atomic && byte.writer.conflicts_with(lane))
       fail_race(lane, pc, kind, v, offset, "wrote", byte.writer);
     if (kind == Kind::kRead) {
       byte.reader = byte.reader.joined_by(lane);
     } else {
-      if (byte.reader.conflicts_with(lane)) fail_race(lane, pc, kind, v, offset, "read", byte.reader);
+      if (byte.reader.conflicts_with(lane))
+        fail_race(lane, pc, kind, v, offset, "read", byte.reader);
       byte.writer = Access::now(lane, kind == Kind::kAtomic ? Access::kAtomic : lane->index + 1);
     }
   }
@@ -184,9 +194,9 @@ void msl_block(unsigned i) {
 }
 
 // Call-backs of -fsanitize-minimal-runtime.
-#define MSL_UNDEFINED(name, what)                                     \
-  void __ubsan_handle_##name##_minimal() {                            \
-    msl_fail(current_lane(), __builtin_return_address(0), what);      \
+#define MSL_UNDEFINED(name, what)                                \
+  void __ubsan_handle_##name##_minimal() {                       \
+    msl_fail(current_lane(), __builtin_return_address(0), what); \
   }
 MSL_UNDEFINED(out_of_bounds, "array index out of bounds")
 MSL_UNDEFINED(shift_out_of_bounds, "shift by more than the width of the type")

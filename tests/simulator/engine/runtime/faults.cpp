@@ -24,8 +24,7 @@ thread_local void* alternative_stack = nullptr;
 void pass_on(int number, siginfo_t* info, void* context) {
   int i = number == SIGSEGV ? 0 : number == SIGBUS ? 1 : 2;
   const struct sigaction& old = previous[i];
-  if (old.sa_flags & SA_SIGINFO)
-    return old.sa_sigaction(number, info, context);
+  if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(number, info, context);
   if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(number);
   signal(number, SIG_DFL);  // the instruction faults again and ends the process as usual
 }
@@ -71,7 +70,8 @@ void install() {
 FaultGuard::FaultGuard() {
   install();
   const unsigned bytes = 1 << 16;
-  alternative_stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  alternative_stack =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   stack_t mine{}, old{};
   mine.ss_sp = alternative_stack;
   mine.ss_size = bytes;

@@ -1,4 +1,5 @@
-// Conversions that clang leaves to the compiler's support library, which has them only from GCC 13 on.
+// Conversions that clang leaves to the compiler's support library, which has them only from GCC 13
+// on.
 #include <cstring>
 
 // float to bfloat, to nearest even.

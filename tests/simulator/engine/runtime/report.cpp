@@ -1,5 +1,5 @@
-// Reports.  A line is "@<offset in the kernel library> <text>"; Python resolves the offset to file and
-// line (library.py).
+// Reports.  A line is "@<offset in the kernel library> <text>"; Python resolves the offset to file
+// and line (library.py).
 #include <dlfcn.h>
 
 #include <cstdarg>
@@ -34,8 +34,8 @@ void vreport(Threadgroup* group, Lane* lane, void* pc, const char* format, va_li
     unsigned i = lane->index, *n = group->size;
     snprintf(who, sizeof who, "thread (%u,%u,%u) of ", i % n[0], i / n[0] % n[1], i / n[0] / n[1]);
   }
-  snprintf(line, sizeof line, "@0x%lx %sthreadgroup (%u,%u,%u): %s\n", image_offset(launch, pc), who,
-           group->position[0], group->position[1], group->position[2], message);
+  snprintf(line, sizeof line, "@0x%lx %sthreadgroup (%u,%u,%u): %s\n", image_offset(launch, pc),
+      who, group->position[0], group->position[1], group->position[2], message);
   append(launch, line);
 }
 
@@ -74,9 +74,10 @@ void describe_waiting(Threadgroup* group, char* text, unsigned capacity) {
       unsigned lanes = at_barrier ? s.at_barrier : s.arrived;
       if (!lanes || used + 200 >= capacity) continue;
       void* pc = s.lanes[__builtin_ctz(lanes)]->wait_pc;
-      used += snprintf(text + used, capacity - used, "; simdgroup %u: lanes %08x wait at %s (@0x%lx)", i,
-                       lanes, at_barrier ? "threadgroup_barrier" : operation_name(s.operation),
-                       image_offset(group->launch, pc));
+      used +=
+          snprintf(text + used, capacity - used, "; simdgroup %u: lanes %08x wait at %s (@0x%lx)",
+              i, lanes, at_barrier ? "threadgroup_barrier" : operation_name(s.operation),
+              image_offset(group->launch, pc));
     }
   }
 }

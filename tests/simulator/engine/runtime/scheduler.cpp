@@ -1,6 +1,6 @@
-// Runs one threadgroup: a lane runs until it waits at a simdgroup operation or a threadgroup barrier,
-// then another one that can run is chosen: the next lane of the same simdgroup if possible, or any
-// (random schedule).  Every wait is a stack switch, so nothing here needs a lock.
+// Runs one threadgroup: a lane runs until it waits at a simdgroup operation or a threadgroup
+// barrier, then another one that can run is chosen: the next lane of the same simdgroup if
+// possible, or any (random schedule).  Every wait is a stack switch, so nothing here needs a lock.
 #include <cstring>
 #include <mutex>
 
@@ -55,7 +55,7 @@ void reschedule(Lane* lane, void** save) {
   }
   if (own->arrived && own->arrived != own->live)
     fail_waiting(group, lane,
-                 "divergence: a simdgroup operation is not reached by all lanes of its simdgroup");
+        "divergence: a simdgroup operation is not reached by all lanes of its simdgroup");
   unsigned first = group->launch->random_schedule ? next_random(group) : own->index + 1;
   for (unsigned k = 0; k < group->simdgroup_count; k++) {
     Simdgroup* s = &group->simdgroups[(first + k) % group->simdgroup_count];
@@ -115,8 +115,8 @@ void reset_memory(Worker& worker, Launch* launch, Threadgroup* group) {
 }
 
 // 64 bytes between variables belong to nobody, so that check mode notices an overrun.
-unsigned char* allocate(Threadgroup* group, unsigned bytes, unsigned align, unsigned id,
-                        const char* name) {
+unsigned char* allocate(
+    Threadgroup* group, unsigned bytes, unsigned align, unsigned id, const char* name) {
   if (align < 16) align = 16;
   unsigned begin = (group->arena_used + align - 1) & ~(align - 1);
   group->memory_bytes += (bytes + 15) & ~15u;
@@ -212,8 +212,8 @@ void msl_threadgroup_barrier(Lane* lane, unsigned flags) {
   if (group->threads_at_barrier++ == 0)
     group->barrier_flags = flags;
   else if (group->barrier_flags != flags)
-    msl_fail(lane, pc, "threads meet at different threadgroup_barriers (mem_flags %u and %u)", flags,
-             group->barrier_flags);
+    msl_fail(lane, pc, "threads meet at different threadgroup_barriers (mem_flags %u and %u)",
+        flags, group->barrier_flags);
   s->at_barrier |= 1u << lane->lane;
   if (s->at_barrier == s->live && ++group->simdgroups_at_barrier == group->live_simdgroups) {
     if (group->live_simdgroups != group->simdgroup_count || s->live != all_lanes(group, s->index))
@@ -224,8 +224,8 @@ void msl_threadgroup_barrier(Lane* lane, unsigned flags) {
   reschedule(lane, &lane->sp);
 }
 
-void* msl_threadgroup_variable(Lane* lane, unsigned bytes, unsigned align, unsigned id,
-                               const char* name) {
+void* msl_threadgroup_variable(
+    Lane* lane, unsigned bytes, unsigned align, unsigned id, const char* name) {
   Threadgroup* group = lane->group;
   for (unsigned i = 0; i < group->variable_count; i++) {
     ThreadgroupVariable& v = group->variables[i];
@@ -234,8 +234,8 @@ void* msl_threadgroup_variable(Lane* lane, unsigned bytes, unsigned align, unsig
   void* storage = allocate(group, bytes, align, id, name);
   if (!storage)
     msl_fail(lane, __builtin_return_address(0),
-             "threadgroup memory: %u bytes with '%s'; the limit is %u bytes (and %u variables)",
-             group->memory_bytes, name, kThreadgroupMemoryLimit, kMaxThreadgroupVariables);
+        "threadgroup memory: %u bytes with '%s'; the limit is %u bytes (and %u variables)",
+        group->memory_bytes, name, kThreadgroupMemoryLimit, kMaxThreadgroupVariables);
   return storage;
 }
 
@@ -247,7 +247,8 @@ void msl_lane_main(Lane* lane) {
   group->launch->entry(lane);
   s->live &= ~(1u << lane->lane);
   lane->wait_pc = nullptr;
-  if (s->arrived && s->arrived == s->live) {  // it was the last: another one carries the operation out
+  if (s->arrived &&
+      s->arrived == s->live) {  // it was the last: another one carries the operation out
     s->completes_on_exit = 1;
     group->counters.switches++;
     msl_swap(&dead, s->lanes[__builtin_ctz(s->live)]->sp);

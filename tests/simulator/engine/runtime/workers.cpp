@@ -20,7 +20,8 @@ char* map_stacks() {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* raw = mmap(nullptr, bytes + kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
-  unsigned long aligned = ((unsigned long)raw + kStackBytes - 1) & ~(unsigned long)(kStackBytes - 1);
+  unsigned long aligned =
+      ((unsigned long)raw + kStackBytes - 1) & ~(unsigned long)(kStackBytes - 1);
   for (unsigned i = 0; i < kMaxThreads; i++)
     mprotect((char*)aligned + (unsigned long)i * kStackBytes, 4096, PROT_NONE);
   return (char*)aligned;

@@ -1,6 +1,7 @@
 // Metal's address spaces as clang address spaces.  They must be distinct types: programs specialise
-// templates on `device T*`, `threadgroup T*` and `thread T*`, and a pointer of the wrong space must be
-// an error.  x86 treats them all as ordinary memory; check mode finds the accesses by their number.
+// templates on `device T*`, `threadgroup T*` and `thread T*`, and a pointer of the wrong space must
+// be an error.  x86 treats them all as ordinary memory; check mode finds the accesses by their
+// number.
 #pragma once
 
 #define device __attribute__((address_space(1)))

@@ -57,21 +57,21 @@ MSL_INLINE P from_position(uint3 v) {
   }
 }
 
-#define MSL_POSITION(name)                                   \
-  struct arg_##name {                                        \
-    static constexpr int index = -1;                         \
-    template <class P, class Invocation>                     \
-    static MSL_INLINE P get(Invocation& invocation) {        \
-      return from_position<P>(invocation.name());            \
-    }                                                        \
+#define MSL_POSITION(name)                            \
+  struct arg_##name {                                 \
+    static constexpr int index = -1;                  \
+    template <class P, class Invocation>              \
+    static MSL_INLINE P get(Invocation& invocation) { \
+      return from_position<P>(invocation.name());     \
+    }                                                 \
   };
-#define MSL_SCALAR(name)                                     \
-  struct arg_##name {                                        \
-    static constexpr int index = -1;                         \
-    template <class P, class Invocation>                     \
-    static MSL_INLINE P get(Invocation& invocation) {        \
-      return (P)invocation.name();                           \
-    }                                                        \
+#define MSL_SCALAR(name)                              \
+  struct arg_##name {                                 \
+    static constexpr int index = -1;                  \
+    template <class P, class Invocation>              \
+    static MSL_INLINE P get(Invocation& invocation) { \
+      return (P)invocation.name();                    \
+    }                                                 \
   };
 MSL_POSITION(thread_position_in_grid)
 MSL_POSITION(thread_position_in_threadgroup)
@@ -97,13 +97,14 @@ template <auto F, class... Tags>
 struct caller;
 template <class... P, void (*F)(P...), class... Tags>
 struct caller<F, Tags...> {
-  static_assert(sizeof...(P) == sizeof...(Tags),
-                "kernel parameters and attributes differ in number");
+  static_assert(
+      sizeof...(P) == sizeof...(Tags), "kernel parameters and attributes differ in number");
   template <class Invocation>
   static MSL_INLINE void call(Invocation& invocation) {
     F(Tags::template get<P>(invocation)...);
   }
-  static constexpr unsigned declared = ((Tags::index >= 0 ? 1u << (Tags::index & 31) : 0u) | ... | 0u);
+  static constexpr unsigned declared =
+      ((Tags::index >= 0 ? 1u << (Tags::index & 31) : 0u) | ... | 0u);
   static constexpr unsigned read_only =
       ((Tags::index >= 0 && parameter<P>::read_only ? 1u << (Tags::index & 31) : 0u) | ... | 0u);
 };

@@ -21,10 +21,10 @@ MSL_INLINE inline T atomic_update(T* p, F next) {
   return old;
 }
 
-#define MSL_ATOMIC(name, expression)                                   \
-  template <int SPACE, class P, class T>                               \
-  MSL_INLINE inline T atomic_##name(P p, T v) {                        \
-    check_atomic<SPACE>(p);                                            \
+#define MSL_ATOMIC(name, expression)                                     \
+  template <int SPACE, class P, class T>                                 \
+  MSL_INLINE inline T atomic_##name(P p, T v) {                          \
+    check_atomic<SPACE>(p);                                              \
     return atomic_update((T*)p, [v](T old) -> T { return expression; }); \
   }
 MSL_ATOMIC(add, old + v)
@@ -37,8 +37,8 @@ MSL_ATOMIC(xor, old ^ v)
 MSL_ATOMIC(exchange, v)
 #undef MSL_ATOMIC
 
-template <int SPACE, class T>
-MSL_INLINE inline T atomic_load_from(const T* p) {
+template <class T>
+MSL_INLINE inline T load_word(const T* p) {
   T v;
   __atomic_load(p, &v, __ATOMIC_RELAXED);
   return v;
@@ -47,13 +47,13 @@ template <int SPACE, class P>
 MSL_INLINE inline auto atomic_load(P p) {
   check_atomic<SPACE>(p);
   typedef metal::remove_addrspace_t<__remove_cv(__remove_pointer(P))> T;
-  return atomic_load_from<SPACE>((const __remove_cv(T)*)p);
+  return load_word((const __remove_cv(T)*)p);
 }
 template <int SPACE, class P, class T>
 MSL_INLINE inline bool atomic_compare_exchange(P p, T* expected, T desired) {
   check_atomic<SPACE>(p);
-  return __atomic_compare_exchange((T*)p, expected, &desired, false, __ATOMIC_RELAXED,
-                                   __ATOMIC_RELAXED);
+  return __atomic_compare_exchange(
+      (T*)p, expected, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 }  // namespace backend
 }  // namespace msl

@@ -41,29 +41,29 @@ struct Invocation {
 };
 }  // namespace msl
 
-// Written by the pre-pass behind every kernel or instantiation.  The rows gather in a linker section
-// of their own, because kernels may stand in any namespace.
-#define MSL_ENTRY(id, name, max_threads, F, ...)                                              \
-  namespace {                                                                                 \
-  struct id {                                                                                 \
-    typedef ::msl::caller<F, __VA_ARGS__> caller;                                             \
-    static void run(::msl::Lane* lane) {                                                      \
-      ::msl::Invocation invocation{lane};                                                     \
-      caller::call(invocation);                                                               \
-    }                                                                                         \
-  };                                                                                          \
-  __attribute__((used, section("msl_entries"))) const ::msl::Entry id##_row = {               \
-      name, id::run, (unsigned)(max_threads), id::caller::declared, id::caller::read_only};   \
+// Written by the pre-pass behind every kernel or instantiation.  The rows gather in a linker
+// section of their own, because kernels may stand in any namespace.
+#define MSL_ENTRY(id, name, max_threads, F, ...)                                            \
+  namespace {                                                                               \
+  struct id {                                                                               \
+    typedef ::msl::caller<F, __VA_ARGS__> caller;                                           \
+    static void run(::msl::Lane* lane) {                                                    \
+      ::msl::Invocation invocation{lane};                                                   \
+      caller::call(invocation);                                                             \
+    }                                                                                       \
+  };                                                                                        \
+  __attribute__((used, section("msl_entries"))) const ::msl::Entry id##_row = {             \
+      name, id::run, (unsigned)(max_threads), id::caller::declared, id::caller::read_only}; \
   }
 // Written by the pre-pass at the end of the program.
-#define MSL_ENTRY_TABLE                                                                       \
-  extern "C" {                                                                                \
-  extern __attribute__((weak, visibility("hidden"))) const ::msl::Entry __start_msl_entries[]; \
-  extern __attribute__((weak, visibility("hidden"))) const ::msl::Entry __stop_msl_entries[]; \
+#define MSL_ENTRY_TABLE                                                                         \
+  extern "C" {                                                                                  \
+  extern __attribute__((weak, visibility("hidden"))) const ::msl::Entry __start_msl_entries[];  \
+  extern __attribute__((weak, visibility("hidden"))) const ::msl::Entry __stop_msl_entries[];   \
   __attribute__((used)) const ::msl::Entry* msl_entries_begin() { return __start_msl_entries; } \
-  __attribute__((used)) const ::msl::Entry* msl_entries_end() { return __stop_msl_entries; }  \
+  __attribute__((used)) const ::msl::Entry* msl_entries_end() { return __stop_msl_entries; }    \
   }
 // A threadgroup variable of a kernel: the pre-pass turns its declaration into a typedef and this.
-#define MSL_THREADGROUP_VARIABLE(name, id)                                                    \
-  msl_type_of_##name& name = *(msl_type_of_##name*)msl_threadgroup_variable(                  \
+#define MSL_THREADGROUP_VARIABLE(name, id)                                   \
+  msl_type_of_##name& name = *(msl_type_of_##name*)msl_threadgroup_variable( \
       ::msl::self(), sizeof(msl_type_of_##name), alignof(msl_type_of_##name), id, #name)

@@ -1,12 +1,18 @@
-// CPU backend: simdgroup operations.  Each is a rendezvous (arrive): lanes leave their operands in the
-// Simdgroup, the last to arrive does the work for all.  The functions are not inlined, so that their
-// return address tells where in the program a lane waits.
+// CPU backend: simdgroup operations.  Each is a rendezvous (arrive): lanes leave their operands in
+// the Simdgroup, the last to arrive does the work for all.  The functions are not inlined, so that
+// their return address tells where in the program a lane waits.
 #pragma once
 
 namespace msl {
 namespace backend {
 // What the lanes that wait together must agree on; reports print the name (runtime/report.cpp).
-enum Operation : uint { kShuffle = 1, kReduce = 2, kBarrier = 3, kMatrixProduct = 4, kMatrixMemory = 5 };
+enum Operation : uint {
+  kShuffle = 1,
+  kReduce = 2,
+  kBarrier = 3,
+  kMatrixProduct = 4,
+  kMatrixMemory = 5
+};
 // An operation in the low bits, a detail that must agree as well (type size, barrier flags) above.
 MSL_INLINE constexpr uint operation(Operation kind, uint detail = 0) { return kind | detail << 4; }
 
@@ -28,7 +34,7 @@ MSL_INLINE inline bool arrive(Lane* lane, uint what) {
     s->operation = what;
   else if (s->operation != what)
     msl_fail(lane, lane->wait_pc, "divergent simdgroup operation: %x here, %x at other lanes", what,
-             s->operation);
+        s->operation);
   s->arrived |= 1u << lane->lane;
   if (s->arrived == s->live) return true;
   msl_wait(lane);
@@ -40,7 +46,7 @@ MSL_INLINE inline bool arrive(Lane* lane, uint what) {
 MSL_INLINE inline void require_all_lanes(Lane* lane, const char* what) {
   if (lane->simdgroup->live != ~0u)
     msl_fail(lane, __builtin_return_address(0), "%s with lanes missing (live %08x)", what,
-             lane->simdgroup->live);
+        lane->simdgroup->live);
 }
 
 template <class T>

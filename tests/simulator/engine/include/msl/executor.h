@@ -1,5 +1,5 @@
-// Data shared by compiled kernels and the executor (runtime/): one GPU thread is one fiber ("lane"),
-// 32 lanes are a simdgroup, and one operating system thread runs a whole threadgroup.
+// Data shared by compiled kernels and the executor (runtime/): one GPU thread is one fiber
+// ("lane"), 32 lanes are a simdgroup, and one operating system thread runs a whole threadgroup.
 //
 // Included both by kernels (freestanding) and by the runtime: no standard headers here.
 #pragma once
@@ -63,14 +63,14 @@ struct Simdgroup {
   alignas(64) float a[64], b[64], c[64], d[64];  // 8x8 matrices
   alignas(64) unsigned char in[32][32];
   alignas(64) unsigned char out[32][32];
-  unsigned source[32];        // shuffle: lane to read from
-  unsigned live;              // bit per lane that has not returned
-  unsigned arrived;           // bit per lane waiting at a simdgroup operation
-  unsigned at_barrier;        // bit per lane waiting at a threadgroup barrier
-  unsigned operation;         // which simdgroup operation the lanes in `arrived` wait at
-  unsigned completes_on_exit; // a lane returned: the woken lane must carry out the operation
-  unsigned epoch;             // simdgroup barriers passed that order threadgroup memory
-  unsigned index;             // simdgroup_index_in_threadgroup
+  unsigned source[32];         // shuffle: lane to read from
+  unsigned live;               // bit per lane that has not returned
+  unsigned arrived;            // bit per lane waiting at a simdgroup operation
+  unsigned at_barrier;         // bit per lane waiting at a threadgroup barrier
+  unsigned operation;          // which simdgroup operation the lanes in `arrived` wait at
+  unsigned completes_on_exit;  // a lane returned: the woken lane must carry out the operation
+  unsigned epoch;              // simdgroup barriers passed that order threadgroup memory
+  unsigned index;              // simdgroup_index_in_threadgroup
   Lane* lanes[32];
   Threadgroup* group;
 };
@@ -150,8 +150,8 @@ void msl_swap(void** save, void* load);
 void msl_wait(msl::Lane* lane);
 void msl_threadgroup_barrier(msl::Lane* lane, unsigned flags);
 // Storage of a threadgroup variable; the first lane to come allocates it.
-void* msl_threadgroup_variable(msl::Lane* lane, unsigned bytes, unsigned align, unsigned id,
-                               const char* name);
+void* msl_threadgroup_variable(
+    msl::Lane* lane, unsigned bytes, unsigned align, unsigned id, const char* name);
 // Reports a fault of the current lane and ends its threadgroup.
 [[noreturn]] void msl_fail(msl::Lane* lane, void* pc, const char* format, ...);
 // Check mode: an atomic operation on device (1) or threadgroup (3) memory.

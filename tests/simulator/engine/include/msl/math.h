@@ -1,6 +1,6 @@
-// <metal_math>, <metal_common>, <metal_geometric>, <metal_integer>.  The scalar float functions come
-// from the backend (msl::core); half is computed in float and rounded once.  There are no bfloat
-// overloads: Apple's library has none either.
+// <metal_math>, <metal_common>, <metal_geometric>, <metal_integer>.  The scalar float functions
+// come from the backend (msl::core); half is computed in float and rounded once.  There are no
+// bfloat overloads: Apple's library has none either.
 #pragma once
 
 namespace metal {
@@ -9,38 +9,47 @@ METAL_FUNC constexpr To as_type(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-// Loops over the components of a vector.
-#define MSL_MAP(T, N, expression)              \
-  {                                            \
-    vec<T, N> r;                               \
-    for (int i = 0; i < N; i++) r[i] = expression; \
-    return r;                                  \
+// The body of a function that works on each component of a vector.
+#define MSL_MAP(T, N, expression)                \
+  vec<T, N> r;                                   \
+  for (int i = 0; i < N; i++) r[i] = expression; \
+  return r
+
+#define MSL_UNARY(name)                                                      \
+  METAL_FUNC float name(float x) { return ::msl::core::name(x); }            \
+  METAL_FUNC half name(half x) { return (half)::msl::core::name((float)x); } \
+  template <int N>                                                           \
+  METAL_FUNC vec<float, N> name(vec<float, N> x) {                           \
+    MSL_MAP(float, N, name(x[i]));                                           \
+  }                                                                          \
+  template <int N>                                                           \
+  METAL_FUNC vec<half, N> name(vec<half, N> x) {                             \
+    MSL_MAP(half, N, name(x[i]));                                            \
   }
 
-#define MSL_UNARY(name)                                                          \
-  METAL_FUNC float name(float x) { return ::msl::core::name(x); }                \
-  METAL_FUNC half name(half x) { return (half)::msl::core::name((float)x); }     \
-  template <int N>                                                               \
-  METAL_FUNC vec<float, N> name(vec<float, N> x) MSL_MAP(float, N, name(x[i]))   \
-  template <int N>                                                               \
-  METAL_FUNC vec<half, N> name(vec<half, N> x) MSL_MAP(half, N, name(x[i]))
+#define MSL_BINARY(name)                                                                       \
+  METAL_FUNC float name(float x, float y) { return ::msl::core::name(x, y); }                  \
+  METAL_FUNC half name(half x, half y) { return (half)::msl::core::name((float)x, (float)y); } \
+  template <class T, int N>                                                                    \
+  METAL_FUNC vec<T, N> name(vec<T, N> x, vec<T, N> y) {                                        \
+    MSL_MAP(T, N, name((T)x[i], (T)y[i]));                                                     \
+  }
 
-#define MSL_BINARY(name)                                                                        \
-  METAL_FUNC float name(float x, float y) { return ::msl::core::name(x, y); }                   \
-  METAL_FUNC half name(half x, half y) { return (half)::msl::core::name((float)x, (float)y); }  \
-  template <class T, int N>                                                                     \
-  METAL_FUNC vec<T, N> name(vec<T, N> x, vec<T, N> y) MSL_MAP(T, N, name((T)x[i], (T)y[i]))
-
-#define MSL_ALL_UNARY                                                                      \
-  MSL_UNARY(exp) MSL_UNARY(exp2) MSL_UNARY(exp10) MSL_UNARY(log) MSL_UNARY(log2)           \
-  MSL_UNARY(log10) MSL_UNARY(sqrt) MSL_UNARY(rsqrt) MSL_UNARY(sin) MSL_UNARY(cos)          \
-  MSL_UNARY(tan) MSL_UNARY(asin) MSL_UNARY(acos) MSL_UNARY(atan) MSL_UNARY(sinh)           \
-  MSL_UNARY(cosh) MSL_UNARY(tanh) MSL_UNARY(asinh) MSL_UNARY(acosh) MSL_UNARY(atanh)       \
-  MSL_UNARY(floor) MSL_UNARY(ceil) MSL_UNARY(round) MSL_UNARY(rint) MSL_UNARY(trunc)       \
+// clang-format off
+#define MSL_ALL_UNARY                                                                     \
+  MSL_UNARY(exp) MSL_UNARY(exp2) MSL_UNARY(exp10)                                         \
+  MSL_UNARY(log) MSL_UNARY(log2) MSL_UNARY(log10)                                         \
+  MSL_UNARY(sqrt) MSL_UNARY(rsqrt)                                                        \
+  MSL_UNARY(sin) MSL_UNARY(cos) MSL_UNARY(tan)                                            \
+  MSL_UNARY(asin) MSL_UNARY(acos) MSL_UNARY(atan)                                         \
+  MSL_UNARY(sinh) MSL_UNARY(cosh) MSL_UNARY(tanh)                                         \
+  MSL_UNARY(asinh) MSL_UNARY(acosh) MSL_UNARY(atanh)                                      \
+  MSL_UNARY(floor) MSL_UNARY(ceil) MSL_UNARY(round) MSL_UNARY(rint) MSL_UNARY(trunc)      \
   MSL_UNARY(fabs)
-#define MSL_ALL_BINARY                                                                     \
-  MSL_BINARY(pow) MSL_BINARY(powr) MSL_BINARY(fmod) MSL_BINARY(atan2) MSL_BINARY(max)      \
-  MSL_BINARY(min)
+#define MSL_ALL_BINARY                                                                    \
+  MSL_BINARY(pow) MSL_BINARY(powr) MSL_BINARY(fmod) MSL_BINARY(atan2)                     \
+  MSL_BINARY(max) MSL_BINARY(min)
+// clang-format on
 
 MSL_ALL_UNARY
 MSL_ALL_BINARY
@@ -75,9 +84,9 @@ METAL_FUNC float divide(float a, float b) { return a / b; }
 #undef MSL_BINARY
 #undef MSL_UNARY
 
-#define MSL_INTEGER_RANGE(T)                                                              \
-  METAL_FUNC constexpr T max(T x, T y) { return x < y ? y : x; }                          \
-  METAL_FUNC constexpr T min(T x, T y) { return y < x ? y : x; }                          \
+#define MSL_INTEGER_RANGE(T)                                     \
+  METAL_FUNC constexpr T max(T x, T y) { return x < y ? y : x; } \
+  METAL_FUNC constexpr T min(T x, T y) { return y < x ? y : x; } \
   METAL_FUNC constexpr T clamp(T x, T lo, T hi) { return min(max(x, lo), hi); }
 MSL_INTEGER_RANGE(char)
 MSL_INTEGER_RANGE(int8_t)
@@ -97,17 +106,24 @@ METAL_FUNC short abs(short x) { return x < 0 ? -x : x; }
 METAL_FUNC float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 METAL_FUNC half fma(half a, half b, half c) { return (half)__builtin_fmaf(a, b, c); }
 template <class T, int N>
-METAL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c)
-    MSL_MAP(T, N, fma((T)a[i], (T)b[i], (T)c[i]))
+METAL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+  MSL_MAP(T, N, fma((T)a[i], (T)b[i], (T)c[i]));
+}
 
 METAL_FUNC float clamp(float x, float lo, float hi) { return min(max(x, lo), hi); }
 METAL_FUNC half clamp(half x, half lo, half hi) { return min(max(x, lo), hi); }
 template <class T, int N>
-METAL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> lo, vec<T, N> hi)
-    MSL_MAP(T, N, clamp((T)x[i], (T)lo[i], (T)hi[i]))
+METAL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> lo, vec<T, N> hi) {
+  MSL_MAP(T, N, clamp((T)x[i], (T)lo[i], (T)hi[i]));
+}
 template <class T, int N>
-METAL_FUNC vec<T, N> clamp(vec<T, N> x, ::msl::identity_t<T> lo, ::msl::identity_t<T> hi)
-    MSL_MAP(T, N, clamp((T)x[i], lo, hi))
+METAL_FUNC vec<T, N> clamp(vec<T, N> x, ::msl::identity_t<T> lo, ::msl::identity_t<T> hi) {
+  MSL_MAP(T, N, clamp((T)x[i], lo, hi));
+}
+METAL_FUNC float max3(float x, float y, float z) { return max(x, max(y, z)); }
+METAL_FUNC float min3(float x, float y, float z) { return min(x, min(y, z)); }
+METAL_FUNC half max3(half x, half y, half z) { return max(x, max(y, z)); }
+METAL_FUNC half min3(half x, half y, half z) { return min(x, min(y, z)); }
 METAL_FUNC float mix(float a, float b, float t) { return a + (b - a) * t; }
 METAL_FUNC float saturate(float x) { return clamp(x, 0.0f, 1.0f); }
 METAL_FUNC half saturate(half x) { return clamp(x, (half)0.0f, (half)1.0f); }

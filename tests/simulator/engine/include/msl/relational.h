@@ -27,8 +27,9 @@ METAL_FUNC T select(T a, T b, bool c) {
   return c ? b : a;
 }
 template <class T, class C, int N>
-METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> c)
-    MSL_MAP(T, N, c[i] ? b[i] : a[i])
+METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> c) {
+  MSL_MAP(T, N, c[i] ? b[i] : a[i]);
+}
 template <class C, int N>
 METAL_FUNC bool any(vec<C, N> c) {
   bool r = false;
@@ -41,4 +42,5 @@ METAL_FUNC bool all(vec<C, N> c) {
   for (int i = 0; i < N; i++) r &= bool(c[i]);
   return r;
 }
+#undef MSL_MAP
 }  // namespace metal

@@ -71,28 +71,28 @@ METAL_FUNC T quad_shuffle_xor(T v, ushort mask) {
 }
 
 // bfloat has no max and min of its own; like the others they return the operand that is not NaN.
-#define MSL_REDUCTION(name, expression)                        \
-  struct name {                                                \
-    template <class T>                                         \
-    METAL_FUNC static T apply(T a, T b) {                      \
-      expression;                                              \
-    }                                                          \
+#define MSL_REDUCTION(name, expression)   \
+  struct name {                           \
+    template <class T>                    \
+    METAL_FUNC static T apply(T a, T b) { \
+      expression;                         \
+    }                                     \
   };
 MSL_REDUCTION(__sum, return a + b)
-MSL_REDUCTION(__product, return a* b)
+MSL_REDUCTION(__product, return a * b)
 MSL_REDUCTION(__and, return a & b)
 MSL_REDUCTION(__or, return a | b)
 MSL_REDUCTION(__xor, return a ^ b)
 MSL_REDUCTION(__max, if constexpr (is_same_v<T, bfloat>) return a < b || a != a ? b : a;
-              else return metal::max(a, b))
+    else return metal::max(a, b))
 MSL_REDUCTION(__min, if constexpr (is_same_v<T, bfloat>) return b < a || a != a ? b : a;
-              else return metal::min(a, b))
+    else return metal::min(a, b))
 #undef MSL_REDUCTION
 
-#define MSL_SIMD_REDUCTION(name, operation)                    \
-  template <class T>                                           \
-  METAL_FUNC T name(T v) {                                     \
-    return ::msl::backend::template reduce<operation>(v);      \
+#define MSL_SIMD_REDUCTION(name, operation)               \
+  template <class T>                                      \
+  METAL_FUNC T name(T v) {                                \
+    return ::msl::backend::template reduce<operation>(v); \
   }
 MSL_SIMD_REDUCTION(simd_sum, __sum)
 MSL_SIMD_REDUCTION(simd_product, __product)

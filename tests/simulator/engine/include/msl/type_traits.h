@@ -34,12 +34,12 @@ struct conditional<false, T, F> {
 template <bool B, class T, class F>
 using conditional_t = typename conditional<B, T, F>::type;
 
-#define MSL_TRANSFORM(name, builtin)   \
-  template <class T>                   \
-  struct name {                        \
-    typedef builtin(T) type;           \
-  };                                   \
-  template <class T>                   \
+#define MSL_TRANSFORM(name, builtin) \
+  template <class T>                 \
+  struct name {                      \
+    typedef builtin(T) type;         \
+  };                                 \
+  template <class T>                 \
   using name##_t = builtin(T);
 MSL_TRANSFORM(remove_cv, __remove_cv)
 MSL_TRANSFORM(remove_const, __remove_const)
@@ -52,10 +52,10 @@ template <class T>
 inline constexpr bool __is_small_float =
     __is_same(__remove_cv(T), half) || __is_same(__remove_cv(T), bfloat);
 
-#define MSL_PREDICATE(name, ...)                      \
-  template <class T>                                  \
-  inline constexpr bool name##_v = __VA_ARGS__;       \
-  template <class T>                                  \
+#define MSL_PREDICATE(name, ...)                \
+  template <class T>                            \
+  inline constexpr bool name##_v = __VA_ARGS__; \
+  template <class T>                            \
   struct name : bool_constant<name##_v<T>> {};
 MSL_PREDICATE(is_integral, __is_integral(T))
 MSL_PREDICATE(is_floating_point, __is_floating_point(T) || __is_small_float<T>)
@@ -69,10 +69,10 @@ MSL_PREDICATE(is_void, __is_void(T))
 MSL_PREDICATE(is_enum, __is_enum(T))
 #undef MSL_PREDICATE
 
-#define MSL_RELATION(name, builtin)                       \
-  template <class A, class B>                             \
-  inline constexpr bool name##_v = builtin(A, B);         \
-  template <class A, class B>                             \
+#define MSL_RELATION(name, builtin)               \
+  template <class A, class B>                     \
+  inline constexpr bool name##_v = builtin(A, B); \
+  template <class A, class B>                     \
   struct name : bool_constant<builtin(A, B)> {};
 MSL_RELATION(is_same, __is_same)
 MSL_RELATION(is_convertible, __is_convertible)

@@ -20,11 +20,11 @@ typedef _Float16 half;
 typedef __bf16 bfloat;
 
 // packed_T3 is missing: clang's three-element vectors occupy four elements.
-#define MSL_VECTORS(T)                                                                      \
-  typedef T T##2 __attribute__((ext_vector_type(2)));                                       \
-  typedef T T##3 __attribute__((ext_vector_type(3)));                                       \
-  typedef T T##4 __attribute__((ext_vector_type(4)));                                       \
-  typedef T packed_##T##2 __attribute__((ext_vector_type(2), aligned(__alignof__(T))));     \
+#define MSL_VECTORS(T)                                                                  \
+  typedef T T##2 __attribute__((ext_vector_type(2)));                                   \
+  typedef T T##3 __attribute__((ext_vector_type(3)));                                   \
+  typedef T T##4 __attribute__((ext_vector_type(4)));                                   \
+  typedef T packed_##T##2 __attribute__((ext_vector_type(2), aligned(__alignof__(T)))); \
   typedef T packed_##T##4 __attribute__((ext_vector_type(4), aligned(__alignof__(T))));
 MSL_VECTORS(char)
 MSL_VECTORS(uchar)
