@@ -1,4 +1,4 @@
-"""Builds the Metal plugin on a Mac; everywhere else the package is pure Python with the reference."""
+"""Builds the Metal plugin on a Mac; elsewhere the package is pure Python with the reference."""
 
 import sys
 from pathlib import Path

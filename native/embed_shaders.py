@@ -1,7 +1,7 @@
-"""Writes shader_text.cpp: each kernel family's Metal source, includes inlined, as C++ string literals.
+"""Writes shader_text.cpp: each kernel family's Metal source, includes inlined, as C++ strings.
 
-The text goes to Metal's run-time compiler, which sees no files; #line keeps its diagnostics pointing
-at shaders/*.h.
+The text goes to Metal's run-time compiler, which sees no files; #line keeps its diagnostics
+pointing at shaders/*.h.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The device under test: a Mac's GPU, or on Linux the simulated one (enabled before anything asks)."""
+"""The device under test: a Mac's GPU, or on Linux the simulated one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def checked() -> Iterator[None]:
-    """Kernels run under the simulator's checks (bounds, races, uninitialised reads); no-op on a Mac."""
+    """Kernels run under the simulator's checks (bounds, races, ...); nothing changes on a Mac."""
     if not SIMULATED:
         yield
         return
@@ -55,7 +55,7 @@ def fresh_stats() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A fallback that no test asked for is an error. (In pyproject it would import the package too early.)"""
+    """A fallback nobody asked for is an error. (Named in pyproject, it would be imported too early.)"""
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
 
 

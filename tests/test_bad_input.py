@@ -220,7 +220,8 @@ NATIVE = {
     "head_dim": ((q, randn(2, 2, 9, 8), v), "key must have query's head_dim 16; got 8"),
     "heads": (
         (q, randn(2, 3, 9, 16), randn(2, 3, 9, 16)),
-        "the number of query heads must be a multiple of the number of key/value heads; got 4 and 3",
+        "the number of query heads must be a multiple of the number of key/value heads; "
+        "got 4 and 3",
     ),
     "length": (
         (q, k, randn(2, 2, 7, 16)),

@@ -34,7 +34,7 @@ def test_philox_known_answers(counter: tuple[int, ...], seed: int, expected: tup
 
 
 def _metal_forward_mask(p: float, batch: int, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
-    """With q = k = 0 every weight is 1 / S; one-hot value rows show 64 weights of a row at a time."""
+    """With q = k = 0 every weight is 1 / S; one-hot value rows show 64 weights at a time."""
     case = Case(q_len, kv_len, 64, batch=batch, num_heads=heads, num_kv_heads=1, dropout_p=p)
     q = torch.zeros(batch, heads, q_len, 64, device="mps")
     k = torch.zeros(batch, 1, kv_len, 64, device="mps")

@@ -1,4 +1,4 @@
-"""Property tests: the op against F.scaled_dot_product_attention, and identities of attention itself."""
+"""Property tests: the op against F.scaled_dot_product_attention, and attention's identities."""
 
 from __future__ import annotations
 

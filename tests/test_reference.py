@@ -119,7 +119,7 @@ def test_masks_as_sdpa(kind: str, dtype: torch.dtype):
 
 
 def test_memory_is_linear_in_the_length():
-    """No tensor of L x S elements per head is ever allocated (the profiler sees every allocation)."""
+    """No tensor of L x S elements per head is ever allocated, as the profiler sees it."""
     case = Case(4096, 4096, 16, num_heads=1)
     operands = case.operands()
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: opcheck, compile, autograd, functional transforms, autocast, checkpoint."""
+"""The ops as PyTorch sees them: opcheck, compile, autograd, transforms, autocast, checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The ops: schemas, shapes (fake kernels), the reference kernels and the autograd formula.
 
-``native/module.cpp`` adds the MPS kernels of flash_attn_fwd and flash_attn_bwd; ``attention.py`` adds
-flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable ABI
-handle keyword-only arguments unevenly.
+``native/module.cpp`` adds the MPS kernels of flash_attn_fwd and flash_attn_bwd; ``attention.py``
+adds flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
+ABI handle keyword-only arguments unevenly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .checks import check_problem, check_scoring
 from .layout import empty_in_order_of
 
 _SCORING = (
-    "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, float dropout_p, "
-    "float scale, int window_left, int window_right, int diagonal, float softcap"
+    "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
+    "float dropout_p, float scale, int window_left, int window_right, int diagonal, float softcap"
 )
 _FORWARD = f"Tensor query, Tensor key, Tensor value, {_SCORING}"
 _BACKWARD = (
@@ -151,7 +151,9 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     _calls.record_reference("flash_attn_bwd", reason, inputs[2].device.type, impl)
     tensors, scoring = inputs[:7], inputs[7:]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return reference.backward(*tensors, reference.Scoring(*scoring), mask_grad)
+        return reference.backward(
+            *tensors, scoring=reference.Scoring(*scoring), mask_grad=mask_grad
+        )
 
 
 def _forward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -182,13 +184,13 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 class _Formula(torch.autograd.Function):
     """An autograd.Function called from an Autograd kernel.
 
-    There torch.func's transforms have already been entered for the op itself; `Function.apply` would
-    enter them a second time (and fail), so `record` calls what it wraps.
+    There torch.func's transforms have already been entered for the op itself; `Function.apply`
+    would enter them a second time (and fail), so `record` calls what it wraps.
     """
 
     @classmethod
     def record(cls, *args: Any) -> Any:
-        apply = super(torch.autograd.Function, cls).apply
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         if not torch._C._are_functorch_transforms_active():
             return apply(*args)
         with enable_single_level_autograd_function():
@@ -230,7 +232,7 @@ class _FlashAttention(_Formula):
 
 
 class _FlashAttentionBackward(_Formula):
-    """flash_attn_bwd, whose own derivative is refused: without this torch returns wrong gradients."""
+    """flash_attn_bwd, whose own derivative is refused: else torch returns wrong gradients."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -245,7 +247,8 @@ class _FlashAttentionBackward(_Formula):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise NotImplementedError(
             "orchard::flash_attn_bwd: double backward is not implemented; use "
-            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for second derivatives"
+            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for second "
+            "derivatives"
         )
 
 

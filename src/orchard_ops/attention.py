@@ -132,22 +132,25 @@ def flash_attn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact scaled dot product attention in memory linear in the lengths, forward and backward.
 
-    softmax(scale * query @ key^T + attn_mask) @ value, with the leading arguments and the meaning of
-    `torch.nn.functional.scaled_dot_product_attention`.
+    softmax(scale * query @ key^T + attn_mask) @ value, with the leading arguments and the meaning
+    of `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         query: (..., Hq, L, D) float16, bfloat16, float32 (or float64, on the reference). 3-D inputs
             are one batch; any strides.
-        key: (..., Hkv, S, D). Hq must be a multiple of Hkv: query head h uses key head h // (Hq / Hkv).
+        key: (..., Hkv, S, D). Hq must be a multiple of Hkv: query head h uses key head h // (Hq /
+            Hkv).
         value: (..., Hkv, S, Dv).
-        attn_mask: broadcastable to (..., Hq, L, S). bool: True takes part. float: added to the scores,
-            may require grad.
+        attn_mask: broadcastable to (..., Hq, L, S). bool: True takes part. float: added to the
+            scores, may require grad.
         dropout_p: probability of dropping an attention weight, in [0, 1); rounded to a multiple of
             2^-16. The mask follows torch's cpu generator (`torch.manual_seed`).
-        is_causal: query i sees keys 0..i (top-left aligned, as in PyTorch). Combines with attn_mask.
+        is_causal: query i sees keys 0..i (top-left aligned, as in PyTorch). Combines with
+            attn_mask.
         scale: factor on the scores; 1 / sqrt(D) by default.
         enable_gqa: accepted for compatibility; grouping follows from the head counts.
-        window_left, window_right: query i sees keys i - window_left ... i + window_right; -1 is open.
+        window_left, window_right: query i sees keys i - window_left ... i + window_right; -1 is
+            open.
         softcap: c > 0 replaces a score s by c * tanh(s / c).
         alibi_slopes: (Hq) or (B, Hq); -slope * |i - j| is added to the scores. No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.

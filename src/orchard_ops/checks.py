@@ -1,4 +1,4 @@
-"""Malformed calls: one place that says what is wrong. Errors name the op, what it wants and what it got.
+"""Malformed calls: one place that says what is wrong: the op, what it wants and what it got.
 
 The checks read shapes, dtypes and devices only, so they also run on fake tensors.
 """
@@ -19,7 +19,7 @@ def _shape(x: Tensor) -> str:
 
 
 def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Rank, dtype and device of q, k and v as the user passed them (any number of batch dimensions)."""
+    """Rank, dtype and device of q, k and v as the user passed them, with any batch dimensions."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
@@ -73,12 +73,12 @@ def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"and {value.shape[3]} for value"
         )
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
-        if num_heads != num_kv_heads:
-            raise ValueError(
-                f"{op}: the number of query heads must be a multiple of the number of key/value "
-                f"heads; got {num_heads} and {num_kv_heads}"
-            )
+    divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
+    if num_heads != num_kv_heads and not divides:
+        raise ValueError(
+            f"{op}: the number of query heads must be a multiple of the number of key/value "
+            f"heads; got {num_heads} and {num_kv_heads}"
+        )
 
 
 def check_scoring(

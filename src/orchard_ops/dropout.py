@@ -1,8 +1,8 @@
 """Which attention weights dropout keeps: a pure function of the seed and the position.
 
-The Metal kernels (``shaders/philox.h``) and the reference call the same function, so a mask is never
-stored, a recomputed forward (activation checkpointing) sees the same one, and falling back from Metal
-to the reference does not change it.
+The Metal kernels (``shaders/philox.h``) and the reference call the same function, so a mask is
+never stored, a recomputed forward (activation checkpointing) sees the same one, and falling back
+from Metal to the reference does not change it.
 
 One Philox4x32-10 block decides a 2 x 2 arrangement of weights eight rows and eight columns apart,
 twice over (the two 16-bit halves of each word are neighbouring columns). That is how an Apple GPU's

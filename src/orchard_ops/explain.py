@@ -21,7 +21,7 @@ class Explanation:
     reason: str
     """Why that path."""
     advice: str
-    """What would make the call run on Metal, or run there faster; empty if there is nothing to say."""
+    """What would make the call run on Metal, or run faster there; may be empty."""
     kernels: tuple[str, ...]
     """Names of the Metal kernels: forward, then backward. Empty on the reference."""
     tiles: dict[str, str]

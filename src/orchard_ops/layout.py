@@ -17,7 +17,7 @@ def stride_order(strides: Sequence[int]) -> list[int]:
 
 
 def empty_in_order_of(like: Tensor, last: int | None = None) -> Tensor:
-    """An uninitialised dense tensor with `like`'s dtype, device, shape (last size replaced) and order."""
+    """Uninitialised and dense, with `like`'s dtype, device, stride order and sizes but the last."""
     sizes = [*like.shape[:3], like.shape[3] if last is None else last]
     return torch.empty_permuted(
         sizes, stride_order(like.stride()), dtype=like.dtype, device=like.device

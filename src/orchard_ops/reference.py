@@ -1,11 +1,11 @@
 """Attention and its gradient in plain PyTorch: any device, any float dtype, memory O(block x S).
 
 This is what runs where the Metal kernels cannot (CPU tensors, features the kernels refuse, a failed
-compile). It walks over blocks of query rows, so no L x S matrix ever exists, looks only at the keys a
-block may see, and never expands grouped keys and values. Half precision is computed in float32.
+compile). It walks over blocks of query rows, so no L x S matrix ever exists, looks only at the keys
+a block may see, and never expands grouped keys and values. Half precision is computed in float32.
 
-Mathematics: T. Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, sections 2 and 3; sinks as
-in gpt-oss (one extra logit per head without a value).
+Mathematics: T. Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, sections 2 and 3; sinks
+as in gpt-oss (one extra logit per head without a value).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS = 1 << 21
 
 @dataclass(frozen=True)
 class Scoring:
-    """Everything but q, k and v that decides the scores. Fields as in ``orchard::flash_attn_fwd``."""
+    """Everything but q, k and v that decides the scores, as in ``orchard::flash_attn_fwd``."""
 
     attn_mask: Tensor | None
     alibi_slopes: Tensor | None
@@ -196,7 +196,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
 
 
 def _mask_gradient(dx: Tensor, mask: Tensor, dmask: Tensor, block: _Block) -> None:
-    """Adds the block's score gradient to dmask, summed over the dimensions that the mask broadcasts."""
+    """Adds the block's score gradient to dmask, summed over the dimensions the mask broadcasts."""
     summed = [d for d in range(4) if mask.shape[d] == 1 and dx.shape[d] != 1]
     part = dx.sum(dim=summed, keepdim=True) if summed else dx
     target = dmask[:, :, block.rows] if mask.shape[2] != 1 else dmask
@@ -212,6 +212,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    *,
     scoring: Scoring,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What "right" means: float64 mathematics, and the same-dtype math path as the measure of error.
 
-FlashAttention's rule: an implementation's error against float64 may be a small multiple of the error
-that PyTorch's own unfused math makes in the same dtype on the same inputs, plus a rounding floor. The
-tolerance thereby follows the dtype, the size and the mask by itself.
+FlashAttention's rule: an implementation's error against float64 may be a small multiple of the
+error that PyTorch's own unfused math makes in the same dtype on the same inputs, plus a rounding
+floor. The tolerance thereby follows the dtype, the size and the mask by itself.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ class MathResult:
     dk: Tensor
     dv: Tensor
     dq_cancelled: float
-    """Largest entry of |scale| * rowsum(|dO| |O|) * P |K|: what a relative error of `out` makes of dq."""
+    """Largest entry of |scale| * rowsum(|dO| |O|) * P |K|: how `out`'s relative error enters dq."""
     dk_cancelled: float
     """The same for dk: largest entry of |scale| * P^T rowsum(|dO| |O|) |Q|."""
 
     def gradient_floor(self, name: str, dtype: torch.dtype) -> float:
         """What a fused backward loses before it starts, because it starts from rounded results.
 
-        `out` comes rounded to `dtype`, so a gradient that cancels (a row that sees one key has dq = 0)
-        keeps that error; `lse` comes rounded to float32, and its error is the weights' relative one.
+        `out` comes rounded to `dtype`, so a gradient that cancels (a row that sees one key has dq =
+        0) keeps that error; `lse` comes rounded to float32, and its error is the weights' relative
+        one.
         """
         cancelled = {"dq": self.dq_cancelled, "dk": self.dk_cancelled}.get(name, 0.0)
         lse = _largest(self.lse[torch.isfinite(self.lse)])
@@ -97,7 +98,7 @@ def math_attention(
     empty = (lse == -math.inf).unsqueeze(-1)
     weights = torch.where(empty, 0.0, torch.exp(scores - lse.unsqueeze(-1).masked_fill(empty, 0.0)))
     if dropout.threshold(dropout_p) > 0:
-        keep = dropout.dropout_mask(dropout_seed, dropout_p, tuple(scores.shape))
+        keep = dropout.dropout_mask(dropout_seed, dropout_p, (*scores.shape,))  # type: ignore[arg-type]
         weights = weights * keep * dropout.rescale(dropout_p)
     out = torch.matmul(weights, v_all)
     loss = (out * dout.cpu().to(compute)).sum()
@@ -111,8 +112,9 @@ def math_attention(
             torch.matmul(size.transpose(-1, -2), q.abs()).unflatten(1, (-1, group)).sum(2)
         )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dq, dk, dv = (g.to(dtype) for g in grads)
     return MathResult(
-        out.detach().to(dtype), lse.detach().to(lse_dtype), *(g.to(dtype) for g in grads),
+        out.detach().to(dtype), lse.detach().to(lse_dtype), dq, dk, dv,
         _largest(dq_cancelled), _largest(dk_cancelled),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ class TrainingConfig:
     """How to train. The learning rate warms up linearly and falls along a cosine to a tenth."""
 
     steps: int = 300
-    batch_size: int = 16
+    batch_size: int = 12
     learning_rate: float = 4e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
