@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <sstream>
+#include <stdexcept>
 
 #include "plan.h"
 #include "shader_library.h"
@@ -63,6 +64,15 @@ Layout layout_of(const Tensor& x) {
   return layout;
 }
 
+/// Raises with a message of its own: torch's macro would put this file's name before it.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
 std::string shape_of(const Tensor& x) {
   std::ostringstream text;
   text << "(";
@@ -75,34 +85,34 @@ std::string shape_of(const Tensor& x) {
 /// guards direct calls of the functional ops, whose mistakes would otherwise read out of bounds.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* x : {&q, &k, &v}) {
-    STD_TORCH_CHECK(x->dim() == 4, op,
+    check(x->dim() == 4, op,
         ": query, key and value must be (batch, heads, length, "
         "head_dim); got shape ",
         shape_of(*x));
-    STD_TORCH_CHECK(
+    check(
         x->scalar_type() == q.scalar_type(), op, ": query, key and value must have the same dtype");
-    STD_TORCH_CHECK(x->size(0) == q.size(0), op, ": key and value must have query's batch size ",
-        q.size(0), "; got ", x->size(0));
+    check(x->size(0) == q.size(0), op, ": key and value must have query's batch size ", q.size(0),
+        "; got ", x->size(0));
   }
-  STD_TORCH_CHECK(k.size(3) == q.size(3), op, ": key must have query's head_dim ", q.size(3),
-      "; got ", k.size(3));
-  STD_TORCH_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op,
+  check(k.size(3) == q.size(3), op, ": key must have query's head_dim ", q.size(3), "; got ",
+      k.size(3));
+  check(v.size(1) == k.size(1) && v.size(2) == k.size(2), op,
       ": value must have key's heads and length; got shapes ", shape_of(v), " and ", shape_of(k));
-  STD_TORCH_CHECK(q.size(3) > 0 && v.size(3) > 0, op, ": head_dim must be at least 1");
-  STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), op,
+  check(q.size(3) > 0 && v.size(3) > 0, op, ": head_dim must be at least 1");
+  check(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), op,
       ": the number of query heads must be a multiple of the number of key/value heads; got ",
       q.size(1), " and ", k.size(1));
 }
 
 /// The dropout seed; also checks the arguments that decide whether one is needed.
 uint64_t checked_seed(const char* op, const Scoring& s) {
-  STD_TORCH_CHECK(s.dropout_p >= 0.0 && s.dropout_p < 1.0, op,
-      ": dropout_p must be in [0, 1); got ", s.dropout_p);
+  check(s.dropout_p >= 0.0 && s.dropout_p < 1.0, op, ": dropout_p must be in [0, 1); got ",
+      s.dropout_p);
   if (s.dropout_p == 0.0) return 0;
-  STD_TORCH_CHECK(
+  check(
       s.dropout_seed.has_value(), op, ": dropout_p is ", s.dropout_p, " but dropout_seed is None");
   const Tensor& seed = *s.dropout_seed;
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.is_cpu() && seed.scalar_type() == ScalarType::Long, op,
+  check(seed.dim() == 0 && seed.is_cpu() && seed.scalar_type() == ScalarType::Long, op,
       ": dropout_seed must be a 0-dim int64 cpu tensor; got shape ", shape_of(seed));
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
@@ -172,7 +182,7 @@ std::string switched_off(const std::string& impl) {
 /// Raises where the caller insisted on Metal.
 void allow_fallback(const char* op, const std::string& impl, const std::string& reason) {
   const bool insisted = impl == "metal" || (impl == "auto" && env_enabled("ORCHARD_STRICT"));
-  STD_TORCH_CHECK(!insisted, "orchard::", op, ": the Metal kernels cannot run this call: ", reason);
+  check(!insisted, "orchard::", op, ": the Metal kernels cannot run this call: ", reason);
 }
 
 /// Calls an op of this library by name with these arguments; its RESULTS tensors.
@@ -250,8 +260,8 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
 
 /// Row statistics come as dense (B, H, L) float32.
 Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const Tensor& q) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
-                      x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
+  check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
+            x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
       op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
       "); got shape ", shape_of(x));
   return torch::stable::contiguous(x);
@@ -296,9 +306,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, O
       window_right, diagonal, softcap};
   check_operands(op, query, key, value);
   for (const Tensor* x : {&dout, &out}) {
-    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
-                        x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
-                        x->scalar_type() == query.scalar_type(),
+    check(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
+              x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
+              x->scalar_type() == query.scalar_type(),
         op, ": dout and out must have the forward output's shape and dtype; got shape ",
         shape_of(*x));
   }

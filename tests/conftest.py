@@ -55,7 +55,7 @@ def fresh_stats() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A fallback nobody asked for is an error. (Named in pyproject, it would be imported too early.)"""
+    """A fallback nobody asked for is an error. (pyproject would import the package too early.)"""
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
 
 

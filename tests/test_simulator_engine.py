@@ -125,6 +125,69 @@ def test_language_features(check):
     assert out[70, 2, 3] == 128 + 1
 
 
+DIVERGENT = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void divergent(device float* o [[buffer(0)]], device uint* b [[buffer(1)]],
+                      uint t [[thread_position_in_threadgroup]]) {
+  float x = t;
+  uint ballot = 0;
+  if (t % 4 == 1 && t < 40) {
+    x = simd_sum(x);
+    o[64 + t] = simd_prefix_inclusive_sum(float(t)) + 1000 * float(simd_is_first());
+    o[128 + t] = simd_broadcast_first(float(t)) + 1000 * simd_min(float(t));
+    ballot = uint(ulong(simd_ballot(t != 5)));
+  }
+  threadgroup_barrier(mem_flags::mem_none);
+  o[t] = simd_max(x);
+  b[t] = ballot;
+}
+"""
+
+
+@MODES
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_reductions_are_those_of_the_active_lanes(check, seed):
+    out, ballots = np.zeros((3, 64), np.float32), np.zeros(64, np.uint32)
+    arguments = {0: out, 1: ballots}
+    grid = (64, 1, 1)
+    counters = launch(DIVERGENT, "divergent", grid, grid, arguments, check=check, seed=seed)
+    active = [t for t in range(64) if t % 4 == 1 and t < 40]
+    first = [t for t in active if t < 32]
+    assert (out[0, :32] == sum(first)).all()
+    assert (out[0, 32:] == 33 + 37).all()
+    for t in active:
+        before = [s for s in active if s // 32 == t // 32 and s <= t]
+        assert out[1, t] == sum(before) + 1000 * (len(before) == 1)
+        assert out[2, t] == 1001 * before[0]
+        lanes = [s % 32 for s in active if s // 32 == t // 32 and s != 5]
+        assert ballots[t] == sum(1 << lane for lane in lanes)
+    assert counters.divergent_simd_ops > 0
+
+
+def test_as_type_and_strings_are_visible_as_in_metal():
+    source = """
+#include <metal_stdlib>
+inline metal::uint length(constant const char* text) {
+  metal::uint n = 0;
+  while (text[n] != 0) n++;
+  return n;
+}
+constant char array[] = "four" "teen";
+static_assert(sizeof(array) == 9, "text");
+struct [[deprecated("unused")]] Old {};
+kernel void k(device uint* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  o[0] = as_type<uint>(1.0f);
+  o[1] = length("twenty" "-three");
+  o[2] = length(__func__) + length(array);
+  constant char* text = t == 0 ? "yes" : "no";
+  o[3] = length(text);
+}"""
+    out = np.zeros(4, np.uint32)
+    launch(source, "k", (1, 1, 1), (1, 1, 1), {0: out}, check=True)
+    assert out.tolist() == [0x3F800000, 12, 9, 3]
+
+
 def test_vector_construction():
     source = """
 #include <metal_stdlib>

@@ -177,13 +177,44 @@ kernel void barriers_differ(OUT, TID) {
   else threadgroup_barrier(mem_flags::mem_device);  // expect: different threadgroup_barriers
   o[t] = 1;
 }
-kernel void simd_divergence(OUT, TID) {
+kernel void legal_reduction_in_a_branch(OUT, TID) {
   float x = t;
   if (t & 1) {
-    x = simd_sum(x);  // expect: divergence: .* wait at a reduction .* wait at threadgroup_barrier
+    x = simd_sum(x) + quad_sum(x) + simd_prefix_inclusive_sum(x) + float(simd_is_first());
   }
   threadgroup_barrier(mem_flags::mem_device);
   o[t] = simd_max(x);
+}
+kernel void same_operation_at_two_places(OUT, TID) {
+  float x = t;
+  if (t & 1) x = simd_sum(x);  // expect: divergent simdgroup operation
+  else x = simd_sum(x * 2);  // expect: divergent simdgroup operation
+  o[t] = x;
+}
+kernel void legal_shuffle_among_those_in_a_branch(OUT, TID) {
+  if (t & 1) o[t] = simd_shuffle_xor(float(t), 2) + simd_shuffle_down(float(t), 2);
+  threadgroup_barrier(mem_flags::mem_device);
+}
+kernel void shuffle_from_another_branch(OUT, TID) {
+  if (t & 1) {
+    o[t] = simd_shuffle_xor(float(t), 1);  // expect: reads from lane \\d+, which takes no part in it
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+}
+kernel void simdgroup_barrier_in_a_branch(OUT, TID) {
+  if (t & 1) {
+    simdgroup_barrier(mem_flags::mem_device);  // expect: divergence: .* wait at simdgroup_barrier
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+  o[t] = t;
+}
+kernel void matrix_in_a_branch(OUT, TID) {
+  simdgroup_float8x8 a(1.0f), b(2.0f), c;
+  if (t & 1) {
+    simdgroup_multiply(c, a, b);  // expect: divergence: .* wait at a simdgroup matrix product
+    o[t] = c.thread_elements()[0];
+  }
+  threadgroup_barrier(mem_flags::mem_device);
 }
 kernel void different_operations(OUT, TID) {
   float x = t;

@@ -281,6 +281,29 @@ def test_deleted_barrier(number, tmp_path):
         assert re.search(r"PrefillAttention\.h:\d+.*(race|uninitialised)", report)
 
 
+# ---- error reports of a kernel
+
+
+def test_reported_error():
+    """As inductor's bounds checks use it."""
+    source = """
+#include <metal_stdlib>
+#include <c10/metal/error.h>
+using namespace metal;
+kernel void check(device c10::metal::ErrorMessages* errors [[buffer(0)]],
+                  uint t [[thread_position_in_grid]]) {
+  if (t == 3) TORCH_REPORT_ERROR(errors, "index ", int(t) - 8, " is out of bounds");
+}"""
+    library = engine.compile(source, check=True, include_dirs=[INCLUDE])
+    errors = np.zeros(30 * 512 + 4, np.uint8)
+    arrays.launch(library, "check", (8, 1, 1), (8, 1, 1), {0: errors})
+    texts = [
+        bytes(errors[i:j]).rstrip(b"\0").decode() for i, j in [(4, 132), (132, 260), (260, 510)]
+    ]
+    assert errors[0] == 1
+    assert texts == ["program_source", "check", "index -5 is out of bounds"]
+
+
 # ---- everything
 
 

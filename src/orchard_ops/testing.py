@@ -98,7 +98,7 @@ def math_attention(
     empty = (lse == -math.inf).unsqueeze(-1)
     weights = torch.where(empty, 0.0, torch.exp(scores - lse.unsqueeze(-1).masked_fill(empty, 0.0)))
     if dropout.threshold(dropout_p) > 0:
-        keep = dropout.dropout_mask(dropout_seed, dropout_p, (*scores.shape,))  # type: ignore[arg-type]
+        keep = dropout.dropout_mask(dropout_seed, dropout_p, (*scores.shape,))
         weights = weights * keep * dropout.rescale(dropout_p)
     out = torch.matmul(weights, v_all)
     loss = (out * dout.cpu().to(compute)).sum()

@@ -20,6 +20,8 @@ class Counters:
     simd_barriers: int
     #: threadgroup_barrier calls, one for each thread
     threadgroup_barriers: int
+    #: shuffles and reductions of a part of a simdgroup, because the rest took another branch
+    divergent_simd_ops: int
     #: exp, exp2, exp10 and tanh
     exps: int
     #: log and log2

@@ -20,6 +20,7 @@ def rewrite(
     stream = TokenStream(text)
     check(stream)
     expressions.rewrite_literals(stream)
+    expressions.rewrite_strings(stream)
     expressions.rewrite_constructors(stream)
     pass_ = _Declarations(stream, constants or {}, only)
     pass_.run()

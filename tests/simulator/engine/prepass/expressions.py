@@ -1,4 +1,4 @@
-"""Literals and vector constructors."""
+"""Literals, strings and vector constructors."""
 
 import re
 
@@ -25,6 +25,36 @@ def rewrite_literals(stream: TokenStream) -> None:
             token.text = f"((bfloat){text[:-2]}f)"
         elif text[-1] not in "fFlL":
             token.text = text + "f"
+
+
+def rewrite_strings(stream: TokenStream) -> None:
+    """``"text"`` and ``__func__`` lie in constant memory: ``((constant char*)"text")``.
+
+    Not where the language wants a literal: in attributes, linkage, static_assert and as the
+    initialiser of an array.
+    """
+    i = 0
+    while stream[i].kind != "end":
+        attribute = stream.attribute(i)
+        if attribute:
+            i = attribute[0] + 1
+        elif stream[i].text in ("static_assert", "_Static_assert", "extern"):
+            i = stream.closing.get(i + 1, i + 1) + 1
+        elif _is_string(stream, i):
+            last = i
+            while _is_string(stream, last + 1):
+                last += 1
+            if not (stream[i - 1].is_op("=") and stream[i - 2].is_op("]")):
+                stream.insert_before(i, "((constant char*)")
+                stream.insert_after(last, ")")
+            i = last + 1
+        else:
+            i += 1
+
+
+def _is_string(stream: TokenStream, i: int) -> bool:
+    token = stream[i]
+    return token.text == "__func__" or (token.kind == "string" and token.text[0] == '"')
 
 
 def rewrite_constructors(stream: TokenStream) -> None:

@@ -41,16 +41,18 @@ void vreport(Threadgroup* group, Lane* lane, void* pc, const char* format, va_li
 
 const char* operation_name(unsigned operation) {
   switch (operation & 15) {
-    case 1:
+    case kShuffle:
       return "a shuffle";
-    case 2:
+    case kReduce:
       return "a reduction";
-    case 3:
+    case kSimdgroupBarrier:
       return "simdgroup_barrier";
-    case 4:
+    case kMatrixProduct:
       return "a simdgroup matrix product";
-    case 5:
+    case kMatrixMemory:
       return "simdgroup_load or simdgroup_store";
+    case kScan:
+      return "a prefix sum or product";
   }
   return "a simdgroup operation";
 }

@@ -37,6 +37,21 @@ struct Worker {
 Worker* borrow_worker();
 void return_worker(Worker* worker);
 
+// Kinds of simdgroup operations, the low four bits of Simdgroup::operation (msl/cpu_simd.h).
+enum : unsigned {
+  kShuffle = 1,
+  kReduce = 2,
+  kSimdgroupBarrier = 3,
+  kMatrixProduct = 4,
+  kMatrixMemory = 5,
+  kScan = 6
+};
+// Whether Metal defines it for a part of the lanes.
+inline bool allows_divergence(unsigned operation) {
+  unsigned kind = operation & 15;
+  return kind == kShuffle || kind == kReduce || kind == kScan;
+}
+
 // ---- report.cpp
 enum : unsigned { kMaxReports = 16 };  // further threadgroups are not started
 void report(Threadgroup* group, Lane* lane, void* pc, const char* format, ...);

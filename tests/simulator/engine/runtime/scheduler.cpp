@@ -53,9 +53,17 @@ void reschedule(Lane* lane, void** save) {
     msl_swap(save, choose(group, own, candidates, lane->lane)->sp);
     return;
   }
-  if (own->arrived && own->arrived != own->live)
-    fail_waiting(group, lane,
-        "divergence: a simdgroup operation is not reached by all lanes of its simdgroup");
+  if (own->arrived && own->arrived != own->live) {
+    if (!allows_divergence(own->operation))
+      fail_waiting(group, lane,
+          "divergence: a simdgroup operation is not reached by all lanes of its simdgroup");
+    // The other lanes wait at a threadgroup barrier, so the operation is one of these lanes alone.
+    group->counters.divergent_simd_ops++;
+    own->completes = 1;
+    Lane* first = own->lanes[__builtin_ctz(own->arrived)];
+    if (first != lane) msl_swap(save, first->sp);
+    return;
+  }
   unsigned first = group->launch->random_schedule ? next_random(group) : own->index + 1;
   for (unsigned k = 0; k < group->simdgroup_count; k++) {
     Simdgroup* s = &group->simdgroups[(first + k) % group->simdgroup_count];
@@ -142,7 +150,7 @@ void make_lanes(Worker& worker, Threadgroup* group) {
     unsigned l = i % kSimdWidth, quad = l / 4;
     Simdgroup* s = &worker.simdgroups[i / kSimdWidth];
     if (l == 0) {
-      s->live = s->arrived = s->at_barrier = s->completes_on_exit = s->epoch = 0;
+      s->live = s->arrived = s->at_barrier = s->completes = s->epoch = 0;
       s->index = i / kSimdWidth;
       s->group = group;
     }
@@ -249,7 +257,7 @@ void msl_lane_main(Lane* lane) {
   lane->wait_pc = nullptr;
   if (s->arrived &&
       s->arrived == s->live) {  // it was the last: another one carries the operation out
-    s->completes_on_exit = 1;
+    s->completes = 1;
     group->counters.switches++;
     msl_swap(&dead, s->lanes[__builtin_ctz(s->live)]->sp);
     __builtin_unreachable();

@@ -1,23 +1,28 @@
 // CPU backend: simdgroup operations.  Each is a rendezvous (arrive): lanes leave their operands in
 // the Simdgroup, the last to arrive does the work for all.  The functions are not inlined, so that
 // their return address tells where in the program a lane waits.
+//
+// Under divergent control flow a shuffle or a reduction is one of the lanes that reach it: it is
+// carried out for them once every other lane has returned or waits at a threadgroup barrier, which
+// no lane can pass alone (scheduler.cpp).  Lanes that wait at two places are an error: whether they
+// should meet later depends on where the GPU lets branches join, which is not modelled.
 #pragma once
 
 namespace msl {
 namespace backend {
-// What the lanes that wait together must agree on; reports print the name (runtime/report.cpp).
+// What the lanes that wait together must agree on; the runtime knows the numbers (runtime.h).
 enum Operation : uint {
   kShuffle = 1,
   kReduce = 2,
   kBarrier = 3,
   kMatrixProduct = 4,
-  kMatrixMemory = 5
+  kMatrixMemory = 5,
+  kScan = 6
 };
 // An operation in the low bits, a detail that must agree as well (type size, barrier flags) above.
 MSL_INLINE constexpr uint operation(Operation kind, uint detail = 0) { return kind | detail << 4; }
 
 MSL_INLINE inline uint lane() { return self()->lane; }
-MSL_INLINE inline uint first_lane() { return __builtin_ctz(self()->simdgroup->live); }
 MSL_INLINE inline short2 frag_coord() {
   uint f = self()->fragment;
   short2 r;
@@ -30,16 +35,18 @@ MSL_INLINE inline short2 frag_coord() {
 MSL_INLINE inline bool arrive(Lane* lane, uint what) {
   Simdgroup* s = lane->simdgroup;
   lane->wait_pc = __builtin_return_address(0);
-  if (!s->arrived)
+  if (!s->arrived) {
     s->operation = what;
-  else if (s->operation != what)
-    msl_fail(lane, lane->wait_pc, "divergent simdgroup operation: %x here, %x at other lanes", what,
-        s->operation);
+    s->site = lane->wait_pc;
+  } else if (s->operation != what || s->site != lane->wait_pc) {
+    msl_fail(lane, lane->wait_pc,
+        "divergent simdgroup operation: other lanes of the simdgroup wait at another one");
+  }
   s->arrived |= 1u << lane->lane;
   if (s->arrived == s->live) return true;
   msl_wait(lane);
-  if (!s->completes_on_exit) return false;
-  s->completes_on_exit = 0;
+  if (!s->completes) return false;
+  s->completes = 0;
   return true;
 }
 
@@ -58,16 +65,29 @@ __attribute__((noinline)) MSL_CONVERGENT T shuffle(T v, uint source) {
   __builtin_memcpy(s->in[l->lane], &v, sizeof(T));
   s->source[l->lane] = source;
   if (arrive(l, operation(kShuffle))) {
-    for (int i = 0; i < 32; i++) __builtin_memcpy(s->out[i], s->in[s->source[i] & 31], sizeof(T));
+    for (int i = 0; i < 32; i++) {
+      uint from = s->source[i] & 31;
+      if (s->arrived >> from & 1)
+        __builtin_memcpy(s->out[i], s->in[from], sizeof(T));
+      else
+        __builtin_memset(s->out[i], 0, sizeof(T));
+    }
+    s->participants = s->arrived;
     s->arrived = 0;
   }
+#ifdef MSL_CHECK
+  if (s->live & ~s->participants & 1u << (source & 31))
+    msl_fail(l, __builtin_return_address(0),
+        "shuffle: reads from lane %u, which takes no part in it (lanes %08x do)", source & 31,
+        s->participants);
+#endif
   T r;
   __builtin_memcpy(&r, s->out[l->lane], sizeof(T));
   return r;
 }
 
-// Reduction in butterfly order over the active lanes.
-template <class Op, class T>
+// Reduction in butterfly order over the active lanes, or over those of each WIDTH lanes.
+template <class Op, int WIDTH = 32, class T>
 __attribute__((noinline)) MSL_CONVERGENT T reduce(T v) {
   static_assert(sizeof(T) <= 32, "type of a simdgroup operation");
   Lane* l = self();
@@ -78,11 +98,12 @@ __attribute__((noinline)) MSL_CONVERGENT T reduce(T v) {
     T value[32];
     bool on[32];
     for (int i = 0; i < 32; i++) {
-      on[i] = s->live >> i & 1;
+      on[i] = s->arrived >> i & 1;
       __builtin_memcpy(&value[i], s->in[i], sizeof(T));
     }
-    for (int d = 16; d; d /= 2) {
-      for (int i = 0; i < d; i++) {
+    for (int d = WIDTH / 2; d; d /= 2) {
+      for (int i = 0; i < 32; i++) {
+        if (i % WIDTH >= d) continue;
         if (on[i] && on[i + d]) {
           value[i] = Op::apply(value[i], value[i + d]);
         } else if (on[i + d]) {
@@ -91,7 +112,31 @@ __attribute__((noinline)) MSL_CONVERGENT T reduce(T v) {
         }
       }
     }
-    for (int i = 0; i < 32; i++) __builtin_memcpy(s->out[i], &value[0], sizeof(T));
+    for (int i = 0; i < 32; i++) __builtin_memcpy(s->out[i], &value[i / WIDTH * WIDTH], sizeof(T));
+    s->arrived = 0;
+  }
+  T r;
+  __builtin_memcpy(&r, s->out[l->lane], sizeof(T));
+  return r;
+}
+
+// The reduction of this lane's value and those of all active lanes before it, in order.
+template <class Op, class T>
+__attribute__((noinline)) MSL_CONVERGENT T inclusive_scan(T v) {
+  static_assert(sizeof(T) <= 32, "type of a simdgroup operation");
+  Lane* l = self();
+  Simdgroup* s = l->simdgroup;
+  MSL_COUNT(simd_ops);
+  __builtin_memcpy(s->in[l->lane], &v, sizeof(T));
+  if (arrive(l, operation(kScan, sizeof(T)))) {
+    T sum;
+    for (uint rest = s->arrived; rest; rest &= rest - 1) {
+      int i = __builtin_ctz(rest);
+      T next;
+      __builtin_memcpy(&next, s->in[i], sizeof(T));
+      sum = rest == s->arrived ? next : Op::apply(sum, next);
+      __builtin_memcpy(s->out[i], &sum, sizeof(T));
+    }
     s->arrived = 0;
   }
   T r;

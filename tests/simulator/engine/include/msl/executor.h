@@ -26,6 +26,7 @@ enum : unsigned { kMemDevice = 1, kMemThreadgroup = 2 };
 struct Counters {
   unsigned long mma;  // counted once per lane
   unsigned long simd_ops, simd_barriers, threadgroup_barriers;
+  unsigned long divergent_simd_ops;
   unsigned long exps, logs;
   unsigned long device_bytes_read, device_bytes_written;
   unsigned long threadgroup_bytes_read, threadgroup_bytes_written;
@@ -63,14 +64,16 @@ struct Simdgroup {
   alignas(64) float a[64], b[64], c[64], d[64];  // 8x8 matrices
   alignas(64) unsigned char in[32][32];
   alignas(64) unsigned char out[32][32];
-  unsigned source[32];         // shuffle: lane to read from
-  unsigned live;               // bit per lane that has not returned
-  unsigned arrived;            // bit per lane waiting at a simdgroup operation
-  unsigned at_barrier;         // bit per lane waiting at a threadgroup barrier
-  unsigned operation;          // which simdgroup operation the lanes in `arrived` wait at
-  unsigned completes_on_exit;  // a lane returned: the woken lane must carry out the operation
-  unsigned epoch;              // simdgroup barriers passed that order threadgroup memory
-  unsigned index;              // simdgroup_index_in_threadgroup
+  unsigned source[32];    // shuffle: lane to read from
+  unsigned live;          // bit per lane that has not returned
+  unsigned arrived;       // bit per lane waiting at a simdgroup operation
+  unsigned at_barrier;    // bit per lane waiting at a threadgroup barrier
+  unsigned operation;     // which simdgroup operation the lanes in `arrived` wait at
+  void* site;             // and where in the program
+  unsigned participants;  // lanes of the shuffle that was carried out last
+  unsigned completes;     // no further lane will come: the woken one carries the operation out
+  unsigned epoch;         // simdgroup barriers passed that order threadgroup memory
+  unsigned index;         // simdgroup_index_in_threadgroup
   Lane* lanes[32];
   Threadgroup* group;
 };

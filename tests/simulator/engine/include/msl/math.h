@@ -160,3 +160,6 @@ METAL_FUNC uint mulhi(uint a, uint b) { return (uint)(((ulong)a * b) >> 32); }
 METAL_FUNC int mulhi(int a, int b) { return (int)(((long)a * b) >> 32); }
 METAL_FUNC ulong mulhi(ulong a, ulong b) { return (ulong)(((unsigned __int128)a * b) >> 64); }
 }  // namespace metal
+
+// Metal declares it in the global namespace as well.
+using metal::as_type;

@@ -15,9 +15,10 @@ template <class T>
 METAL_FUNC T simd_broadcast(T v, ushort lane) {
   return ::msl::backend::shuffle(v, lane & 31);
 }
+uint __first_lane();
 template <class T>
 METAL_FUNC T simd_broadcast_first(T v) {
-  return ::msl::backend::shuffle(v, ::msl::backend::first_lane());
+  return ::msl::backend::shuffle(v, __first_lane());
 }
 template <class T>
 METAL_FUNC T simd_shuffle_xor(T v, ushort mask) {
@@ -45,16 +46,18 @@ METAL_FUNC T simd_shuffle_rotate_up(T v, ushort delta) {
 template <class T>
 METAL_FUNC T simd_shuffle_and_fill_down(T v, T filling, ushort delta) {
   uint l = ::msl::backend::lane();
-  T a = ::msl::backend::shuffle(v, (l + delta) & 31);
-  T b = ::msl::backend::shuffle(filling, (l + delta) & 31);
-  return l + delta < 32 ? a : b;
+  bool inside = l + delta < 32;
+  T a = ::msl::backend::shuffle(v, inside ? l + delta : l);
+  T b = ::msl::backend::shuffle(filling, inside ? l : (l + delta) & 31);
+  return inside ? a : b;
 }
 template <class T>
 METAL_FUNC T simd_shuffle_and_fill_up(T v, T filling, ushort delta) {
   uint l = ::msl::backend::lane();
-  T a = ::msl::backend::shuffle(v, (l - delta) & 31);
-  T b = ::msl::backend::shuffle(filling, (l - delta) & 31);
-  return l >= delta ? a : b;
+  bool inside = l >= delta;
+  T a = ::msl::backend::shuffle(v, inside ? l - delta : l);
+  T b = ::msl::backend::shuffle(filling, inside ? l : (l - delta) & 31);
+  return inside ? a : b;
 }
 
 template <class T>
@@ -103,29 +106,24 @@ MSL_SIMD_REDUCTION(simd_or, __or)
 MSL_SIMD_REDUCTION(simd_xor, __xor)
 #undef MSL_SIMD_REDUCTION
 
-template <class T>
-METAL_FUNC T quad_sum(T v) {
-  v += quad_shuffle_xor(v, 1);
-  return v + quad_shuffle_xor(v, 2);
-}
-template <class T>
-METAL_FUNC T quad_max(T v) {
-  v = __max::apply(v, quad_shuffle_xor(v, 1));
-  return __max::apply(v, quad_shuffle_xor(v, 2));
-}
-template <class T>
-METAL_FUNC T quad_min(T v) {
-  v = __min::apply(v, quad_shuffle_xor(v, 1));
-  return __min::apply(v, quad_shuffle_xor(v, 2));
-}
+#define MSL_QUAD_REDUCTION(name, operation)                  \
+  template <class T>                                         \
+  METAL_FUNC T name(T v) {                                   \
+    return ::msl::backend::template reduce<operation, 4>(v); \
+  }
+MSL_QUAD_REDUCTION(quad_sum, __sum)
+MSL_QUAD_REDUCTION(quad_product, __product)
+MSL_QUAD_REDUCTION(quad_max, __max)
+MSL_QUAD_REDUCTION(quad_min, __min)
+#undef MSL_QUAD_REDUCTION
+
 template <class T>
 METAL_FUNC T simd_prefix_inclusive_sum(T v) {
-  uint l = ::msl::backend::lane();
-  for (uint d = 1; d < 32; d *= 2) {
-    T o = ::msl::backend::shuffle(v, l >= d ? l - d : l);
-    if (l >= d) v += o;
-  }
-  return v;
+  return ::msl::backend::template inclusive_scan<__sum>(v);
+}
+template <class T>
+METAL_FUNC T simd_prefix_inclusive_product(T v) {
+  return ::msl::backend::template inclusive_scan<__product>(v);
 }
 template <class T>
 METAL_FUNC T simd_prefix_exclusive_sum(T v) {
@@ -134,7 +132,8 @@ METAL_FUNC T simd_prefix_exclusive_sum(T v) {
 
 METAL_FUNC bool simd_all(bool p) { return simd_and((uint)p) != 0; }
 METAL_FUNC bool simd_any(bool p) { return simd_or((uint)p) != 0; }
-METAL_FUNC bool simd_is_first() { return ::msl::backend::lane() == ::msl::backend::first_lane(); }
+METAL_FUNC uint __first_lane() { return simd_min(::msl::backend::lane()); }
+METAL_FUNC bool simd_is_first() { return ::msl::backend::lane() == __first_lane(); }
 
 struct simd_vote {
   typedef ulong vote_t;

@@ -100,10 +100,8 @@ METAL_FUNC T make_uniform(T x) {
 
 // <metal_logging>: accepted and ignored.
 struct os_log {
-  constexpr os_log(const char*, const char*) {}
+  constexpr os_log(const constant char*, const constant char*) {}
   template <class... A>
   METAL_FUNC void log_debug(const constant char*, A...) const {}
-  template <class... A>
-  METAL_FUNC void log_debug(const char*, A...) const {}
 };
 }  // namespace metal

@@ -1,0 +1,120 @@
+"""The native plan: the variants it can name, explain(), and what the sources must agree on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import DTYPES, Case
+from test_kernels import HEAD_DIMS
+
+import orchard_ops
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "native"))
+import embed_shaders  # noqa: E402
+
+
+def explain(case: Case, **options: object) -> orchard_ops.Explanation:
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    return orchard_ops.explain(q, k, v, **options)
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_head_dims_are_padded_to_the_next_variant(head_dim: int):
+    padded = min(d for d in HEAD_DIMS if d >= head_dim)
+    explanation = explain(Case(3, 4, head_dim))
+    assert explanation.path == "metal" and len(explanation.kernels) == 3
+    assert all(f"_d{padded}_" in name for name in explanation.kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (16, 64, 80, 128, 160, 256))
+def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
+    """Two staged blocks of padded rows: at most 32 KiB, computed here from the kernel's name."""
+    for name in explain(Case(3, 4, head_dim, dtype=dtype)).kernels:
+        rows = int(re.search(r"_[kq](\d+)_(chunks|elements)", name)[1])
+        size = torch.finfo(dtype).bits // 8
+        assert 2 * rows * (head_dim + 16 // size) * size <= 32 * 1024
+
+
+def test_loads_follow_the_layout():
+    case = Case(40, 50, 64, dtype=torch.float16)
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    assert all(n.endswith("_chunks") for n in orchard_ops.explain(q, k, v).kernels)
+    strided = k.transpose(-1, -2).contiguous().transpose(-1, -2)
+    explanation = orchard_ops.explain(q, strided, v)
+    assert all(n.endswith("_elements") for n in explanation.kernels)
+    assert "16 bytes" in explanation.advice
+    assert explanation.path == "metal"
+
+
+def test_dropout_is_a_variant_and_a_tiny_p_is_none():
+    case = Case(40, 50, 64)
+    assert all(n.endswith("_dropout") for n in explain(case, dropout_p=0.1).kernels)
+    assert not any(n.endswith("_dropout") for n in explain(case, dropout_p=1e-6).kernels)
+
+
+def test_causality_and_lengths_are_no_variants():
+    """A training run compiles three kernels, whatever its lengths and windows."""
+    names = {
+        explain(Case(q_len, kv_len, 64), is_causal=causal, window_left=left).kernels
+        for q_len, kv_len in ((1, 1), (33, 100), (500, 20))
+        for causal in (False, True)
+        for left in (-1, 5)
+    }
+    assert len(names) == 1
+
+
+def test_the_kernels_launched_are_the_kernels_explained():
+    import simulator
+
+    case = Case(40, 50, 96, dtype=torch.bfloat16)
+    q, k, v, _ = (x.to("mps").requires_grad_() for x in case.operands())
+    with simulator.recording() as launches:
+        orchard_ops.flash_attn(q, k, v, dropout_p=0.1).square().sum().backward()
+    assert tuple(x.kernel for x in launches) == orchard_ops.explain(q, k, v, dropout_p=0.1).kernels
+
+
+def test_explain_on_the_cpu_and_as_text():
+    x = torch.randn(1, 2, 5, 16)
+    explanation = orchard_ops.explain(x, x, x)
+    assert explanation.path == "reference"
+    assert str(explanation) == (
+        'path: reference\nreason: the tensors are on cpu, not on mps\nadvice: move them to "mps"'
+    )
+
+
+def test_shader_text_is_ascii_and_self_contained():
+    for header in embed_shaders.FAMILIES.values():
+        text = embed_shaders.flatten(header)
+        assert text.isascii()
+        assert '#include "' not in text and "#pragma once" not in text
+        assert text.count("struct AttentionParams {") == 1
+
+
+def test_diagnostics_point_into_the_shaders():
+    """A mistake in a flattened source is reported with the shader's own file and line."""
+    from simulator import engine
+
+    text = embed_shaders.flatten("forward.h").replace("zero(o);", "zero(oh);")
+    line = (ROOT / "shaders" / "forward.h").read_text().split("zero(o);")[0].count("\n") + 1
+    with pytest.raises(engine.CompileError, match=rf"forward\.h:{line}"):
+        engine.compile(text + instantiation())
+
+
+def instantiation() -> str:
+    arguments = "attention_forward<float, float, 16, 1, 16, 4, true, false>"
+    return f'\ntemplate [[host_name("f")]] [[kernel]] decltype({arguments}) {arguments};\n'
+
+
+def test_python_and_native_agree_on_dropout_rounding():
+    """The kernel's name tells whether the native threshold is 0; Python must agree at the edge."""
+    from orchard_ops import dropout
+
+    for p in (0.49 * 2**-16, 0.5 * 2**-16, 0.51 * 2**-16, 1.5 * 2**-16):
+        named = all(n.endswith("_dropout") for n in explain(Case(4, 4, 16), dropout_p=p).kernels)
+        assert named == (dropout.threshold(p) > 0)
