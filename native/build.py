@@ -27,6 +27,7 @@ def compile_flags(torch_directory: Path) -> list[str]:
         "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DTORCH_STABLE_ONLY",
         f"-I{NATIVE}", f"-isystem{include}",
         f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
+        f"-fmacro-prefix-map={include}/=", f"-fmacro-prefix-map={NATIVE.parent}/=",
     ]  # fmt: skip
     if sys.platform == "darwin":
         flags += ["-arch", "arm64", "-mmacosx-version-min=14.0"]
@@ -46,30 +47,35 @@ def link_flags(torch_directory: Path) -> list[str]:
     return ["-shared", *flags, f"-Wl,-rpath,{libraries}"]
 
 
-def build(output: Path, objects: Path) -> Path:
-    """Compiles the native library to `output`, with object files under `objects`."""
+def compile_sources(compiler: list[str], objects: Path) -> list[Path]:
+    """Compiles every source, and the shaders as text, to a file each under `objects`."""
     import torch
 
-    torch_directory = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX", "c++")
+    flags = compile_flags(Path(torch.__file__).parent)
     objects.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     text = objects / "shader_text.cpp"
     text.write_text(embed_shaders.generate(), encoding="ascii")
     sources = [*(NATIVE / name for name in SOURCES), text]
 
     def compile_one(source: Path) -> Path:
         target = objects / f"{source.stem}.o"
-        command = [compiler, *compile_flags(torch_directory), "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True)
+        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = list(pool.map(compile_one, sources))
+        return list(pool.map(compile_one, sources))
+
+
+def build(output: Path, objects: Path) -> Path:
+    """Compiles the native library to `output`, with object files under `objects`."""
+    import torch
+
+    compiler = os.environ.get("CXX", "c++")
+    compiled = compile_sources([compiler], objects)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    flags = link_flags(Path(torch.__file__).parent)
     linked = output.with_suffix(".partial")
-    subprocess.run(
-        [compiler, *map(str, compiled), *link_flags(torch_directory), "-o", str(linked)], check=True
-    )
+    subprocess.run([compiler, *map(str, compiled), *flags, "-o", str(linked)], check=True)
     linked.replace(output)  # never half written, and a loaded copy stays intact
     return output
 

@@ -222,7 +222,7 @@ def with_seed(params: Params, **fields: object) -> bytes:
 
 
 def launch(library: engine.Library, kernel: dict, numbers: dict[str, int], params: bytes,
-           inputs: dict[str, Guarded], outputs: dict[str, Guarded], **options: object) -> None:  # fmt: skip
+           inputs: dict[str, Guarded], outputs: dict[str, Guarded], **options: object) -> engine.Counters:  # fmt: skip
     """One dispatch; fails if anything but the outputs' elements was written."""
     before = {name: x.snapshot() for name, x in inputs.items()}
     block = torch.frombuffer(bytearray(params), dtype=torch.uint8).clone()  # 64-byte aligned
@@ -233,8 +233,9 @@ def launch(library: engine.Library, kernel: dict, numbers: dict[str, int], param
         buffers[numbers[name]] = x.buffer(True)
     groups, threads = kernel["groups"], kernel["threads"]
     grid = (groups[0] * threads, groups[1], 1)
-    library.launch(kernel["name"], grid, (threads, 1, 1), buffers, **options)
+    counters = library.launch(kernel["name"], grid, (threads, 1, 1), buffers, **options)
     for name, x in inputs.items():
         x.assert_untouched(name, before[name])
     for name, x in outputs.items():
         x.assert_untouched(name, None)
+    return counters

@@ -7,14 +7,14 @@ For each supported release:
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 import zipfile
 from pathlib import Path
 
 import lief
-from symbol_lists import MACOS, SYMBOLS, Library, SymbolList
+import mach_o
+from symbol_lists import MACOS, SYMBOLS, WEAK, Library, SymbolList
 
 # The headers of the stable C interface, of its Metal part, and of the aten ops behind it.
 HEADERS = (
@@ -46,18 +46,6 @@ def prototypes(wheel: zipfile.ZipFile) -> Library:
     return found
 
 
-def image(wheel: zipfile.ZipFile, member: str) -> lief.MachO.Binary:
-    fat = lief.MachO.parse(io.BytesIO(wheel.read(member)))
-    assert fat is not None and fat.size == 1, member
-    return fat.at(0)
-
-
-def install_name(binary: lief.MachO.Binary) -> str:
-    command = binary.get(lief.MachO.LoadCommand.TYPE.ID_DYLIB)
-    assert isinstance(command, lief.MachO.DylibCommand)
-    return command.name
-
-
 def plugin_exports(wheel: zipfile.ZipFile, binary: lief.MachO.Binary) -> Library:
     """What this library exports of the C interface, and the one C++ symbol."""
     declared = prototypes(wheel)
@@ -69,31 +57,30 @@ def plugin_exports(wheel: zipfile.ZipFile, binary: lief.MachO.Binary) -> Library
     }
 
 
-def system_imports(binary: lief.MachO.Binary) -> dict[str, set[str]]:
+def system_imports(binary: lief.MachO.Binary) -> dict[str, Library]:
     """The names that this library needs of libc++ and libSystem to load at all."""
     minimum = tuple(binary.build_version.minos[:2])
     if minimum > tuple(map(int, MACOS.split("."))):
-        raise SystemExit(f"{install_name(binary)} needs macOS {minimum}: no evidence for {MACOS}")
-    found: dict[str, set[str]] = {name: set() for name in SYSTEM_LIBRARIES}
-    for symbol in binary.imported_symbols:
-        if symbol.library is None or symbol.description & _WEAK_REFERENCE:
-            continue
-        if symbol.library.name in found:
-            found[symbol.library.name].add(str(symbol.name))
+        raise SystemExit(f"a library needs macOS {minimum}: no evidence for {MACOS}")
+    found: dict[str, Library] = {name: {} for name in SYSTEM_LIBRARIES}
+    for symbol, library in mach_o.imports(binary).items():
+        if library in found and not symbol.description & _WEAK_REFERENCE:
+            found[library][str(symbol.name)] = WEAK if mach_o.is_weak_lookup(symbol) else ""
     return found
 
 
 def extract(paths: list[Path]) -> None:
-    system: dict[str, set[str]] = {name: set() for name in SYSTEM_LIBRARIES}
+    system: dict[str, Library] = {name: {} for name in SYSTEM_LIBRARIES}
     for path in paths:
         version = path.name.split("-")[1]
         libraries: dict[str, Library] = {}
         with zipfile.ZipFile(path) as wheel:
             for member in LIBRARIES:
-                binary = image(wheel, member)
-                libraries[install_name(binary)] = plugin_exports(wheel, binary)
+                binary = mach_o.parse(wheel.read(member))
+                libraries[mach_o.install_name(binary)] = plugin_exports(wheel, binary)
                 for name, symbols in system_imports(binary).items():
-                    system[name] |= symbols
+                    for symbol, kind in symbols.items():
+                        system[name][symbol] = system[name].get(symbol) or kind
         label = "torch-" + ".".join(version.split(".")[:2])
         SymbolList(label, libraries).write(
             SYMBOLS / f"{label}.txt",
@@ -101,7 +88,7 @@ def extract(paths: list[Path]) -> None:
             "Written by tools/macos/extract_symbols.py.",
         )
     label = f"macos-{MACOS.split('.')[0]}"
-    SymbolList(label, {name: dict.fromkeys(found, "") for name, found in system.items()}).write(
+    SymbolList(label, system).write(
         SYMBOLS / f"{label}.txt",
         f"Names of system libraries that torch's wheels for macOS {MACOS} or older need to load,\n"
         f"so every macOS from {MACOS} on has them. Written by tools/macos/extract_symbols.py from\n"

@@ -4,7 +4,8 @@
     macos-14.txt     names of the system libraries that those wheels import themselves
 
 A list is sections `[install name of a library]` of lines `symbol prototype`; extract_symbols.py
-writes it. The prototype is empty where there is none (C++ symbols carry it in their name).
+writes it. The prototype is empty where there is none (C++ symbols carry it in their name); for a
+system library it says `weak` of what the whole process shares, like operator new.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 
 SYMBOLS = Path(__file__).resolve().parent / "symbols"
 MACOS = "14.0"  # the oldest macOS the wheel is for
+
+WEAK = "weak"
 
 Library = dict[str, str]  # symbol, as in the symbol table -> prototype
 

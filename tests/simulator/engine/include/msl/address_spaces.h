@@ -22,4 +22,5 @@
 #else
 #define MSL_KERNEL static __attribute__((noinline))
 #endif
-#define MSL_CONVERGENT __attribute__((convergent))
+// Calls at two places stay two: lanes that come from different branches do not meet.
+#define MSL_CONVERGENT __attribute__((convergent, nomerge))

@@ -1,0 +1,648 @@
+"""The tests that mutants must not survive; tests/test_mutation_tool.py runs every one of them too.
+
+A killer is one fast test: a kernel on one problem, or a property of the plan. It has a name, the
+kernel `family` that it needs (None: only the plan), and `run(sources)`, which raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attention_cases import SEED, Case
+from simulator import engine
+from torch import Tensor
+
+from orchard_ops import dropout
+from orchard_ops.testing import GRAD_FACTOR, OUT_FACTOR, MathResult, assert_no_worse_than_math
+
+from .harness import (
+    DKV,
+    DQ,
+    DTYPE_NUMBERS,
+    FAMILIES,
+    FORWARD,
+    Guarded,
+    Params,
+    Sources,
+    launch,
+    place,
+    request,
+    with_seed,
+)
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+# ---- one kernel on one problem
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Operands of a case, its results, and what the forward hands to the backward kernels."""
+
+    operands: tuple[Tensor, ...]
+    dlse: Tensor | None
+    ref: MathResult
+    eager: MathResult
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+@functools.cache
+def reference(case: Case, with_dlse: bool) -> Reference:
+    q, k, v, do = case.operands()
+    dlse = None
+    if with_dlse:
+        generator = torch.Generator().manual_seed(2)
+        dlse = torch.randn(q.shape[:3], generator=generator)
+    ref, eager = (case.math(t, q, k, v, do, dlse=dlse) for t in (torch.float64, case.dtype))
+    out = ref.out.to(case.dtype)
+    delta = (do.double() * out.double()).sum(-1)
+    if dlse is not None:
+        delta -= dlse.double()
+    return Reference((q, k, v, do), dlse, ref, eager, out, ref.lse.float(), delta)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A kernel on one problem, by the tolerance rule, with the exact number of matrix products."""
+
+    name: str
+    family: str
+    case: Case
+    layouts: tuple[str, ...] = ("padded",) * 5  # of q, k, v, out and dout
+    dlse: bool = False
+    check: bool = False
+    tile: tuple[int, ...] = ()  # instead of the plan's: (R, BK), or (BQ,)
+    schedule: int | None = None  # seed of a random order of threads
+
+    def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
+        given = reference(self.case, self.dlse)
+        q, k, v, do = given.operands
+        x = {
+            name: Guarded.like(tensor, layout)
+            for (name, tensor), layout in zip(
+                {"query": q, "key": k, "value": v, "out": given.out, "dout": do}.items(),
+                self.layouts,
+            )
+        }
+        kernel, params = self._plan(sources, x)
+        library = compile_kernel(sources, self.family, kernel, self.check)
+        note("compiled")
+        lse = Guarded.like(given.lse[None], "dense")
+        stats = (1, *given.lse.shape)
+        inputs = {"query": x["query"], "key": x["key"], "value": x["value"]}
+        if self.family == FORWARD:
+            results = {"out": _empty(q, self.layouts[3]), "lse": Guarded(stats, _dense(stats), F32)}
+        elif self.family == DQ:
+            dlse = lse if given.dlse is None else Guarded.like(given.dlse[None], "dense")
+            inputs |= {"out": x["out"], "dout": x["dout"], "lse": lse, "dlse": dlse}
+            results = {"dq": _empty(q, self.layouts[0]), "delta": Guarded(stats, _dense(stats), F32)}
+        else:
+            delta = Guarded.like(given.delta.float()[None], "dense")
+            inputs |= {"dout": x["dout"], "lse": lse, "delta": delta}
+            results = {"dk": _empty(k, self.layouts[1]), "dv": _empty(v, self.layouts[2])}
+        strides = {
+            name: tuple(results[name].tensor.stride())
+            for name in ("out", "dq", "dk", "dv")
+            if name in results
+        }
+        block = with_seed(params, has_dlse=int(self.dlse), **strides)
+        counters = launch(
+            library, kernel, sources.buffers, block, inputs, results,
+            seed=self.schedule, workers=1,
+        )  # fmt: skip
+        self._compare(given, {name: y.tensor for name, y in results.items()})
+        assert counters.mma == self._products(kernel), "not the expected number of matrix products"
+
+    def _plan(self, sources: Sources, x: dict[str, Guarded]) -> tuple[dict, Params]:
+        case = self.case
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        short = {"q": "query", "k": "key", "v": "value", "out": "out", "dout": "dout"}
+        plan, params = sources.plan(
+            request(
+                {name: place(x[full]) for name, full in short.items()},
+                DTYPE_NUMBERS[case.dtype], self.family != FORWARD, dropout_p=case.dropout_p,
+                scale=scale, window_left=case.window_left, window_right=case.window_right,
+                diagonal=case.diagonal,
+            )
+        )  # fmt: skip
+        assert not plan["refusal"], plan["refusal"]
+        (kernel,) = (k for k in plan["kernels"] if k["family"] == self.family)
+        if self.tile:
+            self._retile(kernel)
+        return kernel, params
+
+    def _retile(self, kernel: dict) -> None:
+        arguments = template_arguments(kernel)
+        arguments[3 : 3 + len(self.tile)] = [str(n) for n in self.tile]
+        old = re.search(r"decltype\((.*)\)", kernel["instantiation"])[1]
+        new = f"{self.family}<{', '.join(arguments)}>"
+        kernel["instantiation"] = kernel["instantiation"].replace(old, new)
+        if self.family != DKV:
+            kernel["groups"][1] = -(-self.case.q_len // (32 * self.tile[0]))
+
+    def _compare(self, given: Reference, results: dict[str, Tensor]) -> None:
+        for name, x in results.items():
+            if name == "delta":
+                size = (given.operands[3].double() * given.out.double()).abs().sum(-1)
+                size = size + (0 if given.dlse is None else given.dlse.abs())
+                error = (x[0].double() - given.delta).abs()
+                assert (error <= 16 * torch.finfo(F32).eps * size.max()).all(), "delta"
+                continue
+            x = x[0] if name == "lse" else x
+            grad = name.startswith("d")
+            assert_no_worse_than_math(
+                name, x, getattr(given.ref, name), getattr(given.eager, name),
+                GRAD_FACTOR if grad else OUT_FACTOR,
+                given.ref.gradient_floor(name, x.dtype) if grad else 0.0,
+            )  # fmt: skip
+
+    def _products(self, kernel: dict) -> int:
+        """8 x 8 x 8 products if exactly the blocks between the first and last visible one run."""
+        case, arguments = self.case, template_arguments(kernel)
+        row = torch.arange(case.q_len)[:, None] + case.diagonal
+        key = torch.arange(case.kv_len)
+        left, right = (
+            w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right)
+        )
+        seen = (key >= row - left) & (key <= row + right)
+        width = int(arguments[2]) // 8
+        if self.family == DKV:
+            block = int(arguments[3])
+            blocks = sum(_span(part.any(1), block) for part in seen.split(32, dim=1))
+            heads, products = case.num_heads, 4 * (block // 8) * width
+        else:
+            r, block = int(arguments[3]), int(arguments[4])
+            blocks = sum(_span(part.any(0), block) for part in seen.split(32 * r))
+            products = (2 if self.family == FORWARD else 3) * r * (block // 8) * width
+            heads = case.num_heads
+        return case.batch * heads * blocks * 4 * products
+
+
+def _span(seen: Tensor, block: int) -> int:
+    """Blocks from the first to the last seen position."""
+    places = seen.nonzero()
+    return int(places.max()) // block - int(places.min()) // block + 1 if len(places) else 0
+
+
+def _empty(like: Tensor, layout: str) -> Guarded:
+    """An output: all NaN; the kernels write adjacent columns and pairs of them."""
+    _, h, n, d = like.shape
+    chunk = 16 // like.element_size()
+    wide = -(-d // chunk) * chunk + chunk
+    strides = {
+        "padded": (h * (n + 1) * wide, (n + 1) * wide, wide, 1),
+        "blhd": (h * n * d, d, h * d, 1),
+    }.get(layout, (h * n * d, n * d, d, 1))
+    return Guarded(like.shape, strides, like.dtype)
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def template_arguments(kernel: dict) -> list[str]:
+    return re.search(r"<(.*?)>", kernel["instantiation"])[1].split(", ")
+
+
+def compile_kernel(
+    sources: Sources, family: str, kernel: dict, check: bool = False
+) -> engine.Library:
+    return engine.compile(sources.text(family) + kernel["instantiation"], check=check)
+
+
+# ---- the problems
+
+_kitchen_sink = Case(
+    37, 51, 15, batch=2, num_heads=4, num_kv_heads=2, dropout_p=0.3, window_left=19,
+    window_right=6, diagonal=3,
+)  # fmt: skip
+_causal = Case(45, 70, 32, num_heads=3, num_kv_heads=1, dtype=F16, window_right=0, diagonal=25)
+_open = Case(70, 96, 16, dtype=F32)
+_wide = Case(35, 40, 160, batch=2, dtype=BF16, dropout_p=0.2, window_right=0)
+_odd_tiles = Case(40, 49, 80, dtype=F32, dropout_p=0.4, window_left=20)
+_keyless = Case(70, 20, 16, dtype=F32, window_right=0, diagonal=-41)
+_two_rows = Case(150, 70, 24, dtype=F16, dropout_p=0.25, window_left=60, window_right=12)
+_mixed = ("padded", "columns", "rows_odd", "dense", "odd")
+_blhd = ("blhd",) * 5
+
+
+def _attention() -> Iterator[Attention]:
+    def each(name: str, case: Case, families: tuple[str, ...] = FAMILIES, **options: Any):
+        for family in families:
+            yield Attention(f"{family}: {name}", family, case, **options)
+
+    tiles = {FORWARD: (2, 16), DQ: (2, 16), DKV: (32,)}
+    # In order of cost: the first ones find most mutants and need one compilation each.
+    yield from each("windows, groups, dropout, elements", _kitchen_sink, dlse=True)
+    yield from each("causal, chunks", _causal)
+    yield from each("causal, chunks, any order of threads", _causal, schedule=1)
+    yield from each("no mask", _open)
+    yield from each("one row, one key", Case(1, 1, 16, dtype=F32))
+    yield from each("rows and keys without a partner", _keyless)
+    for diagonal in (200, -200):
+        yield from each(f"nothing visible at {diagonal}", _keyless.but(
+            window_left=3, window_right=2, diagonal=diagonal))  # fmt: skip
+    for left, right, diagonal in ((0, 0, 0), (16, 15, 17), (-1, 3, -32), (7, -1, 32), (31, 32, 1)):
+        yield from each(
+            f"window {left}, {right} at {diagonal}",
+            Case(64, 64, 16, num_heads=1, dtype=F32, window_left=left, window_right=right,
+                 diagonal=diagonal),
+        )  # fmt: skip
+    yield from each("large scores", Case(40, 64, 16, dtype=F32, scale=30.0, window_right=4))
+    yield from each("negative scale", Case(40, 64, 16, dtype=F32, scale=-0.7))
+    yield from each("bfloat16, wide heads, dropout", _wide)
+    yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
+    for family, tile in tiles.items():
+        yield Attention(f"{family}: larger tiles", family, _two_rows, tile=tile)
+    yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
+    yield from each("kitchen sink, checked", _kitchen_sink, dlse=True, check=True)
+    yield from each("causal, checked", _causal, check=True)
+    yield from each("blocks of 8, checked", _odd_tiles, check=True)
+    yield from each("nothing visible, checked", _keyless.but(diagonal=-200), check=True)
+
+
+# ---- further tests of kernels
+
+
+@dataclass(frozen=True)
+class Property:
+    """A test that is written out below."""
+
+    name: str
+    family: str | None
+    test: Callable[..., None]
+
+    def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
+        self.test(sources, note) if self.family else self.test(sources)
+
+
+@dataclass(frozen=True)
+class Given(Attention):
+    """As Attention with given operands; the test compares the results."""
+
+    operands: tuple[Tensor, ...] = ()
+
+    def results(self, sources: Sources, note: Callable[[str], None], inputs: dict[str, Tensor],
+                out: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:  # fmt: skip
+        x = {name: Guarded.like(t, "dense") for name, t in inputs.items() if t.dim() == 4}
+        x.setdefault("out", x["query"])
+        x.setdefault("dout", x["query"])
+        kernel, params = self._plan(sources, x)
+        library = compile_kernel(sources, self.family, kernel, self.check)
+        note("compiled")
+        x |= {name: Guarded.like(t[None], "dense") for name, t in inputs.items() if t.dim() == 3}
+        results = {n: Guarded(s, _dense(s), F32) for n, s in out.items()}
+        strides = {n: _dense(s) for n, s in out.items() if len(s) == 4 and n not in ("lse", "delta")}
+        block = with_seed(params, **strides)
+        launch(library, kernel, sources.buffers, block, {n: x[n] for n in x if n not in out},
+               results, workers=1)  # fmt: skip
+        return {name: y.tensor for name, y in results.items()}
+
+
+def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
+    """With one key, score m in powers of two: lse must be m ln(2), correctly rounded."""
+    length = 640
+    case = Case(length, 1, 16, num_heads=1, scale=math.log(2), dtype=F32)
+    m = torch.arange(1, length + 1).float() * 1.5
+    q = torch.zeros(1, 1, length, 16)
+    q[0, 0, :, 0] = m
+    k = torch.zeros(1, 1, 1, 16)
+    k[..., 0] = 1.0
+    given = Given("", FORWARD, case)
+    inputs = {"query": q, "key": k, "value": k}
+    shapes = {"out": (1, 1, length, 16), "lse": (1, 1, 1, length)}
+    lse = given.results(sources, note, inputs, shapes)["lse"]
+    assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
+
+
+def _infinite_rows(dlse: bool = False) -> tuple[Case, dict[str, Tensor]]:
+    """Every other query scores -inf with every key, without a mask."""
+    case = Case(16, 32, 16, num_heads=1, dtype=F32, scale=1.0)
+    q = torch.zeros(1, 1, 16, 16)
+    q[:, :, ::2, 0] = math.inf
+    k = torch.zeros(1, 1, 32, 16)
+    k[..., 0] = -1.0
+    lse = torch.full((1, 1, 16), math.log(32.0))
+    lse[..., ::2] = -math.inf
+    ones = torch.ones(1, 1, 16, 16)
+    return case, {"query": q, "key": k, "value": torch.ones(1, 1, 32, 16), "dout": ones, "lse": lse,
+                  "out": ones * (lse > -math.inf)[..., None]}  # fmt: skip
+
+
+def infinite_scores_forward(sources: Sources, note: Callable[[str], None]) -> None:
+    case, x = _infinite_rows()
+    inputs = {name: x[name] for name in ("query", "key", "value")}
+    shapes = {"out": (1, 1, 16, 16), "lse": (1, 1, 1, 16)}
+    got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+    torch.testing.assert_close(got["out"], x["out"])
+    torch.testing.assert_close(got["lse"][0], x["lse"])
+
+
+def infinite_scores_dq(sources: Sources, note: Callable[[str], None]) -> None:
+    case, x = _infinite_rows()
+    shapes = {"dq": (1, 1, 16, 16), "delta": (1, 1, 1, 16)}
+    inputs = {**x, "dlse": x["lse"]}
+    got = Given("", DQ, case).results(sources, note, inputs, shapes)
+    expected = (x["dout"] * x["out"]).sum(-1)
+    torch.testing.assert_close(got["delta"][0], expected)
+    assert got["dq"].abs().max() < 1e-4  # delta = dP in the others
+
+
+def infinite_scores_dkv(sources: Sources, note: Callable[[str], None]) -> None:
+    case, x = _infinite_rows()
+    shapes = {"dk": (1, 1, 32, 16), "dv": (1, 1, 32, 16)}
+    delta = (x["dout"] * x["out"]).sum(-1)
+    inputs = {name: x[name] for name in ("query", "key", "value", "dout", "lse")}
+    got = Given("", DKV, case).results(sources, note, {**inputs, "delta": delta}, shapes)
+    torch.testing.assert_close(got["dv"], torch.full((1, 1, 32, 16), 8 / 32))
+
+
+@functools.cache
+def _draws() -> Tensor:
+    """The 16-bit draw of each weight of _edge_case."""
+    shape = (1, 2, 64, 64)
+    words = dropout.philox_4x32(
+        (
+            torch.arange(16).view(1, 1, 1, 16), torch.arange(32).view(1, 1, 32, 1),
+            torch.arange(2).view(1, 2, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.int64),
+        ),
+        SEED,
+    )  # fmt: skip
+    draws = torch.stack(words, -1)  # (1, head, row, column, word); each word holds two draws
+    del shape
+    return torch.stack((draws & 0xFFFF, draws >> 16), -1).flatten(0, 4)
+
+
+def _edge_probability() -> float:
+    """A p whose threshold is one of the draws, both as a first and as a second element."""
+    first, second = (set(_draws()[:, i].tolist()) for i in (0, 1))
+    both = sorted(d for d in first & second if 10000 < d < 50000)
+    return both[len(both) // 2] / 65536
+
+
+def _edges() -> Iterator[Attention]:
+    p = _edge_probability()
+    for name, threshold in (("is a draw", p), ("is one above a draw", p + 2.0**-16)):
+        case = Case(64, 64, 16, dtype=F32, dropout_p=threshold)
+        for family in FAMILIES:
+            yield Attention(f"{family}: the threshold {name}", family, case)
+
+
+# ---- the plan
+
+_TILES = {  # by element size, up to a padded head dim: forward, dq, dkv
+    2: {64: ("r1_k32", "r1_k16", "q16"), 128: ("r1_k16", "r1_k16", "q16"),
+        256: ("r1_k8", "r1_k8", "q8")},
+    4: {64: ("r1_k16", "r1_k16", "q16"), 128: ("r1_k8", "r1_k8", "q8"),
+        256: ("r1_k8", "r1_k8", "q8")},
+}  # fmt: skip
+_WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_TYPES = {
+    F16: ("float16", "half", "half", "float"),
+    BF16: ("bfloat16", "bfloat", "float", "float"),
+    F32: ("float32", "float", "float", "float"),
+}
+
+
+def _dense_layouts(b: int = 2, h: int = 4, hk: int = 2, l: int = 40, s: int = 70, d: int = 64,
+                   dv: int | None = None) -> dict[str, tuple]:  # fmt: skip
+    dv = d if dv is None else dv
+    shapes = {"q": (b, h, l, d), "k": (b, hk, s, d), "v": (b, hk, s, dv), "out": (b, h, l, dv),
+              "dout": (b, h, l, dv)}  # fmt: skip
+    return {name: (shape, _dense(shape), 0) for name, shape in shapes.items()}
+
+
+def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, flags: str,
+                     groups: list[int]) -> dict:  # fmt: skip
+    torch_name, metal, forward_operand, backward_operand = _TYPES[dtype]
+    operand = forward_operand if family == FORWARD else backward_operand
+    name = f"{family}_{torch_name}_d{width}_{tile}_{flags}"
+    numbers = re.findall(r"\d+", tile)
+    chunks, drop = (str(word in flags).lower() for word in ("chunks", "dropout"))
+    arguments = ", ".join([metal, operand, str(width), *numbers, "4", chunks, drop])
+    call = f"{family}<{arguments}>"
+    sizes = f"BK 32, BQ {numbers[0]}" if family == DKV else f"BQ 32, BK {numbers[1]}"
+    return {
+        "name": name, "family": family, "groups": groups, "threads": 128,
+        "instantiation": f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n',
+        "tile": f"{sizes}, head_dim padded to {width}; {groups[0]} x {groups[1]} threadgroups of "
+                "128 threads",
+    }  # fmt: skip
+
+
+_ADVICE = (
+    "rows that start at multiples of 16 bytes with adjacent columns (and a head_dim of whole "
+    "16-byte chunks) load faster than the element-wise loads this call needs"
+)
+
+
+def plan_of_every_width(sources: Sources) -> None:
+    widths = {1, *_WIDTHS, *(w + 1 for w in _WIDTHS[:-1]), *(w - 1 for w in _WIDTHS)}
+    for dtype, d in itertools.product(_TYPES, sorted(widths)):
+        width = next(w for w in _WIDTHS if w >= d)
+        row = next(tiles for limit, tiles in _TILES[dtype.itemsize].items() if width <= limit)
+        p = 0.25 if d % 2 else 0.0
+        chunks = d % (16 // dtype.itemsize) == 0
+        flags = ("chunks" if chunks else "elements") + ("_dropout" if p else "")
+        layouts = _dense_layouts(d=d)
+        forward, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], dropout_p=p))
+        backward, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], True, dropout_p=p))
+        groups = {FORWARD: [8, 2], DQ: [8, 2], DKV: [4, 3]}
+        expected = [
+            _expected_kernel(family, dtype, width, tile, flags, groups[family])
+            for family, tile in zip(FAMILIES, row)
+        ]
+        for plan, kernels in ((forward, expected[:1]), (backward, expected[1:])):
+            assert plan == {
+                "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels
+            }, (plan, kernels)  # fmt: skip
+
+
+def plan_of_threadgroups(sources: Sources) -> None:
+    for l, s in ((1, 1), (31, 33), (32, 32), (33, 31), (64, 65), (97, 300)):
+        layouts = _dense_layouts(3, 6, 2, l, s)
+        for backward in (False, True):
+            plan, _ = sources.plan(request(layouts, 0, backward))
+            for kernel in plan["kernels"]:
+                keys = kernel["family"] == DKV
+                expected = [6, -(-s // 32)] if keys else [18, -(-l // 32)]
+                assert kernel["groups"] == expected and kernel["threads"] == 128
+
+
+def plan_of_params(sources: Sources) -> None:
+    strides = {name: tuple(range(n, n + 4)) for n, name in enumerate(("q", "k", "v", "out", "dout"))}
+    layouts = {
+        name: (sizes, strides[name], 0)
+        for name, (sizes, _, _) in _dense_layouts(2, 6, 3, 41, 73, 24).items()
+    }
+    for backward in (False, True):
+        _, params = sources.plan(request(
+            layouts, 2, backward, dropout_p=0.3, scale=0.37, window_left=5, window_right=9,
+            diagonal=-13,
+        ))  # fmt: skip
+        for name, expected in strides.items():
+            if backward or name != "dout":
+                assert tuple(getattr(params, name)) == expected, name
+        got = [getattr(params, n) for n in ("num_heads", "num_kv_heads", "q_len", "kv_len",
+               "head_dim", "diagonal", "window_left", "window_right")]  # fmt: skip
+        assert got == [6, 3, 41, 73, 24, -13, 5, 9]
+        threshold = round(0.3 * 65536)
+        assert params.dropout_threshold == threshold
+        floats = (params.scale, params.scale_log2, params.dropout_rescale)
+        exact = (0.37, 0.37 / math.log(2), 65536 / (65536 - threshold))
+        assert floats == tuple(torch.tensor(exact, dtype=F32).tolist())
+
+
+def plan_of_windows(sources: Sources) -> None:
+    open_ = 1 << 30
+    for given, expected in (
+        (-1, open_), (0, 0), (1, 1), (open_ - 1, open_ - 1), (open_ + 1, open_), (-7, open_),
+        (1 << 40, open_),
+    ):  # fmt: skip
+        for side in ("window_left", "window_right"):
+            _, params = sources.plan(request(_dense_layouts(), 0, **{side: given}))
+            other = {"window_left": "window_right", "window_right": "window_left"}[side]
+            assert getattr(params, side) == expected and getattr(params, other) == open_
+
+
+def plan_of_dropout(sources: Sources) -> None:
+    for p, expected in (
+        (0.0, 0), (2.0**-17, 0), (2.0**-16, 1), (1.5 * 2.0**-16, 2), (2.5 * 2.0**-16, 2),
+        (0.5, 32768), (1 - 2.0**-16, 65535), (1 - 2.0**-20, 65535),
+    ):  # fmt: skip
+        plan, params = sources.plan(request(_dense_layouts(), 0, dropout_p=p))
+        assert params.dropout_threshold == expected == dropout.threshold(p)
+        assert plan["kernels"][0]["name"].endswith("_dropout") == (expected > 0)
+        assert params.dropout_rescale == torch.tensor(dropout.rescale(p), dtype=F32).item()
+
+
+def plan_of_layouts(sources: Sources) -> None:
+    """Chunks only where each row of each tensor starts at 16 bytes."""
+    base = _dense_layouts()
+    for dtype, chunk in ((0, 8), (1, 8), (2, 4)):
+        cases: list[tuple[str, tuple, bool]] = []
+        for name, (sizes, strides, _) in base.items():
+            for d in range(3):
+                for change, fits in ((chunk, True), (chunk // 2, False), (1, False)):
+                    new = tuple(n + change * (i == d) for i, n in enumerate(strides))
+                    cases.append((name, (sizes, new, 0), fits))
+            cases.append((name, (sizes, (*strides[:3], 2), 0), False))
+            cases.append((name, (sizes, (*strides[:3], 0), 0), False))
+            cases += [(name, (sizes, strides, n), n % chunk == 0) for n in (chunk, 1, chunk // 2)]
+        for name, layout, fits in cases:
+            for backward in (False, True):
+                used = backward or name != "dout"
+                plan, _ = sources.plan(request({**base, name: layout}, dtype, backward))
+                word = "_chunks" if fits or not used else "_elements"
+                assert all(word in k["name"] for k in plan["kernels"]), (name, layout)
+                assert plan["advice"] == ("" if word == "_chunks" else _ADVICE)
+    # Strides of dimensions of one element do not matter.
+    single = {name: ((1, 1, 1, 64), (7, 9, 11, 1), 0) for name in base}
+    plan, _ = sources.plan(request(single, 0))
+    assert "_chunks" in plan["kernels"][0]["name"]
+    pair = {**single, "q": ((2, 1, 1, 64), (7, 9, 11, 1), 0)}
+    plan, _ = sources.plan(request(pair, 0))
+    assert "_elements" in plan["kernels"][0]["name"]
+
+
+_LONG = 1 << 28
+_HEADS = (2**31 - 1) // 128
+_REFUSALS: list[tuple[dict, dict, int, str, str]] = [
+    ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", "cast query, key and value"),
+    ({"d": 257}, {}, 0, "head_dim must be at most 256; got 257", "split the heads"),
+    ({"dv": 32}, {}, 0, "value's head_dim must equal query's 64; got 32",
+     "pad the narrower of the two with zeros"),
+    ({}, {"has_mask": 1}, 0, "attn_mask is given",
+     "use is_causal or a window where they say the same"),
+    ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
+    ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
+    ({}, {"softcap": 2.5}, 0, "softcap is 2.5", ""),
+    ({"l": _LONG + 1}, {}, 0, f"lengths and diagonals must be at most {_LONG}; got {_LONG + 1}", ""),
+    ({"s": _LONG + 2}, {}, 0, f"lengths and diagonals must be at most {_LONG}; got {_LONG + 2}", ""),
+    ({}, {"diagonal": _LONG + 3}, 0,
+     f"lengths and diagonals must be at most {_LONG}; got {_LONG + 3}", ""),
+    ({}, {"diagonal": -_LONG - 4}, 0,
+     f"lengths and diagonals must be at most {_LONG}; got {_LONG + 4}", ""),
+    ({"b": 2, "h": (_HEADS + 1) // 2}, {}, 0,
+     f"batch times heads must be at most {_HEADS}; got {_HEADS + 1}", ""),
+]  # fmt: skip
+
+
+def plan_of_refusals(sources: Sources) -> None:
+    for sizes, fields, dtype, refusal, advice in _REFUSALS:
+        for backward in (False, True):
+            plan, _ = sources.plan(request(_dense_layouts(**sizes), dtype, backward, **fields))
+            assert plan == {"refusal": refusal, "advice": advice, "kernels": []}, plan
+    for sizes, fields in (
+        ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),
+        ({}, {"diagonal": -_LONG}), ({"b": 1, "h": _HEADS}, {}), ({}, {"softcap": 0.0}),
+    ):  # fmt: skip
+        plan, _ = sources.plan(request(_dense_layouts(**sizes), 0, **fields))
+        assert not plan["refusal"], plan
+
+
+def plan_of_strides(sources: Sources) -> None:
+    sizes = (2, 3, 5, 7)
+    for order in itertools.permutations(range(3)):
+        like, size = [0, 0, 0, 1], 7
+        for d in reversed(order):
+            like[d], size = size, size * sizes[d]
+        assert sources.strides_in_order_of(like, sizes) == like
+        wide = [n // 7 * 4 for n in like[:3]]
+        assert sources.strides_in_order_of(like, (2, 3, 5, 4)) == [*wide, 1]
+    assert sources.strides_in_order_of((4, 4, 4, 1), sizes) == [105, 35, 7, 1]  # ties keep order
+    assert sources.strides_in_order_of((0, 0, 0, 0), (0, 0, 0, 0)) == [1, 1, 1, 1]
+    assert sources.strides_in_order_of((9, 5, 1, 1), (2, 0, 5, 7)) == [35, 35, 7, 1]
+
+
+# ---- 64-bit positions
+
+
+# ---- the list
+
+
+@functools.cache
+def killers() -> tuple[Attention | Property, ...]:
+    """All of them; for a kernel, in order of cost."""
+    plan = [
+        Property(f"plan: {test.__name__.removeprefix('plan_of_').replace('_', ' ')}", None, test)
+        for test in (
+            plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
+            plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
+        )
+    ]  # fmt: skip
+    plain = [k for k in _attention() if not k.check]
+    checked = [k for k in _attention() if k.check]
+    properties = [
+        Property(f"{FORWARD}: lse is rounded once", FORWARD, lse_is_rounded_once),
+        Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
+        Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
+        Property(f"{DKV}: scores of -inf", DKV, infinite_scores_dkv),
+    ]
+    return (*plan, *plain, *_edges(), *properties, *checked)
+
+
+def prepare() -> None:
+    """Computes all references, so that processes forked later share them."""
+    for killer in killers():
+        if isinstance(killer, Attention):
+            reference(killer.case, killer.dlse)
+
+
+def fingerprint() -> str:
+    """Of the killers' definitions: a report made with other killers is out of date."""
+    text = "".join(repr(dataclasses.astuple(k)) if isinstance(k, Attention) else k.name
+                   for k in killers())  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,158 @@
+"""Reads a macOS library and checks that it is one that a Mac can load: `mach_o.py LIBRARY`.
+
+What the code imports is the subject of abi_check.py; here are the load commands and the signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import sys
+from pathlib import Path
+
+import lief
+from symbol_lists import MACOS
+
+INSTALL_NAME = "@rpath/liborchard_ops.dylib"
+RPATH = "@loader_path/../torch/lib"  # both packages lie in site-packages
+DEPENDENTS = frozenset(
+    {
+        "@rpath/libtorch_cpu.dylib",
+        "@rpath/libc10.dylib",
+        "/usr/lib/libc++.1.dylib",
+        "/usr/lib/libSystem.B.dylib",
+    }
+)
+
+Command = lief.MachO.LoadCommand.TYPE
+_LOADS = {
+    Command.LOAD_DYLIB,
+    Command.LOAD_WEAK_DYLIB,
+    Command.REEXPORT_DYLIB,
+    Command.LAZY_LOAD_DYLIB,
+    Command.LOAD_UPWARD_DYLIB,
+}
+_WEAK_LOOKUP = -3  # BIND_SPECIAL_DYLIB_WEAK_LOOKUP: the first definition in the process wins
+
+
+def parse(content: bytes) -> lief.MachO.Binary:
+    """The one image of a library (no universal file)."""
+    fat = lief.MachO.parse(io.BytesIO(content))
+    if fat is None or fat.size != 1:
+        raise ValueError("not a Mach-O file with exactly one architecture")
+    return fat.at(0)
+
+
+def install_name(binary: lief.MachO.Binary) -> str:
+    command = binary.get(Command.ID_DYLIB)
+    return command.name if isinstance(command, lief.MachO.DylibCommand) else ""
+
+
+def dependents(binary: lief.MachO.Binary) -> list[str]:
+    """Install names of the libraries that dyld loads with this one, in ordinal order."""
+    return [
+        command.name
+        for command in binary.commands
+        if command.command in _LOADS and isinstance(command, lief.MachO.DylibCommand)
+    ]
+
+
+def imports(binary: lief.MachO.Binary) -> dict[lief.MachO.Symbol, str]:
+    """Undefined symbols and the library each is bound to ('' if to none in particular)."""
+    libraries = dependents(binary)
+    found = {}
+    for symbol in binary.imported_symbols:
+        ordinal = symbol.library_ordinal
+        found[symbol] = libraries[ordinal - 1] if 1 <= ordinal <= len(libraries) else ""
+    return found
+
+
+def is_weak_lookup(symbol: lief.MachO.Symbol) -> bool:
+    """Whether dyld coalesces the symbol over the whole process (as for operator new)."""
+    return symbol.has_binding_info and symbol.binding_info.library_ordinal == _WEAK_LOOKUP
+
+
+def strings(binary: lief.MachO.Binary) -> list[str]:
+    """The C string literals."""
+    section = binary.get_section("__TEXT", "__cstring")
+    content = bytes(section.content) if section is not None else b""
+    return [text.decode("ascii", "replace") for text in content.split(b"\0") if text]
+
+
+def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
+    """What is not as in a library built by Apple's tools for this package; empty if nothing."""
+    commands = [command.command for command in binary.commands]
+    header = binary.header
+    sections = {section.name for section in binary.sections}
+    minimum = binary.build_version.minos[:2] if binary.has_build_version else []
+    exported = sorted(str(symbol.name) for symbol in binary.exported_symbols)
+    expectations = {
+        "the architecture is arm64": header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64
+        and header.cpu_subtype == 0,
+        "the file is a dylib": header.file_type == lief.MachO.Header.FILE_TYPE.DYLIB,
+        "it uses two-level names": header.has(lief.MachO.Header.FLAGS.TWOLEVEL),
+        f"the install name is {INSTALL_NAME}": install_name(binary) == INSTALL_NAME,
+        f"the only run path is {RPATH}": [command.path for command in binary.rpaths] == [RPATH],
+        f"the minimum macOS is {MACOS}": list(minimum) == [int(n) for n in MACOS.split(".")],
+        "it needs torch and system libraries only": set(dependents(binary)) <= DEPENDENTS
+        and DEPENDENTS - set(dependents(binary)) <= {"@rpath/libc10.dylib"},
+        "no dylinker is named": Command.LOAD_DYLINKER not in commands,
+        "dyld has fixups": Command.DYLD_CHAINED_FIXUPS in commands
+        or Command.DYLD_INFO_ONLY in commands,
+        "it has an identity (LC_UUID)": commands.count(Command.UUID) == 1,
+        "exceptions can unwind": "__unwind_info" in sections,
+        "registration runs at load": bool({"__init_offsets", "__mod_init_func"} & sections),
+        f"nothing is exported, but: {exported}": not exported,
+    }
+    return [f"not so: {expectation}" for expectation, holds in expectations.items() if not holds]
+
+
+_SUPERBLOB, _CODE_DIRECTORY = 0xFADE0CC0, 0xFADE0C02
+_AD_HOC, _SHA256 = 0x2, 2
+
+
+def signature_problems(content: bytes, binary: lief.MachO.Binary) -> list[str]:
+    """Checks the ad-hoc code signature; an arm64 Mac kills a process over a page that differs."""
+    if not binary.has_code_signature:
+        return ["there is no code signature"]
+    start = binary.code_signature.data_offset
+    magic, _, count = struct.unpack_from(">III", content, start)
+    blobs = [struct.unpack_from(">II", content, start + 12 + 8 * i)[1] for i in range(count)]
+    directories = [
+        start + offset
+        for offset in blobs
+        if struct.unpack_from(">I", content, start + offset)[0] == _CODE_DIRECTORY
+    ]
+    if magic != _SUPERBLOB or len(directories) != 1:
+        return ["the code signature has no single code directory"]
+    directory = directories[0]
+    (flags, hashes, _, _, pages, limit, hash_size, hash_type, _, page_bits) = struct.unpack_from(
+        ">5I I 4B", content, directory + 12
+    )
+    problems = []
+    if not flags & _AD_HOC or hash_type != _SHA256:
+        problems.append("the code signature is not an ad-hoc one with SHA-256")
+    if limit != start:
+        problems.append(f"the code signature covers {limit} bytes of {start}")
+    size = 1 << page_bits
+    if pages != -(-limit // size):
+        problems.append(f"the code signature has {pages} pages for {limit} bytes")
+    for page in range(pages):
+        text = content[page * size : min((page + 1) * size, limit)]
+        at = directory + hashes + page * hash_size
+        if hashlib.sha256(text).digest()[:hash_size] != content[at : at + hash_size]:
+            problems.append(f"page {page} differs from its signature")
+    return problems
+
+
+def problems(library: Path) -> list[str]:
+    content = library.read_bytes()
+    binary = parse(content)
+    return load_command_problems(binary) + signature_problems(content, binary)
+
+
+if __name__ == "__main__":
+    found = problems(Path(sys.argv[1]))
+    print("\n".join(found) or f"{sys.argv[1]}: load commands and signature are in order")
+    sys.exit(bool(found))
