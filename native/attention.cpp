@@ -142,8 +142,10 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-      strides.data(), dtype, device_type, device_index, &handle));
+  const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+      sizes.data(), strides.data(), dtype, device_type, device_index, &handle);
+  check(
+      code == AOTI_TORCH_SUCCESS, "orchard::flash_attn: cannot allocate a result: ", last_error());
   return Tensor(handle);
 }
 

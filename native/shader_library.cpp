@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
+#include <unistd.h>
 
 #include <map>
 #include <memory>
@@ -44,16 +45,6 @@ SetArgBytes set_arg_bytes() {
     }};
   }();
   return route;
-}
-
-/// The message of the shim call that has just failed on this thread, where torch keeps it
-/// (>= 2.13).
-std::string last_error() {
-  using What = const char* (*)();
-  static const auto what =
-      reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  const char* text = what == nullptr ? nullptr : what();
-  return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
 /// A compiled variant, or why it does not compile (which is not tried again).
@@ -121,7 +112,22 @@ void encode(Function function, void* user_data) {
 
 }  // namespace
 
+std::string last_error() {
+  using What = const char* (*)();
+  static const auto what =
+      reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  const char* text = what == nullptr ? nullptr : what();
+  return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
+}
+
 void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params) {
+  static const pid_t owner = getpid();
+  if (getpid() != owner) {
+    throw std::runtime_error(
+        "orchard::flash_attn: this process was forked after the GPU had been used, which Metal "
+        "does "
+        "not survive; start workers with multiprocessing's \"spawn\" method");
+  }
   if (set_arg_bytes() == nullptr) {
     throw MetalError("this torch offers no way to pass a struct to a Metal kernel");
   }

@@ -18,6 +18,10 @@ struct MetalError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// The message of the torch shim call that has just failed on this thread, where torch keeps it
+/// (2.13 and later).
+std::string last_error();
+
 /// Tensors by buffer index.
 using Bindings = std::vector<std::pair<AttentionBuffer, torch::stable::Tensor>>;
 

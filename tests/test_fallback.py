@@ -1,4 +1,4 @@
-"""Training never crashes because a kernel was unavailable, and never silently changes its result."""
+"""Training never crashes for want of a kernel, and never silently changes its result."""
 
 from __future__ import annotations
 

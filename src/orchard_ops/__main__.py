@@ -14,6 +14,12 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _selftest(args: argparse.Namespace) -> int:
+    from .selftest import run
+
+    return run(args)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -22,6 +28,13 @@ def _positive(text: str) -> int:
 
 
 _positive.__name__ = "positive integer"
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "mps", "cpu"), default="auto",
+        help="auto: mps where there is one, else the reference on the cpu",
+    )  # fmt: skip
 
 
 def _add_demo(commands: Any) -> None:
@@ -35,10 +48,7 @@ def _add_demo(commands: Any) -> None:
         "cannot run here.",
     )
     parser.add_argument("--steps", type=_positive, default=300, help="default: %(default)s")
-    parser.add_argument(
-        "--device", choices=("auto", "mps", "cpu"), default="auto",
-        help="auto: mps where there is one, else the reference on the cpu",
-    )  # fmt: skip
+    _add_device(parser)
     parser.add_argument(
         "--output", default="demo-output", metavar="DIR",
         help="folder for the figure, loss.png (default: %(default)s)",
@@ -52,13 +62,29 @@ def _add_demo(commands: Any) -> None:
     parser.set_defaults(command=_demo)
 
 
+def _add_selftest(commands: Any) -> None:
+    parser = commands.add_parser(
+        "selftest",
+        help="compare every kernel variant with float64 on this machine",
+        description="Runs every kernel variant forward and backward, twice, and compares with "
+        "float64 on the cpu. Exit status 0: all are right; 1: some are not; 2: it cannot run here.",
+    )
+    _add_device(parser)
+    parser.add_argument("--quick", action="store_true", help="one variant per dtype")
+    parser.add_argument(
+        "--report", default="orchard-selftest.json", metavar="FILE",
+        help="where the report goes (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_selftest)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Each command's parser sets `command`: parsed arguments -> exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
     )
     commands = parser.add_subparsers(title="commands")
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_selftest):
         add(commands)
     return parser
 

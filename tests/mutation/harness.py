@@ -132,9 +132,10 @@ def _strides_and_dtype(x: Tensor, layout: str) -> tuple[tuple[int, ...], torch.d
 
 @dataclass
 class Sources:
-    """A folder that holds shaders/ and native/."""
+    """A folder that holds shaders/ and native/. Its plan is compiled unless one is given."""
 
     root: Path = ROOT
+    plan_of: Sources | None = None
 
     def text(self, family: str) -> str:
         """The family's Metal text as native/embed_shaders.py makes it."""
@@ -148,6 +149,8 @@ class Sources:
 
     @cached_property
     def _bridge(self) -> ctypes.CDLL:
+        if self.plan_of is not None:
+            return self.plan_of._bridge
         with tempfile.TemporaryDirectory() as folder:
             output = f"{folder}/plan.so"
             compiler = os.environ.get("CXX", "c++")

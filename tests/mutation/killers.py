@@ -6,12 +6,12 @@ kernel `family` that it needs (None: only the plan), and `run(sources)`, which r
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import math
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -216,10 +216,41 @@ def template_arguments(kernel: dict) -> list[str]:
     return re.search(r"<(.*?)>", kernel["instantiation"])[1].split(", ")
 
 
+_libraries: dict[str, engine.Library] = {}  # compiled by this process
+
+
 def compile_kernel(
     sources: Sources, family: str, kernel: dict, check: bool = False
 ) -> engine.Library:
-    return engine.compile(sources.text(family) + kernel["instantiation"], check=check)
+    library = engine.compile(sources.text(family) + kernel["instantiation"], check=check)
+    _libraries[f"{kernel['name']} {check}"] = library
+    return library
+
+
+def machine_code() -> dict[str, str]:
+    """A digest of the code of each kernel that this process has compiled."""
+    return {
+        name: hashlib.sha256(_text_section(library.path.read_bytes())).hexdigest()[:16]
+        for name, library in _libraries.items()
+    }
+
+
+def _text_section(elf: bytes) -> bytes:
+    (sections,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    table = [struct.unpack_from("<2I4Q", elf, sections + size * i) for i in range(count)]
+    strings = table[names][4]
+    for name, _, _, _, offset, length in table:
+        if elf[strings + name :].startswith(b".text\0"):
+            return elf[offset : offset + length]
+    raise ValueError("no .text section")
+
+
+def forget_libraries() -> None:
+    """Removes what this process has compiled from the engine's cache."""
+    for library in _libraries.values():
+        library.path.unlink(missing_ok=True)
+        library.path.with_suffix(".json").unlink(missing_ok=True)
 
 
 # ---- the problems
@@ -639,10 +670,3 @@ def prepare() -> None:
     for killer in killers():
         if isinstance(killer, Attention):
             reference(killer.case, killer.dlse)
-
-
-def fingerprint() -> str:
-    """Of the killers' definitions: a report made with other killers is out of date."""
-    text = "".join(repr(dataclasses.astuple(k)) if isinstance(k, Attention) else k.name
-                   for k in killers())  # fmt: skip
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from symbol_lists import MACOS, WEAK, Library, system_list, torch_lists
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "macos"
 LINKER = "ld64.lld-19"
+CACHE = WORK / "zig-cache"
 COMPILER = (
+    "env", f"ZIG_GLOBAL_CACHE_DIR={CACHE}", f"ZIG_LOCAL_CACHE_DIR={CACHE}",
     sys.executable, "-m", "ziglang", "c++", "-target", f"aarch64-macos.{MACOS}", "-mcpu=apple_m1",
     "-g0",  # debug information would hold this machine's paths
     "-fno-sized-deallocation",  # as torch's own libraries: no operator delete(void*, size_t)
@@ -73,12 +75,6 @@ def link(objects: Sequence[Path], output: Path, *extra: str) -> None:
     subprocess.run(command, check=True)
 
 
-def compile_environment() -> dict[str, str]:
-    """Zig keeps its caches inside the build directory."""
-    cache = str(WORK / "zig-cache")
-    return {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-
-
 def fingerprint() -> str:
     """Changes whenever the library could: sources, flags, tools, headers, symbol lists."""
     digest = hashlib.sha256()
@@ -95,18 +91,16 @@ def fingerprint() -> str:
 
 def build() -> Path:
     """The library, compiled unless it is there already; concurrent callers wait for one build."""
-    directory = WORK / fingerprint()
-    output = directory / "liborchard_ops.dylib"
-    directory.mkdir(parents=True, exist_ok=True)
+    output = WORK / fingerprint() / "liborchard_ops.dylib"
+    output.parent.mkdir(parents=True, exist_ok=True)
     with (WORK / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
-            os.environ.update(compile_environment())
-            objects = native_build.compile_sources(list(COMPILER), directory / "objects")
-            partial = directory / "linked" / output.name
-            partial.parent.mkdir(exist_ok=True)
-            link(objects, partial)
-            partial.replace(output)
+            with tempfile.TemporaryDirectory(dir=WORK) as scratch:
+                objects = native_build.compile_sources(list(COMPILER), Path(scratch))
+                linked = Path(scratch, output.name)
+                link(objects, linked)
+                linked.replace(output)
     return output
 
 

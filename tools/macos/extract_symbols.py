@@ -1,4 +1,4 @@
-"""Regenerates symbols/ from macOS wheels of torch: `extract_symbols.py WHEEL...`, all of them at once.
+"""Regenerates symbols/ from torch's macOS wheels, given all at once: `extract_symbols.py WHEEL...`
 
 For each supported release:
     pip download --no-deps --only-binary=:all: --python-version 3.12 \
@@ -59,7 +59,7 @@ def plugin_exports(wheel: zipfile.ZipFile, binary: lief.MachO.Binary) -> Library
 
 def system_imports(binary: lief.MachO.Binary) -> dict[str, Library]:
     """The names that this library needs of libc++ and libSystem to load at all."""
-    minimum = tuple(binary.build_version.minos[:2])
+    minimum = mach_o.minimum_macos(binary)
     if minimum > tuple(map(int, MACOS.split("."))):
         raise SystemExit(f"a library needs macOS {minimum}: no evidence for {MACOS}")
     found: dict[str, Library] = {name: {} for name in SYSTEM_LIBRARIES}

@@ -39,14 +39,19 @@ _WEAK_LOOKUP = -3  # BIND_SPECIAL_DYLIB_WEAK_LOOKUP: the first definition in the
 def parse(content: bytes) -> lief.MachO.Binary:
     """The one image of a library (no universal file)."""
     fat = lief.MachO.parse(io.BytesIO(content))
-    if fat is None or fat.size != 1:
+    binary = fat.at(0) if fat is not None and fat.size == 1 else None
+    if binary is None:
         raise ValueError("not a Mach-O file with exactly one architecture")
-    return fat.at(0)
+    return binary
 
 
 def install_name(binary: lief.MachO.Binary) -> str:
     command = binary.get(Command.ID_DYLIB)
     return command.name if isinstance(command, lief.MachO.DylibCommand) else ""
+
+
+def minimum_macos(binary: lief.MachO.Binary) -> tuple[int, ...]:
+    return tuple(binary.build_version.minos[:2]) if binary.build_version is not None else ()
 
 
 def dependents(binary: lief.MachO.Binary) -> list[str]:
@@ -70,7 +75,7 @@ def imports(binary: lief.MachO.Binary) -> dict[lief.MachO.Symbol, str]:
 
 def is_weak_lookup(symbol: lief.MachO.Symbol) -> bool:
     """Whether dyld coalesces the symbol over the whole process (as for operator new)."""
-    return symbol.has_binding_info and symbol.binding_info.library_ordinal == _WEAK_LOOKUP
+    return symbol.binding_info is not None and symbol.binding_info.library_ordinal == _WEAK_LOOKUP
 
 
 def strings(binary: lief.MachO.Binary) -> list[str]:
@@ -85,8 +90,9 @@ def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
     commands = [command.command for command in binary.commands]
     header = binary.header
     sections = {section.name for section in binary.sections}
-    minimum = binary.build_version.minos[:2] if binary.has_build_version else []
     exported = sorted(str(symbol.name) for symbol in binary.exported_symbols)
+    imported = {str(symbol.name) for symbol in imports(binary)}
+    fixed_up = {str(binding.symbol.name) for binding in binary.bindings if binding.symbol}
     expectations = {
         "the architecture is arm64": header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64
         and header.cpu_subtype == 0,
@@ -94,7 +100,7 @@ def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
         "it uses two-level names": header.has(lief.MachO.Header.FLAGS.TWOLEVEL),
         f"the install name is {INSTALL_NAME}": install_name(binary) == INSTALL_NAME,
         f"the only run path is {RPATH}": [command.path for command in binary.rpaths] == [RPATH],
-        f"the minimum macOS is {MACOS}": list(minimum) == [int(n) for n in MACOS.split(".")],
+        f"the minimum macOS is {MACOS}": minimum_macos(binary) == tuple(map(int, MACOS.split("."))),
         "it needs torch and system libraries only": set(dependents(binary)) <= DEPENDENTS
         and DEPENDENTS - set(dependents(binary)) <= {"@rpath/libc10.dylib"},
         "no dylinker is named": Command.LOAD_DYLINKER not in commands,
@@ -104,6 +110,7 @@ def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
         "exceptions can unwind": "__unwind_info" in sections,
         "registration runs at load": bool({"__init_offsets", "__mod_init_func"} & sections),
         f"nothing is exported, but: {exported}": not exported,
+        "the symbol table names every import": fixed_up <= imported,
     }
     return [f"not so: {expectation}" for expectation, holds in expectations.items() if not holds]
 
@@ -114,7 +121,7 @@ _AD_HOC, _SHA256 = 0x2, 2
 
 def signature_problems(content: bytes, binary: lief.MachO.Binary) -> list[str]:
     """Checks the ad-hoc code signature; an arm64 Mac kills a process over a page that differs."""
-    if not binary.has_code_signature:
+    if binary.code_signature is None:
         return ["there is no code signature"]
     start = binary.code_signature.data_offset
     magic, _, count = struct.unpack_from(">III", content, start)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import _calls
 from ..explain import explain
+from ..place import find_place
 from .attention import orchard_attention, sdpa_math_attention
 from .data import load_corpus
 from .model import GPT, Attention, ModelConfig, generate
 from .outcome import Outcome
-from .place import find_place
 from .training import TrainingConfig, train_twins
 
 _PROMPT = "\tdef __init__(self"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .._calls import Stats
+from ..place import Place, environment
 from .data import Corpus
 from .model import ModelConfig
-from .place import Place, environment
 from .training import TOLERANCE, Comparison, TrainingConfig
 
 

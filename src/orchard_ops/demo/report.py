@@ -21,10 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..place import Place
 from .data import Corpus
 from .model import ModelConfig
 from .outcome import Outcome
-from .place import Place
 from .training import TOLERANCE, Comparison, TrainingConfig
 
 _LINES_WITHOUT_TERMINAL = 10

@@ -42,8 +42,7 @@ PREDEFINED = [
     # Function constants become constexpr variables, see prepass/function_constants.py.
     "-Dis_function_constant_defined(x)=msl_defined_##x",
 ]
-CODE = [
-    *TARGET,
+SEMANTICS = [
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-threadsafe-statics",
@@ -51,11 +50,14 @@ CODE = [
     # half and bfloat are rounded after every operation, as on a GPU.
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
+    "-fno-strict-aliasing",
+]
+CODE = [
+    *TARGET,
     "-gline-tables-only",
     "-fdebug-compilation-dir=.",
     # The return address of a call into the runtime must lie in the calling function.
     "-fno-optimize-sibling-calls",
-    "-fno-strict-aliasing",
 ]
 WARNINGS = [
     "-Wno-unknown-attributes",
@@ -105,7 +107,7 @@ def runtime() -> Path:
 
 
 def _language(check: bool) -> list[str]:
-    return [*LANGUAGE, *CODE, *WARNINGS, *(CHECKED if check else PLAIN)]
+    return [*LANGUAGE, *SEMANTICS, *CODE, *WARNINGS, *(CHECKED if check else PLAIN)]
 
 
 def precompiled_header(check: bool) -> Path:

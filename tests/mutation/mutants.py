@@ -1,0 +1,108 @@
+"""All mutants of the sources, and the list of those known to be equivalent."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .operators import OPERATORS
+from .sites import Code
+
+FILES = (
+    "shaders/backward_dkv.h", "shaders/backward_dq.h", "shaders/dropout.h", "shaders/forward.h",
+    "shaders/loader.h", "shaders/mask.h", "shaders/params.h", "shaders/philox.h",
+    "shaders/score.h", "shaders/softmax.h", "shaders/tile.h", "native/plan.cpp",
+)  # fmt: skip
+EQUIVALENT = Path(__file__).with_name("equivalent.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change. `before` and `after` are the statement that it is in, in one line."""
+
+    file: str
+    function: str
+    operator: str
+    before: str
+    after: str
+    ordinal: int  # among those of the same function that read the same
+    line: int
+    begin: int  # offsets of the replaced text
+    end: int
+    text: str
+
+    @cached_property
+    def key(self) -> str:
+        """Identity that survives edits elsewhere in the file."""
+        parts = (self.file, self.function, self.before, self.after, str(self.ordinal))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def apply(self, original: str) -> str:
+        return f"{original[: self.begin]}{self.text}{original[self.end :]}"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.operator}: {self.before}  ->  {self.after}"
+
+
+def mutants_of(file: str, text: str) -> Iterator[Mutant]:
+    code = Code(text)
+    seen: set[tuple[int, int, str]] = set()
+    count: Counter[tuple[str, str, str]] = Counter()
+    for name, operator in OPERATORS.items():
+        for edit in operator(code):
+            place = (code.begin[edit.begin], code.end[edit.end - 1], edit.text)
+            if place in seen or edit.text == code.text(edit.begin, edit.end):
+                continue
+            seen.add(place)
+            begin, end = code.segment(edit.begin)
+            end = max(end, edit.end)
+            before = code.normalised(begin, end)
+            after = code.normalised(begin, end, edit)
+            function = code.functions[edit.begin]
+            same = (function, before, after)
+            count[same] += 1
+            yield Mutant(
+                file, function, name, before, after, count[same], code.line(edit.begin),
+                place[0], place[1], edit.text,
+            )  # fmt: skip
+
+
+def all_mutants(root: Path) -> list[Mutant]:
+    return [
+        mutant
+        for file in FILES
+        for mutant in mutants_of(file, (root / file).read_text(encoding="ascii"))
+    ]
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """An entry of equivalent.toml."""
+
+    file: str
+    function: str
+    reason: str
+    changes: frozenset[tuple[str, str]]
+
+    def covers(self, mutant: Mutant) -> bool:
+        return (
+            self.file == mutant.file
+            and self.function == mutant.function
+            and (mutant.before, mutant.after) in self.changes
+        )
+
+
+def equivalences() -> list[Equivalence]:
+    entries = tomllib.loads(EQUIVALENT.read_text())["equivalent"]
+    return [
+        Equivalence(
+            entry["file"], entry["function"], entry["reason"],
+            frozenset((entry["before"], after) for after in entry["after"]),
+        )
+        for entry in entries
+    ]  # fmt: skip

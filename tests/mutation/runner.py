@@ -1,0 +1,305 @@
+"""Applies mutants, one process for each, and sees which killer fails first.
+
+A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
+the child starts with torch, the references and the engine loaded, so that a mutant costs little
+more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
+there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulator import engine
+from simulator.engine import compiler
+
+from . import killers as killing
+from . import report
+from .harness import ROOT, Sources
+from .mutants import FILES, Mutant, all_mutants, equivalences
+
+FOLDER = ROOT / "build" / "mutation"
+LAUNCH_LIMIT = 5.0  # seconds; launches take some milliseconds
+COMPILE_LIMIT = 60.0
+_PARAMS, _PLAN = "shaders/params.h", "native/plan.cpp"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant. killer and message are of the first killer that failed."""
+
+    key: str
+    status: str  # killed, compiler, hang, crash, survived
+    killer: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    same_code: bool = False  # the compiler made of all kernels what it makes of the original
+
+    @property
+    def survived(self) -> bool:
+        return self.status == "survived"
+
+
+def relevant(file: str, baseline: Sources) -> list:
+    """The killers that a mutant of the file can fail, in order."""
+    if file in (_PARAMS, _PLAN):
+        return list(killing.killers())
+    mark = f'#line 1 "{Path(file).name}"'
+    families = {
+        k.family for k in killing.killers() if k.family and mark in baseline.text(k.family)
+    }
+    return [k for k in killing.killers() if k.family in families]
+
+
+# ---- the child: one mutant
+
+
+def _judge(tests: Sequence, sources: Sources, tell) -> None:
+    """Runs killers until one fails; tells about each step."""
+    for test in tests:
+        tell({"step": "compile", "killer": test.name})
+        try:
+            test.run(sources, lambda step, test=test: tell({"step": step, "killer": test.name}))
+        except engine.CompileError as error:
+            tell({"status": "compiler", "killer": test.name, "message": _short(error)})
+            return
+        except Exception as error:
+            tell({"status": "killed", "killer": test.name, "message": _short(error)})
+            return
+    tell({"status": "survived", "code": killing.machine_code()})
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def run_mutant(tests: Sequence, sources: Sources, keep: bool = False) -> dict:
+    """In a process of its own; a hang or a crash ends with it. `keep` leaves the cache as it is."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        with os.fdopen(write, "w") as pipe:
+
+            def tell(message: dict) -> None:
+                pipe.write(json.dumps(message) + "\n")
+                pipe.flush()
+
+            try:
+                sys.stderr = open(os.devnull, "w")
+                _judge(tests, sources, tell)
+            finally:
+                if not keep:
+                    killing.forget_libraries()
+                pipe.flush()
+                os._exit(0)
+    os.close(write)
+    try:
+        return _listen(read, child)
+    finally:
+        os.close(read)
+
+
+def _listen(read: int, child: int) -> dict:
+    text, last, limit = b"", {"killer": ""}, COMPILE_LIMIT
+    while True:
+        ready, _, _ = select.select([read], [], [], limit)
+        data = os.read(read, 65536) if ready else b""
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        if not data:
+            _, status = os.waitpid(child, 0)
+            if "status" in last:
+                return last
+            kind = "hang" if not ready else "crash"
+            return {"status": kind, "killer": last["killer"], "message": f"exit status {status}"}
+        *lines, text = (text + data).split(b"\n")
+        if lines:
+            last = json.loads(lines[-1])
+            limit = COMPILE_LIMIT if last.get("step") == "compile" else LAUNCH_LIMIT
+
+
+# ---- a worker
+
+
+def _work(tasks, results, code: dict[str, str]) -> None:
+    """Mutants from one queue, their outcomes to the other; code is that without a mutant."""
+    baseline = Sources()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        root = Path(folder)
+        for name in ("shaders", "native"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        order: dict[str, list] = {}
+        hints: dict[tuple[str, str], str] = {}
+        for mutant in iter(tasks.get, None):
+            began = time.monotonic()
+            path = root / mutant.file
+            original = path.read_text(encoding="ascii")
+            path.write_text(mutant.apply(original), encoding="ascii")
+            own_plan = mutant.file in (_PARAMS, _PLAN)
+            sources = Sources(root, None if own_plan else baseline)
+            if mutant.file not in order:
+                order[mutant.file] = relevant(mutant.file, baseline)
+            place = (mutant.file, mutant.function)
+            # What has just killed a neighbour is likely to kill this one.
+            tests = sorted(order[mutant.file], key=lambda k: k.name != hints.get(place))
+            try:
+                found = run_mutant(tests, sources)
+            finally:
+                path.write_text(original, encoding="ascii")
+            if found["status"] == "killed":
+                hints[place] = found["killer"]
+            same = found.get("code", {}).items() <= code.items()
+            seconds = round(time.monotonic() - began, 2)
+            results.put(
+                Outcome(
+                    mutant.key, found["status"], found.get("killer", ""),
+                    found.get("message", ""), seconds, found["status"] == "survived" and same,
+                )
+            )  # fmt: skip
+
+
+# ---- the campaign
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def sources_digest() -> str:
+    return _digest([ROOT / file for file in FILES])
+
+
+def killers_digest() -> str:
+    here = Path(__file__).parent
+    return _digest([here / "killers.py", here / "harness.py", ROOT / "tests/attention_cases.py"])
+
+
+class Progress:
+    """Outcomes on disk. A kill counts as long as sources stay and its killer exists."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stamp = {"sources": sources_digest(), "killers": killers_digest()}
+        self.outcomes: dict[str, Outcome] = {}
+        names = {k.name for k in killing.killers()}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            record = json.loads(line)
+            stamp = record.pop("stamp")
+            outcome = Outcome(**record)
+            fresh = stamp == self.stamp or (
+                stamp["sources"] == self.stamp["sources"]
+                and not outcome.survived
+                and (outcome.killer in names or outcome.status == "compiler")
+            )
+            if fresh:
+                self.outcomes[outcome.key] = outcome
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.key] = outcome
+        with self.path.open("a") as file:
+            file.write(json.dumps({**outcome.__dict__, "stamp": self.stamp}) + "\n")
+
+
+class Workers:
+    """Processes that run mutants; iterating gives their outcomes."""
+
+    def __init__(self, mutants: Sequence[Mutant], jobs: int, code: dict[str, str]):
+        context = multiprocessing.get_context("fork")
+        self.tasks, self.results = context.Queue(), context.Queue()
+        self.total = len(mutants)
+        self.processes = [
+            context.Process(target=_work, args=(self.tasks, self.results, code), daemon=True)
+            for _ in range(jobs)
+        ]
+        for process in self.processes:  # first, as putting starts a thread
+            process.start()
+        for task in (*mutants, *[None] * jobs):
+            self.tasks.put(task)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for _ in range(self.total):
+            yield self.results.get()
+        for process in self.processes:
+            process.join()
+
+
+def prepare() -> dict[str, str]:
+    """What the forked processes share. Fails if a killer fails without a mutant; returns the code."""
+    import torch
+
+    torch.set_num_threads(1)  # no threads: the workers are forked
+    compiler.runtime()
+    compiler.precompiled_header(False)
+    compiler.precompiled_header(True)
+    killing.prepare()
+    # In a child as well: launching starts threads, which a fork would lose.
+    found = run_mutant(killing.killers(), Sources(), keep=True)
+    if found["status"] != "survived":
+        raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
+    return found["code"]
+
+
+def selected(arguments: argparse.Namespace) -> list[Mutant]:
+    mutants = [
+        m for m in all_mutants(ROOT)
+        if (not arguments.files or any(name in m.file for name in arguments.files))
+        and (not arguments.operators or m.operator in arguments.operators)
+        and (not arguments.match or arguments.match in str(m))
+    ]  # fmt: skip
+    if arguments.sample and arguments.sample < len(mutants):
+        mutants = random.Random(0).sample(mutants, arguments.sample)
+    return mutants
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
+    parser.add_argument("files", nargs="*", help="only files whose path contains one of these")
+    parser.add_argument("--operators", nargs="+", help="only these operators")
+    parser.add_argument("--match", help="only mutants whose description contains this")
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
+    parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--list", action="store_true", help="only print the mutants")
+    parser.add_argument(
+        "--equivalents", action="store_true", help="run those listed as equivalent too"
+    )
+    arguments = parser.parse_args(argv)
+    mutants = selected(arguments)
+    if arguments.list:
+        print(*mutants, sep="\n")
+        return 0
+    listed = equivalences()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    progress = Progress(FOLDER / "progress.jsonl")
+    known = {m.key for m in mutants if any(e.covers(m) for e in listed)}
+    todo = [
+        m for m in mutants
+        if m.key not in progress.outcomes and (arguments.equivalents or m.key not in known)
+    ]  # fmt: skip
+    if todo:
+        random.Random(1).shuffle(todo)  # so that the time left can be told
+        workers = Workers(todo, arguments.jobs, prepare())
+        with report.progress_bar(len(todo)) as advance:
+            for outcome in workers:
+                progress.add(outcome)
+                advance(outcome)
+    result = report.Report(mutants, progress.outcomes, listed)
+    result.print()
+    if mutants == all_mutants(ROOT):
+        result.write(Path(__file__).parent)
+    return 1 if result.survivors else 0

@@ -1,0 +1,130 @@
+// PTX backend: simdgroup operations.  "Hardware lane" is the GPU's number, "lane" Metal's.
+#pragma once
+
+namespace msl {
+namespace backend {
+MSL_INLINE inline uint hardware_lane() {
+  uint r;
+  asm("mov.u32 %0, %%laneid;" : "=r"(r));
+  return r;
+}
+MSL_INLINE constexpr uint to_metal_lane(uint hardware) {
+  return (hardware & 0x11) | (hardware & 8) >> 1 | (hardware & 4) >> 1 | (hardware & 2) << 2;
+}
+MSL_INLINE constexpr uint to_hardware_lane(uint lane) {
+  return (lane & 0x11) | (lane & 8) >> 2 | (lane & 4) << 1 | (lane & 2) << 1;
+}
+
+MSL_INLINE inline uint lane() { return to_metal_lane(hardware_lane()); }
+MSL_INLINE inline short2 frag_coord() {
+  uint h = hardware_lane();
+  short2 r;
+  r.x = (h & 3) * 2;
+  r.y = h >> 2;
+  return r;
+}
+
+// ---- shuffles and reductions
+MSL_INLINE MSL_CONVERGENT inline uint shuffle_word(uint v, uint hardware) {
+  uint r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(r) : "r"(v), "r"(hardware));
+  return r;
+}
+MSL_INLINE MSL_CONVERGENT inline float shuffle_float(float v, uint hardware) {
+  return __builtin_bit_cast(float, shuffle_word(__builtin_bit_cast(uint, v), hardware));
+}
+
+template <class T>
+MSL_INLINE MSL_CONVERGENT T shuffle(T v, uint source) {
+  constexpr uint words = (sizeof(T) + 3) / 4;
+  uint buffer[words] = {};
+  __builtin_memcpy(buffer, &v, sizeof(T));
+  for (uint i = 0; i < words; i++) buffer[i] = shuffle_word(buffer[i], to_hardware_lane(source));
+  __builtin_memcpy(&v, buffer, sizeof(T));
+  return v;
+}
+template <class Op, int WIDTH = 32, class T>
+MSL_INLINE MSL_CONVERGENT T reduce(T v) {
+  for (uint d = WIDTH / 2; d; d /= 2) v = Op::apply(v, shuffle(v, lane() ^ d));
+  return v;
+}
+template <class Op, class T>
+MSL_INLINE MSL_CONVERGENT T inclusive_scan(T v) {
+  uint l = lane();
+  for (uint d = 1; d < 32; d *= 2) {
+    T before = shuffle(v, l >= d ? l - d : l);
+    if (l >= d) v = Op::apply(before, v);
+  }
+  return v;
+}
+
+// ---- barriers
+MSL_INLINE MSL_CONVERGENT inline void simdgroup_barrier(uint) {
+  asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+}
+MSL_INLINE MSL_CONVERGENT inline void threadgroup_barrier(uint) {
+  asm volatile("bar.sync 0;" ::: "memory");
+}
+
+// ---- matrix products
+MSL_INLINE inline void matrix_memory_operation() {}
+
+template <class T>
+MSL_INLINE uint pack(vec<T, 2> v) {
+  return __builtin_bit_cast(uint, v);
+}
+MSL_INLINE MSL_CONVERGENT inline uint transpose(uint v) {
+  uint r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// Half precision operands: the tensor cores' 16x8x8 product, of which the lower eight rows are
+// zero.  A lies in the registers as it should, B has to be transposed.
+#define MSL_TENSOR_CORE(type, name)                                           \
+  MSL_INLINE MSL_CONVERGENT inline void tensor_core_product(                  \
+      float& c0, float& c1, vec<type, 2> a, vec<type, 2> b) {                 \
+    float unused0 = 0.0f, unused1 = 0.0f;                                     \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name        \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"          \
+        : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)                    \
+        : "r"(pack<type>(a)), "r"(0u), "r"(transpose(pack<type>(b))));        \
+  }
+MSL_TENSOR_CORE(half, "f16")
+MSL_TENSOR_CORE(bfloat, "bf16")
+#undef MSL_TENSOR_CORE
+
+// float operands: fused multiply-adds in the order of k, exactly as the CPU backend.
+MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2 a, float2 b) {
+  uint h = hardware_lane(), row = h & ~3u, pair = h & 3;
+  for (uint k = 0; k < 8; k++) {
+    float left = shuffle_float(k % 2 ? a.y : a.x, row + k / 2);
+    c0 = __builtin_fmaf(left, shuffle_float(b.x, k * 4 + pair), c0);
+    c1 = __builtin_fmaf(left, shuffle_float(b.y, k * 4 + pair), c1);
+  }
+}
+
+// Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
+// tensor cores: they then cost what float operands cost, as on an Apple GPU.
+template <class D, class A, class B, class C>
+MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
+  typedef typename vector_traits<A>::element E;
+#ifdef MSL_EQUAL_RATE
+  constexpr bool use_tensor_cores = false;
+#else
+  constexpr bool use_tensor_cores = is_same_v<A, B> && sizeof(E) == 2;
+#endif
+  float c0 = (float)c[0], c1 = (float)c[1];
+  if constexpr (use_tensor_cores) {
+    tensor_core_product(c0, c1, a, b);
+  } else {
+    float2 left = {(float)a[0], (float)a[1]}, right = {(float)b[0], (float)b[1]};
+    float_product(c0, c1, left, right);
+  }
+  vec<D, 2> r;
+  r[0] = (D)c0;
+  r[1] = (D)c1;
+  return r;
+}
+}  // namespace backend
+}  // namespace msl

@@ -1,0 +1,79 @@
+"""From a Metal source to PTX, the assembly language of NVIDIA GPUs.
+
+The same text goes through the same pre-pass as for the CPU; clang compiles it against the other
+backend of include/msl (msl/ptx.h).  Each kernel becomes a PTX entry of its Metal name, whose one
+parameter is msl::Arguments (msl/ptx_entry.h).  Nothing of NVIDIA's is needed to compile.
+
+>>> text = ptx.compile(source, only=["kernel_name"])
+"""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import cache, lint, prepass
+from .compiler import LANGUAGE, SEMANTICS, WARNINGS, preprocess
+from .diagnostics import run_compiler
+from .toolchain import CLANG, INCLUDE, run
+
+_PTX_VERSION = "+ptx83"
+# The number of `constant` in include/msl/address_spaces.h.  It only serves to make the types
+# different; on the GPU it is ordinary (global) memory.
+_CONSTANT, _GLOBAL = 100, 1
+_MAX_THREADS = re.compile(
+    r"^\.(?:visible|weak) \.global \.align 4 \.u32 (\S+)_max_threads(?: = (\d+))?;\n", re.M
+)
+_ENTRY_HEAD = re.compile(r"^\.visible \.entry (\S+)\([^)]*\)\n", re.M)
+
+
+def compile(
+    source: str,
+    *,
+    arch: str = "sm_90",
+    include_dirs: Sequence[Path] = (),
+    defines: Sequence[str] = (),
+    function_constants: Mapping[str | int, object] | None = None,
+    only: Sequence[str] = ("*",),
+    equal_rate: bool = False,
+) -> str:
+    """Compiles a Metal source to PTX, or takes it from the cache.
+
+    The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
+    matrix product are multiplied as float operands are, without tensor cores.  Raises CompileError.
+    """
+    lint.check_characters(source)
+    text = preprocess(source, tuple(str(path) for path in include_dirs), tuple(defines))
+    constants = {str(key): value for key, value in (function_constants or {}).items()}
+    program = prepass.rewrite(text, constants, only)
+    identity = hashlib.sha256(repr((program, arch, equal_rate)).encode()).hexdigest()[:32]
+    path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, equal_rate)))
+    return path.read_text()
+
+
+def _build(program: str, arch: str, equal_rate: bool) -> str:
+    target = ["--target=nvptx64-nvidia-cuda", f"-march={arch}", "-nogpulib"]
+    target += ["-Xclang", "-target-feature", "-Xclang", _PTX_VERSION]
+    front = [CLANG, *LANGUAGE, *SEMANTICS, *WARNINGS, *target, "-DMSL_PTX", "-O3"]
+    front += ["-DMSL_EQUAL_RATE"] * equal_rate
+    front += ["-Xclang", "-fconvergent-functions", "-Xclang", "-disable-llvm-passes"]
+    front += ["-isystem", str(INCLUDE), "-include", "msl/msl.h"]
+    ir = run_compiler([*front, "-S", "-emit-llvm", "-", "-o", "-"], program).stdout
+    ir = ir.replace(f"addrspace({_CONSTANT})", f"addrspace({_GLOBAL})")
+    ir = ir.replace(f".p{_CONSTANT}", f".p{_GLOBAL}")  # in the names of intrinsics
+    with tempfile.TemporaryDirectory(prefix="simulator-") as folder:
+        output = Path(folder) / "program.ptx"
+        back = [CLANG, "-x", "ir", *target, "-O3", "-ffp-contract=fast", "-Wno-override-module"]
+        run([*back, "-S", "-", "-o", str(output)], ir)
+        return _limit_threads(output.read_text())
+
+
+def _limit_threads(text: str) -> str:
+    """Turns the variables <kernel>_max_threads into .maxntid of the entries.
+
+    The assembler needs it to know how many registers a thread may have.
+    """
+    limits = dict(_MAX_THREADS.findall(text))
+    text = _MAX_THREADS.sub("", text)
+    return _ENTRY_HEAD.sub(lambda m: f"{m[0]}.maxntid {limits[m[1]]}, 1, 1\n", text)

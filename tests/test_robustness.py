@@ -1,0 +1,225 @@
+"""Threads, forks, exits, import order, and a sweep of faults over a training run."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import Case, check_case
+
+import orchard_ops
+
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="uses the simulator's faults")
+
+TESTS = Path(__file__).parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(TESTS)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+# ---- a sweep of faults --------------------------------------------------------------------------
+
+
+def training_losses(steps: int = 2) -> list[float]:
+    """Two steps of one attention layer with dropout on mps."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 20, 16).to("mps")
+    weight = torch.randn(16, 48).div(4).to("mps").requires_grad_()
+    losses = []
+    for _ in range(steps):
+        q, k, v = (x @ weight).view(1, 20, 3, 1, 16).permute(2, 0, 3, 1, 4)
+        loss = torch.ops.orchard.flash_attn(q, k, v, dropout_p=0.2, is_causal=True).square().mean()
+        (grad,) = torch.autograd.grad(loss, weight)
+        with torch.no_grad():
+            weight -= 0.5 * grad
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def correct_losses() -> list[float]:
+    return training_losses()
+
+
+def agree(losses: list[float], correct: list[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(losses, correct, strict=True))
+
+
+DISPATCHES = 6  # of two steps: forward, dq, dk/dv each
+
+
+@pytest.mark.parametrize("n", range(1, DISPATCHES + 2))
+def test_nth_dispatch_fails(n: int, correct_losses: list[float], quiet_fallback: None):
+    import simulator
+
+    orchard_ops.reset_stats()
+    with simulator.faults(dispatch=n):
+        losses = training_losses()
+    assert agree(losses, correct_losses)
+    assert orchard_ops.stats().fallbacks == (1 if n <= DISPATCHES else 0)
+
+
+@pytest.mark.parametrize("n", range(1, DISPATCHES + 1))
+def test_nth_dispatch_is_corrupted(n: int, correct_losses: list[float]):
+    """A GPU that silently destroys its outputs: the damage must be loud (NaN), never plausible."""
+    import simulator
+
+    with simulator.faults(corrupt_dispatch=n):
+        losses = training_losses()
+    assert not any(
+        math.isfinite(a) and not math.isclose(a, b, rel_tol=1e-5)
+        for a, b in zip(losses, correct_losses)
+    )
+
+
+def test_nth_allocation_fails(correct_losses: list[float]):
+    """Every allocation of the run in turn: a clear error each time, and the next run is right."""
+    import simulator
+
+    messages = set()
+    for n in range(1, 200):
+        try:
+            with simulator.faults(allocate=n):
+                losses = training_losses()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            assert "out of memory" in str(error)
+            messages.add(str(error).split(":")[2] if "orchard::" in str(error) else "torch")
+        else:
+            assert agree(losses, correct_losses)
+            break
+    assert n > 20  # the sweep went through the whole run
+    assert messages == {"torch", "flash_attn"}
+    assert agree(training_losses(), correct_losses)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+def test_two_threads_at_once():
+    """Forward and backward from several threads, same and different variants."""
+    cases = [Case(40, 50, d, dropout_p=p) for d in (16, 32) for p in (0.0, 0.2)]
+    errors: list[BaseException] = []
+
+    def work(case: Case) -> None:
+        try:
+            for _ in range(3):
+                check_case(case)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in cases * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+PREAMBLE = "import simulator; simulator.enable()\nimport torch, orchard_ops, os, sys\n"
+USE = "q = torch.randn(1, 1, 5, 16, device='mps'); orchard_ops.flash_attn(q, q, q)\n"
+
+
+def test_use_after_fork_is_a_clear_error():
+    code = (
+        PREAMBLE + USE + "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try: orchard_ops.flash_attn(q, q, q)\n"
+        "    except RuntimeError as e: print(e, flush=True); os._exit(7)\n"
+        "    os._exit(0)\n"
+        "print('child', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = run_python(code)
+    assert "was forked after the GPU had been used" in done.stdout
+    assert done.stdout.endswith("child 7\n")
+
+
+def test_fork_before_the_first_use_is_fine():
+    code = (
+        PREAMBLE + "pid = os.fork()\n"
+        "if pid == 0:\n    " + USE.replace("; ", "\n    ") + "    os._exit(5)\n"
+        "print('child', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n" + USE
+    )
+    done = run_python(code)
+    assert done.stdout == "child 5\n", done.stderr
+
+
+ENDINGS = {
+    "falls off the end": "",
+    "sys.exit": "sys.exit(0)\n",
+    "thread still running": "import threading\nthreading.Thread(target=run_often).start()\n",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_clean_exit(ending: str):
+    code = (
+        "x = torch.randn(1, 1, 50, 16, device='mps')\n"
+        "def run_often():\n"
+        "    for _ in range(5): orchard_ops.flash_attn(x, x, x)\n"
+        "run_often()\n"
+    )
+    done = run_python(PREAMBLE + code + ENDINGS[ending])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_import_without_mps():
+    """Plain Linux: no simulator, no native library, no warning; the reference runs."""
+    code = (
+        "import torch, orchard_ops\n"
+        "q = torch.randn(1, 1, 5, 16, requires_grad=True)\n"
+        "orchard_ops.flash_attn(q, q, q).sum().backward()\n"
+        "print(orchard_ops.explain(q, q, q).path, torch.backends.mps.is_available())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORCHARD_NATIVE_LIBRARY"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("reference False\n", "")
+
+
+def test_import_does_not_ask_for_mps():
+    """torch caches its answer for good: importing must leave later users free to load a device."""
+    code = (
+        "import torch, orchard_ops, simulator\n"
+        "simulator.enable()\n"
+        "print(torch.randn(2, device='mps').device)\n"
+    )
+    done = run_python(code, ORCHARD_NATIVE_LIBRARY="/nonexistent/liborchard_ops.so")
+    assert done.stdout == "mps:0\n", done.stderr
+
+
+def test_import_after_other_users_of_the_device():
+    code = (
+        "import simulator; simulator.enable()\n"
+        "import torch\n"
+        "x = torch.randn(4, 4, device='mps', requires_grad=True); x.square().sum().backward()\n"
+        "import orchard_ops\n" + USE + "print(orchard_ops.stats().metal)\n"
+    )
+    done = run_python(code)
+    assert done.stdout == "{'flash_attn_fwd': 1, 'flash_attn_bwd': 0}\n", done.stderr
+
+
+@pytest.mark.parametrize("route", ("mangled method", "torch_mps_set_arg_bytes"))
+def test_both_routes_for_struct_arguments(route: str):
+    """torch 2.10 ... 2.13 export a C++ method, later ones a C shim: both carry the parameters."""
+    shim = str(route != "mangled method")
+    code = (
+        f"import simulator; simulator.enable(set_arg_bytes={shim})\n"
+        "import ctypes, sys; sys.path.insert(0, " + repr(str(TESTS)) + ")\n"
+        "import orchard_ops\n"
+        "from attention_cases import Case, check_case\n"
+        "check_case(Case(33, 40, 16, dropout_p=0.1))\n"
+        "print(hasattr(ctypes.CDLL(None), 'torch_mps_set_arg_bytes'))\n"
+    )
+    done = run_python(code)
+    assert done.stdout == f"{shim}\n", done.stderr
