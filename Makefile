@@ -1,6 +1,8 @@
 # One command each; every target does its own set-up.
 #   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
 #   make test   the whole suite
+#   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
+#   make abi    which torch releases that wheel's library loads into, and why
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -11,13 +13,15 @@ SYSTEM := $(shell uname -s)
 ifeq ($(SYSTEM),Darwin)
 ON_MPS := $(PY)
 PLUGIN :=
+WHEEL := -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 else
 # The simulated mps device; it needs clang-19 to execute the kernels.
 ON_MPS := PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
 PLUGIN := $(NATIVE)
+WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test lint format native tools clean
+.PHONY: demo test lint format native wheel abi tools clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -46,6 +50,12 @@ native: $(NATIVE)
 
 $(NATIVE): $(wildcard native/* shaders/*) $(VENV)/ready
 	$(PY) native/build.py $@
+
+wheel: $(VENV)/ready tools
+	$(PY) $(WHEEL)
+
+abi: $(VENV)/ready tools
+	$(PY) tools/macos/abi_check.py
 
 tools:
 	sh tools/system_tools.sh

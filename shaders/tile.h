@@ -42,6 +42,18 @@ METAL_FUNC void zero(thread Tile<T, ROWS, COLS>& x) {
   }
 }
 
+/// x += y
+template <int ROWS, int COLS>
+METAL_FUNC void add(thread Tile<float, ROWS, COLS>& x, thread const Tile<float, ROWS, COLS>& y) {
+  ORCHARD_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      x.fragments[r][c] += y.fragments[r][c];
+    }
+  }
+}
+
 /// d += a * b on one fragment; accumulates in float whatever the operands are.
 template <typename F>
 METAL_FUNC void mma(thread float2& d, vec<F, 2> a, vec<F, 2> b) {
@@ -75,12 +87,12 @@ struct SharedBlock {
   }
 };
 
-/// s += a b^T; a is ROWS x DEPTH fragments, b is COLS x DEPTH fragments of shared rows.
-template <int DEPTH, int ROWS, int COLS, typename Left, typename T, typename F, int LD>
-METAL_FUNC void mma_ABt(
-    thread Tile<float, ROWS, COLS>& s, thread const Left& a, SharedBlock<T, F, LD> b) {
+/// s += a b^T over fragments first, first + STEP, ... of the depth.
+template <int DEPTH, int STEP, int ROWS, int COLS, typename Left, typename T, typename F, int LD>
+METAL_FUNC void mma_ABt_part(
+    thread Tile<float, ROWS, COLS>& s, thread const Left& a, SharedBlock<T, F, LD> b, int first) {
   ORCHARD_UNROLL
-  for (int d = 0; d < DEPTH; d++) {
+  for (int d = first; d < DEPTH; d += STEP) {
     vec<F, 2> left[ROWS];
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -94,6 +106,22 @@ METAL_FUNC void mma_ABt(
         mma(s.fragments[r][c], left[r], right);
       }
     }
+  }
+}
+
+/// s += a b^T; a is ROWS x DEPTH fragments, b is COLS x DEPTH fragments of shared rows. float32
+/// sums the depth in four chains: one chain of D products would lose more than unfused math does.
+template <int DEPTH, int ROWS, int COLS, typename Left, typename T, typename F, int LD>
+METAL_FUNC void mma_ABt(
+    thread Tile<float, ROWS, COLS>& s, thread const Left& a, SharedBlock<T, F, LD> b) {
+  const int kChains = sizeof(T) == 4 ? 4 : 1;
+  mma_ABt_part<DEPTH, kChains>(s, a, b, 0);
+  ORCHARD_UNROLL
+  for (int chain = 1; chain < kChains; chain++) {
+    Tile<float, ROWS, COLS> part;
+    zero(part);
+    mma_ABt_part<DEPTH, kChains>(part, a, b, chain);
+    add(s, part);
   }
 }
 

@@ -62,6 +62,12 @@ def test_every_release_and_macos_have_what_the_library_imports(library: Path) ->
     assert "_aoti_torch_mps_run_command_block" in report.imports[TORCH]
 
 
+def test_operator_new_is_the_one_of_the_whole_process(library: Path) -> None:
+    """Strings that libc++ allocates are freed here: an override must reach both or neither."""
+    imports = mach_o.imports(mach_o.parse(library.read_bytes()))
+    assert {"__Znwm", "__ZdlPv"} <= {needed.symbol for needed in imports if needed.shared}
+
+
 def test_struct_arguments_go_through_the_shim_where_torch_has_it(library: Path) -> None:
     lookups = abi_check.check_file(library).lookups
     assert all(SET_ARG in lookups[f"torch-2.{minor}"] for minor in (10, 11, 12, 13))

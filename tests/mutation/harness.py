@@ -147,6 +147,11 @@ class Sources:
         finally:
             embed_shaders.SHADERS = ROOT / "shaders"
 
+    def compile_plan(self) -> Sources:
+        """Does now what the first use of the plan would do."""
+        assert self._bridge is not None
+        return self
+
     @cached_property
     def _bridge(self) -> ctypes.CDLL:
         if self.plan_of is not None:

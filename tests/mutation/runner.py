@@ -139,7 +139,7 @@ def _listen(read: int, child: int) -> dict:
 
 def _work(tasks, results, code: dict[str, str]) -> None:
     """Mutants from one queue, their outcomes to the other; code is that without a mutant."""
-    baseline = Sources()
+    baseline = Sources().compile_plan()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         root = Path(folder)
         for name in ("shaders", "native"):

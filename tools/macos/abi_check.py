@@ -46,8 +46,8 @@ def looked_up(binary_strings: list[str]) -> list[str]:
 def check(content: bytes, releases: list[SymbolList], system: SymbolList) -> Report:
     binary = mach_o.parse(content)
     report = Report()
-    for symbol, library in mach_o.imports(binary).items():
-        report.imports.setdefault(library, []).append(str(symbol.name))
+    for found in mach_o.imports(binary):
+        report.imports.setdefault(found.library, []).append(found.symbol)
 
     for library, symbols in sorted(report.imports.items()):
         providers = [system] if library in system.libraries else releases
@@ -62,11 +62,11 @@ def check(content: bytes, releases: list[SymbolList], system: SymbolList) -> Rep
     names = looked_up(mach_o.strings(binary))
     for release in releases:
         offered = {symbol for library in release.libraries.values() for symbol in library}
-        found = report.lookups[release.label] = [name for name in names if name in offered]
-        if not any(_STRUCT_ROUTE.fullmatch(name) for name in found):
+        hits = report.lookups[release.label] = [name for name in names if name in offered]
+        if not any(_STRUCT_ROUTE.fullmatch(name) for name in hits):
             report.problems.append(f"{release.label}: no way to pass a struct to a kernel")
     for name in names:
-        if not any(name in found for found in report.lookups.values()):
+        if not any(name in hits for hits in report.lookups.values()):
             report.problems.append(f"{name} is looked up, but no release exports it")
 
     used = [symbol for symbols in report.imports.values() for symbol in symbols] + names

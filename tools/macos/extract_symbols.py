@@ -32,7 +32,6 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*#[^\n]*", re.DOTALL | re.MULTILIN
 _DECLARATION = re.compile(
     r"AOTI_TORCH_EXPORT\s+(?P<result>[\w\s*]+?)\s*\b(?P<name>\w+)\s*\((?P<arguments>[^;{]*)\)\s*;"
 )
-_WEAK_REFERENCE = 0x40  # N_WEAK_REF: may be missing at run time, so no evidence that it exists
 
 
 def prototypes(wheel: zipfile.ZipFile) -> Library:
@@ -63,9 +62,9 @@ def system_imports(binary: lief.MachO.Binary) -> dict[str, Library]:
     if minimum > tuple(map(int, MACOS.split("."))):
         raise SystemExit(f"a library needs macOS {minimum}: no evidence for {MACOS}")
     found: dict[str, Library] = {name: {} for name in SYSTEM_LIBRARIES}
-    for symbol, library in mach_o.imports(binary).items():
-        if library in found and not symbol.description & _WEAK_REFERENCE:
-            found[library][str(symbol.name)] = WEAK if mach_o.is_weak_lookup(symbol) else ""
+    for needed in mach_o.imports(binary):
+        if needed.library in found and not needed.optional:
+            found[needed.library][needed.symbol] = WEAK if needed.shared else ""
     return found
 
 

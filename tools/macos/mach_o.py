@@ -9,6 +9,7 @@ import hashlib
 import io
 import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import lief
@@ -33,6 +34,7 @@ _LOADS = {
     Command.LAZY_LOAD_DYLIB,
     Command.LOAD_UPWARD_DYLIB,
 }
+_WEAK_REFERENCE = 0x40  # N_WEAK_REF
 _WEAK_LOOKUP = -3  # BIND_SPECIAL_DYLIB_WEAK_LOOKUP: the first definition in the process wins
 
 
@@ -63,19 +65,30 @@ def dependents(binary: lief.MachO.Binary) -> list[str]:
     ]
 
 
-def imports(binary: lief.MachO.Binary) -> dict[lief.MachO.Symbol, str]:
-    """Undefined symbols and the library each is bound to ('' if to none in particular)."""
+@dataclass(frozen=True)
+class Import:
+    """An undefined symbol."""
+
+    symbol: str
+    library: str  # the one it is bound to, '' if none in particular
+    shared: bool  # coalesced over the whole process, as operator new
+    optional: bool  # may be missing at run time
+
+
+def imports(binary: lief.MachO.Binary) -> list[Import]:
     libraries = dependents(binary)
-    found = {}
+    found = []
     for symbol in binary.imported_symbols:
-        ordinal = symbol.library_ordinal
-        found[symbol] = libraries[ordinal - 1] if 1 <= ordinal <= len(libraries) else ""
+        ordinal, binding = symbol.library_ordinal, symbol.binding_info
+        found.append(
+            Import(
+                symbol=str(symbol.name),
+                library=libraries[ordinal - 1] if 1 <= ordinal <= len(libraries) else "",
+                shared=binding is not None and binding.library_ordinal == _WEAK_LOOKUP,
+                optional=bool(symbol.description & _WEAK_REFERENCE),
+            )
+        )
     return found
-
-
-def is_weak_lookup(symbol: lief.MachO.Symbol) -> bool:
-    """Whether dyld coalesces the symbol over the whole process (as for operator new)."""
-    return symbol.binding_info is not None and symbol.binding_info.library_ordinal == _WEAK_LOOKUP
 
 
 def strings(binary: lief.MachO.Binary) -> list[str]:
@@ -91,7 +104,7 @@ def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
     header = binary.header
     sections = {section.name for section in binary.sections}
     exported = sorted(str(symbol.name) for symbol in binary.exported_symbols)
-    imported = {str(symbol.name) for symbol in imports(binary)}
+    imported = {found.symbol for found in imports(binary)}
     fixed_up = {str(binding.symbol.name) for binding in binary.bindings if binding.symbol}
     expectations = {
         "the architecture is arm64": header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64

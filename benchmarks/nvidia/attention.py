@@ -1,0 +1,97 @@
+"""Attention by the Metal kernels: what native/attention.cpp does on a Mac, on a CUDA tensor."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from orchard_ops.layout import empty_in_order_of
+
+from .driver import Kernels
+from .plans import Kernel, Params, Planner, Scoring
+
+# AttentionBuffer of shaders/params.h
+_BUFFERS = ("q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "params")
+_INDEX = {name: index for index, name in enumerate(_BUFFERS)}
+_MARGIN = 1024
+_UNTOUCHED = 7.0
+
+
+class Guarded:
+    """Outputs full of NaN between margins that nobody may write."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+
+    def empty(self, sizes: list[int], strides: list[int], dtype: torch.dtype) -> Tensor:
+        count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
+        buffer = torch.full((count + 2 * _MARGIN,), torch.nan, dtype=dtype, device="cuda")
+        buffer[:_MARGIN] = buffer[-_MARGIN:] = _UNTOUCHED
+        self._buffers.append(buffer)
+        return buffer.as_strided(sizes, strides, _MARGIN)
+
+    def in_order_of(self, like: Tensor) -> Tensor:
+        meta = torch.empty_strided(like.shape, like.stride(), device="meta")
+        return self.empty(list(like.shape), list(empty_in_order_of(meta).stride()), like.dtype)
+
+    def row_stats(self, q: Tensor) -> Tensor:
+        b, h, l = q.shape[:3]
+        return self.empty([b, h, l], [h * l, l, 1], torch.float32)
+
+    def assert_margins_untouched(self) -> None:
+        for buffer in self._buffers:
+            for margin in (buffer[:_MARGIN], buffer[-_MARGIN:]):
+                if not (margin == _UNTOUCHED).all():
+                    raise AssertionError("a kernel wrote outside of its output")
+
+
+class Attention:
+    """Remembers which kernels ran, in ``ran``."""
+
+    def __init__(self, kernels: Kernels, planner: Planner):
+        self._kernels = kernels
+        self._planner = planner
+        self.ran: dict[str, int] = {}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
+        """out, lse"""
+        guarded = Guarded()
+        out, lse = guarded.in_order_of(q), guarded.row_stats(q)
+        (kernel,), params = self._planner.forward(q, k, v, out, s)
+        _set_seed(params, s.dropout_seed)
+        self._dispatch(kernel, params, q=q, k=k, v=v, out=out, lse=lse)
+        guarded.assert_margins_untouched()
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        lse: Tensor, s: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dq, dk, dv"""
+        guarded = Guarded()
+        dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
+        delta = guarded.row_stats(q)
+        (dq_kernel, dkv_kernel), params = self._planner.backward(q, k, v, out, dout, s)
+        _set_seed(params, s.dropout_seed)
+        for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
+            params.set_strides(name, x)
+        params.has_dlse = dlse is not None
+        common = {"q": q, "k": k, "v": v, "lse": lse, "dout": dout, "delta": delta}
+        dlse = lse if dlse is None else dlse
+        self._dispatch(dq_kernel, params, **common, out=out, dlse=dlse, dq=dq)
+        self._dispatch(dkv_kernel, params, **common, dk=dk, dv=dv)
+        guarded.assert_margins_untouched()
+        return dq, dk, dv
+
+    def _dispatch(self, kernel: Kernel, params: Params, **tensors: Tensor) -> None:
+        buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
+        self._kernels.launch(
+            kernel.name, kernel.groups, kernel.threads, buffers, (_INDEX["params"], params)
+        )
+        self.ran[kernel.name] = self.ran.get(kernel.name, 0) + 1
+
+
+def _set_seed(params: Params, seed: int) -> None:
+    params.dropout_seed[:] = (ctypes.c_uint32(seed).value, ctypes.c_uint32(seed >> 32).value)

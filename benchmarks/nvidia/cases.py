@@ -1,0 +1,162 @@
+"""The problems that prove.py puts to the kernels, and where their operands lie."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .plans import Scoring
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SEED = 0x0123_4567_89AB_CDEF
+_MARGIN = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem. Layouts: see `place`."""
+
+    q_len: int
+    kv_len: int
+    head_dim: int
+    dtype: torch.dtype
+    batch: int = 1
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    layout: str = "rows"
+    dropout_p: float = 0.0
+    window_left: int = -1
+    window_right: int = -1
+    diagonal: int = 0
+    scale: float | None = None
+    has_dlse: bool = False
+
+    def __str__(self) -> str:
+        parts = [
+            str(self.dtype).removeprefix("torch."),
+            f"B{self.batch} H{self.num_heads}/{self.num_kv_heads}",
+            f"L{self.q_len} S{self.kv_len} D{self.head_dim} {self.layout}",
+        ]
+        if (self.window_left, self.window_right, self.diagonal) == (-1, 0, 0):
+            parts.append("causal")
+        elif (self.window_left, self.window_right, self.diagonal) != (-1, -1, 0):
+            parts.append(f"window {self.window_left}, {self.window_right} at {self.diagonal}")
+        parts += [f"dropout {self.dropout_p}"] * (self.dropout_p > 0)
+        parts += [f"scale {self.scale}"] * (self.scale is not None)
+        parts += ["dlse"] * self.has_dlse
+        return " ".join(parts)
+
+    def but(self, **changes: object) -> Case:
+        return replace(self, **changes)
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(
+            self.head_dim**-0.5 if self.scale is None else self.scale,
+            self.dropout_p, SEED, self.window_left, self.window_right, self.diagonal,
+        )  # fmt: skip
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v, dout and dlse or None, dense."""
+        generator = torch.Generator("cuda").manual_seed(1)
+
+        def draw(heads: int, length: int) -> Tensor:
+            shape = (self.batch, heads, length, self.head_dim)
+            return torch.randn(shape, generator=generator, dtype=self.dtype, device="cuda")
+
+        q, dout = draw(self.num_heads, self.q_len), draw(self.num_heads, self.q_len)
+        k, v = draw(self.num_kv_heads, self.kv_len), draw(self.num_kv_heads, self.kv_len)
+        dlse = None
+        if self.has_dlse:
+            dlse = torch.randn(q.shape[:3], generator=generator, device="cuda")
+        return q, k, v, dout, dlse
+
+
+def place(x: Tensor, layout: str) -> Tensor:
+    """x somewhere inside of memory full of NaN; "tight" is an allocation of its own.
+
+    "rows": dense (B, H, L, D). "heads inside": dense (B, L, H, D). "every second column".
+    """
+    b, h, l, d = x.shape
+    if layout == "tight":
+        return x.clone()
+    if layout == "every second column":
+        buffer = torch.full((b, h, l, 2 * d), torch.nan, dtype=x.dtype, device="cuda")
+        view = buffer[..., 1::2]
+    else:
+        sizes = (b, l, h, d) if layout == "heads inside" else (b, h, l, d)
+        buffer = torch.full((x.numel() + 2 * _MARGIN,), torch.nan, dtype=x.dtype, device="cuda")
+        view = buffer[_MARGIN:-_MARGIN].view(sizes)
+        view = view.transpose(1, 2) if layout == "heads inside" else view
+    return view.copy_(x)
+
+
+def head_dims(names: list[str]) -> list[int]:
+    """The head dims that the variants are made for."""
+    return sorted({int(re.search(r"_d(\d+)_", name)[1]) for name in names})
+
+
+def every_variant(dims: list[int]) -> Iterator[Case]:
+    """Each variant twice: with its full head dim and with a padded one."""
+    for dtype, dim, p in itertools.product(DTYPES, dims, (0.0, 0.25)):
+        chunk = 16 // dtype.itemsize
+        base = Case(517, 389, dim, dtype, batch=2, num_heads=4, num_kv_heads=2, dropout_p=p)
+        yield base
+        yield base.but(
+            head_dim=dim - chunk, layout="heads inside", q_len=389, kv_len=517, window_right=0,
+            diagonal=128,
+        )  # fmt: skip
+        yield base.but(head_dim=dim - 3, q_len=389, kv_len=517)
+        yield base.but(layout="every second column", window_left=100, window_right=37)
+
+
+def options() -> Iterator[Case]:
+    """Windows, grouped heads, odd lengths, scales, a gradient of lse, heavy dropout."""
+    for dtype in DTYPES:
+        base = Case(1000, 1111, 64, dtype, batch=2, num_heads=6, num_kv_heads=2)
+        yield base.but(num_kv_heads=6)
+        yield base.but(num_kv_heads=1, window_right=0, diagonal=111)
+        yield base.but(window_right=0)
+        yield base.but(window_right=0, diagonal=-300)  # rows without a key
+        yield base.but(window_left=255, window_right=0, diagonal=111)
+        yield base.but(window_left=0, window_right=0)
+        yield base.but(window_left=64, window_right=200, dropout_p=0.1)
+        yield base.but(has_dlse=True, window_right=0)
+        yield base.but(has_dlse=True, dropout_p=0.5, layout="heads inside")
+        yield base.but(dropout_p=0.9, head_dim=128)
+        yield base.but(scale=0.01, head_dim=96)
+        yield base.but(scale=1.0, head_dim=80, window_right=0)
+        yield base.but(q_len=1, num_heads=32, num_kv_heads=8, head_dim=128, kv_len=5000)
+        yield base.but(kv_len=1)
+        yield base.but(q_len=3, kv_len=2, head_dim=1)
+        yield base.but(q_len=4099, kv_len=4097, head_dim=256, batch=1, num_heads=2, num_kv_heads=1)
+
+
+def long() -> Iterator[Case]:
+    half, bfloat, single = DTYPES
+    base = Case(32768, 32768, 64, half, num_heads=4, num_kv_heads=2, window_right=0)
+    yield base
+    yield base.but(dtype=bfloat, head_dim=128, num_kv_heads=1)
+    yield base.but(dtype=single, num_heads=2, num_kv_heads=1)
+    yield base.but(window_right=-1, num_heads=1, num_kv_heads=1)
+    yield base.but(dtype=bfloat, dropout_p=0.1, num_heads=2, num_kv_heads=2)
+    yield base.but(head_dim=128, window_left=1023)
+    yield base.but(head_dim=256, q_len=8192, diagonal=24576, num_heads=2)
+    yield base.but(dtype=single, head_dim=61, q_len=16384, kv_len=20000, num_heads=2)
+    yield base.but(dtype=bfloat, head_dim=93, layout="every second column", num_heads=2)
+    yield base.but(q_len=1, diagonal=32767, num_heads=32, num_kv_heads=8, head_dim=128, batch=4)
+
+
+def small() -> Iterator[Case]:
+    """For compute-sanitizer: every tensor an allocation of its own, a few of each kind."""
+    for dtype, dim in itertools.product(DTYPES, (16, 64, 128, 256)):
+        base = Case(70, 51, dim, dtype, layout="tight")
+        yield base
+        yield base.but(dropout_p=0.2, window_right=0)
+        yield base.but(head_dim=dim - 3, dropout_p=0.2)
+        yield base.but(head_dim=dim - 3, window_left=9, window_right=5)

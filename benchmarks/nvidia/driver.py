@@ -1,0 +1,135 @@
+"""Launches PTX kernels on tensors: NVIDIA's driver API through ctypes, and torch for memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MAX_BUFFERS = 31
+_ERROR_LOG_BUFFER, _ERROR_LOG_SIZE = 5, 6  # CUjit_option
+_ATTRIBUTES = {"shared_bytes": 1, "local_bytes": 3, "registers": 4}  # CUfunction_attribute
+
+
+class _Arguments(ctypes.Structure):
+    """msl::Arguments of include/msl/ptx_entry.h"""
+
+    _fields_ = [
+        ("buffers", ctypes.c_uint64 * _MAX_BUFFERS),
+        ("groups", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+        ("threadgroup_argument_begin", ctypes.c_uint32 * 8),
+    ]
+
+
+class Kernels:
+    """The kernels of an archive, assembled in the background and loaded when first launched."""
+
+    def __init__(self, archive: Path):
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")  # the runtime's context is the current one from here on
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._archive = zipfile.ZipFile(archive)
+        self.names = [name.removesuffix(".ptx") for name in self._archive.namelist()]
+        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._images: dict[str, concurrent.futures.Future] = {}
+
+    def assemble(self, names: list[str]) -> None:
+        """Begins to assemble these, in this order."""
+        for name in names:
+            if name not in self._images:
+                text = self._archive.read(f"{name}.ptx")
+                self._images[name] = self._pool.submit(_assemble, text)
+
+    def launch(
+        self,
+        name: str,
+        groups: tuple[int, int],
+        threads: int,
+        buffers: Mapping[int, Tensor],
+        params: tuple[int, ctypes.Structure],
+    ) -> None:
+        """Runs ``groups`` threadgroups of ``threads`` on the current stream.
+
+        ``params`` is a buffer index and what it holds by value.
+        """
+        arguments = _Arguments()
+        arguments.groups[:] = (*groups, 1)
+        arguments.group[:] = (threads, 1, 1)
+        for index, tensor in buffers.items():
+            arguments.buffers[index] = tensor.data_ptr()
+        copy = torch.frombuffer(bytearray(params[1]), dtype=torch.uint8).cuda()
+        arguments.buffers[params[0]] = copy.data_ptr()
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._check(
+            self._cuda.cuLaunchKernel(
+                self._function(name), *groups, 1, threads, 1, 1, 0, stream, pointers, None
+            ),
+            f"launching {name}",
+        )
+        copy.record_stream(torch.cuda.current_stream())
+
+    def attributes(self, name: str) -> dict[str, int]:
+        """Registers of a thread, shared memory of a threadgroup, spilled bytes of a thread."""
+        values = {}
+        for key, number in _ATTRIBUTES.items():
+            value = ctypes.c_int()
+            code = self._cuda.cuFuncGetAttribute(ctypes.byref(value), number, self._function(name))
+            self._check(code, name)
+            values[key] = value.value
+        return values
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        if name not in self._functions:
+            self.assemble([name])
+            function = ctypes.c_void_p()
+            self._check(
+                self._cuda.cuModuleGetFunction(
+                    ctypes.byref(function),
+                    self._load(name, self._images[name].result()),
+                    name.encode(),
+                ),
+                name,
+            )
+            self._functions[name] = function
+        return self._functions[name]
+
+    def _load(self, name: str, image: bytes) -> ctypes.c_void_p:
+        module = ctypes.c_void_p()
+        log = ctypes.create_string_buffer(1 << 14)
+        options = (ctypes.c_int * 2)(_ERROR_LOG_BUFFER, _ERROR_LOG_SIZE)
+        values = (ctypes.c_void_p * 2)(ctypes.addressof(log), len(log))
+        code = self._cuda.cuModuleLoadDataEx(ctypes.byref(module), image, 2, options, values)
+        self._check(code, f"loading {name}: {log.value.decode(errors='replace')}")
+        return module
+
+    def _check(self, code: int, what: str) -> None:
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{what}: {(text.value or b'error').decode()} ({code})")
+
+
+def _assemble(text: bytes) -> bytes:
+    """The machine code by ptxas, which runs in parallel; without it the driver takes the PTX."""
+    assembler = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
+    if assembler is None:
+        return text + b"\0"
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_bytes(text)
+        command = [assembler, f"-arch=sm_{major}{minor}", str(source), "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True)
+        return output.read_bytes()

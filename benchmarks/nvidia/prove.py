@@ -1,0 +1,245 @@
+"""Runs every kernel variant on an NVIDIA GPU against float64.
+
+``python -m benchmarks.nvidia.prove`` needs torch with CUDA and what build.py made. It writes one
+JSON file with every comparison and a Markdown table. The exit status is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .paths import KERNELS, PLANNER, RESULTS, ROOT, SOURCES
+
+sys.path.insert(0, str(ROOT / "src"))
+
+from orchard_ops.testing import MathResult, assert_attention_close
+
+from . import cases, far, reference
+from .attention import Attention
+from .driver import Kernels
+from .plans import Planner
+from .report import table
+
+_RESULTS = ("out", "lse", "dq", "dk", "dv")
+_SANITIZERS = ("memcheck", "racecheck", "synccheck")
+
+
+@dataclass
+class Record:
+    """One problem: forward and backward, or a run of compute-sanitizer."""
+
+    group: str
+    case: str
+    dtype: str = ""
+    kernels: list[str] = field(default_factory=list)
+    #: result -> largest error against float64, and that of same-dtype mathematics
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    repeats_bitwise: bool | None = None
+    failure: str = ""
+    seconds: float = 0.0
+
+
+def _largest_error(x: Tensor, ref: Tensor) -> float:
+    finite = torch.isfinite(ref)
+    error = (x.double() - ref.double())[finite].abs()
+    return error.max().item() if error.numel() else 0.0
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def _compare(record: Record, results: Iterable[Tensor], ref: MathResult, eager: MathResult) -> None:
+    for name, x in zip(_RESULTS, results):
+        exact = getattr(ref, name)
+        record.errors[name] = (
+            _largest_error(x, exact),
+            _largest_error(getattr(eager, name), exact),
+        )
+    assert_attention_close(tuple(results), ref, eager)
+
+
+class Prover:
+    def __init__(self, kernels: Kernels, planner: Planner):
+        self.kernels = kernels
+        self.attention = Attention(kernels, planner)
+        self.records: list[Record] = []
+        self.usable = True
+
+    def attempt(self, group: str, case: str, work: Callable[[Record], None]) -> None:
+        """Records what comes out, whatever it is. After a fault the GPU runs nothing more."""
+        if not self.usable:
+            return
+        record = Record(group, case)
+        before = dict(self.attention.ran)
+        started = time.monotonic()
+        try:
+            work(record)
+            torch.cuda.synchronize()
+        except Exception as error:
+            record.failure = f"{type(error).__name__}: {error}"
+            print(f"FAILED {group}: {case}\n{traceback.format_exc()}", flush=True)
+            self._look_after_gpu()
+        record.seconds = round(time.monotonic() - started, 3)
+        ran = self.attention.ran
+        record.kernels = sorted(name for name in ran if ran[name] != before.get(name, 0))
+        self.records.append(record)
+
+    def _look_after_gpu(self) -> None:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            self.usable = False
+
+    def case(self, group: str, case: cases.Case) -> None:
+        def work(record: Record) -> None:
+            record.dtype = str(case.dtype).removeprefix("torch.")
+            dense = case.operands()
+            dlse, scoring = dense[4], case.scoring
+            placed = [cases.place(x, case.layout) for x in dense[:4]]
+
+            def run() -> tuple[Tensor, ...]:
+                q, k, v, dout = placed
+                out, lse = self.attention.forward(q, k, v, scoring)
+                return (
+                    out, lse, *self.attention.backward(dout, dlse, q, k, v, out, lse, scoring)
+                )  # fmt: skip
+
+            results = run()
+            record.repeats_bitwise = all(map(_same_bits, results, run()))
+            if not record.repeats_bitwise:
+                raise AssertionError("a second run gives other bits")
+            if group != "sanitizer":
+                ref = reference.attention(*dense, scoring, torch.float64)
+                eager = reference.attention(*dense, scoring, case.dtype)
+                _compare(record, results, ref, eager)
+
+        self.attempt(group, str(case), work)
+
+    def far(self, case: far.FarCase) -> None:
+        label, run = case
+
+        def work(record: Record) -> None:
+            operands, scoring, results = run(self.attention)
+            record.dtype = str(operands[0].dtype).removeprefix("torch.")
+            ref = reference.attention(*operands, None, scoring, torch.float64)
+            eager = reference.attention(*operands, None, scoring, operands[0].dtype)
+            _compare(record, results, ref, eager)
+
+        self.attempt("far addresses", label, work)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def sanitizer(self, tool: str) -> None:
+        """Runs the small cases in a process of their own under compute-sanitizer."""
+
+        def work(record: Record) -> None:
+            program = shutil.which("compute-sanitizer") or shutil.which(
+                "compute-sanitizer", path="/usr/local/cuda/bin"
+            )
+            if program is None:
+                record.failure = "compute-sanitizer is not installed"
+                return
+            environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            command = [program, "--tool", tool, "--error-exitcode", "9"]
+            command += [sys.executable, "-m", "benchmarks.nvidia.prove", "--groups", "sanitizer"]
+            done = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+            )
+            summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+            record.case += ": " + " ".join(summary).replace("=", "").strip()
+            if done.returncode:
+                raise AssertionError(f"{done.stdout[-3000:]}{done.stderr[-1000:]}")
+
+        self.attempt("compute-sanitizer", tool, work)
+
+    def every_kernel_has_run(self) -> None:
+        def work(record: Record) -> None:
+            missing = set(self.kernels.names) - set(self.attention.ran)
+            if missing:
+                raise AssertionError(f"never ran: {sorted(missing)}")
+
+        self.attempt("every variant", "all kernels of the archive have run", work)
+
+
+def _environment() -> dict[str, object]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "sources": json.loads(SOURCES.read_text()),
+    }
+
+
+def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    result = {
+        "environment": _environment(),
+        "records": [asdict(record) for record in prover.records],
+        "kernels": registers,
+    }
+    (output / "proof.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "proof.md").write_text(table(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    everything = ["variants", "options", "long", "far", "sanitizers"]
+    parser.add_argument("--groups", nargs="+", default=everything)
+    parser.add_argument("--stride", type=int, default=1, help="only each n-th case of a group")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    kernels = Kernels(KERNELS)
+    prover = Prover(kernels, Planner(PLANNER))
+    if options.groups == ["sanitizer"]:  # a child of Prover.sanitizer
+        for case in cases.small():
+            prover.case("sanitizer", case)
+        sys.exit(any(record.failure for record in prover.records))
+
+    if "sanitizers" in options.groups:
+        for tool in _SANITIZERS:
+            prover.sanitizer(tool)
+    if "variants" in options.groups:
+        if options.stride == 1:
+            kernels.assemble(kernels.names)
+        for case in list(cases.every_variant(cases.head_dims(kernels.names)))[:: options.stride]:
+            prover.case("every variant", case)
+        if options.stride == 1:
+            prover.every_kernel_has_run()
+    if "options" in options.groups:
+        for case in list(cases.options())[:: options.stride]:
+            prover.case("options", case)
+    if "long" in options.groups:
+        for case in list(cases.long())[:: options.stride]:
+            prover.case("long sequences", case)
+    if "far" in options.groups:
+        for case in list(far.cases())[:: options.stride]:
+            prover.far(case)
+    ran = sorted(prover.attention.ran) if prover.usable else []
+    _write(prover, options.output, {name: kernels.attributes(name) for name in ran})
+    print((options.output / "proof.md").read_text())
+    sys.exit(not prover.usable or any(record.failure for record in prover.records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Attention and its gradients on the GPU by blocks of rows: float64, and the same-dtype measure.
+
+The formulas of orchard_ops.testing.math_attention, without an L x S matrix, so that long sequences
+fit. float32 products are exact ones (no TF32).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from orchard_ops import dropout
+from orchard_ops.testing import MathResult
+
+from .plans import Scoring
+
+_BLOCK_ELEMENTS = 1 << 26
+
+
+def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
+    """(rows, S) bool, True where the window hides a key."""
+    if s.window_left < 0 and s.window_right < 0:
+        return None
+    distance = torch.arange(kv_len, device="cuda") - rows.unsqueeze(1) - s.diagonal
+    hidden = torch.zeros(1, 1, dtype=torch.bool, device="cuda")
+    if s.window_left >= 0:
+        hidden = hidden | (distance < -s.window_left)
+    if s.window_right >= 0:
+        hidden = hidden | (distance > s.window_right)
+    return hidden
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, s: Scoring,
+    dtype: torch.dtype,
+) -> MathResult:  # fmt: skip
+    """Computed in float64 if that is the dtype, else in float32 and rounded to it."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    q, dout = q.to(compute), dout.to(compute)
+    k_all, v_all = (x.to(compute).repeat_interleave(group, dim=1) for x in (k, v))
+    b, h, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    out, dq = torch.zeros_like(q), torch.zeros_like(q)
+    dk, dv, dk_size = (torch.zeros_like(k_all) for _ in range(3))
+    lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device="cuda")
+    dq_cancelled = score_size = 0.0
+    has_dropout = dropout.threshold(s.dropout_p) > 0
+    step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
+    for row0 in range(0, q_len, step):
+        row1 = min(q_len, row0 + step)
+        rows = slice(row0, row1)
+        sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
+        score_size = max(score_size, _largest(sizes))
+        del sizes
+        scores = torch.matmul(q[:, :, rows], k_all.transpose(-1, -2)) * s.scale
+        hidden = _hidden(torch.arange(row0, row1, device="cuda"), kv_len, s)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -math.inf)
+        row_lse = torch.logsumexp(scores, dim=-1)
+        empty = (row_lse == -math.inf).unsqueeze(-1)
+        weights = torch.exp(scores - row_lse.unsqueeze(-1).masked_fill(empty, 0.0))
+        del scores
+        weights.masked_fill_(empty, 0.0)
+        kept = weights
+        if has_dropout:
+            keep = dropout.keep_block(
+                s.dropout_seed, s.dropout_p, b, h, (row0, row1), (0, kv_len), "cuda"
+            )
+            factor = keep.to(compute) * dropout.rescale(s.dropout_p)
+            kept = weights * factor
+        row_out = torch.matmul(kept, v_all)
+        lse[:, :, rows], out[:, :, rows] = row_lse, row_out
+        dv += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows])
+        # From here on as autograd has it: softmax's gradient from the unrounded results.
+        products = dout[:, :, rows] * row_out
+        dscores = torch.matmul(dout[:, :, rows], v_all.transpose(-1, -2))
+        if has_dropout:
+            dscores *= factor
+        delta = products.sum(-1, keepdim=True)
+        if dlse is not None:
+            row_dlse = dlse[:, :, rows].to(compute).unsqueeze(-1)
+            delta -= row_dlse.masked_fill(empty, 0.0)
+        dscores = weights * (dscores - delta) * s.scale
+        dq[:, :, rows] = torch.matmul(dscores, k_all)
+        dk += torch.matmul(dscores.transpose(-1, -2), q[:, :, rows])
+        size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
+        dq_cancelled = max(dq_cancelled, _largest(torch.matmul(size, k_all.abs())))
+        dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
+    dk, dv, dk_size = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size))
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded = [x.to(dtype) for x in (dq, dk, dv)]
+    return MathResult(
+        out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, _largest(dk_size),
+        score_size=score_size,
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""The Markdown table of a result of prove.py."""
+
+from __future__ import annotations
+
+_RESULTS = ("out", "lse", "dq", "dk", "dv")
+_LISTED = ("long sequences", "far addresses", "compute-sanitizer")  # problem by problem
+
+
+def table(result: dict) -> str:
+    environment, records = result["environment"], result["records"]
+    sources = environment["sources"]
+    edited = " with uncommitted changes" if sources["edited"] else ""
+    failures = [record for record in records if record["failure"]]
+    lines = [
+        "# The Metal kernels on an NVIDIA GPU",
+        "",
+        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, "
+        f"{environment['date']}; commit {sources['commit']}{edited}, "
+        f"kernels {sources['digest']}. Made by `python -m benchmarks.nvidia.prove`.",
+        "",
+        f"{len(result['kernels'])} kernels ran in {len(records)} problems; {len(failures)} failed.",
+        "",
+        "Largest error against float64 of the kernels / of same-dtype mathematics, over all "
+        "problems of a row. Each problem is judged by itself (`orchard_ops.testing`).",
+        "",
+        "| problems | dtype | number | " + " | ".join(_RESULTS) + " | same bits again | failed |",
+        "|---|---|---|" + "---|" * (len(_RESULTS) + 2),
+    ]
+    compared = [record for record in records if record["errors"]]
+    for group, dtype in dict.fromkeys((r["group"], r["dtype"]) for r in compared):
+        rows = [r for r in compared if (r["group"], r["dtype"]) == (group, dtype)]
+        cells = []
+        for name in _RESULTS:
+            errors = [row["errors"][name] for row in rows if name in row["errors"]]
+            cells.append(" / ".join(f"{max(e[i] for e in errors):.1e}" for i in (0, 1)))
+        repeated = [r["repeats_bitwise"] for r in rows if r["repeats_bitwise"] is not None]
+        again = f"{sum(repeated)} of {len(repeated)}" if repeated else "not tried"
+        failed = sum(bool(row["failure"]) for row in rows)
+        lines.append(
+            f"| {group} | {dtype} | {len(rows)} | {' | '.join(cells)} | {again} | {failed} |"
+        )
+    lines += ["", "| problem | |", "|---|---|"]
+    for record in records:
+        if record["failure"] or record["group"] in _LISTED:
+            verdict = record["failure"].split("\n")[0][:200].replace("|", "/") or "passed"
+            lines.append(f"| {record['group']}: {record['case']} | {verdict} |")
+    return "\n".join(lines) + "\n"

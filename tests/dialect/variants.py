@@ -1,0 +1,28 @@
+"""Every variant of every kernel that the plan can ask for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from mutation.harness import DTYPE_NUMBERS, FAMILIES, Sources, request
+
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+@functools.cache
+def variants() -> dict[str, list[dict]]:
+    """By family: the plan's kernels for each dtype and head dim, each way of loading, dropout."""
+    sources = Sources()
+    found: dict[str, dict[str, dict]] = {family: {} for family in FAMILIES}
+    for dtype in DTYPE_NUMBERS.values():
+        for head_dim in (*HEAD_DIMS, *(d - 1 for d in HEAD_DIMS)):
+            shape = (1, 2, 64, head_dim)
+            layout = (shape, torch.empty(shape, device="meta").stride(), 0)
+            layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
+            for backward in (False, True):
+                for dropout_p in (0.0, 0.5):
+                    plan, _ = sources.plan(request(layouts, dtype, backward, dropout_p=dropout_p))
+                    for kernel in plan["kernels"]:
+                        found[kernel["family"]][kernel["name"]] = kernel
+    return {family: list(kernels.values()) for family, kernels in found.items()}

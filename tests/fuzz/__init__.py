@@ -1,0 +1,1 @@
+"""Random calls of the public op, every argument, against float64: `make fuzz`."""

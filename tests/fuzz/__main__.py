@@ -1,0 +1,93 @@
+"""`python -m fuzz --minutes N`: draws calls until the time is up; keeps what fails."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import simulator
+
+if sys.platform != "darwin":
+    simulator.enable()
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as hypothesis_seed
+from rich.console import Console
+
+from .examples import Example, check, examples
+
+REGRESSIONS = Path(__file__).parent / "regressions"
+_BATCH = 100  # examples between two looks at the clock
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="in the simulator's check mode")
+    parser.add_argument("--json", metavar="FILE", help="write what was survived to FILE")
+    args = parser.parse_args()
+    if sys.platform != "darwin":
+        simulator.check(args.check)
+    console = Console()
+    paths: Counter[str] = Counter()
+    started, failure, batches = time.monotonic(), None, 0
+    last: list[Example] = []
+
+    while failure is None and time.monotonic() - started < args.minutes * 60:
+
+        @hypothesis_seed(args.seed * 1_000_003 + batches)
+        @settings(
+            max_examples=_BATCH, deadline=None, database=None,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(example=examples())
+        def run(example: Example) -> None:
+            last[:] = [example]
+            paths[check(example)] += 1
+
+        try:
+            run()
+        except AssertionError as error:
+            failure = error
+        except Exception as error:
+            failure = error
+        batches += 1
+        minutes = (time.monotonic() - started) / 60
+        console.print(f"{minutes:5.1f} min: {dict(paths)}", highlight=False)
+
+    result = {
+        "examples": sum(paths.values()),
+        "by_path": dict(paths),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "seed": args.seed,
+        "check_mode": args.check,
+        "survived": failure is None,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": "Apple GPU" if sys.platform == "darwin" else "simulated mps device and the cpu",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    if failure is None:
+        console.print(f"survived {result['examples']} examples in {result['minutes']} minutes")
+        return 0
+    text = last[0].to_json()  # hypothesis ends on the smallest failing example
+    path = REGRESSIONS / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    REGRESSIONS.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
+    console.print(f"[red]FAILED[/red], kept as {path}:\n{failure}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

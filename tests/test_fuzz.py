@@ -1,0 +1,27 @@
+"""A slice of `make fuzz`, and every example that has failed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz.examples import Example, check, examples
+from hypothesis import HealthCheck, given, settings
+
+REGRESSIONS = sorted((Path(__file__).parent / "fuzz" / "regressions").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", REGRESSIONS, ids=lambda p: p.stem)
+def test_regression(path: Path):
+    check(Example.from_json(path.read_text()))
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(example=examples())
+def test_every_argument(example: Example):
+    assert check(Example.from_json(example.to_json())) in ("metal", "reference")
