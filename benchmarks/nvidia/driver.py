@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,13 +33,17 @@ class _Arguments(ctypes.Structure):
 
 
 class Kernels:
-    """The kernels of an archive, assembled in the background and loaded when first launched."""
+    """The kernels of an archive, assembled in the background and loaded when first launched.
+
+    The machine code is kept in a folder beside the archive.
+    """
 
     def __init__(self, archive: Path):
         torch.cuda.init()
         torch.zeros(1, device="cuda")  # the runtime's context is the current one from here on
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._archive = zipfile.ZipFile(archive)
+        self._cache = archive.with_suffix("")
         self.names = [name.removesuffix(".ptx") for name in self._archive.namelist()]
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -49,7 +54,7 @@ class Kernels:
         for name in names:
             if name not in self._images:
                 text = self._archive.read(f"{name}.ptx")
-                self._images[name] = self._pool.submit(_assemble, text)
+                self._images[name] = self._pool.submit(_assemble, text, self._cache)
 
     def launch(
         self,
@@ -121,15 +126,19 @@ class Kernels:
             raise RuntimeError(f"{what}: {(text.value or b'error').decode()} ({code})")
 
 
-def _assemble(text: bytes) -> bytes:
+def _assemble(text: bytes, cache: Path) -> bytes:
     """The machine code by ptxas, which runs in parallel; without it the driver takes the PTX."""
     assembler = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
     if assembler is None:
         return text + b"\0"
-    major, minor = torch.cuda.get_device_capability()
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_bytes(text)
-        command = [assembler, f"-arch=sm_{major}{minor}", str(source), "-o", str(output)]
-        subprocess.run(command, check=True, capture_output=True)
-        return output.read_bytes()
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    image = cache / arch / f"{hashlib.sha256(text).hexdigest()[:32]}.cubin"
+    if not image.exists():
+        image.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=image.parent) as folder:
+            source, output = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+            source.write_bytes(text)
+            command = [assembler, f"-arch={arch}", str(source), "-o", str(output)]
+            subprocess.run(command, check=True, capture_output=True)
+            output.replace(image)
+    return image.read_bytes()

@@ -42,6 +42,7 @@ def table(result: dict) -> str:
     lines += ["", "| problem | |", "|---|---|"]
     for record in records:
         if record["failure"] or record["group"] in _LISTED:
-            verdict = record["failure"].split("\n")[0][:200].replace("|", "/") or "passed"
+            failure = record["failure"].split("\n")[0][:200].replace("|", "/")
+            verdict = failure or record["not_run"] or "passed"
             lines.append(f"| {record['group']}: {record['case']} | {verdict} |")
     return "\n".join(lines) + "\n"

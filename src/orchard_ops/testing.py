@@ -240,5 +240,5 @@ def assert_attention_close(
         assert_no_worse_than_math(
             f"{label}{name}", x, getattr(ref, name), getattr(eager, name),
             GRAD_FACTOR if is_grad else OUT_FACTOR,
-            ref.rounding(name, x.dtype),
+            ref.rounding(name, eager.out.dtype),
         )  # fmt: skip

@@ -28,10 +28,13 @@ class Finding:
         return f"{self.place}: {self.message}"
 
 
-def check(source: str, instantiations: Sequence[str] = ()) -> list[Finding]:
+def check(
+    source: str, instantiations: Sequence[str] = (), only: Sequence[str] | None = None
+) -> list[Finding]:
     """What is wrong with a source; `instantiations` are the lines that make kernels of templates.
 
-    A source that does not compile gets no further checks.
+    `only` restricts what is compiled, as in the engine. A source that does not compile gets no
+    further checks.
     """
     if not source.isascii():
         line = next(n for n, text in enumerate(source.split("\n"), 1) if not text.isascii())
@@ -40,12 +43,12 @@ def check(source: str, instantiations: Sequence[str] = ()) -> list[Finding]:
     text = Text(source)
     found = [f for rule in RULES for f in rule(text)]
     try:
-        library = engine.compile(whole)
+        library = engine.compile(whole, only=only)
     except engine.CompileError as error:
         lines = [line for line in str(error).splitlines() if "error: " in line]
         return [*found, *(_diagnostic(line, "error: ") for line in lines or [str(error)])]
     found += [_language(warning) for warning in library.warnings]
-    found += [Finding("", f"recursion: {' -> '.join(names)}") for names in recursions(whole)]
+    found += [Finding("", f"recursion: {' -> '.join(names)}") for names in recursions(whole, only)]
     for name, size in threadgroup_bytes(source, instantiations).items():
         if size > MAX_THREADGROUP_BYTES:
             found.append(Finding("", f"{name}: {size} bytes of threadgroup memory, at most 32768"))
@@ -64,6 +67,9 @@ def _language(warning: str) -> Finding:
 
 # ---- rules on tokens
 
+# Words of C's statements; everything else has to be found in the wheel.
+_STATEMENTS = {"if", "else", "for", "while", "do", "switch", "case", "default", "break",
+               "continue", "return"}  # fmt: skip
 Rule = Callable[[Text], Iterator[Finding]]
 RULES: list[Rule] = []
 
@@ -80,6 +86,8 @@ def known_words(text: Text) -> Iterator[Finding]:
     for i, token in enumerate(text.tokens):
         name = token.text
         if token.kind != "word" or name in text.declared or name in reported:
+            continue
+        if name in _STATEMENTS:
             continue
         if name not in vocabulary.words():
             reported.add(name)
@@ -101,7 +109,7 @@ def threadgroup_variables(text: Text) -> Iterator[Finding]:
     for i, token in enumerate(tokens[:-3]):
         if token.text != "threadgroup" or not tokens[i - 1].is_op(";", "{", "}"):
             continue
-        if not vocabulary._declares_variable(text, i):
+        if not vocabulary.declares_variable(text, i):
             continue
         inside = [(name, a, b) for name, a, b in text.bodies if a < i < b]
         blocks = sum(a < i < b for a, b in text.stream.closing.items() if text.word(a) == "{")
@@ -123,9 +131,9 @@ _DEFINE = re.compile(r"^define .*?@(\S+?)\(.*?^}", re.M | re.S)
 _CALL = re.compile(r"\b(?:call|invoke)\b[^@\n]*@([\w.$]+)\(")
 
 
-def recursions(source: str) -> list[list[str]]:
+def recursions(source: str, only: Sequence[str] | None = None) -> list[list[str]]:
     """Cycles of the call graph, by function names; templates as the kernels instantiate them."""
-    program = prepass.rewrite(compiler.preprocess(source, (), ()))
+    program = prepass.rewrite(compiler.preprocess(source, (), ()), {}, tuple(only or ("*",)))
     command = [
         CLANG, *compiler._language(False), "-include-pch", str(compiler.precompiled_header(False)),
         "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-",
@@ -206,7 +214,7 @@ def _footprint(text: Text, name: int, begin: int, end: int) -> tuple[str, str]:
         words = [text.word(k) for k in range(i, min(i + 3, stop))]
         if words[:1] == ["const"] and words[1:2] and words[1] in ("int", "short", "uint"):
             constants.append(text.stream.source(i, stop) + ";")
-        elif words[:1] == ["threadgroup"] and vocabulary._declares_variable(text, i):
+        elif words[:1] == ["threadgroup"] and vocabulary.declares_variable(text, i):
             kind = text.word(i + 1)
             for a, b in text.stream.split_commas(i + 2, stop):
                 sizes.append(f"(sizeof({kind}{text.stream.source(a + 1, b)}) + 15) / 16 * 16")

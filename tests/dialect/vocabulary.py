@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from simulator.engine import compiler
 from simulator.engine.vocabulary import SCALARS, VECTORS
 
 from .text import Text, balanced
@@ -24,6 +25,8 @@ GENERATORS = (
     TORCH / "_inductor/codegen/mps.py",
     TORCH / "_inductor/codegen/metal_flex_attention_template.py",
 )
+_CASTS = ("static_cast", "reinterpret_cast", "const_cast", "dynamic_cast")
+_SPACES = ("device", "threadgroup", "constant", "thread")
 Idiom = Callable[[Text], Iterator[tuple[int, str]]]
 IDIOMS: list[Idiom] = []
 
@@ -34,11 +37,26 @@ def headers() -> list[Path]:
 
 @functools.cache
 def wheel() -> tuple[Text, ...]:
-    """The wheel's headers, and the Metal text in the strings of its code generators."""
+    """The wheel's headers, with and without macros, and the strings of its code generators."""
     texts = [path.read_text() for path in headers()]
+    texts += [expanded(path) for path in headers()]
     for path in GENERATORS:
         texts += _strings(path.read_text()) if path.exists() else []
     return tuple(Text(balanced(text)) for text in texts)
+
+
+def expanded(header: Path) -> str:
+    """A header with macros expanded, without those that it includes."""
+    source = f'#include "{header}"\n'
+    text = compiler.preprocess(source, (str(TORCH / "include"),), ())
+    inside, lines = False, []
+    for line in text.split("\n"):
+        marker = re.match(r'# \d+ "(.*?)"', line)
+        if marker:
+            inside = marker[1] == str(header)
+        elif inside:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _strings(python: str) -> list[str]:
@@ -141,8 +159,8 @@ def lambdas(text: Text) -> Iterator[tuple[int, str]]:
         before = text.tokens[i - 1]
         is_subscript = before.kind in ("word", "number") and before.text != "return"
         if token.is_op("[") and i and not (is_subscript or before.is_op("]", ")", "[", ">")):
-            inside = {t.text for t in text.tokens[i + 1 : text.stream.closing.get(i, i)]}
-            if text.word(i + 1) != "[" and inside <= {"&", "=", "this", ","} | text.words():
+            end = text.stream.closing[i]
+            if text.word(i + 1) != "[" and text.word(end + 1) in ("(", "{"):
                 yield i, "lambda"
 
 
@@ -178,7 +196,13 @@ def casts(text: Text) -> Iterator[tuple[int, str]]:
             after = text.tokens[i + 3]
             if after.kind in ("word", "number") or after.is_op("("):
                 yield i, "C-style cast"
-        if token.text.endswith("_cast") and text.word(i + 1) == "<":
+        elif token.is_op("(") and i in text.stream.closing and i + 2 < text.stream.closing[i]:
+            last = text.stream.closing[i] - 1
+            space = {text.word(j) for j in range(i + 1, last)} & {*_SPACES}
+            declared = text.tokens[i - 1].kind == "word" and text.word(i - 1) != "return"
+            if text.word(last) == "*" and space and not declared:
+                yield i, f"C-style cast to {space.pop()} *"
+        if token.text in _CASTS and text.word(i + 1) == "<":
             inside = []
             j, depth = i + 1, 0
             while True:
@@ -187,10 +211,9 @@ def casts(text: Text) -> Iterator[tuple[int, str]]:
                     break
                 inside.append(text.word(j))
                 j += 1
-            space = [w for w in inside if w in ("device", "threadgroup", "constant", "thread")]
-            kind = inside[-1] if inside[-1] in "*&" else "a value"
-            if token.text == "reinterpret_cast":
-                yield i, f"reinterpret_cast to {' '.join(space)} {kind}"
+            space = [w for w in inside if w in _SPACES]
+            if token.text == "reinterpret_cast" and inside[-1] in "*&":
+                yield i, f"reinterpret_cast to {' '.join(space)} {inside[-1]}"
             else:
                 yield i, token.text
 
@@ -211,16 +234,17 @@ def variables(text: Text) -> Iterator[tuple[int, str]]:
         before = text.tokens[i - 1] if i else None
         starts = before is None or before.is_op(";", "{", "}") or before.text == "static"
         if token.text == "constant" and starts and i not in inside and text.word(i - 1) != "static":
-            if _declares_variable(text, i):
+            if declares_variable(text, i):
                 yield i, "program-scope constant"
-        elif token.text == "threadgroup" and starts and i in inside and _declares_variable(text, i):
+        elif token.text == "threadgroup" and starts and i in inside and declares_variable(text, i):
             end = text.stream.statement_end(i)
             yield i, f"threadgroup {'array' if text.word(end - 1) == ']' else 'variable'}"
         elif token.is_op("=") and text.word(i + 1) == "{" and text.word(i - 1) == "]":
             yield i, "array with initialisers"
 
 
-def _declares_variable(text: Text, i: int) -> bool:
+def declares_variable(text: Text, i: int) -> bool:
+    """Whether what starts with an address space at i is a variable, not a pointer to there."""
     j = i
     while not text.tokens[j].is_op(";", "=", "[", "(", "*", "&"):
         if text.tokens[j].kind == "end":
