@@ -151,7 +151,8 @@ BAD = {
     "pointer without address space": (_body("float* y = 0; x[i] = y ? 1.0f : 0.0f;"),
                                       "no address space"),
     "address spaces mixed up": (
-        _body("threadgroup float y[4]; device float* z = y; x[i] = z[0];"), "error"),
+        _body("threadgroup float y[4]; device float* z = y; x[i] = z[0];"),
+        "cannot initialize a variable of type"),
     "function pointer": (
         _body("float (*g)(float) = f; x[i] = g(x[i]);", "float f(float y) { return y; }\n"),
         "a function pointer"),

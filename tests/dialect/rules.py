@@ -47,7 +47,7 @@ def check(
     except engine.CompileError as error:
         lines = [line for line in str(error).splitlines() if "error: " in line]
         return [*found, *(_diagnostic(line, "error: ") for line in lines or [str(error)])]
-    found += [_language(warning) for warning in library.warnings]
+    found += [_language(warning) for warning in library.warnings if "C++17" in warning]
     found += [Finding("", f"recursion: {' -> '.join(names)}") for names in recursions(whole, only)]
     for name, size in threadgroup_bytes(source, instantiations).items():
         if size > MAX_THREADGROUP_BYTES:

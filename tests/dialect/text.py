@@ -54,7 +54,9 @@ class Text:
 
     def __init__(self, source: str):
         plain = _CONTINUED.sub("  ", without_comments(source))
-        self.directives = [(m[1], m[2].strip()) for m in _DIRECTIVE.finditer(plain)]
+        self.directives = [
+            (m[1], m[2].strip()) for m in _DIRECTIVE.finditer(plain) if not m[1].isdigit()
+        ]  # line markers
         self.macros = {m[2] for m in _DEFINE.finditer(plain)}
         parameters = [m[3] for m in _DEFINE.finditer(plain) if m[3]]
         self.macro_parameters = {w for p in parameters for w in re.findall(r"\w+", p)}
@@ -109,12 +111,17 @@ class Text:
                 names.add(token.text)
         return names
 
-    def _in_enum(self, i: int) -> bool:
-        return any(
-            a < i < b and ("enum" in (self.word(a - 2), self.word(a - 3)) or self.word(a - 1) == "enum")
+    @cached_property
+    def _enumerations(self) -> list[tuple[int, int]]:
+        """Braces of enumerations."""
+        return [
+            (a, b)
             for a, b in self.stream.closing.items()
-            if self.word(a) == "{" and a < i < b
-        )
+            if self.word(a) == "{" and "enum" in (self.word(k) for k in range(a - 5, a))
+        ]
+
+    def _in_enum(self, i: int) -> bool:
+        return any(a < i < b for a, b in self._enumerations)
 
     def _in_declaration(self, i: int) -> bool:
         """``float a, b;``: the second name."""

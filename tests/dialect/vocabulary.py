@@ -77,7 +77,11 @@ def _strings(python: str) -> list[str]:
             found.append("".join(parts))
             skipped |= {id(p) for p in node.values}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+        ):
             found.append(node.value)
     return found
 

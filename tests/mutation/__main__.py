@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "native", "src")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "src")]
 os.environ.setdefault("SIMULATOR_CACHE", str(ROOT / "build" / "mutation" / "cache"))
 
 from mutation.runner import main  # noqa: E402

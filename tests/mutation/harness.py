@@ -8,6 +8,7 @@ lie between guard zones of NaN bytes, and gaps between their rows hold NaN as we
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import struct
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from attention_cases import SEED
@@ -139,13 +141,17 @@ class Sources:
 
     def text(self, family: str) -> str:
         """The family's Metal text as native/embed_shaders.py makes it."""
-        import embed_shaders
+        return self._embed.flatten(self._embed.FAMILIES[family]) + "\n"
 
-        embed_shaders.SHADERS = self.root / "shaders"
-        try:
-            return embed_shaders.flatten(embed_shaders.FAMILIES[family]) + "\n"
-        finally:
-            embed_shaders.SHADERS = ROOT / "shaders"
+    @cached_property
+    def _embed(self) -> ModuleType:
+        """native/embed_shaders.py of this copy."""
+        path = self.root / "native" / "embed_shaders.py"
+        spec = importlib.util.spec_from_file_location("embed_shaders", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
     def compile_plan(self) -> Sources:
         """Does now what the first use of the plan would do."""

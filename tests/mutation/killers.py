@@ -102,7 +102,10 @@ class Attention:
         elif self.family == DQ:
             dlse = lse if given.dlse is None else Guarded.like(given.dlse[None], "dense")
             inputs |= {"out": x["out"], "dout": x["dout"], "lse": lse, "dlse": dlse}
-            results = {"dq": _empty(q, self.layouts[0]), "delta": Guarded(stats, _dense(stats), F32)}
+            results = {
+                "dq": _empty(q, self.layouts[0]),
+                "delta": Guarded(stats, _dense(stats), F32),
+            }
         else:
             delta = Guarded.like(given.delta.float()[None], "dense")
             inputs |= {"dout": x["dout"], "lse": lse, "delta": delta}
@@ -181,9 +184,7 @@ class Attention:
         case, arguments = self.case, template_arguments(kernel)
         row = torch.arange(case.q_len)[:, None] + case.diagonal
         key = torch.arange(case.kv_len)
-        left, right = (
-            w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right)
-        )
+        left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
         seen = (key >= row - left) & (key <= row + right)
         width = int(arguments[2]) // 8
         if self.family == DKV:
@@ -360,7 +361,9 @@ class Given(Attention):
         note("compiled")
         x |= {name: Guarded.like(t[None], "dense") for name, t in inputs.items() if t.dim() == 3}
         results = {n: Guarded(s, _dense(s), F32) for n, s in out.items()}
-        strides = {n: _dense(s) for n, s in out.items() if len(s) == 4 and n not in ("lse", "delta")}
+        strides = {
+            n: _dense(s) for n, s in out.items() if len(s) == 4 and n not in ("lse", "delta")
+        }
         block = with_seed(params, **strides)
         launch(library, kernel, sources.buffers, block, {n: x[n] for n in x if n not in out},
                results, workers=1)  # fmt: skip
@@ -538,7 +541,9 @@ def plan_of_threadgroups(sources: Sources) -> None:
 
 
 def plan_of_params(sources: Sources) -> None:
-    strides = {name: tuple(range(n, n + 4)) for n, name in enumerate(("q", "k", "v", "out", "dout"))}
+    strides = {
+        name: tuple(range(n, n + 4)) for n, name in enumerate(("q", "k", "v", "out", "dout"))
+    }
     layouts = {
         name: (sizes, strides[name], 0)
         for name, (sizes, _, _) in _dense_layouts(2, 6, 3, 41, 73, 24).items()

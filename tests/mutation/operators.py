@@ -177,8 +177,10 @@ def _declares_array(code: Code, i: int) -> bool:
     name = i - 1
     while code.words[name] == "]":
         name = code.partner[name] - 1
-    return code.kinds[name - 1] == "word" and code.words[name - 1] != "return" or (
-        code.words[name - 1] == ">" and name - 1 in code.partner
+    return (
+        code.kinds[name - 1] == "word"
+        and code.words[name - 1] != "return"
+        or (code.words[name - 1] == ">" and name - 1 in code.partner)
     )
 
 

@@ -133,7 +133,10 @@ class Report:
         lines = ["# Mutants of the kernels and the plan", ""]
         lines += [f"Made by `make mutants`: {facts['mutants']} mutants.", ""]
         for kind in ("files", "operators"):
-            lines += [f"| {kind[:-1]} | {' | '.join(STATUSES)} |", "|---" * (len(STATUSES) + 1) + "|"]
+            lines += [
+                f"| {kind[:-1]} | {' | '.join(STATUSES)} |",
+                "|---" * (len(STATUSES) + 1) + "|",
+            ]
             for name, counts in [*facts[kind].items(), ("all", facts["all"])]:
                 lines.append(f"| {name} | {' | '.join(str(counts[s]) for s in STATUSES)} |")
             lines.append("")

@@ -59,9 +59,7 @@ def relevant(file: str, baseline: Sources) -> list:
     if file in (_PARAMS, _PLAN):
         return list(killing.killers())
     mark = f'#line 1 "{Path(file).name}"'
-    families = {
-        k.family for k in killing.killers() if k.family and mark in baseline.text(k.family)
-    }
+    families = {k.family for k in killing.killers() if k.family and mark in baseline.text(k.family)}
     return [k for k in killing.killers() if k.family in families]
 
 

@@ -196,9 +196,7 @@ class Code:
         while j < len(self.words) and self.words[j] == "const":
             j += 1
         name = self.words[i - 1]
-        return (
-            self.words[j] == "{" and self.kinds[i - 1] == "word" and name not in _CONTROL
-        )
+        return self.words[j] == "{" and self.kinds[i - 1] == "word" and name not in _CONTROL
 
     def segment(self, i: int) -> tuple[int, int]:
         """The part of a statement around i, between semicolons and braces."""

@@ -51,6 +51,8 @@ SEMANTICS = [
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
     "-fno-strict-aliasing",
+    # Lanes meet at call sites: a simdgroup operation must not be duplicated into branches.
+    *("-Xclang", "-fconvergent-functions"),
 ]
 CODE = [
     *TARGET,
