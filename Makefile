@@ -3,6 +3,8 @@
 #   make test   the whole suite
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
 #   make abi    which torch releases that wheel's library loads into, and why
+# The instruments of docs/proof.md; what is fast enough is part of `make test`:
+#   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -22,6 +24,7 @@ WHEEL := tools/macos/pack_wheel.py
 endif
 
 .PHONY: demo test lint format native wheel abi tools clean
+.PHONY: engine dialect mutants nvidia inductor faults fuzz selftest
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -34,6 +37,30 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready tools lint $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+engine: $(VENV)/ready tools $(PLUGIN)
+	$(PY) -m pytest -n 2 --dist worksteal tests/test_simulator_engine*.py $(ARGS)
+
+dialect: $(VENV)/ready tools $(PLUGIN)
+	$(PY) -m pytest tests/test_shader_dialect.py $(ARGS)
+
+mutants: $(VENV)/ready tools $(PLUGIN)
+	PYTHONPATH=tests $(PY) -m mutation $(ARGS)
+
+nvidia: $(VENV)/ready tools $(PLUGIN)
+	$(PY) -m benchmarks.nvidia.build $(ARGS)
+
+inductor: $(VENV)/ready tools $(PLUGIN)
+	$(PY) -m pytest tests/test_compiled_training.py $(ARGS)
+
+faults: $(VENV)/ready tools $(PLUGIN)
+	$(PY) -m pytest -n 2 tests/test_fallback.py tests/test_robustness.py $(ARGS)
+
+fuzz: $(VENV)/ready tools $(PLUGIN)
+	PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m fuzz $(ARGS)
+
+selftest: $(VENV)/ready tools $(PLUGIN)
+	$(ON_MPS) -m orchard_ops selftest $(ARGS)
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -294,6 +294,24 @@ def test_nan_and_inf_propagate_as_in_sdpa(device: str, where: str, value: float)
     torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ("query", "key", "value", "dout"))
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_nan_reaches_the_gradients_that_sdpa_gives_it_to(device: str, where: str):
+    names = ("query", "key", "value", "dout")
+    tensors = {name: randn(1, 2, 40, 32) for name in names}
+    tensors[where][0, 1, 17, 5] = math.nan
+    results = []
+    for attention, on in (
+        (F.scaled_dot_product_attention, "cpu"),
+        (torch.ops.orchard.flash_attn, device),
+    ):
+        *operands, dout = (tensors[name].to(on) for name in names)
+        operands = [x.requires_grad_() for x in operands]
+        results.append(torch.autograd.grad(attention(*operands), operands, dout))
+    for expected, grad in zip(*results):
+        torch.testing.assert_close(grad.cpu(), expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_behind_the_window_stays_there():
     """Metal skips blocks that nobody sees, so NaN in them reaches only the rows that see it."""
     x = randn(1, 1, 200, 32)
