@@ -78,7 +78,7 @@ def test_threadgroup_memory_of_every_variant(family: str):
     kernels = variants()[family]
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
-    assert 0 < min(sizes.values()) and max(sizes.values()) <= 32 * 1024
+    assert min(sizes.values()) > 0 and max(sizes.values()) <= 32 * 1024
 
 
 def test_threadgroup_memory_is_what_a_launch_takes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,12 +49,13 @@ class Guarded:
 
 
 class Attention:
-    """Remembers which kernels ran, in ``ran``."""
+    """Remembers which kernels ran, in ``ran``. ``disturb`` may spoil the parameters of each."""
 
     def __init__(self, kernels: Kernels, planner: Planner):
         self._kernels = kernels
         self._planner = planner
         self.ran: dict[str, int] = {}
+        self.disturb: Callable[[Params], None] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
         """out, lse"""
@@ -86,6 +88,8 @@ class Attention:
         return dq, dk, dv
 
     def _dispatch(self, kernel: Kernel, params: Params, **tensors: Tensor) -> None:
+        if self.disturb is not None:
+            self.disturb(params)
         buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
         self._kernels.launch(
             kernel.name, kernel.groups, kernel.threads, buffers, (_INDEX["params"], params)

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,14 +35,15 @@ class _Arguments(ctypes.Structure):
 class Kernels:
     """The kernels of an archive, assembled in the background and loaded when first launched.
 
-    The machine code is kept in a folder beside the archive.
+    The machine code is kept in a folder beside the archive. ``mutate`` changes the PTX before.
     """
 
-    def __init__(self, archive: Path):
+    def __init__(self, archive: Path, mutate: Callable[[bytes], bytes] = bytes):
         torch.cuda.init()
         torch.zeros(1, device="cuda")  # the runtime's context is the current one from here on
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._archive = zipfile.ZipFile(archive)
+        self._mutate = mutate
         self._cache = archive.with_suffix("")
         self.names = [name.removesuffix(".ptx") for name in self._archive.namelist()]
         self._functions: dict[str, ctypes.c_void_p] = {}
@@ -53,7 +54,7 @@ class Kernels:
         """Begins to assemble these, in this order."""
         for name in names:
             if name not in self._images:
-                text = self._archive.read(f"{name}.ptx")
+                text = self._mutate(self._archive.read(f"{name}.ptx"))
                 self._images[name] = self._pool.submit(_assemble, text, self._cache)
 
     def launch(

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,14 +32,14 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from orchard_ops.testing import MathResult, assert_attention_close
 
-from . import cases, far, reference
+from . import cases, controls, far, reference
 from .attention import Attention
 from .driver import Kernels
-from .plans import Planner
+from .plans import Params, Planner
 from .report import table
 
 _RESULTS = ("out", "lse", "dq", "dk", "dv")
-_GROUPS = ("variants", "options", "long", "far", "sanitizers", "under-sanitizer")
+_GROUPS = ("variants", "options", "long", "far", "controls", "sanitizers", "under-sanitizer")
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 _PATIENCE = 150  # seconds for one of them
 
@@ -56,6 +57,8 @@ class Record:
     repeats_bitwise: bool | None = None
     failure: str = ""
     not_run: str = ""
+    #: of a planted fault: what was said
+    noticed: str = ""
     seconds: float = 0.0
 
 
@@ -82,6 +85,7 @@ def _compare(record: Record, results: Iterable[Tensor], ref: MathResult, eager: 
 class Prover:
     def __init__(self, kernels: Kernels, planner: Planner):
         self.kernels = kernels
+        self.planner = planner
         self.attention = Attention(kernels, planner)
         self.records: list[Record] = []
         self.usable = True
@@ -98,7 +102,8 @@ class Prover:
             torch.cuda.synchronize()
         except Exception as error:
             record.failure = f"{type(error).__name__}: {error}"
-            print(f"FAILED {group}: {case}\n{traceback.format_exc()}", flush=True)
+            if group != "control":
+                print(f"FAILED {group}: {case}\n{traceback.format_exc()}", flush=True)
             self._look_after_gpu()
         record.seconds = round(time.monotonic() - started, 3)
         ran = self.attention.ran
@@ -126,13 +131,14 @@ class Prover:
                 )  # fmt: skip
 
             results = run()
+            if group == "under sanitizer":
+                return
             record.repeats_bitwise = all(map(_same_bits, results, run()))
             if not record.repeats_bitwise:
                 raise AssertionError("a second run gives other bits")
-            if group != "under sanitizer":
-                ref = reference.attention(*dense, scoring, torch.float64)
-                eager = reference.attention(*dense, scoring, case.dtype)
-                _compare(record, results, ref, eager)
+            ref = reference.attention(*dense, scoring, torch.float64)
+            eager = reference.attention(*dense, scoring, case.dtype)
+            _compare(record, results, ref, eager)
 
         self.attempt(group, str(case), work)
 
@@ -150,8 +156,11 @@ class Prover:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def sanitizer(self, tool: str) -> None:
-        """Runs the small cases in a process of their own under compute-sanitizer."""
+    def sanitizer(self, tool: str, fault: str = "") -> None:
+        """Runs the small cases in a process of their own under compute-sanitizer.
+
+        With a planted fault it passes if the tool speaks.
+        """
 
         def work(record: Record) -> None:
             program = shutil.which("compute-sanitizer") or shutil.which(
@@ -163,16 +172,36 @@ class Prover:
             environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             command = [program, "--tool", tool, "--error-exitcode", "9"]
             command += [sys.executable, "-m", "benchmarks.nvidia.prove", "--groups"]
+            command += ["under-sanitizer", *(["--plant", fault] if fault else [])]
             options = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
-            done = subprocess.run(
-                [*command, "under-sanitizer"], timeout=_PATIENCE, check=False, **options
-            )
-            summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-            record.case += ": " + " ".join(summary).replace("=", "").strip()
-            if done.returncode:
+            done = subprocess.run(command, timeout=_PATIENCE, check=False, **options)
+            lines = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
+            summary = " ".join(lines)
+            if fault:
+                record.noticed = summary
+            else:
+                record.case += f": {summary}"
+            silent = re.search(r"SUMMARY: 0 (errors|hazards)", summary)
+            if fault and (silent or not summary):
+                raise AssertionError(f"the fault went unnoticed: {summary}")
+            if not fault and (done.returncode or not silent):
                 raise AssertionError(f"{done.stdout[-3000:]}{done.stderr[-1000:]}")
 
-        self.attempt("compute-sanitizer", tool, work)
+        title = "planted fault" if fault else "compute-sanitizer"
+        self.attempt(title, f"{fault} ({tool})" if fault else tool, work)
+
+    def control(self, label: str, case: cases.Case, disturb: Callable[[Params], None]) -> None:
+        """Passes if the case fails with disturbed parameters."""
+
+        def work(record: Record) -> None:
+            inner = Prover(self.kernels, self.planner)
+            inner.attention.disturb = disturb
+            inner.case("control", case)
+            if "AssertionError" not in inner.records[0].failure:
+                raise AssertionError("the fault went unnoticed")
+            record.noticed = inner.records[0].failure.split("\n")[0]
+
+        self.attempt("planted fault", label, work)
 
     def has_failed(self) -> bool:
         return not self.usable or any(record.failure for record in self.records)
@@ -231,17 +260,26 @@ def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
     if "sanitizers" in chosen:
         for tool in _SANITIZERS:
             prover.sanitizer(tool)
+        prover.sanitizer("memcheck", "keys")
+        prover.sanitizer("racecheck", "barriers")
+    if "controls" in chosen:
+        for control in controls.disturbed_parameters():
+            prover.control(*control)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", choices=_GROUPS, default=_GROUPS[:-1])
     parser.add_argument("--stride", type=int, default=1, help="only each n-th case of a group")
+    parser.add_argument("--plant", choices=("keys", "barriers"), help="a fault, under-sanitizer")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    prover = Prover(Kernels(KERNELS), Planner(PLANNER))
+    mutate = controls.without_barriers if options.plant == "barriers" else bytes
+    prover = Prover(Kernels(KERNELS, mutate), Planner(PLANNER))
     if "under-sanitizer" in options.groups:
-        for case in cases.small():
+        if options.plant == "keys":
+            prover.attention.disturb = controls.too_many_keys
+        for case in itertools.islice(cases.small(), 2 if options.plant else None):
             prover.case("under sanitizer", case)
         sys.exit(prover.has_failed())
     _run_groups(prover, options.groups, options.stride)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 _RESULTS = ("out", "lse", "dq", "dk", "dv")
-_LISTED = ("long sequences", "far addresses", "compute-sanitizer")  # problem by problem
+_LISTED = (
+    "long sequences",
+    "far addresses",
+    "compute-sanitizer",
+    "planted fault",
+)  # problem by problem
 
 
 def table(result: dict) -> str:
@@ -43,6 +48,7 @@ def table(result: dict) -> str:
     for record in records:
         if record["failure"] or record["group"] in _LISTED:
             failure = record["failure"].split("\n")[0][:200].replace("|", "/")
-            verdict = failure or record["not_run"] or "passed"
+            noticed = f"noticed: {record['noticed'][:200]}" if record["noticed"] else ""
+            verdict = failure or record["not_run"] or noticed or "passed"
             lines.append(f"| {record['group']}: {record['case']} | {verdict} |")
     return "\n".join(lines) + "\n"

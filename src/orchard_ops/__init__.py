@@ -4,7 +4,7 @@ Importing registers the ops ``torch.ops.orchard.*`` and, where the native librar
 Metal kernels.
 """
 
-from . import _native
+from . import _native, _vmap  # noqa: F401  (_vmap registers the batching rules)
 from ._calls import OrchardFallbackWarning, Stats, reset_stats, stats
 from ._version import __version__
 from .attention import flash_attn

@@ -182,4 +182,6 @@ def flash_attn(
     return (out, lse) if return_lse else out
 
 
-_ops.library.impl("flash_attn", flash_attn, "CompositeImplicitAutograd")
+# The second key: vmap decomposes too, into the functional ops and their rules (_vmap.py).
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    _ops.library.impl("flash_attn", flash_attn, _key)

@@ -95,19 +95,17 @@ class Text:
         for i, token in enumerate(self.tokens[:-1]):
             if token.kind != "word" or i in inside or i == 0:
                 continue
-            before, after = self.tokens[i - 1], self.tokens[i + 1]
+            after = self.tokens[i + 1]
             j = i - 1
             while j in self.stream.opening and self.tokens[j].text == "]":
                 j = self.stream.opening[j] - 1  # attributes between type and name
             before = self.tokens[j]
-            is_type = (
-                before.kind == "word" and before.text not in _NO_TYPES
-            ) or (before.is_op(">", "*", "&") and not before.lead)  # fmt: skip
-            if is_type and after.is_op("(", ";", "=", ",", ")", "[", "{", ":", ">"):
-                names.add(token.text)
-            elif before.is_op("{", ",") and self._in_enum(i):
-                names.add(token.text)
-            elif before.is_op(",") and after.is_op(",", ";", "=", "[") and self._in_declaration(i):
+            is_word = before.kind == "word" and before.text not in _NO_TYPES
+            is_type = is_word or (before.is_op(">", "*", "&") and not before.lead)
+            after_type = is_type and after.is_op("(", ";", "=", ",", ")", "[", "{", ":", ">")
+            enumerator = before.is_op("{", ",") and self._in_enum(i)
+            ends = before.is_op(",") and after.is_op(",", ";", "=", "[")
+            if after_type or enumerator or (ends and self._in_declaration(i)):
                 names.add(token.text)
         return names
 

@@ -1,8 +1,8 @@
 """The words and idioms of the Metal sources in PyTorch's wheel: Apple's compiler takes them daily.
 
 Nothing is listed here: words come from the wheel's text, and an idiom is a function that finds
-instances of something in a text, in ours and in the wheel's alike. What ours have and the wheel does
-not is a finding.
+instances of something in a text, in ours and in the wheel's alike. What ours have and the wheel
+does not is a finding.
 """
 
 from __future__ import annotations

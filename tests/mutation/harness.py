@@ -1,7 +1,7 @@
 """Runs the plan and the kernels of one copy of shaders/ and native/, without the native library.
 
-`Sources` is such a copy: the repository's own, or a mutated one. The plan comes from native/plan.cpp
-through plan_bridge.cpp, kernels go to the Metal engine as the text that would be embedded. Tensors
+`Sources` is such a copy: the repository's own, or a mutated one. The plan is native/plan.cpp behind
+plan_bridge.cpp, kernels go to the Metal engine as the text that would be embedded. Tensors
 lie between guard zones of NaN bytes, and gaps between their rows hold NaN as well.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from attention_cases import SEED
@@ -235,8 +236,10 @@ def with_seed(params: Params, **fields: object) -> bytes:
     return bytes(params)
 
 
-def launch(library: engine.Library, kernel: dict, numbers: dict[str, int], params: bytes,
-           inputs: dict[str, Guarded], outputs: dict[str, Guarded], **options: object) -> engine.Counters:  # fmt: skip
+def launch(
+    library: engine.Library, kernel: dict, numbers: dict[str, int], params: bytes,
+    inputs: dict[str, Guarded], outputs: dict[str, Guarded], **options: Any,
+) -> engine.Counters:  # fmt: skip
     """One dispatch; fails if anything but the outputs' elements was written."""
     before = {name: x.snapshot() for name, x in inputs.items()}
     block = torch.frombuffer(bytearray(params), dtype=torch.uint8).clone()  # 64-byte aligned

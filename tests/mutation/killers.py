@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
+import mmap
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ class Attention:
         )  # fmt: skip
         self._compare(given, {name: y.tensor for name, y in results.items()})
         assert counters.mma == self._products(kernel), "not the expected number of matrix products"
+        if not self.check:  # which leaves gaps
+            assert counters.threadgroup_memory == self._staged(kernel), "threadgroup memory"
 
     def plan(self, sources: Sources) -> tuple[dict, Params]:
         """The kernel that runs, and its parameters."""
@@ -197,6 +200,12 @@ class Attention:
             products = (2 if self.family == FORWARD else 3) * r * (block // 8) * width
             heads = case.num_heads
         return case.batch * heads * blocks * 4 * products
+
+    def _staged(self, kernel: dict) -> int:
+        """Bytes of two blocks of rows, each row with 16 bytes of padding."""
+        arguments = template_arguments(kernel)
+        rows = int(arguments[3] if self.family == DKV else arguments[4])
+        return 2 * rows * (int(arguments[2]) * self.case.dtype.itemsize + 16)
 
 
 def _span(seen: Tensor, block: int) -> int:
@@ -285,12 +294,15 @@ _kitchen_sink = Case(
     37, 51, 15, batch=2, num_heads=4, num_kv_heads=2, dropout_p=0.3, window_left=19,
     window_right=6, diagonal=3,
 )  # fmt: skip
-_causal = Case(45, 70, 32, num_heads=3, num_kv_heads=1, dtype=F16, window_right=0, diagonal=25)
-_open = Case(70, 96, 16, dtype=F32)
+_causal = Case(
+    45, 70, 32, num_heads=3, num_kv_heads=1, dtype=F16, dropout_p=0.1, window_right=0, diagonal=25
+)
+_open = Case(79, 95, 16, dtype=F32)  # one short of whole blocks
 _wide = Case(35, 40, 160, batch=2, dtype=BF16, dropout_p=0.2, window_right=0)
 _odd_tiles = Case(40, 49, 80, dtype=F32, dropout_p=0.4, window_left=20)
 _keyless = Case(70, 20, 16, dtype=F32, window_right=0, diagonal=-41)
 _two_rows = Case(150, 70, 24, dtype=F16, dropout_p=0.25, window_left=60, window_right=12)
+_apart = ("padded", "blhd", "rows_odd", "dense", "odd")  # no two tensors have the same strides
 _mixed = ("padded", "columns", "rows_odd", "dense", "odd")
 _blhd = ("blhd",) * 5
 
@@ -300,18 +312,23 @@ def _attention() -> Iterator[Attention]:
         for family in families:
             yield Attention(f"{family}: {name}", family, case, **options)
 
-    tiles = {FORWARD: (2, 16), DQ: (2, 16), DKV: (32,)}
+    tiles = {FORWARD: (2, 32), DQ: (2, 32), DKV: (32,)}
     # In order of cost: the first ones find most mutants and need one compilation each.
-    yield from each("windows, groups, dropout, elements", _kitchen_sink, dlse=True)
+    first = {"dlse": True, "layouts": _apart}
+    yield from each("windows, groups, dropout, elements", _kitchen_sink, **first)
     yield from each("causal, chunks", _causal)
     yield from each("causal, chunks, any order of threads", _causal, schedule=1)
     yield from each("no mask", _open)
-    yield from each("one row, one key", Case(1, 1, 16, dtype=F32))
+    yield from each("one row, one key", Case(1, 1, 15, dtype=F32))
     yield from each("rows and keys without a partner", _keyless)
     for diagonal in (200, -200):
         yield from each(f"nothing visible at {diagonal}", _keyless.but(
             window_left=3, window_right=2, diagonal=diagonal))  # fmt: skip
-    for left, right, diagonal in ((0, 0, 0), (16, 15, 17), (-1, 3, -32), (7, -1, 32), (31, 32, 1)):
+    # Windows that start or end at a block's first or last key or query, or one beside it.
+    for left, right, diagonal in (
+        (0, 0, 0), (0, 0, 1), (0, 0, -1), (16, 15, 17), (-1, 3, -32), (7, -1, 32), (31, 32, 1),
+        (41, 35, 3), (40, 36, 3), (42, 34, 3),
+    ):  # fmt: skip
         yield from each(
             f"window {left}, {right} at {diagonal}",
             Case(64, 64, 16, num_heads=1, dtype=F32, window_left=left, window_right=right,
@@ -323,8 +340,11 @@ def _attention() -> Iterator[Attention]:
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
     for family, tile in tiles.items():
         yield Attention(f"{family}: larger tiles", family, _two_rows, tile=tile)
+        yield Attention(
+            f"{family}: larger tiles, checked", family, _two_rows, tile=tile, check=True
+        )
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
-    yield from each("kitchen sink, checked", _kitchen_sink, dlse=True, check=True)
+    yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
     yield from each("blocks of 8, checked", _odd_tiles, check=True)
     yield from each("nothing visible, checked", _keyless.but(diagonal=-200), check=True)
@@ -431,7 +451,6 @@ def infinite_scores_dkv(sources: Sources, note: Callable[[str], None]) -> None:
 @functools.cache
 def _draws() -> Tensor:
     """The 16-bit draw of each weight of _edge_case."""
-    shape = (1, 2, 64, 64)
     words = dropout.philox_4x32(
         (
             torch.arange(16).view(1, 1, 1, 16), torch.arange(32).view(1, 1, 32, 1),
@@ -440,7 +459,6 @@ def _draws() -> Tensor:
         SEED,
     )  # fmt: skip
     draws = torch.stack(words, -1)  # (1, head, row, column, word); each word holds two draws
-    del shape
     return torch.stack((draws & 0xFFFF, draws >> 16), -1).flatten(0, 4)
 
 
@@ -457,6 +475,88 @@ def _edges() -> Iterator[Attention]:
         case = Case(64, 64, 16, dtype=F32, dropout_p=threshold)
         for family in FAMILIES:
             yield Attention(f"{family}: the threshold {name}", family, case)
+
+
+# ---- 64-bit positions
+
+_FAR = 1 << 28  # ORCHARD_MAX_LENGTH
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+
+
+class _Sparse:
+    """float32 numbers in memory that exists only where it is touched."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]):
+        length = sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._memory = mmap.mmap(-1, 4 * length, flags=flags)
+        flat = torch.frombuffer(self._memory, dtype=F32)
+        self.tensor = flat.as_strided(shape, strides)
+        self.buffer = engine.Buffer(flat.data_ptr(), 4 * length)
+
+
+def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
+                 strides: tuple[int, ...]) -> dict[str, Tensor]:  # fmt: skip
+    """Twelve heads of q_len queries, of which 32 run, and two keys of width 2, row_stride apart."""
+    generator = torch.Generator().manual_seed(3)
+    rows, stats = (1, 12, 32, 2), (12, 32)
+    sizes = {"query": rows, "key": (1, 1, 2, 2), "value": (1, 1, 2, 2), "out": rows, "dout": rows,
+             "lse": stats, "dlse": stats, "delta": stats, "dq": rows, "dk": (1, 1, 2, 2),
+             "dv": (1, 1, 2, 2)}  # fmt: skip
+    packed = {"key": strides, "value": strides}
+    x = {}
+    for name, shape in sizes.items():
+        place_ = packed.get(name, (0, 70, 2, 1)) if len(shape) == 4 else (q_len, 1)
+        x[name] = _Sparse(shape, place_)
+        x[name].tensor.copy_(torch.randn(shape, generator=generator))
+    layouts = {
+        short: ((1, 12 if "q" in short or "o" in short else 1, length, 2), tuple(t.stride()), 0)
+        for short, t, length in (
+            ("q", x["query"].tensor, q_len), ("k", x["key"].tensor, 2),
+            ("v", x["value"].tensor, 2), ("out", x["out"].tensor, q_len),
+            ("dout", x["dout"].tensor, q_len),
+        )
+    }  # fmt: skip
+    plan, params = sources.plan(request(
+        layouts, 2, family != FORWARD, scale=1.0, window_left=8, window_right=8
+    ))  # fmt: skip
+    (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+    library = compile_kernel(sources, family, kernel)
+    note("compiled")
+    own = {name: tuple(x[name].tensor.stride()) for name in ("out", "dq", "dk", "dv")}
+    block = torch.frombuffer(bytearray(with_seed(params, has_dlse=1, **own)), dtype=torch.uint8)
+    block = block.clone()
+    numbers = sources.buffers
+    buffers = {numbers[name]: x[name].buffer for name in sizes}
+    buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
+    groups = (kernel["groups"][0] * kernel["threads"], 1, 1)
+    library.launch(kernel["name"], groups, (kernel["threads"], 1, 1), buffers, workers=1)
+    wanted = {FORWARD: ("out", "lse"), DQ: ("dq", "delta"), DKV: ("dk", "dv")}[family]
+    return {name: x[name].tensor.clone() for name in wanted}
+
+
+def positions_beyond_32_bits(
+    sources: Sources, note: Callable[[str], None], family: str, q_len: int,
+    strides: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Far apart in memory, the same numbers give the same results."""
+    near = _far_results(sources, note, family, 32, (0, 0, 3, 1))
+    far = _far_results(sources, note, family, q_len, strides)
+    for name in near:
+        assert torch.equal(near[name], far[name]), name
+
+
+def _far() -> Iterator[Property]:
+    for name, q_len, strides in (
+        ("row statistics", _FAR, (0, 0, 3, 1)),
+        ("rows", 32, (0, 0, (1 << 31) + 6, 1)),
+        ("columns", 32, (0, 0, 1, (1 << 31) + 6)),
+    ):
+        for family in FAMILIES:
+            test = functools.partial(
+                positions_beyond_32_bits, family=family, q_len=q_len, strides=strides
+            )
+            yield Property(f"{family}: {name} beyond 32 bits", family, test)
 
 
 # ---- the plan
@@ -619,6 +719,7 @@ def plan_of_layouts(sources: Sources) -> None:
 
 
 _LONG = 1 << 28
+_TOO_LONG = f"lengths and diagonals must be at most {_LONG}; got"
 _HEADS = (2**31 - 1) // 128
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", "cast query, key and value"),
@@ -630,12 +731,10 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
     ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
     ({}, {"softcap": 2.5}, 0, "softcap is 2.5", ""),
-    ({"l": _LONG + 1}, {}, 0, f"lengths and diagonals must be at most {_LONG}; got {_LONG + 1}", ""),
-    ({"s": _LONG + 2}, {}, 0, f"lengths and diagonals must be at most {_LONG}; got {_LONG + 2}", ""),
-    ({}, {"diagonal": _LONG + 3}, 0,
-     f"lengths and diagonals must be at most {_LONG}; got {_LONG + 3}", ""),
-    ({}, {"diagonal": -_LONG - 4}, 0,
-     f"lengths and diagonals must be at most {_LONG}; got {_LONG + 4}", ""),
+    ({"l": _LONG + 1}, {}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
+    ({"s": _LONG + 2}, {}, 0, f"{_TOO_LONG} {_LONG + 2}", ""),
+    ({}, {"diagonal": _LONG + 3}, 0, f"{_TOO_LONG} {_LONG + 3}", ""),
+    ({}, {"diagonal": -_LONG - 4}, 0, f"{_TOO_LONG} {_LONG + 4}", ""),
     ({"b": 2, "h": (_HEADS + 1) // 2}, {}, 0,
      f"batch times heads must be at most {_HEADS}; got {_HEADS + 1}", ""),
 ]  # fmt: skip
@@ -668,9 +767,6 @@ def plan_of_strides(sources: Sources) -> None:
     assert sources.strides_in_order_of((9, 5, 1, 1), (2, 0, 5, 7)) == [35, 35, 7, 1]
 
 
-# ---- 64-bit positions
-
-
 # ---- the list
 
 
@@ -692,7 +788,7 @@ def killers() -> tuple[Attention | Property, ...]:
         Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
         Property(f"{DKV}: scores of -inf", DKV, infinite_scores_dkv),
     ]
-    return (*plan, *plain, *_edges(), *properties, *checked)
+    return (*plan, *plain, *_edges(), *properties, *_far(), *checked)
 
 
 def prepare() -> None:

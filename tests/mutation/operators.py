@@ -5,6 +5,7 @@ An operator is a function from Code to edits; an edit replaces the tokens [begin
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -177,10 +178,8 @@ def _declares_array(code: Code, i: int) -> bool:
     name = i - 1
     while code.words[name] == "]":
         name = code.partner[name] - 1
-    return (
-        code.kinds[name - 1] == "word"
-        and code.words[name - 1] != "return"
-        or (code.words[name - 1] == ">" and name - 1 in code.partner)
+    return (code.kinds[name - 1] == "word" and code.words[name - 1] != "return") or (
+        code.words[name - 1] == ">" and name - 1 in code.partner
     )
 
 
@@ -191,7 +190,7 @@ def literal(code: Code) -> Iterator[Edit]:
         word = code.words[i]
         if code.kinds[i] == "string" and word.startswith('"') and len(word) > 2:
             yield Edit(i, i + 1, '""')
-        if code.words[i] in ("true", "false"):
+        if word in ("true", "false"):
             yield Edit(i, i + 1, {"true": "false", "false": "true"}[word])
         if code.kinds[i] != "number":
             continue
@@ -245,7 +244,7 @@ def swap_arguments(code: Code) -> Iterator[Edit]:
         if code.kinds[name] != "word" or code.words[name] in {"if", "for", *_COMMUTATIVE_CALLS}:
             continue
         parts = _arguments(code, i)
-        for (a, b), (c, d) in zip(parts, parts[1:]):
+        for (a, b), (c, d) in itertools.pairwise(parts):
             if code.text(a, b) != code.text(c, d):
                 yield Edit(a, d, f"{code.text(c, d)}, {code.text(a, b)}")
 

@@ -17,7 +17,6 @@ import random
 import select
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -99,7 +98,7 @@ def run_mutant(tests: Sequence, sources: Sources, keep: bool = False) -> dict:
                 pipe.flush()
 
             try:
-                sys.stderr = open(os.devnull, "w")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 _judge(tests, sources, tell)
             finally:
                 if not keep:
@@ -143,7 +142,6 @@ def _work(tasks, results, code: dict[str, str]) -> None:
         for name in ("shaders", "native"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         order: dict[str, list] = {}
-        hints: dict[tuple[str, str], str] = {}
         for mutant in iter(tasks.get, None):
             began = time.monotonic()
             path = root / mutant.file
@@ -153,15 +151,10 @@ def _work(tasks, results, code: dict[str, str]) -> None:
             sources = Sources(root, None if own_plan else baseline)
             if mutant.file not in order:
                 order[mutant.file] = relevant(mutant.file, baseline)
-            place = (mutant.file, mutant.function)
-            # What has just killed a neighbour is likely to kill this one.
-            tests = sorted(order[mutant.file], key=lambda k: k.name != hints.get(place))
             try:
-                found = run_mutant(tests, sources)
+                found = run_mutant(order[mutant.file], sources)
             finally:
                 path.write_text(original, encoding="ascii")
-            if found["status"] == "killed":
-                hints[place] = found["killer"]
             same = found.get("code", {}).items() <= code.items()
             seconds = round(time.monotonic() - began, 2)
             results.put(
@@ -238,7 +231,10 @@ class Workers:
 
 
 def prepare() -> dict[str, str]:
-    """What the forked processes share. Fails if a killer fails without a mutant; returns the code."""
+    """What the forked processes share; the machine code without a mutant.
+
+    Fails if a killer fails without a mutant.
+    """
     import torch
 
     torch.set_num_threads(1)  # no threads: the workers are forked

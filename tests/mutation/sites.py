@@ -180,12 +180,8 @@ class Code:
         for i, word in enumerate(self.words):
             if word == "[" and self.words[i + 1] == "[":
                 skip(i, self.partner[i])
-            elif word == "template" and i + 1 in self.partner:
+            elif word in ("template", "static_assert", "_Pragma") and i + 1 in self.partner:
                 skip(i, self.partner[i + 1])
-            elif word in ("static_assert", "_Pragma") and i + 1 in self.partner:
-                skip(i, self.partner[i + 1])
-            elif word == "{" and self.functions[i] and not self.functions[i - 1]:
-                pass
             elif word == "(" and self._is_signature(i):
                 skip(i, self.partner[i])
         return result

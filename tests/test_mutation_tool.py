@@ -1,0 +1,184 @@
+"""The mutation tool: its killers pass on the sources as they are, and it judges mutants rightly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("simulator", reason="mutants run on the simulator's Metal engine")
+pytest.importorskip("rich")
+
+from mutation import mutants, report, runner
+from mutation.harness import DQ, FORWARD, ROOT, Sources
+from mutation.killers import killers, machine_code
+from mutation.operators import OPERATORS
+from mutation.sites import Code
+
+SOURCES = Sources()
+
+
+@pytest.mark.parametrize("killer", killers(), ids=lambda k: k.name)
+def test_without_a_mutant(killer):
+    killer.run(SOURCES)
+
+
+# ---- mutants
+
+SNIPPET = """
+// a comment: x < y
+template <typename T, int N>
+METAL_FUNC T clamp_sum(thread const T* x, int length, constant Params& params) {
+  T sum = T(0);
+  for (int i = 0; i < N; i++) {
+    if (i < length && params.limit != 0) {
+      sum += x[i] * 2.0f;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return sum > params.limit ? params.limit - 1 : vec<T, 2>(sum).x;
+}
+"""
+
+
+def _changes(operator: str) -> set[tuple[str, str]]:
+    code = Code(SNIPPET)
+    return {(code.text(e.begin, e.end), e.text) for e in OPERATORS[operator](code)}
+
+
+def test_operators():
+    assert _changes("relation") == {("<", "<="), (">", ">="), ("!=", "==")}
+    assert _changes("connective") == {("&&", "||")}
+    assert ("length", "(length) - 1") in _changes("bound")
+    guard = "i < length && params.limit != 0"
+    assert {(guard, "i < length"), (guard, "params.limit != 0")} <= _changes("drop_operand")
+    assert {("x[i] * 2.0f", "x[i]"), ("x[i] * 2.0f", "2.0f")} <= _changes("drop_operand")
+    assert _changes("condition") == {
+        (guard, "true"), (guard, "false"),
+        ("sum > params.limit", "true"), ("sum > params.limit", "false"),
+    }  # fmt: skip
+    assert _changes("swap_operands") == {("params.limit - 1", "(1) - (params.limit)")}
+    assert _changes("index") == {("i", "(i) + 1"), ("i", "(i) - 1")}
+    assert _changes("step") == {("++", " += 2")}
+    assert _changes("assignment") == {("+=", "-="), ("+=", "=")}
+    assert _changes("drop_statement") == {
+        ("sum += x[i] * 2.0f", ""),
+        ("threadgroup_barrier(mem_flags::mem_threadgroup)", ""),
+    }
+    assert {("2.0f", "4.0f"), ("2.0f", "0.0f"), ("1", "2"), ("1", "0")} <= _changes("literal")
+    assert ("x", "y") in _changes("word")
+
+
+def test_brackets_and_operators_are_told_apart():
+    code = Code(SNIPPET)
+    assert [code.words[i] for i in range(len(code)) if code.is_binary(i)] == [
+        "<", "<", "&&", "!=", "*", ">", "-"
+    ]  # fmt: skip
+    assert "comment" not in code.words
+
+
+def test_a_key_outlives_edits_elsewhere():
+    moved = SNIPPET.replace("T sum = T(0);", "T other = T(0);\n  T sum = other;")
+    keys = [{m.key for m in mutants.mutants_of("a.h", text)} for text in (SNIPPET, moved)]
+    assert len(keys[0] & keys[1]) > 0.8 * len(keys[0])
+
+
+@pytest.fixture(scope="module")
+def all_of_them() -> list[mutants.Mutant]:
+    return mutants.all_mutants(ROOT)
+
+
+def test_all_files_are_mutated(all_of_them):
+    assert {m.file for m in all_of_them} == set(mutants.FILES)
+    assert {f"shaders/{p.name}" for p in (ROOT / "shaders").glob("*.h")} <= set(mutants.FILES)
+    assert len({m.key for m in all_of_them}) == len(all_of_them)
+    assert {m.operator for m in all_of_them} == set(OPERATORS)
+    barriers = [m for m in all_of_them if "threadgroup_barrier" in m.before and not m.text]
+    assert len(barriers) == 6
+
+
+def test_the_list_of_equivalent_mutants_is_up_to_date(all_of_them):
+    listed = mutants.equivalences()
+    changes = {(m.file, m.function, m.before, m.after) for m in all_of_them}
+    for entry in listed:
+        assert len(entry.reason) > 20, entry
+        for before, after in entry.changes:
+            assert (entry.file, entry.function, before, after) in changes, (before, after)
+
+
+# ---- judging
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("shaders", "native"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def _judge(copy: Path, file: str, before: str, after: str, *names: str) -> dict:
+    path = copy / file
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    tests = [k for k in killers() if k.name in names]
+    assert len(tests) == len(names)
+    return runner.run_mutant(tests, Sources(copy, SOURCES.compile_plan()))
+
+
+CAUSAL = f"{FORWARD}: causal, chunks"
+
+
+def test_a_mutant_is_killed(copy: Path):
+    found = _judge(copy, "shaders/mask.h", "key <= row +", "key < row +", CAUSAL)
+    assert found["status"] == "killed" and found["killer"] == CAUSAL
+
+
+def test_a_mutant_that_does_not_compile(copy: Path):
+    found = _judge(copy, "shaders/mask.h", "key <= row +", "key <= row ++ +", CAUSAL)
+    assert found["status"] == "compiler"
+
+
+def test_a_mutant_that_hangs(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "LAUNCH_LIMIT", 1.5)
+    found = _judge(copy, "shaders/forward.h", "block++", "block += 0", CAUSAL)
+    assert found["status"] == "hang"
+
+
+def test_a_missing_barrier_is_killed_by_the_checks(copy: Path):
+    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    found = _judge(copy, "shaders/backward_dq.h", barrier, "", f"{DQ}: causal, checked")
+    assert found["status"] == "killed" and "KernelError" in found["message"]
+
+
+def test_a_change_without_effect_survives(copy: Path):
+    found = _judge(copy, "shaders/forward.h", "// Heads run fastest", "// Heads", CAUSAL)
+    assert found["status"] == "survived"
+    next(k for k in killers() if k.name == CAUSAL).run(SOURCES)
+    assert found["code"].items() <= machine_code().items()
+
+
+# ---- the report
+
+
+def test_report_of_outcomes(all_of_them):
+    some = all_of_them[:4]
+    states = ("killed", "compiler", "survived", "survived")
+    outcomes = {m.key: runner.Outcome(m.key, s, "k", "m") for m, s in zip(some, states)}
+    last = some[3]
+    entry = mutants.Equivalence(
+        last.file, last.function, "why", frozenset({(last.before, last.after)})
+    )
+    result = report.Report(some, outcomes, [entry])
+    facts = result.as_dict()
+    counts = {k: n for k, n in facts["all"].items() if n}
+    assert counts == {"killed": 1, "compiler": 1, "equivalent": 1, "survived": 1}
+    assert facts["survivors"] == [str(some[2])]
+    assert "why" in result.markdown(facts)
+
+
+def test_nothing_survived_the_last_campaign():
+    facts = json.loads((ROOT / "tests" / "mutation" / "report.json").read_text())
+    assert facts["mutants"] > 2000 and facts["survivors"] == []
