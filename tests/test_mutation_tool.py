@@ -128,35 +128,35 @@ def _judge(copy: Path, file: str, before: str, after: str, *names: str) -> dict:
     return runner.run_mutant(tests, Sources(copy, SOURCES.compile_plan()))
 
 
-CAUSAL = f"{FORWARD}: causal, chunks"
+FIRST = f"{FORWARD}: windows, groups, dropout, elements"
 
 
 def test_a_mutant_is_killed(copy: Path):
-    found = _judge(copy, "shaders/mask.h", "key <= row +", "key < row +", CAUSAL)
-    assert found["status"] == "killed" and found["killer"] == CAUSAL
+    found = _judge(copy, "shaders/mask.h", "key <= row +", "key < row +", FIRST)
+    assert found["status"] == "killed" and found["killer"] == FIRST
 
 
 def test_a_mutant_that_does_not_compile(copy: Path):
-    found = _judge(copy, "shaders/mask.h", "key <= row +", "key <= row ++ +", CAUSAL)
+    found = _judge(copy, "shaders/mask.h", "key <= row +", "key <= rows +", FIRST)
     assert found["status"] == "compiler"
 
 
 def test_a_mutant_that_hangs(copy: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "LAUNCH_LIMIT", 1.5)
-    found = _judge(copy, "shaders/forward.h", "block++", "block += 0", CAUSAL)
+    found = _judge(copy, "shaders/forward.h", "block++", "block += 0", FIRST)
     assert found["status"] == "hang"
 
 
 def test_a_missing_barrier_is_killed_by_the_checks(copy: Path):
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-    found = _judge(copy, "shaders/backward_dq.h", barrier, "", f"{DQ}: causal, checked")
+    found = _judge(copy, "shaders/backward_dq.h", barrier, "", f"{DQ}: kitchen sink, checked")
     assert found["status"] == "killed" and "KernelError" in found["message"]
 
 
 def test_a_change_without_effect_survives(copy: Path):
-    found = _judge(copy, "shaders/forward.h", "// Heads run fastest", "// Heads", CAUSAL)
+    found = _judge(copy, "shaders/forward.h", "// Heads run fastest", "// Heads", FIRST)
     assert found["status"] == "survived"
-    next(k for k in killers() if k.name == CAUSAL).run(SOURCES)
+    next(k for k in killers() if k.name == FIRST).run(SOURCES)
     assert found["code"].items() <= machine_code().items()
 
 

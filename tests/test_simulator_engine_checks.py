@@ -197,7 +197,7 @@ kernel void legal_shuffle_among_those_in_a_branch(OUT, TID) {
 }
 kernel void shuffle_from_another_branch(OUT, TID) {
   if (t & 1) {
-    o[t] = simd_shuffle_xor(float(t), 1);  // expect: reads from lane \\d+, which takes no part in it
+    o[t] = simd_shuffle_xor(float(t), 1);  // expect: from lane \\d+, which takes no part in it
   }
   threadgroup_barrier(mem_flags::mem_device);
 }

@@ -91,7 +91,7 @@ class Prover:
         self.usable = True
 
     def attempt(self, group: str, case: str, work: Callable[[Record], None]) -> None:
-        """Records what comes out, whatever it is. After a fault the GPU runs nothing more."""
+        """Records what comes out, whatever it is. After a fault of the GPU nothing more runs."""
         if not self.usable:
             return
         record = Record(group, case)
@@ -228,6 +228,17 @@ def _environment() -> dict[str, object]:
     }
 
 
+def _json_lines(result: dict) -> str:
+    """JSON with a line for each problem and each kernel."""
+    records = ",\n".join(json.dumps(record) for record in result["records"])
+    kernels = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in result["kernels"].items())
+    environment = json.dumps(result["environment"])
+    return (
+        f'{{"environment": {environment},\n"records": [\n{records}\n],\n'
+        f'"kernels": {{\n{kernels}\n}}}}\n'
+    )
+
+
 def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     result = {
@@ -235,7 +246,7 @@ def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -
         "records": [asdict(record) for record in prover.records],
         "kernels": registers,
     }
-    (output / "proof.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "proof.json").write_text(_json_lines(result))
     (output / "proof.md").write_text(table(result))
 
 

@@ -57,7 +57,7 @@ def _build(program: str, arch: str, equal_rate: bool) -> str:
     target += ["-Xclang", "-target-feature", "-Xclang", _PTX_VERSION]
     front = [CLANG, *LANGUAGE, *SEMANTICS, *WARNINGS, *target, "-DMSL_PTX", "-O3"]
     front += ["-DMSL_EQUAL_RATE"] * equal_rate
-    front += ["-Xclang", "-fconvergent-functions", "-Xclang", "-disable-llvm-passes"]
+    front += ["-Xclang", "-disable-llvm-passes"]
     front += ["-isystem", str(INCLUDE), "-include", "msl/msl.h"]
     ir = run_compiler([*front, "-S", "-emit-llvm", "-", "-o", "-"], program).stdout
     ir = ir.replace(f"addrspace({_CONSTANT})", f"addrspace({_GLOBAL})")

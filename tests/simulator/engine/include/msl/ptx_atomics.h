@@ -13,15 +13,15 @@ MSL_INLINE inline T atomic_update(P p, F next) {
   auto word = (atomic_word<SPACE>*)p;
   uint old = __atomic_load_n(word, __ATOMIC_RELAXED), desired;
   do desired = __builtin_bit_cast(uint, next(__builtin_bit_cast(T, old)));
-  while (!__atomic_compare_exchange_n(
-      word, &old, desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  while (
+      !__atomic_compare_exchange_n(word, &old, desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return __builtin_bit_cast(T, old);
 }
 
-#define MSL_ATOMIC(name, expression)                                             \
-  template <int SPACE, class P, class T>                                         \
-  MSL_INLINE inline T atomic_##name(P p, T v) {                                  \
-    return atomic_update<SPACE, T>(p, [v](T old) -> T { return expression; });   \
+#define MSL_ATOMIC(name, expression)                                           \
+  template <int SPACE, class P, class T>                                       \
+  MSL_INLINE inline T atomic_##name(P p, T v) {                                \
+    return atomic_update<SPACE, T>(p, [v](T old) -> T { return expression; }); \
   }
 MSL_ATOMIC(add, old + v)
 MSL_ATOMIC(sub, old - v)

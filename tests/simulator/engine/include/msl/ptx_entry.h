@@ -1,5 +1,5 @@
-// PTX backend: how a kernel finds its arguments.  Every kernel is a PTX entry of its Metal name with
-// one parameter, msl::Arguments; a block has one dimension.
+// PTX backend: how a kernel finds its arguments.  Every kernel is a PTX entry of its Metal name
+// with one parameter, msl::Arguments; a block has one dimension.
 #pragma once
 
 namespace msl {
@@ -12,11 +12,11 @@ struct Arguments {
 };
 extern threadgroup char dynamic_shared_memory[];
 
-#define MSL_REGISTER(function, name)            \
-  MSL_INLINE inline uint function() {           \
-    uint r;                                     \
+#define MSL_REGISTER(function, name)          \
+  MSL_INLINE inline uint function() {         \
+    uint r;                                   \
     asm("mov.u32 %0, %%" name ";" : "=r"(r)); \
-    return r;                                   \
+    return r;                                 \
   }
 MSL_REGISTER(block_x, "ctaid.x")
 MSL_REGISTER(block_y, "ctaid.y")

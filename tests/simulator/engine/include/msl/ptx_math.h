@@ -9,11 +9,11 @@ namespace core {
   MSL_INLINE inline float name(float x) { return function(x); }
 #define MSL_CORE2(name, function) \
   MSL_INLINE inline float name(float x, float y) { return function(x, y); }
-#define MSL_INSTRUCTION(name, instruction)         \
-  MSL_INLINE inline float name(float x) {          \
-    float r;                                       \
+#define MSL_INSTRUCTION(name, instruction)          \
+  MSL_INLINE inline float name(float x) {           \
+    float r;                                        \
     asm(instruction " %0, %1;" : "=f"(r) : "f"(x)); \
-    return r;                                      \
+    return r;                                       \
   }
 MSL_INSTRUCTION(exp2, "ex2.approx.f32")
 MSL_INSTRUCTION(log2, "lg2.approx.f32")
@@ -33,7 +33,7 @@ MSL_INLINE inline float exp(float x) {
 }
 MSL_INLINE inline float exp10(float x) { return exp(x * M_LN10_F); }
 
-// A polynomial on [2/3, 4/3); within one unit in the last place (tested).
+// A polynomial on [2/3, 4/3); within one unit in the last place of the exact value.
 MSL_INLINE inline float log(float x) {
   float exponent = 0.0f, y = x;
   if (y < FLT_MIN) {

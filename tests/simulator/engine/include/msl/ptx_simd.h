@@ -81,14 +81,14 @@ MSL_INLINE MSL_CONVERGENT inline uint transpose(uint v) {
 
 // Half precision operands: the tensor cores' 16x8x8 product, of which the lower eight rows are
 // zero.  A lies in the registers as it should, B has to be transposed.
-#define MSL_TENSOR_CORE(type, name)                                           \
-  MSL_INLINE MSL_CONVERGENT inline void tensor_core_product(                  \
-      float& c0, float& c1, vec<type, 2> a, vec<type, 2> b) {                 \
-    float unused0 = 0.0f, unused1 = 0.0f;                                     \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name        \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"          \
-        : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)                    \
-        : "r"(pack<type>(a)), "r"(0u), "r"(transpose(pack<type>(b))));        \
+#define MSL_TENSOR_CORE(type, name)                                    \
+  MSL_INLINE MSL_CONVERGENT inline void tensor_core_product(           \
+      float& c0, float& c1, vec<type, 2> a, vec<type, 2> b) {          \
+    float unused0 = 0.0f, unused1 = 0.0f;                              \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"   \
+        : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)             \
+        : "r"(pack<type>(a)), "r"(0u), "r"(transpose(pack<type>(b)))); \
   }
 MSL_TENSOR_CORE(half, "f16")
 MSL_TENSOR_CORE(bfloat, "bf16")
