@@ -12,11 +12,17 @@ PY := $(VENV)/bin/python
 NATIVE := build/native/liborchard_ops.so
 SYSTEM := $(shell uname -s)
 
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
 ifeq ($(SYSTEM),Darwin)
+CPU_BUILD :=
+CPU_INDEX :=
 ON_MPS := $(PY)
 PLUGIN :=
 WHEEL := -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 else
+CPU_BUILD := +cpu
+CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
 # The simulated mps device; it needs clang-19 to execute the kernels.
 ON_MPS := PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
 PLUGIN := $(NATIVE)
@@ -35,63 +41,70 @@ demo: $(VENV)/ready
 	  $(PY) -m orchard_ops demo $(ARGS); \
 	fi
 
-test: $(VENV)/ready tools lint $(PLUGIN)
+test: $(VENV)/dev tools lint $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-engine: $(VENV)/ready tools $(PLUGIN)
+engine: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal tests/test_simulator_engine*.py $(ARGS)
 
-dialect: $(VENV)/ready tools $(PLUGIN)
+dialect: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest tests/test_shader_dialect.py $(ARGS)
 
-mutants: $(VENV)/ready tools $(PLUGIN)
+mutants: $(VENV)/dev tools $(PLUGIN)
 	PYTHONPATH=tests $(PY) -m mutation $(ARGS)
 
-nvidia: $(VENV)/ready tools $(PLUGIN)
+nvidia: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m benchmarks.nvidia.build $(ARGS)
 
-inductor: $(VENV)/ready tools $(PLUGIN)
+inductor: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest tests/test_compiled_training.py $(ARGS)
 
-faults: $(VENV)/ready tools $(PLUGIN)
+faults: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 tests/test_fallback.py tests/test_robustness.py $(ARGS)
 
-fuzz: $(VENV)/ready tools $(PLUGIN)
+fuzz: $(VENV)/dev tools $(PLUGIN)
 	PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m fuzz $(ARGS)
 
 selftest: $(VENV)/ready tools $(PLUGIN)
 	$(ON_MPS) -m orchard_ops selftest $(ARGS)
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-format: $(VENV)/ready
+format: $(VENV)/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format -i
 
 native: $(NATIVE)
 
-$(NATIVE): $(wildcard native/* shaders/*) $(VENV)/ready
+$(NATIVE): $(wildcard native/*.cpp native/*.h native/*.py shaders/*.h) $(VENV)/ready
 	$(PY) native/build.py $@
 
-wheel: $(VENV)/ready tools
+wheel: $(VENV)/dev tools
 	$(PY) $(WHEEL)
 
-abi: $(VENV)/ready tools
+abi: $(VENV)/dev tools
 	$(PY) tools/macos/abi_check.py
 
 tools:
 	sh tools/system_tools.sh
 
+# What the demo needs. On Linux PyTorch's own index has the CPU build, without gigabytes of CUDA; where
+# it cannot be reached, the default index must do.
 $(VENV)/ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orchard_ops needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	$(PIP) "setuptools>=77" "$(TORCH)$(CPU_BUILD)" $(CPU_INDEX) 2>/dev/null || $(PIP) "setuptools>=77" "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[demo]"
+	touch $@
+
+# What the suite and the linters need besides.
+$(VENV)/dev: $(VENV)/ready
+	$(PIP) --no-build-isolation -e ".[dev]"
 	touch $@
 
 clean:

@@ -81,10 +81,21 @@ std::string shape_of(const Tensor& x) {
   return text.str();
 }
 
+int32_t device_type_of(const Tensor& x) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  return device_type;
+}
+
+void check_device(const char* op, const char* name, const Tensor& x, const Tensor& query) {
+  check(device_type_of(x) == device_type_of(query), op, ": ", name, " must be on query's device");
+}
+
 /// What the kernels rely on. The public function has checked more, with kinder messages; this
 /// guards direct calls of the functional ops, whose mistakes would otherwise read out of bounds.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* x : {&q, &k, &v}) {
+    check_device(op, "every operand", *x, q);
     check(x->dim() == 4, op,
         ": query, key and value must be (batch, heads, length, "
         "head_dim); got shape ",
@@ -102,6 +113,21 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
   check(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), op,
       ": the number of query heads must be a multiple of the number of key/value heads; got ",
       q.size(1), " and ", k.size(1));
+}
+
+/// The arguments that are no tensors.
+void check_scalars(const char* op, const Scoring& s, const std::string& impl) {
+  check(impl == "auto" || impl == "metal" || impl == "reference", op,
+      ": impl must be one of auto, metal, reference; got '", impl, "'");
+  check(s.window_left >= -1, op, ": window_left must be -1 (open) or at least 0; got ",
+      s.window_left);
+  check(s.window_right >= -1, op, ": window_right must be -1 (open) or at least 0; got ",
+      s.window_right);
+  constexpr int64_t kMaxDiagonal = int64_t{1} << 40;
+  check(s.diagonal >= -kMaxDiagonal && s.diagonal <= kMaxDiagonal, op,
+      ": diagonal must be within +-2^40; got ", s.diagonal);
+  check(s.softcap >= 0.0 && s.softcap <= std::numeric_limits<double>::max(), op,
+      ": softcap must be 0 (none) or positive and finite; got ", s.softcap);
 }
 
 /// The dropout seed; also checks the arguments that decide whether one is needed.
@@ -137,13 +163,11 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sc
 
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& strides, int32_t dtype) {
-  int32_t device_type = 0;
   int32_t device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-      sizes.data(), strides.data(), dtype, device_type, device_index, &handle);
+      sizes.data(), strides.data(), dtype, device_type_of(like), device_index, &handle);
   check(
       code == AOTI_TORCH_SUCCESS, "orchard::flash_attn: cannot allocate a result: ", last_error());
   return Tensor(handle);
@@ -178,6 +202,10 @@ void log_metal(const char* op, const Plan& plan) {
 std::string switched_off(const std::string& impl) {
   if (impl == "reference") return "impl=\"reference\" was asked for";
   if (env_enabled("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
+  if (env_enabled("PYTORCH_MPS_FAST_MATH")) {
+    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
+           "need";
+  }
   return "";
 }
 
@@ -192,7 +220,8 @@ template <size_t RESULTS, typename... Args>
 std::array<Tensor, RESULTS> call_op(const char* name, const Args&... args) {
   constexpr size_t kSlots = sizeof...(Args) > RESULTS ? sizeof...(Args) : RESULTS;
   std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  const AOTITorchError code = torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION);
+  check(code == AOTI_TORCH_SUCCESS, last_error());
   std::array<Tensor, RESULTS> results;
   for (size_t i = 0; i < RESULTS; i++) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return results;
@@ -262,6 +291,7 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
 
 /// Row statistics come as dense (B, H, L) float32.
 Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const Tensor& q) {
+  check_device(op, name, x, q);
   check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
             x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
       op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
@@ -279,6 +309,7 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(Tensor query, Tensor key, Tensor value
   const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
       window_right, diagonal, softcap};
   check_operands(op, query, key, value);
+  check_scalars(op, scoring, impl);
   const uint64_t seed = checked_seed(op, scoring);
   std::string reason = switched_off(impl);
   if (reason.empty()) {
@@ -307,7 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, O
   const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
       window_right, diagonal, softcap};
   check_operands(op, query, key, value);
+  check_scalars(op, scoring, impl);
   for (const Tensor* x : {&dout, &out}) {
+    check_device(op, "every operand", *x, query);
     check(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
               x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
               x->scalar_type() == query.scalar_type(),
@@ -346,6 +379,7 @@ std::string flash_attn_plan(Tensor query, Tensor key, Tensor value, OptionalTens
   const Scoring scoring{attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left,
       window_right, diagonal, softcap};
   check_operands("orchard::flash_attn_plan", query, key, value);
+  check_scalars("orchard::flash_attn_plan", scoring, impl);
   Plan plan;
   plan.refusal = switched_off(impl);
   if (plan.refusal.empty()) {
@@ -357,6 +391,9 @@ std::string flash_attn_plan(Tensor query, Tensor key, Tensor value, OptionalTens
     plan = plan_forward(problem, out);
     for (KernelPlan& kernel : plan_backward(problem, out, out).kernels) {
       plan.kernels.push_back(std::move(kernel));
+    }
+    for (const KernelPlan& kernel : plan.kernels) {
+      if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
     }
   }
   return to_json(plan);

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -49,8 +50,10 @@ SetArgBytes set_arg_bytes() {
 
 /// A compiled variant, or why it does not compile (which is not tried again).
 struct Pipeline {
+  std::once_flag compiled;
   Function function = nullptr;
   std::string failure;
+  std::atomic<bool> done{false};
   std::mutex encoding;  // torch's function object holds the encoder: one thread at a time
 };
 
@@ -65,17 +68,25 @@ void compile(const KernelPlan& kernel, Pipeline& pipeline) {
   }
 }
 
-Pipeline& pipeline_of(const KernelPlan& kernel) {
+/// The variant's entry; its fields are valid once `compiled` is done.
+Pipeline& entry_of(const KernelPlan& kernel) {
   // Never destroyed: threads may still run kernels while the process exits.
   static auto& mutex = *new std::mutex;
   static auto& pipelines = *new std::map<std::string, std::unique_ptr<Pipeline>>;
   const std::lock_guard<std::mutex> lock(mutex);
   auto& entry = pipelines[kernel.name];
-  if (entry == nullptr) {
-    entry = std::make_unique<Pipeline>();
-    compile(kernel, *entry);
-  }
+  if (entry == nullptr) entry = std::make_unique<Pipeline>();
   return *entry;
+}
+
+/// Compiles on first use; meanwhile other threads wait only if they want the same variant.
+Pipeline& pipeline_of(const KernelPlan& kernel) {
+  Pipeline& pipeline = entry_of(kernel);
+  std::call_once(pipeline.compiled, [&] {
+    compile(kernel, pipeline);
+    pipeline.done = true;
+  });
+  return pipeline;
 }
 
 /// What the command block's callback needs, and what it reports: no exception may cross it.
@@ -111,6 +122,11 @@ void encode(Function function, void* user_data) {
 }
 
 }  // namespace
+
+std::string known_failure(const KernelPlan& kernel) {
+  const Pipeline& pipeline = entry_of(kernel);
+  return pipeline.done ? pipeline.failure : "";
+}
 
 std::string last_error() {
   using What = const char* (*)();

@@ -25,6 +25,9 @@ std::string last_error();
 /// Tensors by buffer index.
 using Bindings = std::vector<std::pair<AttentionBuffer, torch::stable::Tensor>>;
 
+/// Why an earlier call could not compile this variant; empty if it could, or was never asked to.
+std::string known_failure(const KernelPlan& kernel);
+
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder.
 /// Throws MetalError.
 void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params);

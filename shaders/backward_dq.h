@@ -89,7 +89,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     float part = 0.0f;
     ORCHARD_UNROLL
     for (int d = 0; d < kDepth; d++) {
-      const float2 product = grad_rows.fragment(r, d) * out_rows.fragment(r, d);
+      const float2 product = grad_rows.pair(r, d) * out_rows.pair(r, d);
       part += product.x + product.y;
     }
     row_delta[r] = row_sum(part);

@@ -68,14 +68,14 @@ struct DeviceRows {
   int row0;
   LanePosition at;
 
-  METAL_FUNC vec<F, 2> fragment(int r, int c) const {
+  METAL_FUNC vec<F, 2> pair(int r, int c) const {
     const int row = row0 + 8 * r + at.row;
     const int col = 8 * c + at.col;
     if (VEC) {
       if (row < rows.length && col < rows.head_dim) {
         const device T* p = rows.data + row * rows.row_stride + col;
-        const vec<T, 2> pair = *reinterpret_cast<const device vec<T, 2>*>(p);
-        return vec<F, 2>(F(pair.x), F(pair.y));
+        const vec<T, 2> elements = *reinterpret_cast<const device vec<T, 2>*>(p);
+        return vec<F, 2>(F(elements.x), F(elements.y));
       }
       return vec<F, 2>(F(0), F(0));
     }
@@ -99,14 +99,14 @@ struct LeftOperand {
       for (int r = 0; r < ROWS; r++) {
         ORCHARD_UNROLL
         for (int d = 0; d < DEPTH; d++) {
-          kept.fragments[KEEP ? r : 0][KEEP ? d : 0] = source.fragment(r, d);
+          kept.fragments[KEEP ? r : 0][KEEP ? d : 0] = source.pair(r, d);
         }
       }
     }
   }
 
-  METAL_FUNC vec<F, 2> fragment(int r, int d) const {
-    return KEEP ? kept.fragments[KEEP ? r : 0][KEEP ? d : 0] : source.fragment(r, d);
+  METAL_FUNC vec<F, 2> pair(int r, int d) const {
+    return KEEP ? kept.fragments[KEEP ? r : 0][KEEP ? d : 0] : source.pair(r, d);
   }
 };
 
@@ -125,18 +125,18 @@ METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, in
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       const int col = 8 * c + at.col;
-      const float2 pair = x.fragments[r][c] * factor[r];
+      const float2 elements = x.fragments[r][c] * factor[r];
       device T* p = rows + row * strides.row + col;
       if (VEC) {
         if (col < head_dim) {
-          *reinterpret_cast<device vec<T, 2>*>(p) = vec<T, 2>(T(pair.x), T(pair.y));
+          *reinterpret_cast<device vec<T, 2>*>(p) = vec<T, 2>(T(elements.x), T(elements.y));
         }
       } else {
         if (col < head_dim) {
-          p[0] = T(pair.x);
+          p[0] = T(elements.x);
         }
         if (col + 1 < head_dim) {
-          p[1] = T(pair.y);
+          p[1] = T(elements.y);
         }
       }
     }

@@ -28,7 +28,7 @@ template <typename T, int ROWS, int COLS>
 struct Tile {
   vec<T, 2> fragments[ROWS][COLS];
 
-  METAL_FUNC vec<T, 2> fragment(int r, int c) const { return fragments[r][c]; }
+  METAL_FUNC vec<T, 2> pair(int r, int c) const { return fragments[r][c]; }
 };
 
 template <typename T, int ROWS, int COLS>
@@ -74,10 +74,10 @@ struct SharedBlock {
   LanePosition at;
 
   /// Fragment (r, c) as it lies.
-  METAL_FUNC vec<F, 2> fragment(int r, int c) const {
+  METAL_FUNC vec<F, 2> pair(int r, int c) const {
     const threadgroup T* p = rows + (8 * r + at.row) * LD + 8 * c + at.col;
-    const vec<T, 2> pair = *reinterpret_cast<const threadgroup vec<T, 2>*>(p);
-    return vec<F, 2>(F(pair.x), F(pair.y));
+    const vec<T, 2> elements = *reinterpret_cast<const threadgroup vec<T, 2>*>(p);
+    return vec<F, 2>(F(elements.x), F(elements.y));
   }
 
   /// Fragment (c, r) of the transposed block.
@@ -96,7 +96,7 @@ METAL_FUNC void mma_ABt_part(
     vec<F, 2> left[ROWS];
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      left[r] = a.fragment(r, d);
+      left[r] = a.pair(r, d);
     }
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
@@ -133,7 +133,7 @@ METAL_FUNC void mma_AB(thread Tile<float, ROWS, COLS>& o, thread const Tile<F, R
   for (int k = 0; k < DEPTH; k++) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      const vec<F, 2> right = b.fragment(k, c);
+      const vec<F, 2> right = b.pair(k, c);
       ORCHARD_UNROLL
       for (int r = 0; r < ROWS; r++) {
         mma(o.fragments[r][c], p.fragments[r][k], right);

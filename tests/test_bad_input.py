@@ -110,7 +110,24 @@ MALFORMED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "softcap negative": (
         lambda: orchard_ops.flash_attn(q, k, v, softcap=-1.0),
         ValueError,
-        f"{OP}: softcap must be 0 (none) or positive; got -1.0",
+        f"{OP}: softcap must be 0 (none) or positive and finite; got -1.0",
+    ),
+    "softcap nan": (
+        lambda: orchard_ops.flash_attn(q, k, v, softcap=math.nan),
+        ValueError,
+        f"{OP}: softcap must be 0 (none) or positive and finite; got nan",
+    ),
+    "window under is_causal": (
+        lambda: orchard_ops.flash_attn(q, k, v, is_causal=True, window_right=-5),
+        ValueError,
+        f"{OP}: window_right must be -1 (open) or at least 0; got -5",
+    ),
+    "diagonal": (
+        lambda: torch.ops.orchard.flash_attn_fwd(
+            q, k, v, None, None, None, None, 0.0, 1.0, -1, 0, -(2**63), 0.0
+        ),
+        ValueError,
+        f"orchard::flash_attn_fwd: diagonal must be within +-2^40; got {-(2**63)}",
     ),
     "window": (
         lambda: orchard_ops.flash_attn(q, k, v, window_left=-2),
@@ -240,6 +257,52 @@ def test_direct_calls_of_the_mps_kernel_are_guarded(name: str):
         )
 
 
+PLAIN = (None, None, None, None, 0.0, 1.0, -1, -1, 0, 0.0)
+MPS_FUNCTIONAL = {
+    "impl": (PLAIN, "nonsense", "impl must be one of auto, metal, reference; got 'nonsense'"),
+    "window": (
+        (*PLAIN[:6], -5, *PLAIN[7:]),
+        "auto",
+        "window_left must be -1 (open) or at least 0; got -5",
+    ),
+    "softcap": ((*PLAIN[:9], -1.0), "auto", "softcap must be 0 (none) or positive and finite"),
+    "diagonal": ((*PLAIN[:8], -(2**63), 0.0), "auto", "diagonal must be within +-2^40"),
+    "sinks": (
+        (None, None, torch.ones(8), *PLAIN[3:]),
+        "auto",
+        "sinks must have shape (4,); got (8,)",
+    ),
+    "mask": (
+        (torch.ones(1, 1, 40, 60), *PLAIN[1:]),
+        "auto",
+        "attn_mask must broadcast to (2, 4, 8, 9); got shape (1, 1, 40, 60)",
+    ),
+    "mask on the cpu": (
+        (torch.ones(1, 1, 8, 9), *PLAIN[1:]),
+        "cpu mask",
+        "attn_mask must be on query's device mps:0; got cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MPS_FUNCTIONAL)
+def test_functional_ops_on_mps_check_every_argument(name: str, quiet_fallback: None):
+    scoring, impl, message = MPS_FUNCTIONAL[name]
+    if impl == "cpu mask":
+        impl = "auto"
+    else:
+        scoring = [x.to("mps") if isinstance(x, torch.Tensor) else x for x in scoring]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.orchard.flash_attn_fwd(*(x.to("mps") for x in (q, k, v)), *scoring, impl)
+
+
+@pytest.mark.parametrize("index, name", [(1, "key"), (2, "value")])
+def test_functional_op_with_an_operand_on_the_cpu(index: int, name: str):
+    operands = [x if i == index else x.to("mps") for i, x in enumerate((q, k, v))]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="on query's device"):
+        torch.ops.orchard.flash_attn_fwd(*operands, *PLAIN)
+
+
 def test_alibi_slopes_have_no_gradient():
     slopes = torch.ones(4, requires_grad=True)
     out = orchard_ops.flash_attn(q, k, v, alibi_slopes=slopes)
@@ -268,6 +331,32 @@ def test_empty_tensors(batch: int, q_len: int, kv_len: int, p: float, device: st
     for x in tensors:
         assert x.grad.shape == x.shape and not x.grad.any()
     assert not simulator.launches()
+
+
+@pytest.mark.parametrize("impl", ("metal", "reference"))
+@pytest.mark.parametrize("window", (2**31 - 1, 2**62, 2**63 - 1))
+def test_huge_windows_are_open(window: int, impl: str):
+    x = randn(1, 2, 40, 16, device="mps")
+    for left, right in ((3, window), (window, 2), (window, window)):
+        out = orchard_ops.flash_attn(x, x, x, window_left=left, window_right=right, impl=impl)
+        limited = [w if w < 100 else -1 for w in (left, right)]
+        expected = orchard_ops.flash_attn(x, x, x, window_left=limited[0], window_right=limited[1])
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_sink_without_weight_and_a_row_without_keys():
+    """sinks = -inf is no sink; such a row stays 0, and so do all gradients through it."""
+    mask = torch.ones(8, 9, dtype=torch.bool)
+    mask[3] = False
+    sinks = torch.full((4,), -math.inf, requires_grad=True)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = orchard_ops.flash_attn(*inputs, mask, sinks=sinks)
+    expected = F.scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), (*inputs, sinks))
+    for x, y in zip(grads, torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(x, y)
+    assert not grads[3].any()
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))

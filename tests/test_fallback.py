@@ -155,6 +155,28 @@ def test_switched_off(undisturbed: dict):
     }
 
 
+def test_fast_math_is_refused(undisturbed: dict):
+    """Shaders compiled without infinities would mask wrongly."""
+    result = train(PYTORCH_MPS_FAST_MATH="1")
+    assert_same_training(result, undisturbed)
+    (reason,) = result["reference"]
+    assert reason.startswith("PYTORCH_MPS_FAST_MATH is set")
+
+
+def test_explain_knows_of_failed_shaders():
+    code = (
+        "import simulator; simulator.enable()\nimport torch, orchard_ops, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "q = torch.randn(1, 2, 5, 16, device='mps')\n"
+        "print(orchard_ops.explain(q, q, q).path)\n"
+        "with simulator.faults(compile='all'): orchard_ops.flash_attn(q, q, q)\n"
+        "e = orchard_ops.explain(q, q, q)\n"
+        "print(e.path, 'does not compile' in e.reason)\n"
+    )
+    done = run_python(code)
+    assert done.stdout == "metal\nreference True\n", done.stderr
+
+
 def test_strict_turns_a_fallback_into_an_error(tmp_path: Path):
     for environment in (
         {"ORCHARD_DISABLE_METAL": "1"},
@@ -229,6 +251,12 @@ def test_refusals_fall_back_with_their_reason(reason: str, fresh_stats: None):
     assert (explanation.path, explanation.reason) == ("reference", reason)
     with pytest.raises(RuntimeError, match=f"the Metal kernels cannot run this call: {reason}"):
         orchard_ops.flash_attn(**arguments, impl="metal")
+
+
+def test_a_warning_turned_into_an_error_says_what_it_is(fresh_stats: None):
+    with pytest.raises(RuntimeError, match=r"OrchardFallbackWarning.*attn_mask is given"):
+        orchard_ops.flash_attn(**refused(attn_mask=torch.ones(6, 7, device="mps")))
+    assert orchard_ops.stats().reference == {}  # it did not run
 
 
 def test_impl_reference_never_touches_metal(fresh_stats: None):

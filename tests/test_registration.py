@@ -138,6 +138,32 @@ def test_double_backward_is_refused(device: str):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode_is_refused(device: str):
+    """Not differentiated silently as a constant."""
+    q, k, v = qkv(device, requires_grad=False)
+    message = "forward-mode differentiation"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: attention(x, k, v), (q,), (torch.ones_like(q),))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(lambda x: attention(x, k, v).sum())(q)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match=message):
+            attention(dual, k, v)
+        assert attention(q, k, v).shape == q.shape  # without a tangent nothing is refused
+
+
+def test_meta_tensors_have_shapes():
+    q, k, v = (torch.empty(2, h, n, 16, device="meta") for h, n in ((4, 9), (2, 11), (2, 11)))
+    out, lse = orchard_ops.flash_attn(q, k, v, dropout_p=0.1, is_causal=True, return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 4, 9, 16), (2, 4, 9))
+    grads = torch.autograd.grad(
+        orchard_ops.flash_attn(*(x.requires_grad_() for x in (q, k, v))).sum(), (q, k, v)
+    )
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_func_grad(device: str):
     inputs = qkv(device)
     expected = gradients(attention(*inputs), *inputs)
@@ -198,6 +224,16 @@ def test_vmap_over_masks_and_slopes():
             for n in range(3)
         ]
         torch.testing.assert_close(out, torch.stack(loop))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_vmapped_vjp_keeps_the_forwards_dropout_mask(device: str):
+    q, k, v = qkv(device, requires_grad=False)
+    out, vjp = torch.func.vjp(lambda *a: attention(*a, 0.4), q, k, v)
+    cotangents = torch.randn(3, *out.shape, device=device)
+    mapped = torch.vmap(vjp)(cotangents)
+    for i, grads in enumerate(zip(*(vjp(g) for g in cotangents))):
+        torch.testing.assert_close(mapped[i], torch.stack(grads))
 
 
 def test_vmap_with_dropout():
@@ -261,6 +297,16 @@ def test_autocast(device: str, dtype: torch.dtype):
     assert torch.equal(out, expected)
     out.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_unites_mixed_dtypes(device: str):
+    """Rotary embeddings often leave q and k in float32 where v is half already."""
+    q, k, v = qkv(device, requires_grad=False)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = torch.ops.orchard.flash_attn(q, k, v.bfloat16())
+    expected = torch.ops.orchard.flash_attn(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -159,6 +159,10 @@ BAD = {
     "virtual": (_body("x[i] = 0.0f;", "struct S { virtual float f() { return 1.0f; } };\n"),
                 "Metal has no virtual functions"),
     "new": (_body("x[i] = *new float(1.0f);"), "Metal has no new"),
+    "a stage as a name": (
+        _body("S s = {1.0f}; x[i] = s.fragment();",
+              "struct S { float a; float fragment() const { return a; } };\n"),
+        "a keyword of Metal"),
     "goto": (_body("again: x[i] = 0.0f; goto again;"), "Metal has no goto"),
     "structured binding": (
         _body("S s = {1.0f, 2.0f}; auto [a, b] = s; x[i] = a + b;", "struct S { float a, b; };\n"),

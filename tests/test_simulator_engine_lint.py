@@ -45,6 +45,15 @@ REFUSED = {
         f"kernel void k(device float* o [[buffer(31)]], {TID}) {{ o[t] = 1; }}",
         "Metal has 31 buffers",
     ),
+    "member named fragment": (
+        f"struct S {{ float fragment(int i) const {{ return 1.0f; }} }};"
+        f"kernel void k({OUT}, {TID}) {{ S s; o[t] = s.fragment(0); }}",
+        "a keyword of Metal",
+    ),
+    "variable named vertex": (
+        f"kernel void k({OUT}, {TID}) {{ float vertex = 1.0f; o[t] = vertex; }}",
+        "a keyword of Metal",
+    ),
     "double": (
         f"kernel void k(device double* o [[buffer(0)]], {TID}) {{ o[t] = 1; }}",
         "no double",

@@ -62,14 +62,10 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
     on_mps = device_type == "mps"
     if impl == "metal" or (on_mps and impl == "auto" and strict()):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
-    with _lock:
-        _reference[op, reason] += 1
-        first = on_mps and impl == "auto" and reason not in _warned
-        if first:
-            _warned.add(reason)
     if debug_enabled():
         print(f"[orchard] {op}: reference ({reason})", file=sys.stderr)
-    if first:
+    unasked = on_mps and impl == "auto"
+    if unasked and reason not in _warned:
         warnings.warn(
             f"orchard::{op} runs on the reference kernels: {reason}. Results are the same, slower. "
             "orchard_ops.explain(...) shows the path of a call, orchard_ops.stats() counts them; "
@@ -77,6 +73,10 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
             OrchardFallbackWarning,
             stacklevel=2,
         )
+    with _lock:  # after the warning, which a filter may have turned into an error
+        _reference[op, reason] += 1
+        if unasked:
+            _warned.add(reason)
 
 
 def stats() -> Stats:

@@ -8,11 +8,14 @@ ABI handle keyword-only arguments unevenly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _calls, _native, reference
 from .checks import check_problem, check_scoring
@@ -52,10 +55,22 @@ _NUM_SCORING = 10
 
 def _check_forward(op: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
     scoring, impl = rest[:_NUM_SCORING], rest[_NUM_SCORING]
-    mask, alibi_slopes, sinks, seed, dropout_p, _, left, right, _, softcap = scoring
+    mask, alibi_slopes, sinks, seed, dropout_p, _, left, right, diagonal, softcap = scoring
     check_problem(op, query, key, value)
     check_scoring(
-        op, query, key, mask, alibi_slopes, sinks, seed, dropout_p, left, right, softcap, impl
+        op,
+        query,
+        key,
+        mask,
+        alibi_slopes,
+        sinks,
+        seed,
+        dropout_p,
+        left,
+        right,
+        diagonal,
+        softcap,
+        impl,
     )
 
 
@@ -90,6 +105,11 @@ def _check_backward(
             raise ValueError(f"{op}: {name} must be on {query.device}; got {x.device}")
 
 
+def _with_impl(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The dispatcher leaves out a trailing argument that has its default value."""
+    return (*args, "auto") if len(args) == count else args
+
+
 def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
@@ -98,25 +118,18 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("orchard::flash_attn_fwd", lib=library)
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any, impl: str = "auto"):
-    _check_forward("orchard::flash_attn_fwd", query, key, value, *rest[:_NUM_SCORING], impl)
+def _forward_fake(*args: Any):
+    _check_forward("orchard::flash_attn_fwd", *_with_impl(args, 3 + _NUM_SCORING))
+    query, value = args[0], args[2]
     out = empty_in_order_of(query, value.shape[-1])
     return out, query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
 
 
 @torch.library.register_fake("orchard::flash_attn_bwd", lib=library)
-def _backward_fake(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *rest: Any,
-    impl: str = "auto",
-):
-    mask, sinks, mask_grad = rest[0], rest[2], rest[_NUM_SCORING]
+def _backward_fake(*args: Any):
+    _check_backward("orchard::flash_attn_bwd", *_with_impl(args, 8 + _NUM_SCORING))
+    query, key, value = args[2:5]
+    mask, sinks, mask_grad = args[7], args[9], args[7 + _NUM_SCORING]
     return (
         empty_in_order_of(query),
         empty_in_order_of(key),
@@ -138,33 +151,41 @@ def _why_not_metal(query: Tensor, impl: str) -> str:
     return _native.why_not() or "the dispatcher did not choose the MPS kernel"
 
 
+def _no_autocast(query: Tensor) -> AbstractContextManager:
+    """The reference chooses its own precision."""
+    device_type = query.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def _forward_reference(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, impl, reason = args
+    _check_forward("orchard::flash_attn_fwd", *inputs, impl)
     _calls.record_reference("flash_attn_fwd", reason, inputs[0].device.type, impl)
     query, key, value, *scoring = inputs
-    with torch.autocast(query.device.type, enabled=False):  # the precision is chosen here
+    with _no_autocast(query):
         return reference.forward(query, key, value, reference.Scoring(*scoring))
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     *inputs, mask_grad, impl, reason = args
+    _check_backward("orchard::flash_attn_bwd", *inputs, mask_grad, impl)
     _calls.record_reference("flash_attn_bwd", reason, inputs[2].device.type, impl)
     tensors, scoring = inputs[:7], inputs[7:]
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with _no_autocast(tensors[2]):
         return reference.backward(
             *tensors, scoring=reference.Scoring(*scoring), mask_grad=mask_grad
         )
 
 
-def _forward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    *inputs, impl = (*args, impl) if len(args) == 3 + _NUM_SCORING else args
-    _check_forward("orchard::flash_attn_fwd", *inputs, impl)
+def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, impl = _with_impl(args, 3 + _NUM_SCORING)
     return _forward_reference(*inputs, impl, _why_not_metal(inputs[0], impl))
 
 
-def _backward_kernel(*args: Any, impl: str = "auto") -> tuple[Tensor, ...]:
-    *inputs, impl = (*args, impl) if len(args) == 8 + _NUM_SCORING else args
-    _check_backward("orchard::flash_attn_bwd", *inputs, impl)
+def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, impl = _with_impl(args, 8 + _NUM_SCORING)
     return _backward_reference(*inputs, impl, _why_not_metal(inputs[2], impl))
 
 
@@ -175,6 +196,18 @@ library.impl("flash_attn_bwd_reference", _backward_reference, "CompositeExplicit
 
 
 # ---- autograd -----------------------------------------------------------------------------------
+
+
+def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Forward-mode AD would otherwise see a constant: its tangents do not reach the kernels."""
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"orchard::{op}: forward-mode differentiation (jvp, jacfwd) is not implemented; "
+                "use F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+            )
 
 
 def _needs_grad(args: Sequence[Any]) -> bool:
@@ -252,17 +285,15 @@ class _FlashAttentionBackward(_Formula):
         )
 
 
-def _forward_autograd(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    args = (*args, *kwargs.values())  # impl may come by keyword
-    if len(args) == 3 + _NUM_SCORING:
-        args = (*args, "auto")
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    args = _with_impl(args, 3 + _NUM_SCORING)
+    _refuse_tangents("flash_attn_fwd", args)
     return (_FlashAttention.record if _needs_grad(args) else _FlashAttention.forward)(*args)
 
 
-def _backward_autograd(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    args = (*args, *kwargs.values())
-    if len(args) == 8 + _NUM_SCORING:
-        args = (*args, "auto")
+def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    args = _with_impl(args, 8 + _NUM_SCORING)
+    _refuse_tangents("flash_attn_bwd", args)
     function = _FlashAttentionBackward
     return (function.record if _needs_grad(args) else function.forward)(*args)
 

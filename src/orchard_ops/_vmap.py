@@ -39,22 +39,16 @@ def _fold_slopes(slopes: Tensor | None, dim: int | None, size: int, batch: int) 
     return slopes.expand(size, batch, slopes.shape[-1]).flatten(0, 1)
 
 
-def _fold_scoring(info: Any, dims: tuple[Any, ...], scoring: list[Any], batch: int) -> list[Any]:
-    mask, slopes, sinks, seed, dropout_p, *rest = scoring
+def _fold_scoring(size: int, dims: tuple[Any, ...], scoring: list[Any], batch: int) -> list[Any]:
+    mask, slopes, sinks, seed, *rest = scoring
     mask_dim, slopes_dim, sinks_dim, seed_dim = dims[:4]
     if sinks is not None and sinks_dim is not None:
         raise NotImplementedError("orchard::flash_attn: vmap over sinks is not supported")
-    if dropout_p > 0.0 and info.randomness != "different":
-        raise NotImplementedError(
-            "orchard::flash_attn: vmap with dropout needs randomness='different'; "
-            f"got {info.randomness!r}"
-        )
     if seed_dim is not None:  # the batch index makes the masks differ; one seed serves all
         seed = seed.movedim(seed_dim, 0)[0]
-    size = info.batch_size
     mask = _fold_mask(mask, mask_dim, size, batch)
     slopes = _fold_slopes(slopes, slopes_dim, size, batch)
-    return [mask, slopes, sinks, seed, dropout_p, *rest]
+    return [mask, slopes, sinks, seed, *rest]
 
 
 def _unfold(x: Tensor, size: int) -> Tensor:
@@ -66,14 +60,32 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     size, count = info.batch_size, _NUM_FORWARD
     operands = [_fold(x, d, size) for x, d in zip(args[:count], in_dims[:count])]
     batch = operands[0].shape[0] // size  # type: ignore[union-attr]
-    scoring = _fold_scoring(info, in_dims[count:], list(args[count:]), batch)
+    if args[count + 4] > 0.0 and info.randomness != "different":
+        raise NotImplementedError(
+            "orchard::flash_attn: vmap with dropout needs randomness='different'; "
+            f"got {info.randomness!r}"
+        )
+    scoring = _fold_scoring(size, in_dims[count:], list(args[count:]), batch)
     out, lse = _ops.forward(*operands, *scoring)
     return (_unfold(out, size), _unfold(lse, size)), (0, 0)
+
+
+def _backward_one_by_one(size: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def sample(n: int) -> list[Any]:
+        return [x if d is None else x.select(d, n) for x, d in zip(args, dims)]
+
+    grads = [_ops.backward(*sample(n)) for n in range(size)]
+    return tuple(torch.stack(g) for g in zip(*grads)), (0,) * 5
 
 
 @torch.library.register_vmap("orchard::flash_attn_bwd", lib=_ops.library)
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     size, count = info.batch_size, _NUM_BACKWARD
+    lse_dim, dropout_p = in_dims[6], args[count + 4]
+    if dropout_p > 0.0 and lse_dim is None:
+        # Only the gradients are mapped: folding them would change the batch index that the masks
+        # of the one forward were drawn with.
+        return _backward_one_by_one(size, in_dims, args)
     operands = [_fold(x, d, size) for x, d in zip(args[:count], in_dims[:count])]
     batch = operands[0].shape[0] // size  # type: ignore[union-attr]
     mask, sinks, mask_grad = args[count], args[count + 2], args[count + 10]
@@ -81,6 +93,6 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
         raise NotImplementedError(
             "orchard::flash_attn: vmap over the gradient of attn_mask or sinks is not supported"
         )
-    scoring = _fold_scoring(info, in_dims[count:], list(args[count:]), batch)
+    scoring = _fold_scoring(size, in_dims[count:], list(args[count:]), batch)
     dq, dk, dv, *empty = _ops.backward(*operands, *scoring)
     return (*(_unfold(x, size) for x in (dq, dk, dv)), *empty), (0, 0, 0, None, None)

@@ -28,6 +28,8 @@ class Call:
 
     def restore(self, x: Tensor) -> Tensor:
         """(B, ...) -> (*batch_shape, ...)."""
+        if len(self.batch_shape) == 0:
+            return x.squeeze(0)
         return x if len(self.batch_shape) == 1 else x.reshape(*self.batch_shape, *x.shape[1:])
 
 
@@ -58,7 +60,8 @@ def _mask_to_4d(mask: Tensor, batch_shape: torch.Size) -> Tensor:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts as autocast does for F.scaled_dot_product_attention."""
     device_type = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     lower = (torch.float16, torch.bfloat16, torch.float32)
@@ -81,13 +84,14 @@ def prepare(
     impl: str,
 ) -> Call:
     """Checks a call of `flash_attn` and brings it into the functional ops' form. Draws the seed."""
+    checks.check_tensors(_OP, query, key, value)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     checks.check_inputs(_OP, query, key, value)
     if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
         raise ValueError(
             f"{_OP}: query, key and value must have the same batch dimensions; got "
             f"{tuple(query.shape[:-3])}, {tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
         )
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     batch_shape = query.shape[:-3]
     query, key, value = _to_4d(query), _to_4d(key), _to_4d(value)
     if attn_mask is not None:
@@ -97,12 +101,12 @@ def prepare(
     if 0.0 < dropout_p < 1.0:
         # The cpu generator: activation checkpointing restores its state, not that of mps.
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    if is_causal:
-        window_right = 0 if window_right < 0 else min(window_right, 0)
     checks.check_scoring(
         _OP, query, key, attn_mask, alibi_slopes, sinks, seed, dropout_p,
-        window_left, window_right, softcap, impl,
+        window_left, window_right, 0, softcap, impl,
     )  # fmt: skip
+    if is_causal:
+        window_right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     scoring = (
@@ -175,11 +179,7 @@ def flash_attn(
         window_left, window_right, softcap, alibi_slopes, sinks, impl or "auto",
     )  # fmt: skip
     out, lse = _ops.forward(*call.operands, *call.scoring)
-    if len(call.batch_shape) == 0:
-        out, lse = out.squeeze(0), lse.squeeze(0)
-    else:
-        out, lse = call.restore(out), call.restore(lse)
-    return (out, lse) if return_lse else out
+    return (call.restore(out), call.restore(lse)) if return_lse else call.restore(out)
 
 
 # The second key: vmap decomposes too, into the functional ops and their rules (_vmap.py).

@@ -5,10 +5,14 @@ The checks read shapes, dtypes and devices only, so they also run on fake tensor
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DIAGONAL = 1 << 40
+"""Far beyond any length, and far from overflowing int64."""
 IMPLS = ("auto", "metal", "reference")
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
@@ -18,11 +22,16 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Rank, dtype and device of q, k and v as the user passed them, with any batch dimensions."""
+def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """That q, k and v are tensors at all."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
+
+
+def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Rank, dtype and device of q, k and v as the user passed them, with any batch dimensions."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 3:
             raise ValueError(
                 f"{op}: {name} must have 3 or more dimensions, (..., heads, length, head_dim); "
@@ -92,6 +101,7 @@ def check_scoring(
     dropout_p: float,
     window_left: int,
     window_right: int,
+    diagonal: int,
     softcap: float,
     impl: str,
 ) -> None:
@@ -111,11 +121,13 @@ def check_scoring(
                 f"{op}: dropout_seed must be a 0-dim int64 cpu tensor; got shape "
                 f"{_shape(dropout_seed)}, {dropout_seed.dtype} on {dropout_seed.device}"
             )
-    if softcap < 0.0:
-        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be 0 (none) or positive and finite; got {softcap}")
     for name, window in (("window_left", window_left), ("window_right", window_right)):
         if window < -1:
             raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
+    if abs(diagonal) > MAX_DIAGONAL:
+        raise ValueError(f"{op}: diagonal must be within +-2^40; got {diagonal}")
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if attn_mask is not None:

@@ -1,6 +1,6 @@
 """Which attention weights dropout keeps: a pure function of the seed and the position.
 
-The Metal kernels (``shaders/philox.h``) and the reference call the same function, so a mask is
+The Metal kernels (``shaders/dropout.h``) and the reference call the same function, so a mask is
 never stored, a recomputed forward (activation checkpointing) sees the same one, and falling back
 from Metal to the reference does not change it.
 

@@ -54,6 +54,8 @@ def explain(
 ) -> Explanation:
     """Says what `flash_attn` would do with the same arguments. Runs nothing.
 
+    The backward is explained for a gradient laid out like the output.
+
     Raises:
         ValueError, TypeError: as `flash_attn`, for a malformed call.
     """

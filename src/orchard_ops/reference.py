@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Scoring:
     window_right: int
     diagonal: int
     softcap: float
+
+
+_OPEN = 1 << 42
+"""A window this wide hides nothing (`checks.MAX_DIAGONAL`); wider ones would overflow int64."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,12 @@ class _Problem:
         self.group = self.num_heads // max(1, self.num_kv_heads)
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.device = query.device
-        self.query, self.scoring = query, scoring
+        self.query = query
+        self.scoring = replace(
+            scoring,
+            window_left=min(scoring.window_left, _OPEN),
+            window_right=min(scoring.window_right, _OPEN),
+        )
         self.key, self.value = key.to(self.dtype), value.to(self.dtype)
         self.seed = 0 if scoring.dropout_seed is None else int(scoring.dropout_seed)
         self.has_dropout = dropout.threshold(scoring.dropout_p) > 0
@@ -232,15 +241,14 @@ def backward(
         if dlse is not None:
             delta -= dlse[:, :, block.rows].unsqueeze(-1)
         row_lse = lse[:, :, block.rows].unsqueeze(-1)
+        row_lse = row_lse.masked_fill(row_lse == -math.inf, 0.0)  # no key: every weight stays 0
         if sinks is not None:
             dsinks -= (torch.exp(p.per_head(sinks) - row_lse) * delta).sum((0, 2, 3))
         if block.col0 == block.col1:
             dq[:, :, block.rows] = 0.0
             continue
         q, x, slope = p.scores(block)
-        weights = x.sub_(
-            row_lse.masked_fill(row_lse == -math.inf, 0.0)
-        ).exp_()  # P (B, Hq, rows, cols)
+        weights = x.sub_(row_lse).exp_()  # P (B, Hq, rows, cols)
         kv_shape = (p.batch, p.num_kv_heads, -1, weights.shape[-1])
         do = p.rows_by_kv_head(dout, block)
         keep = p.keep(block)

@@ -30,6 +30,8 @@ HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SEED = 20_240_229
+_HEADS_AND_LENGTHS = ((2, 77), (1, 101), (1, 101), (2, 77))  # of q, k, v, dout
+_DIAGONAL = -7  # the first rows see no key
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,6 @@ def _operands(variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = [(2, heads, length, variant.head_dim) for heads, length in _HEADS_AND_LENGTHS]
     q, k, v, do = (torch.randn(s, generator=generator).to(variant.dtype) for s in shapes)
     return q, k, v, do
-
-
-_HEADS_AND_LENGTHS = ((2, 77), (1, 101), (1, 101), (2, 77))
-_DIAGONAL = -7  # the first rows see no key
 
 
 def _place(x: Tensor, chunks: bool, device: torch.device) -> Tensor:

@@ -56,8 +56,6 @@ def main() -> int:
 
         try:
             run()
-        except AssertionError as error:
-            failure = error
         except Exception as error:
             failure = error
         batches += 1

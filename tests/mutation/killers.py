@@ -61,8 +61,9 @@ class Reference:
 
 
 @functools.cache
-def reference(case: Case, with_dlse: bool) -> Reference:
+def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Reference:
     q, k, v, do = case.operands()
+    q, k = q + shifts[0], k + shifts[1]
     dlse = None
     if with_dlse:
         generator = torch.Generator().manual_seed(2)
@@ -86,10 +87,11 @@ class Attention:
     dlse: bool = False
     check: bool = False
     tile: tuple[int, ...] = ()  # instead of the plan's: (R, BK), or (BQ,)
+    shifts: tuple[float, float] = (0.0, 0.0)  # added to all of q, to all of k
     schedule: int | None = None  # seed of a random order of threads
 
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
-        given = reference(self.case, self.dlse)
+        given = reference(self.case, self.dlse, self.shifts)
         q, k, v, _ = given.operands
         x = self._operands()
         kernel, params = self._plan(sources, x)
@@ -131,7 +133,7 @@ class Attention:
         return self._plan(sources, self._operands())
 
     def _operands(self) -> dict[str, Guarded]:
-        given = reference(self.case, self.dlse)
+        given = reference(self.case, self.dlse, self.shifts)
         q, k, v, do = given.operands
         tensors = {"query": q, "key": k, "value": v, "out": given.out, "dout": do}
         return {
@@ -301,7 +303,7 @@ _open = Case(79, 95, 16, dtype=F32)  # one short of whole blocks
 _wide = Case(35, 40, 160, batch=2, dtype=BF16, dropout_p=0.2, window_right=0)
 _odd_tiles = Case(40, 49, 80, dtype=F32, dropout_p=0.4, window_left=20)
 _keyless = Case(70, 20, 16, dtype=F32, window_right=0, diagonal=-41)
-_two_rows = Case(150, 70, 24, dtype=F16, dropout_p=0.25, window_left=60, window_right=12)
+_tall = Case(150, 70, 24, dtype=F16, dropout_p=0.25, window_left=60, window_right=12)
 _apart = ("padded", "blhd", "rows_odd", "dense", "odd")  # no two tensors have the same strides
 _mixed = ("padded", "columns", "rows_odd", "dense", "odd")
 _blhd = ("blhd",) * 5
@@ -312,7 +314,7 @@ def _attention() -> Iterator[Attention]:
         for family in families:
             yield Attention(f"{family}: {name}", family, case, **options)
 
-    tiles = {FORWARD: (2, 32), DQ: (2, 32), DKV: (32,)}
+    tiles = {FORWARD: (4, 8), DQ: (4, 32), DKV: (32,)}
     # In order of cost: the first ones find most mutants and need one compilation each.
     first = {"dlse": True, "layouts": _apart}
     yield from each("windows, groups, dropout, elements", _kitchen_sink, **first)
@@ -334,14 +336,23 @@ def _attention() -> Iterator[Attention]:
             Case(64, 64, 16, num_heads=1, dtype=F32, window_left=left, window_right=right,
                  diagonal=diagonal),
         )  # fmt: skip
+    ahead = Case(20, 64, 16, num_heads=1, dtype=F32, window_left=4, window_right=3, diagonal=30)
+    yield from each("more keys than queries", ahead)
+    behind = Case(64, 20, 16, num_heads=1, dtype=F32, window_left=3, window_right=4, diagonal=-30)
+    yield from each("more queries than keys", behind)
+    # Sums of 256 products of one sign, which one chain of additions would round too often.
+    sums = Case(64, 64, 256, num_heads=1, dtype=F32, scale=1.0)
+    yield Attention(f"{FORWARD}: long sums", FORWARD, sums, shifts=(2.0, 2.0))
+    # Weights of rows that do not exist, exp(0 - lse), would be infinite.
+    yield from each("very negative scores", Case(15, 32, 16, dtype=F32), shifts=(7.0, -7.0))
     yield from each("large scores", Case(40, 64, 16, dtype=F32, scale=30.0, window_right=4))
     yield from each("negative scale", Case(40, 64, 16, dtype=F32, scale=-0.7))
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
     for family, tile in tiles.items():
-        yield Attention(f"{family}: larger tiles", family, _two_rows, tile=tile)
+        yield Attention(f"{family}: larger tiles", family, _tall, tile=tile)
         yield Attention(
-            f"{family}: larger tiles, checked", family, _two_rows, tile=tile, check=True
+            f"{family}: larger tiles, checked", family, _tall, tile=tile, check=True
         )
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
@@ -795,6 +806,6 @@ def prepare() -> None:
     """Computes all references, so that processes forked later share them."""
     for killer in killers():
         if isinstance(killer, Attention):
-            reference(killer.case, killer.dlse)
+            reference(killer.case, killer.dlse, killer.shifts)
     for family, check in itertools.product(FAMILIES, (False, True)):
         _compiled_together(family, check)

@@ -31,7 +31,7 @@ _ARITHMETIC = {
 _ASSIGNMENTS = {"+=": ("-=", "="), "-=": ("+=", "="), "*=": ("+=", "="), "|=": ("&=", "=")}
 _COMMUTATIVE_CALLS = {"min", "max", "mulhi", "float2", "vec"}
 _SWAPS = [  # words that can stand for each other, wherever they stand
-    ("fragment", "transposed"), ("mma_ABt", "mma_AB"), ("min", "max"), ("row_max", "row_sum"),
+    ("pair", "transposed"), ("mma_ABt", "mma_AB"), ("min", "max"), ("row_max", "row_sum"),
     ("q_len", "kv_len"), ("num_heads", "num_kv_heads"), ("window_left", "window_right"),
     ("keeps_first", "keeps_second"), ("k_block", "v_block"), ("k_shared", "v_shared"),
     ("q_block", "grad_block"), ("q_shared", "grad_shared"), ("k_rows", "v_rows"),

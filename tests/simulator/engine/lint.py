@@ -8,6 +8,7 @@ from .errors import CompileError
 from .lexer import TokenStream
 from .vocabulary import SCALARS, VECTORS
 
+_STAGES = ("vertex", "fragment")
 _FORBIDDEN = {
     "double": "Metal has no double",
     "new": "Metal has no new",
@@ -21,6 +22,8 @@ _FORBIDDEN = {
     "goto": "Metal has no goto",
     "thread_local": "Metal has no thread_local",
     "asm": "Metal has no asm",
+    # Function qualifiers are keywords of Metal, so not even a member may have such a name.
+    **dict.fromkeys(_STAGES, "a keyword of Metal: no name, and only kernels are executed here"),
     **dict.fromkeys(
         ["concept", "requires", "consteval", "constinit", "co_await", "co_yield", "co_return"],
         "Metal is C++17 at most",
@@ -53,7 +56,8 @@ def _forbidden_words(stream: TokenStream):
         if message and token.kind == "word":
             before = stream[i - 1] if i else token
             is_deleted_function = token.text == "delete" and before.is_op("=")
-            if not is_deleted_function and not before.is_op(".", "->", "::"):
+            is_member = before.is_op(".", "->", "::") and token.text not in _STAGES
+            if not is_deleted_function and not is_member:
                 yield i, message
         elif token.kind == "number" and token.text[-1:] in "lL" and _is_floating(token.text):
             yield i, "Metal has no long double"
