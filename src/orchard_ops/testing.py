@@ -41,9 +41,13 @@ class MathResult:
 
     score_size: float = 0.0
     """Largest |scale| |q| . |k|: how large the terms are that a score sums up."""
+    out_size: float = 0.0
+    """Largest P |v|, the same for out."""
+    dv_size: float = 0.0
+    """Largest P^T |dO|, the same for dv."""
 
     def rounding(self, name: str, dtype: torch.dtype) -> float:
-        """One unavoidable rounding of each intermediate result, as it enters result `name`.
+        """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
         A score rounded once at the size of its terms moves lse by that much and the weights
         relatively so; lse is a sum of a maximum and a logarithm, either of which may be about 1. A
@@ -55,10 +59,11 @@ class MathResult:
             return u32 * (1.0 + self.score_size)
         size = _largest(getattr(self, name))
         if name == "out":
-            return u32 * self.score_size * size
+            return u32 * (self.out_size + self.score_size * size)
         lse = _largest(self.lse[torch.isfinite(self.lse)])
         cancelled = getattr(self, f"{name}_cancelled", 0.0)
-        return cancelled * torch.finfo(dtype).eps / 2 + u32 * (self.score_size + lse) * size
+        summed = u32 * self.dv_size if name == "dv" else torch.finfo(dtype).eps / 2 * cancelled
+        return summed + u32 * (self.score_size + lse) * size
 
 
 def _hidden(
@@ -157,6 +162,7 @@ def math_attention(
         else next(grads).to(dtype if dtype == torch.float64 else sinks.dtype)
     )
     with torch.no_grad():
+        dv_terms = torch.matmul(dropped.transpose(-1, -2), dout.cpu().to(compute).abs())
         row_size = (dout.cpu().to(compute) * out).abs().sum(-1, keepdim=True)
         size = weights * row_size
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
@@ -177,6 +183,8 @@ def math_attention(
         _largest(dmask_size),
         _largest(dsinks_size),
         _largest(torch.matmul(q.detach().abs(), k_all.detach().abs().transpose(-1, -2)) * scale),
+        _largest(torch.matmul(dropped.detach(), v_all.detach().abs())),
+        _largest(dv_terms.unflatten(1, (-1, group)).sum(2)),
     )
 
 
