@@ -225,3 +225,11 @@ def test_launcher_enables_what_it_is_told(monkeypatch, tmp_path):
         {"check": False, "set_arg_bytes": False},
         {"check": True, "set_arg_bytes": True},
     ]
+
+
+def test_a_gpu_build_of_torch_is_refused_with_advice():
+    """PyTorch takes one accelerator at a time: it would fail later, and obscurely."""
+    code = "import torch; torch.version.cuda = '13.0'; import simulator; simulator.enable()"
+    done = python("-c", code)
+    assert done.returncode == 1
+    assert "install a CPU build" in done.stderr

@@ -303,7 +303,7 @@ _open = Case(79, 95, 16, dtype=F32)  # one short of whole blocks
 _wide = Case(35, 40, 160, batch=2, dtype=BF16, dropout_p=0.2, window_right=0)
 _odd_tiles = Case(40, 49, 80, dtype=F32, dropout_p=0.4, window_left=20)
 _keyless = Case(70, 20, 16, dtype=F32, window_right=0, diagonal=-41)
-_tall = Case(150, 70, 24, dtype=F16, dropout_p=0.25, window_left=60, window_right=12)
+_tall = Case(150, 70, 24, dtype=F32, dropout_p=0.25, window_left=60, window_right=12)
 _apart = ("padded", "blhd", "rows_odd", "dense", "odd")  # no two tensors have the same strides
 _mixed = ("padded", "columns", "rows_odd", "dense", "odd")
 _blhd = ("blhd",) * 5
@@ -346,14 +346,16 @@ def _attention() -> Iterator[Attention]:
     # Weights of rows that do not exist, exp(0 - lse), would be infinite.
     yield from each("very negative scores", Case(15, 32, 16, dtype=F32), shifts=(7.0, -7.0))
     yield from each("large scores", Case(40, 64, 16, dtype=F32, scale=30.0, window_right=4))
+    yield from each("large scores, wide blocks", _causal.but(scale=6.0))
     yield from each("negative scale", Case(40, 64, 16, dtype=F32, scale=-0.7))
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
     for family, tile in tiles.items():
-        yield Attention(f"{family}: larger tiles", family, _tall, tile=tile)
-        yield Attention(
-            f"{family}: larger tiles, checked", family, _tall, tile=tile, check=True
-        )
+        larger = functools.partial(Attention, family=family, case=_tall, tile=tile)
+        yield larger(f"{family}: larger tiles")
+        # Scores of one row say nothing about the next.
+        yield larger(f"{family}: larger tiles, large scores", case=_tall.but(scale=40.0))
+        yield larger(f"{family}: larger tiles, checked", check=True)
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)

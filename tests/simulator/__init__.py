@@ -70,6 +70,14 @@ def enable(
     if _bridge is None:
         if platform.system() != "Linux":
             raise RuntimeError("simulator: for Linux only; a Mac has the real device")
+        import torch
+
+        if torch.version.cuda is not None or torch.version.hip is not None:
+            raise RuntimeError(
+                f"simulator: torch {torch.__version__} is built for a GPU, and PyTorch takes one "
+                "accelerator at a time; install a CPU build, as in `pip install torch==2.13.0 "
+                "--index-url https://download.pytorch.org/whl/cpu`"
+            )
         device = library.load()
         from . import torch_bindings
 
