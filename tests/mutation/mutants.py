@@ -87,13 +87,15 @@ class Equivalence:
     file: str
     function: str
     reason: str
-    changes: frozenset[tuple[str, str]]
+    changes: frozenset[tuple[str, str]]  # (before, after)
+    ordinal: int | None = None  # of several places in the function that read the same
 
     def covers(self, mutant: Mutant) -> bool:
         return (
             self.file == mutant.file
             and self.function == mutant.function
             and (mutant.before, mutant.after) in self.changes
+            and self.ordinal in (None, mutant.ordinal)
         )
 
 
@@ -103,6 +105,7 @@ def equivalences() -> list[Equivalence]:
         Equivalence(
             entry["file"], entry["function"], entry["reason"],
             frozenset((entry["before"], after) for after in entry["after"]),
+            entry.get("ordinal"),
         )
         for entry in entries
     ]  # fmt: skip
