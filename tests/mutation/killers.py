@@ -13,7 +13,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,11 +283,17 @@ def _text_section(path: Path) -> bytes:
     raise ValueError("no .text section")
 
 
-def forget_libraries() -> None:
-    """Removes what this process has compiled from the engine's cache."""
-    for library in _libraries.values():
-        library.path.unlink(missing_ok=True)
-        library.path.with_suffix(".json").unlink(missing_ok=True)
+def library_paths() -> set[Path]:
+    """What this process has compiled, in the engine's cache."""
+    return {library.path for library in _libraries.values()}
+
+
+def forget_libraries(keep: Collection[str]) -> None:
+    """Removes what this process has compiled from the engine's cache, but for `keep`."""
+    for path in library_paths():
+        if str(path) not in keep:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 # ---- the problems
@@ -329,7 +335,7 @@ def _attention() -> Iterator[Attention]:
     # Windows that start or end at a block's first or last key or query, or one beside it.
     for left, right, diagonal in (
         (0, 0, 0), (0, 0, 1), (0, 0, -1), (16, 15, 17), (-1, 3, -32), (7, -1, 32), (31, 32, 1),
-        (41, 35, 3), (40, 36, 3), (42, 34, 3),
+        (41, 35, 3), (40, 36, 3), (42, 34, 3), (-1, 40, -30), (40, -1, 30),
     ):  # fmt: skip
         yield from each(
             f"window {left}, {right} at {diagonal}",
@@ -737,6 +743,7 @@ _HEADS = (2**31 - 1) // 128
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", "cast query, key and value"),
     ({"d": 257}, {}, 0, "head_dim must be at most 256; got 257", "split the heads"),
+    ({"d": 2**32 + 64}, {}, 0, "head_dim must be at most 256; got 4294967360", "split the heads"),
     ({"dv": 32}, {}, 0, "value's head_dim must equal query's 64; got 32",
      "pad the narrower of the two with zeros"),
     ({}, {"has_mask": 1}, 0, "attn_mask is given",
@@ -744,10 +751,12 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
     ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
     ({}, {"softcap": 2.5}, 0, "softcap is 2.5", ""),
+    ({}, {"softcap": 0.25}, 0, "softcap is 0.25", ""),
     ({"l": _LONG + 1}, {}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
-    ({"s": _LONG + 2}, {}, 0, f"{_TOO_LONG} {_LONG + 2}", ""),
-    ({}, {"diagonal": _LONG + 3}, 0, f"{_TOO_LONG} {_LONG + 3}", ""),
-    ({}, {"diagonal": -_LONG - 4}, 0, f"{_TOO_LONG} {_LONG + 4}", ""),
+    ({"s": _LONG + 1}, {}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
+    ({"s": _LONG + 2}, {"diagonal": _LONG + 1}, 0, f"{_TOO_LONG} {_LONG + 2}", ""),
+    ({}, {"diagonal": _LONG + 1}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
+    ({}, {"diagonal": -_LONG - 1}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
     ({"b": 2, "h": (_HEADS + 1) // 2}, {}, 0,
      f"batch times heads must be at most {_HEADS}; got {_HEADS + 1}", ""),
 ]  # fmt: skip
@@ -776,6 +785,11 @@ def plan_of_strides(sources: Sources) -> None:
         wide = [n // 7 * 4 for n in like[:3]]
         assert sources.strides_in_order_of(like, (2, 3, 5, 4)) == [*wide, 1]
     assert sources.strides_in_order_of((4, 4, 4, 1), sizes) == [105, 35, 7, 1]  # ties keep order
+    assert sources.strides_in_order_of((5, 6, 7, 1), sizes) == [7, 14, 42, 1]
+    large = 1 << 33
+    rows, columns = ((3, 2, 1, 1), (2, 3, large, 7)), ((3, 2, 1, 1), (2, 3, 5, large))
+    assert sources.strides_in_order_of(*rows) == [21 * large, 7 * large, 7, 1]
+    assert sources.strides_in_order_of(*columns) == [15 * large, 5 * large, large, 1]
     assert sources.strides_in_order_of((0, 0, 0, 0), (0, 0, 0, 0)) == [1, 1, 1, 1]
     assert sources.strides_in_order_of((9, 5, 1, 1), (2, 0, 5, 7)) == [35, 35, 7, 1]
 

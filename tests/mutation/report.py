@@ -124,8 +124,9 @@ class Report:
             "survivors": [str(m) for m, _ in self.survivors],
         }
 
-    def write(self, folder: Path) -> None:
-        facts = self.as_dict()
+    def write(self, folder: Path, sources: str) -> None:
+        """Into the folder; `sources` is the digest of what was mutated."""
+        facts = {"sources": sources, **self.as_dict()}
         (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
         (folder / "report.md").write_text(self.markdown(facts))
 

@@ -9,17 +9,19 @@ there already is not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import queue
 import random
 import select
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from . import killers as killing
 from . import report
 from .harness import ROOT, Sources
 from .mutants import FILES, Mutant, all_mutants, equivalences
+from .sites import Code
 
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 5.0  # seconds; launches take some milliseconds
@@ -77,7 +80,8 @@ def _judge(tests: Sequence, sources: Sources, tell) -> None:
         except Exception as error:
             tell({"status": "killed", "killer": test.name, "message": _short(error)})
             return
-    tell({"status": "survived", "code": killing.machine_code()})
+    paths = [str(path) for path in killing.library_paths()]
+    tell({"status": "survived", "code": killing.machine_code(), "libraries": paths})
 
 
 def _short(error: Exception) -> str:
@@ -85,8 +89,12 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def run_mutant(tests: Sequence, sources: Sources, keep: bool = False) -> dict:
-    """In a process of its own; a hang or a crash ends with it. `keep` leaves the cache as it is."""
+def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None = ()) -> dict:
+    """In a process of its own; a hang or a crash ends with it.
+
+    Of the compiled libraries only those in `keep` stay in the engine's cache (None: all), which
+    other workers may be using.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -100,9 +108,11 @@ def run_mutant(tests: Sequence, sources: Sources, keep: bool = False) -> dict:
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 _judge(tests, sources, tell)
+            except BaseException as error:  # of the tool itself, no verdict on the mutant
+                tell({"status": "broken", "message": f"{type(error).__name__}: {error}"})
             finally:
-                if not keep:
-                    killing.forget_libraries()
+                if keep is not None:
+                    killing.forget_libraries(keep)
                 pipe.flush()
                 os._exit(0)
     os.close(write)
@@ -121,6 +131,8 @@ def _listen(read: int, child: int) -> dict:
             os.kill(child, signal.SIGKILL)
         if not data:
             _, status = os.waitpid(child, 0)
+            if last.get("status") == "broken":
+                raise RuntimeError(f"mutation: a mutant could not be judged: {last['message']}")
             if "status" in last:
                 return last
             kind = "hang" if not ready else "crash"
@@ -134,8 +146,16 @@ def _listen(read: int, child: int) -> dict:
 # ---- a worker
 
 
-def _work(tasks, results, code: dict[str, str]) -> None:
-    """Mutants from one queue, their outcomes to the other; code is that without a mutant."""
+@dataclass(frozen=True)
+class Original:
+    """What the killers compile without a mutant."""
+
+    code: dict[str, str]  # digests by kernel
+    libraries: frozenset[str]  # paths in the engine's cache
+
+
+def _work(tasks, results, original: Original) -> None:
+    """Mutants from one queue, their outcomes to the other."""
     baseline = Sources().compile_plan()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         root = Path(folder)
@@ -145,17 +165,17 @@ def _work(tasks, results, code: dict[str, str]) -> None:
         for mutant in iter(tasks.get, None):
             began = time.monotonic()
             path = root / mutant.file
-            original = path.read_text(encoding="ascii")
-            path.write_text(mutant.apply(original), encoding="ascii")
+            text = path.read_text(encoding="ascii")
+            path.write_text(mutant.apply(text), encoding="ascii")
             own_plan = mutant.file in (_PARAMS, _PLAN)
             sources = Sources(root, None if own_plan else baseline)
             if mutant.file not in order:
                 order[mutant.file] = relevant(mutant.file, baseline)
             try:
-                found = run_mutant(order[mutant.file], sources)
+                found = run_mutant(order[mutant.file], sources, original.libraries)
             finally:
-                path.write_text(original, encoding="ascii")
-            same = found.get("code", {}).items() <= code.items()
+                path.write_text(text, encoding="ascii")
+            same = found.get("code", {}).items() <= original.code.items()
             seconds = round(time.monotonic() - began, 2)
             results.put(
                 Outcome(
@@ -173,7 +193,9 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def sources_digest() -> str:
-    return _digest([ROOT / file for file in FILES])
+    """Of the words of what is mutated: comments and line breaks make no difference."""
+    words = [Code((ROOT / file).read_text(encoding="ascii")).words for file in FILES]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 def killers_digest() -> str:
@@ -210,12 +232,12 @@ class Progress:
 class Workers:
     """Processes that run mutants; iterating gives their outcomes."""
 
-    def __init__(self, mutants: Sequence[Mutant], jobs: int, code: dict[str, str]):
+    def __init__(self, mutants: Sequence[Mutant], jobs: int, original: Original):
         context = multiprocessing.get_context("fork")
         self.tasks, self.results = context.Queue(), context.Queue()
         self.total = len(mutants)
         self.processes = [
-            context.Process(target=_work, args=(self.tasks, self.results, code), daemon=True)
+            context.Process(target=_work, args=(self.tasks, self.results, original), daemon=True)
             for _ in range(jobs)
         ]
         for process in self.processes:  # first, as putting starts a thread
@@ -225,13 +247,20 @@ class Workers:
 
     def __iter__(self) -> Iterator[Outcome]:
         for _ in range(self.total):
-            yield self.results.get()
+            yield self._next()
         for process in self.processes:
             process.join()
 
+    def _next(self) -> Outcome:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.results.get(timeout=5.0)
+            if any(process.exitcode for process in self.processes):
+                raise SystemExit("a worker ended early; what it said is above")
 
-def prepare() -> dict[str, str]:
-    """What the forked processes share; the machine code without a mutant.
+
+def prepare() -> Original:
+    """What the forked processes share, and what the killers compile without a mutant.
 
     Fails if a killer fails without a mutant.
     """
@@ -243,10 +272,10 @@ def prepare() -> dict[str, str]:
     compiler.precompiled_header(True)
     killing.prepare()
     # In a child as well: launching starts threads, which a fork would lose.
-    found = run_mutant(killing.killers(), Sources(), keep=True)
+    found = run_mutant(killing.killers(), Sources(), keep=None)
     if found["status"] != "survived":
         raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
-    return found["code"]
+    return Original(found["code"], frozenset(found["libraries"]))
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
@@ -295,5 +324,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report.Report(mutants, progress.outcomes, listed)
     result.print()
     if mutants == all_mutants(ROOT):
-        result.write(Path(__file__).parent)
+        result.write(Path(__file__).parent, sources_digest())
     return 1 if result.survivors else 0
