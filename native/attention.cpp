@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -27,6 +28,34 @@ std::atomic<int64_t> backward_calls{0};
 bool env_enabled(const char* name) {
   const char* value = std::getenv(name);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
+
+/// Raises with a message of its own: torch's macro would put this file's name before it.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string env_text(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+/// What a backward may take for dS. 0 is the low-memory mode.
+int64_t scratch_bytes() {
+  constexpr int64_t kDefaultMiB = 256;
+  const std::string text = env_text("ORCHARD_BACKWARD_SCRATCH_MB");
+  if (text.empty()) return kDefaultMiB << 20;
+  char* end = nullptr;
+  const long long mib = std::strtoll(text.c_str(), &end, 10);
+  check(*end == '\0' && mib >= 0 && mib < (1LL << 40),
+      "orchard::flash_attn: ORCHARD_BACKWARD_SCRATCH_MB must be a whole number of MiB, 0 or more; "
+      "got '",
+      text, "'");
+  return static_cast<int64_t>(mib) << 20;
 }
 
 bool debug_enabled() {
@@ -62,15 +91,6 @@ Layout layout_of(const Tensor& x) {
   }
   layout.offset = x.storage_offset();
   return layout;
-}
-
-/// Raises with a message of its own: torch's macro would put this file's name before it.
-template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
 }
 
 std::string shape_of(const Tensor& x) {
@@ -158,6 +178,8 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sc
   problem.window_right = s.window_right;
   problem.diagonal = s.diagonal;
   problem.softcap = s.softcap;
+  problem.scratch_bytes = scratch_bytes();
+  problem.tiles = env_text("ORCHARD_TILES");
   return problem;
 }
 
@@ -277,15 +299,36 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   plan.params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", plan);
   const Tensor delta = empty_row_stats(q);
+  // Unused buffers are bound all the same: to anything.
+  const Tensor ds = plan.ds_elements > 0
+                        ? empty_strided(q, {plan.ds_elements}, {1}, aoti_torch_dtype_float32())
+                        : delta;
   dispatch(plan.kernels[0],
-      {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out}, {kBufferLse, lse},
-          {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)}, {kBufferDelta, delta},
-          {kBufferDq, dq}},
+      {{kBufferOut, out}, {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)},
+          {kBufferDelta, delta}},
       plan.params);
-  dispatch(plan.kernels[1],
-      {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-          {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv}},
-      plan.params);
+  KernelPlan dkv = plan.kernels[1];
+  KernelPlan dq_kernel = plan.kernels[2];
+  const int64_t kv_heads = static_cast<int64_t>(dkv.groups[0]);
+  const uint64_t group = kv_heads > 0 ? dq_kernel.groups[0] / dkv.groups[0] : 0;
+  for (int64_t first = 0; first < kv_heads; first += plan.kv_heads_at_once) {
+    dkv.groups[0] = static_cast<uint64_t>(std::min(plan.kv_heads_at_once, kv_heads - first));
+    dq_kernel.groups[0] = dkv.groups[0] * group;
+    plan.params.first_kv_head = static_cast<int32_t>(first);
+    dispatch(dkv,
+        {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
+            {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv},
+            {kBufferDs, ds}},
+        plan.params);
+    if (plan.ds_elements > 0) {
+      dispatch(dq_kernel, {{kBufferKey, k}, {kBufferDs, ds}, {kBufferDq, dq}}, plan.params);
+    } else {
+      dispatch(dq_kernel,
+          {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
+              {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}},
+          plan.params);
+    }
+  }
   return {dq, dk, dv};
 }
 

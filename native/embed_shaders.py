@@ -13,8 +13,10 @@ from pathlib import Path
 SHADERS = Path(__file__).resolve().parent.parent / "shaders"
 FAMILIES = {
     "attention_forward": "forward.h",
-    "attention_backward_dq": "backward_dq.h",
+    "attention_backward_delta": "backward_delta.h",
     "attention_backward_dkv": "backward_dkv.h",
+    "attention_backward_dq": "backward_dq.h",
+    "attention_backward_dq_from_ds": "backward_dq.h",
 }
 _LITERAL_LIMIT = 8000  # compilers cap the length of one literal
 

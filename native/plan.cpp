@@ -9,25 +9,50 @@ namespace {
 
 constexpr int kSimdgroups = 4;  // of a threadgroup, in every kernel
 
-/// Tiles by padded head dim and element size. BK and BQ are rows staged at once; a forward or dq
-/// threadgroup takes 8 * R * kSimdgroups query rows, a dk/dv threadgroup 8 * kSimdgroups keys.
-struct TileRow {
-  int max_head_dim;
-  int element_size;
-  int forward_r, forward_bk;
-  int dq_r, dq_bk;
-  int dkv_bq;
+template <typename... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+/// Rows staged at once (BK keys, BQ queries), row blocks of 8 per simdgroup (R), buffers for K and
+/// V (shaders/forward.h), simdgroups that share rows (SPLIT).
+struct ForwardTile {
+  int r, bk, buffers;
+};
+struct DqTile {
+  int r, bk;
+};
+struct DkvTile {
+  int bq, split;
 };
 
-// Wide heads and float32 stage fewer rows so that several threadgroups share a core's 32 KiB or so.
-constexpr TileRow kTiles[] = {
-    {64, 2, 1, 32, 1, 16, 16},
-    {128, 2, 1, 16, 1, 16, 16},
-    {256, 2, 1, 8, 1, 8, 8},
-    {64, 4, 1, 16, 1, 16, 16},
-    {128, 4, 1, 8, 1, 8, 8},
-    {256, 4, 1, 8, 1, 8, 8},
+/// Tiles by padded head dim and size of an operand of the matrix unit in bytes.
+struct TileRow {
+  int max_head_dim;
+  int operand_size;
+  ForwardTile forward;
+  DkvTile dkv;
+  DqTile dq, dq_from_ds;
 };
+
+// Chosen by benchmarks/apple_model (docs/performance.md): below 32 KiB or so of threadgroup memory
+// and 100 registers, so that a core holds 12 to 16 simdgroups. Eight rows per simdgroup do: wider
+// tiles load less, but blocks of more than 64 products may cost more than the model knows. No
+// choice depends on the GPU's generation or the problem's size until one has been measured.
+constexpr TileRow kTiles[] = {
+    {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},
+    {128, 2, {1, 16, 2}, {16, 2}, {1, 16}, {2, 16}},
+    {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 16}},
+    {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
+    {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
+    {256, 4, {1, 8, 1}, {8, 4}, {1, 8}, {1, 8}},
+};
+
+// From this padded head dim on, storing dS costs less than the two products that it saves.
+constexpr int kDsHeadDim = 64;
+constexpr int64_t kThreadgroupMemory = 32768;
 
 // A small closed set of widths, so that each variant is proven; others are padded with zeros.
 constexpr int kHeadDims[] = {16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256};
@@ -36,21 +61,19 @@ constexpr int kMaxHeadDim = 256;
 struct DTypeNames {
   const char* torch;
   const char* metal;
-  /// Operand type of the matrix unit. The forward's weights lie in [0, 1] and fit half; the
-  /// backward's score gradients may not. bfloat16 operands would round the weights to 8 bits.
-  const char* forward_operand;
-  const char* backward_operand;
+  /// Operand type of the matrix unit. bfloat16 operands would round the weights to 8 bits.
+  const char* operand;
   int size;
 };
 
 DTypeNames names(DType dtype) {
   switch (dtype) {
     case DType::kFloat16:
-      return {"float16", "half", "half", "float", 2};
+      return {"float16", "half", "half", 2};
     case DType::kBFloat16:
-      return {"bfloat16", "bfloat", "float", "float", 2};
+      return {"bfloat16", "bfloat", "float", 2};
     default:
-      return {"float32", "float", "float", "float", 4};
+      return {"float32", "float", "float", 4};
   }
 }
 
@@ -58,9 +81,11 @@ int padded_head_dim(int64_t head_dim) {
   return *std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), head_dim);
 }
 
-const TileRow& tiles(int head_dim, int element_size) {
+int size_of(const std::string& operand) { return operand == "half" ? 2 : 4; }
+
+const TileRow& tiles(int head_dim, int operand_size) {
   return *std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& row) {
-    return head_dim <= row.max_head_dim && element_size == row.element_size;
+    return head_dim <= row.max_head_dim && operand_size == row.operand_size;
   });
 }
 
@@ -76,11 +101,7 @@ bool allows_chunks(const Layout& x, int element_size) {
 
 /// Every refusal of the Metal kernels, with advice: the table that explain() and the docs show.
 void refuse(const Problem& p, Plan& plan) {
-  auto because = [&](auto&&... parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    plan.refusal = text.str();
-  };
+  auto because = [&](const auto&... parts) { plan.refusal = join(parts...); };
   const int64_t head_dim = p.q.sizes[3];
   const int64_t longest = std::max(p.q.sizes[2], p.k.sizes[2]);
   if (p.dtype == DType::kOther) {
@@ -135,34 +156,101 @@ void fill_params(const Problem& p, AttentionParams& params) {
   params.dropout_rescale = 65536.0f / static_cast<float>(65536 - params.dropout_threshold);
 }
 
-struct Variant {
-  const char* family;
-  const char* operand;
-  std::string tile_name;  // as in the kernel's name: r1_k32
-  std::string tile_args;  // as in the template's arguments: 1, 32
-  std::string tile_text;
+/// One degree of freedom of a kernel: its tile and operand type.
+struct TileChoice {
+  std::string name;  // as in the kernel's name: r1_k32_b2
+  std::string args;  // as in the template's arguments, before the number of simdgroups: 1, 32, 2
+  std::string text;
+  std::string operand;
 };
 
-KernelPlan make_kernel(
-    const Problem& p, const Variant& variant, bool chunks, uint64_t heads, uint64_t blocks) {
+int query_rows(int r) { return 8 * r * kSimdgroups; }
+
+/// Bytes of a block of staged rows.
+int64_t staged_bytes(int rows, int head_dim, const std::string& operand) {
+  return int64_t{rows} * (head_dim * size_of(operand) + 16);
+}
+
+TileChoice forward_choice(ForwardTile t, const std::string& operand) {
+  const char* staged[] = {"read directly", "staged in turn", "staged together"};
+  return {join("r", t.r, "_k", t.bk, "_b", t.buffers), join(t.r, ", ", t.bk, ", ", t.buffers),
+      join("BQ ", query_rows(t.r), ", BK ", t.bk, ", K and V ", staged[t.buffers]), operand};
+}
+
+TileChoice dq_choice(DqTile t, const std::string& operand) {
+  return {join("r", t.r, "_k", t.bk), join(t.r, ", ", t.bk),
+      join("BQ ", query_rows(t.r), ", BK ", t.bk), operand};
+}
+
+TileChoice dkv_choice(DkvTile t, bool store_ds, const std::string& operand) {
+  return {join("q", t.bq, "_s", t.split, store_ds ? "_ds" : ""),
+      join(t.bq, ", ", t.split, ", ", store_ds ? "true" : "false"),
+      join("BK ", 8 * kSimdgroups / t.split, ", BQ ", t.bq,
+          t.split > 1 ? join(", columns split over ", t.split, " simdgroups") : "",
+          store_ds ? ", dS stored" : ""),
+      operand};
+}
+
+/// Operand types that a dtype may be multiplied in, the usual one first.
+std::vector<std::string> operands(const DTypeNames& dtype) {
+  if (size_of(dtype.operand) == 2) return {dtype.operand, "float"};
+  return {dtype.operand};
+}
+
+/// Every tile of the forward that fits, for sweeps on a device.
+std::vector<TileChoice> forward_choices(int bd, const DTypeNames& dtype) {
+  std::vector<TileChoice> choices;
+  for (const std::string& operand : operands(dtype)) {
+    for (int r : {1, 2}) {
+      for (int bk : {8, 16, 32}) {
+        for (int buffers : {0, 1, 2}) {
+          if (buffers * staged_bytes(bk, bd, operand) > kThreadgroupMemory) continue;
+          TileChoice choice = forward_choice({r, bk, buffers}, operand);
+          if (operand != dtype.operand) choice.name += "_" + operand;
+          choices.push_back(choice);
+        }
+      }
+    }
+  }
+  return choices;
+}
+
+std::vector<std::string> names_of(const std::vector<TileChoice>& choices) {
+  std::vector<std::string> names;
+  for (const TileChoice& choice : choices) names.push_back(choice.name);
+  return names;
+}
+
+/// What Problem::tiles asks for this family; empty if nothing.
+std::string asked_tile(const Problem& p, const std::string& family) {
+  std::istringstream entries(p.tiles);
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    if (entry.rfind(family + "=", 0) == 0) return entry.substr(family.size() + 1);
+  }
+  return "";
+}
+
+KernelPlan make_kernel(const Problem& p, const std::string& family, const TileChoice& tile,
+    const std::vector<const char*>& flags, uint64_t heads, uint64_t blocks) {
   const DTypeNames dtype = names(p.dtype);
   const int bd = padded_head_dim(p.q.sizes[3]);
-  const bool dropout = dropout_threshold(p.dropout_p) > 0;
   KernelPlan kernel;
-  kernel.family = variant.family;
-  std::ostringstream name, args, line, tile;
-  name << variant.family << "_" << dtype.torch << "_d" << bd << "_" << variant.tile_name
-       << (chunks ? "_chunks" : "_elements") << (dropout ? "_dropout" : "");
-  kernel.name = name.str();
-  args << variant.family << "<" << dtype.metal << ", " << variant.operand << ", " << bd << ", "
-       << variant.tile_args << ", " << kSimdgroups << ", " << (chunks ? "true" : "false") << ", "
-       << (dropout ? "true" : "false") << ">";
-  line << "template [[host_name(\"" << kernel.name << "\")]] [[kernel]] decltype(" << args.str()
-       << ") " << args.str() << ";\n";
-  kernel.instantiation = line.str();
-  tile << variant.tile_text << ", head_dim padded to " << bd << "; " << heads << " x " << blocks
-       << " threadgroups of " << kSimdgroups * ORCHARD_SIMD_WIDTH << " threads";
-  kernel.tile = tile.str();
+  kernel.family = family;
+  kernel.name = join(family, "_", dtype.torch, "_d", bd, tile.name.empty() ? "" : "_", tile.name);
+  std::string switches;
+  for (const char* flag : flags) {
+    const bool on = *flag != '!';
+    // A kernel's name says which loads it uses either way, and dropout only if it is on.
+    if (on || std::string(flag) == "!chunks") kernel.name += on ? join("_", flag) : "_elements";
+    switches += on ? ", true" : ", false";
+  }
+  const std::string args =
+      join(family, "<", dtype.metal, ", ", tile.operand.empty() ? "" : tile.operand + ", ", bd,
+          ", ", tile.args, tile.args.empty() ? "" : ", ", kSimdgroups, switches, ">");
+  kernel.instantiation = join("template [[host_name(\"", kernel.name, "\")]] [[kernel]] decltype(",
+      args, ") ", args, ";\n");
+  kernel.tile = join(tile.text, tile.text.empty() ? "" : ", ", "head_dim padded to ", bd, "; ",
+      heads, " x ", blocks, " threadgroups of ", kSimdgroups * ORCHARD_SIMD_WIDTH, " threads");
   kernel.groups = {heads, blocks};
   kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
   return kernel;
@@ -172,25 +260,16 @@ uint64_t blocks_of(int64_t length, int64_t block) {
   return static_cast<uint64_t>((length + block - 1) / block);
 }
 
-/// A kernel over query rows: forward or dq.
-KernelPlan query_kernel(
-    const Problem& p, const char* family, const char* operand, int r, int bk, bool chunks) {
-  const int bq = 8 * r * kSimdgroups;
-  std::ostringstream name, args, text;
-  name << "r" << r << "_k" << bk;
-  args << r << ", " << bk;
-  text << "BQ " << bq << ", BK " << bk;
-  return make_kernel(p, {family, operand, name.str(), args.str(), text.str()}, chunks,
-      static_cast<uint64_t>(p.q.sizes[0] * p.q.sizes[1]), blocks_of(p.q.sizes[2], bq));
+uint64_t query_heads(const Problem& p) {
+  return static_cast<uint64_t>(p.q.sizes[0] * p.q.sizes[1]);
 }
 
-KernelPlan key_kernel(const Problem& p, const char* operand, int bq, bool chunks) {
-  const int keys = 8 * kSimdgroups;
-  std::ostringstream text;
-  text << "BK " << keys << ", BQ " << bq;
-  return make_kernel(p,
-      {"attention_backward_dkv", operand, "q" + std::to_string(bq), std::to_string(bq), text.str()},
-      chunks, static_cast<uint64_t>(p.k.sizes[0] * p.k.sizes[1]), blocks_of(p.k.sizes[2], keys));
+uint64_t kv_heads(const Problem& p) { return static_cast<uint64_t>(p.k.sizes[0] * p.k.sizes[1]); }
+
+/// The template's last arguments: VEC and DROPOUT.
+std::vector<const char*> switches(const Problem& p, bool chunks) {
+  return {
+      chunks ? "chunks" : "!chunks", dropout_threshold(p.dropout_p) > 0 ? "dropout" : "!dropout"};
 }
 
 void advise_on_layout(bool chunks, Plan& plan) {
@@ -239,14 +318,30 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   refuse(p, plan);
   if (!plan.refusal.empty()) return plan;
   const DTypeNames dtype = names(p.dtype);
-  const TileRow& tile = tiles(padded_head_dim(p.q.sizes[3]), dtype.size);
+  const int bd = padded_head_dim(p.q.sizes[3]);
+  ForwardTile tile = tiles(bd, size_of(dtype.operand)).forward;
+  TileChoice choice = forward_choice(tile, dtype.operand);
+  const std::vector<TileChoice> choices = forward_choices(bd, dtype);
+  const std::string asked = asked_tile(p, "attention_forward");
+  if (!asked.empty()) {
+    const auto found = std::find_if(choices.begin(), choices.end(),
+        [&](const TileChoice& candidate) { return candidate.name == asked; });
+    if (found == choices.end()) {
+      plan.refusal = join("attention_forward has no tile ", asked, " for this call");
+      plan.advice = "see the alternatives of flash_attn_plan";
+      return plan;
+    }
+    choice = *found;
+    tile.r = choice.name[1] - '0';
+  }
   bool chunks = true;
   for (const Layout* x : {&p.q, &p.k, &p.v, &out}) chunks &= allows_chunks(*x, dtype.size);
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   advise_on_layout(chunks, plan);
-  plan.kernels.push_back(query_kernel(
-      p, "attention_forward", dtype.forward_operand, tile.forward_r, tile.forward_bk, chunks));
+  plan.kernels.push_back(make_kernel(p, "attention_forward", choice, switches(p, chunks),
+      query_heads(p), blocks_of(p.q.sizes[2], query_rows(tile.r))));
+  plan.kernels[0].alternatives = names_of(choices);
   return plan;
 }
 
@@ -255,16 +350,42 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   refuse(p, plan);
   if (!plan.refusal.empty()) return plan;
   const DTypeNames dtype = names(p.dtype);
-  const TileRow& tile = tiles(padded_head_dim(p.q.sizes[3]), dtype.size);
+  const int bd = padded_head_dim(p.q.sizes[3]);
+  const TileRow& row = tiles(bd, size_of(dtype.operand));
   bool chunks = true;
   for (const Layout* x : {&p.q, &p.k, &p.v, &out, &dout}) chunks &= allows_chunks(*x, dtype.size);
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   plan.params.dout = to_strides(dout.strides);
   advise_on_layout(chunks, plan);
-  plan.kernels.push_back(query_kernel(
-      p, "attention_backward_dq", dtype.backward_operand, tile.dq_r, tile.dq_bk, chunks));
-  plan.kernels.push_back(key_kernel(p, dtype.backward_operand, tile.dkv_bq, chunks));
+
+  // One query head's dS in tiles of 8 x 8; whole groups of query heads at a time.
+  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
+  const int64_t ds_elements = group * 64 * blocks_of(p.q.sizes[2], 8) * blocks_of(p.k.sizes[2], 8);
+  const int64_t fitting =
+      ds_elements > 0 ? p.scratch_bytes / (ds_elements * int64_t{sizeof(float)}) : 0;
+  const bool store_ds = bd >= kDsHeadDim && fitting > 0;
+  if (store_ds) {
+    plan.kv_heads_at_once = std::min<int64_t>(fitting, kv_heads(p));
+    plan.ds_elements = plan.kv_heads_at_once * ds_elements;
+  } else {
+    plan.kv_heads_at_once = kv_heads(p);
+  }
+
+  const int keys = 8 * kSimdgroups / row.dkv.split;
+  plan.kernels.push_back(make_kernel(p, "attention_backward_delta", {},
+      {chunks ? "chunks" : "!chunks"}, query_heads(p), blocks_of(p.q.sizes[2], query_rows(1))));
+  plan.kernels.push_back(
+      make_kernel(p, "attention_backward_dkv", dkv_choice(row.dkv, store_ds, dtype.operand),
+          switches(p, chunks), kv_heads(p), blocks_of(p.k.sizes[2], keys)));
+  if (store_ds) {
+    plan.kernels.push_back(make_kernel(p, "attention_backward_dq_from_ds",
+        dq_choice(row.dq_from_ds, dtype.operand), {chunks ? "chunks" : "!chunks"}, query_heads(p),
+        blocks_of(p.q.sizes[2], query_rows(row.dq_from_ds.r))));
+  } else {
+    plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
+        switches(p, chunks), query_heads(p), blocks_of(p.q.sizes[2], query_rows(row.dq.r))));
+  }
   return plan;
 }
 
@@ -284,9 +405,14 @@ std::string to_json(const Plan& plan) {
     append_json(out, plan.kernels[i].instantiation);
     out << ", \"tile\": ";
     append_json(out, plan.kernels[i].tile);
-    out << "}";
+    out << ", \"alternatives\": [";
+    for (size_t j = 0; j < plan.kernels[i].alternatives.size(); j++) {
+      out << (j ? ", " : "");
+      append_json(out, plan.kernels[i].alternatives[j]);
+    }
+    out << "]}";
   }
-  out << "]}";
+  out << "], \"scratch_bytes\": " << plan.ds_elements * sizeof(float) << "}";
   return out.str();
 }
 

@@ -33,16 +33,19 @@ struct Problem {
   int64_t window_right = -1;
   int64_t diagonal = 0;
   double softcap = 0.0;
+  int64_t scratch_bytes = 0;  ///< what a backward may take for dS; 0: compute dS twice instead
+  std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."
 };
 
 /// One dispatch.
 struct KernelPlan {
-  std::string family;  ///< attention_forward, attention_backward_dq or attention_backward_dkv
-  std::string name;    ///< host name of the variant, every degree of freedom readable
-  std::string instantiation;         ///< the line of Metal that makes the variant
-  std::string tile;                  ///< tile and grid in words
-  std::array<uint64_t, 2> groups{};  ///< threadgroups in x and y
-  uint64_t threads = 0;              ///< per threadgroup, along x
+  std::string family;         ///< the name of the kernel's template
+  std::string name;           ///< host name of the variant, every degree of freedom readable
+  std::string instantiation;  ///< the line of Metal that makes the variant
+  std::string tile;           ///< tile and grid in words
+  std::vector<std::string> alternatives;  ///< tiles that Problem::tiles may name here
+  std::array<uint64_t, 2> groups{};       ///< threadgroups in x and y
+  uint64_t threads = 0;                   ///< per threadgroup, along x
 };
 
 struct Plan {
@@ -50,6 +53,11 @@ struct Plan {
   std::string advice;   ///< what the caller could change; may be empty
   AttentionParams params{};
   std::vector<KernelPlan> kernels;
+  /// Backward: elements of the float buffer for dS (0: none), and how many of the batch *
+  /// num_kv_heads key/value heads share it at once. Kernels that bind kBufferDs run for so many
+  /// heads at a time; their groups[0] is that of all heads.
+  int64_t ds_elements = 0;
+  int64_t kv_heads_at_once = 0;
 };
 
 /// Forward: fills params but for `out` strides and the dropout seed.

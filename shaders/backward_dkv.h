@@ -1,5 +1,5 @@
-// Attention backward, the key's side: dk and dv. Transposed throughout, so that P^T and dS^T are
-// left operands as they are.
+// Attention backward, the key's side: dk and dv, and dS for the query's side. Transposed
+// throughout, so that P^T and dS^T are left operands as they are.
 //
 //   for each query head of the group, each block of BQ queries:
 //     P^T  = exp(scale * K Q^T - lse)     dP^T = drop(V dO^T)
@@ -8,91 +8,120 @@
 //     dK = dK + dS^T Q
 //   dv = dV,  dk = scale * dK
 //
-// A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO
-// are staged once for all. Summing the group's heads here, in order, keeps the result
-// deterministic.
+// SPLIT neighbouring simdgroups take the same 8 keys, each its part of the columns: K, V, dK and dV
+// of wide heads fill more registers than one has. They add up their parts of S^T and dP^T. A
+// threadgroup takes 8 SIMDGROUPS / SPLIT keys of one key/value head; Q and dO are staged once for
+// all. Summing the group's heads here, in order, keeps the result deterministic. T: tensors, F:
+// operands. dS is multiplied as float: over long sequences it leaves half's range. P is at most 1,
+// and scaled up.
 #pragma once
 
 #include "dropout.h"
+#include "dscore.h"
 #include "loader.h"
 #include "mask.h"
 #include "score.h"
 #include "softmax.h"
 
-template <typename T, typename F, int BD, int BQ, int SIMDGROUPS, bool VEC, bool DROPOUT>
+template <typename T, typename F, int BD, int BQ, int SPLIT, bool STORE_DS, int SIMDGROUPS,
+    bool VEC, bool DROPOUT>
 [[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
 attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                         // (B, Hkv, S, D)
     const device T* value [[buffer(kBufferValue)]],                     // (B, Hkv, S, D)
     const device float* lse [[buffer(kBufferLse)]],                     // (B, Hq, L)
     const device T* dout [[buffer(kBufferDout)]],                       // (B, Hq, L, D)
-    const device float* delta [[buffer(kBufferDelta)]],  // (B, Hq, L), from attention_backward_dq
-    device T* dk [[buffer(kBufferDk)]],                  // (B, Hkv, S, D)
-    device T* dv [[buffer(kBufferDv)]],                  // (B, Hkv, S, D)
+    const device float* delta [[buffer(kBufferDelta)]],                 // (B, Hq, L)
+    device T* dk [[buffer(kBufferDk)]],                                 // (B, Hkv, S, D)
+    device T* dv [[buffer(kBufferDv)]],                                 // (B, Hkv, S, D)
+    device float* ds [[buffer(kBufferDs)]],  // DscoreTiles, written if STORE_DS
     constant AttentionParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
-  const int kDepth = BD / 8;
+  const int kKeys = 8 * SIMDGROUPS / SPLIT;
+  const int kDepth = BD / 8 / SPLIT;
   const int kBlocks = BQ / 8;
-  const int LD = StagedRow<T, BD>::kLength;
-  threadgroup uint4 q_storage[BQ * LD * sizeof(T) / 16];
-  threadgroup uint4 grad_storage[BQ * LD * sizeof(T) / 16];
-  threadgroup T* q_block = reinterpret_cast<threadgroup T*>(q_storage);        // (BQ, BD)
-  threadgroup T* grad_block = reinterpret_cast<threadgroup T*>(grad_storage);  // (BQ, BD)
+  const bool kKeep =
+      BD / SPLIT * (8 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK, dV, K, V
+  const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
+  const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
+  threadgroup uint4 q_storage[kChunks];
+  threadgroup uint4 grad_storage[kChunks];
+  threadgroup float2 p_storage[SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 1];
+  threadgroup float2 dp_storage[SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 1];
+  threadgroup F* q_block = reinterpret_cast<threadgroup F*>(q_storage);        // (BQ, BD)
+  threadgroup F* grad_block = reinterpret_cast<threadgroup F*>(grad_storage);  // (BQ, BD)
 
-  const int batch = group.x / params.num_kv_heads;
-  const int kv_head = group.x % params.num_kv_heads;
+  const int kv_index = group.x + params.first_kv_head;
+  const int batch = kv_index / params.num_kv_heads;
+  const int kv_head = kv_index % params.num_kv_heads;
   const int heads = params.num_heads / params.num_kv_heads;  // of the group
-  const int group_key0 = group.y * 8 * SIMDGROUPS;  // early keys first: causally the heaviest
-  const int key0 = group_key0 + simdgroup * 8;
+  const int group_key0 = group.y * kKeys;  // early keys first: causally the heaviest
+  const int key0 = group_key0 + simdgroup / SPLIT * 8;
+  const int part = simdgroup % SPLIT;
+  const int col0 = part * kDepth * 8;
   const LanePosition at = lane_position(lane);
+  const HeadRows<T> k_rows =
+      head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim);
+  const HeadRows<T> v_rows =
+      head_rows(value, params.v, batch, kv_head, params.kv_len, params.head_dim);
+  const BlockRange blocks =
+      query_blocks(group_key0, min(group_key0 + kKeys, params.kv_len), BQ, params);
 
-  LeftOperand<T, F, 1, kDepth, VEC, BD <= 64> k;
-  k.load(head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim), key0, at);
-  LeftOperand<T, F, 1, kDepth, VEC, BD <= 64> v;
-  v.load(head_rows(value, params.v, batch, kv_head, params.kv_len, params.head_dim), key0, at);
+  LeftOperand<T, F, 1, kDepth, VEC, kKeep> k;
+  k.load(device_rows<VEC>(k_rows, key0, col0, at));
+  LeftOperand<T, F, 1, kDepth, VEC, kKeep> v;
+  v.load(device_rows<VEC>(v_rows, key0, col0, at));
   Tile<float, 1, kDepth> dk_sum;
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
-  SharedBlock<T, F, LD> q_shared;
-  q_shared.rows = q_block;
-  q_shared.at = at;
-  SharedBlock<T, F, LD> grad_shared;
-  grad_shared.rows = grad_block;
-  grad_shared.at = at;
+  const PartialTiles<SPLIT, kBlocks> p_parts =
+      partial_tiles<SPLIT, kBlocks>(p_storage, simdgroup, lane);
+  const PartialTiles<SPLIT, kBlocks> dp_parts =
+      partial_tiles<SPLIT, kBlocks>(dp_storage, simdgroup, lane);
 
-  const BlockRange blocks =
-      query_blocks(group_key0, min(group_key0 + 8 * SIMDGROUPS, params.kv_len), BQ, params);
   for (int member = 0; member < heads; member++) {
     const int head = kv_head * heads + member;
     const int64_t stats0 = ((int64_t)batch * params.num_heads + head) * params.q_len;
-    const HeadRows<T> q_rows =
-        head_rows(query, params.q, batch, head, params.q_len, params.head_dim);
-    const HeadRows<T> grad_rows =
-        head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim);
     const DropoutDraws draws = dropout_draws(batch, head, at, params);
+    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    RightOperand<T, F, BQ, BD, kThreads, VEC, true> q;
+    q.start(head_rows(query, params.q, batch, head, params.q_len, params.head_dim),
+        blocks.begin * BQ, col0, q_block, thread_index, at);
+    RightOperand<T, F, BQ, BD, kThreads, VEC, true> grad;
+    grad.start(head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim),
+        blocks.begin * BQ, col0, grad_block, thread_index, at);
     for (int block = blocks.begin; block < blocks.end; block++) {
       const int row0 = block * BQ;
+      q.fetch();
+      grad.fetch();
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-      load_block<BQ, BD, kThreads, VEC>(q_block, q_rows, row0, thread_index);
-      load_block<BQ, BD, kThreads, VEC>(grad_block, grad_rows, row0, thread_index);
+      q.store();
+      grad.store();
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
       Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
       zero(p);
-      mma_ABt<kDepth>(p, k, q_shared);
+      mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, q);
+      Tile<float, 1, kBlocks> ds_tile;
+      zero(ds_tile);
+      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_tile, v, grad);  // dP^T
+      if (SPLIT > 1) {
+        p_parts.put(p);
+        dp_parts.put(ds_tile);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        p_parts.sum(p);
+        dp_parts.sum(ds_tile);
+      }
       score(p, params.scale);
-      Tile<float, 1, kBlocks> ds;
-      zero(ds);
-      mma_ABt<kDepth>(ds, v, grad_shared);  // dP^T
       uint kept = 0;
       if (DROPOUT) {
         kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
       }
-      Tile<float, 1, kBlocks> dropped;  // drop(P^T)
+      Tile<float, 1, kBlocks> dropped;  // kPScale * P^T, 0 where dropped
       const bool all_seen = sees_all(row0, BQ, key0, 8, params);
       ORCHARD_UNROLL
       for (int c = 0; c < kBlocks; c++) {
@@ -103,24 +132,32 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           float w = weight(p.fragments[0][c][e], finite_lse(lse[stats]));
           w = all_seen || sees(row, key0 + at.row, params) ? w : 0.0f;
           float keep = 1.0f;
+          float p_scale = kPScale;
           if (DROPOUT) {
-            keep = (kept >> (16 * e + c)) & 1 ? params.dropout_rescale : 0.0f;
+            const bool kept_here = (kept >> (16 * e + c)) & 1;
+            keep = kept_here ? params.dropout_rescale : 0.0f;
+            p_scale = kept_here ? kPScale : 0.0f;
           }
-          dropped.fragments[0][c][e] = w * keep;
-          ds.fragments[0][c][e] = w * (ds.fragments[0][c][e] * keep - delta[stats]);
+          dropped.fragments[0][c][e] = w * p_scale;
+          ds_tile.fragments[0][c][e] = w * (ds_tile.fragments[0][c][e] * keep - delta[stats]);
+        }
+        const bool inside = key0 < params.kv_len && row0 + 8 * c < params.q_len;
+        if (STORE_DS && inside && c % SPLIT == part) {
+          ds_tiles.store(key0, row0 + 8 * c, ds_tile.fragments[0][c]);
         }
       }
       const Tile<F, 1, kBlocks> p_operand = as_operand<F>(dropped);
-      mma_AB(dv_sum, p_operand, grad_shared);
-      const Tile<F, 1, kBlocks> ds_operand = as_operand<F>(ds);
-      mma_AB(dk_sum, ds_operand, q_shared);
+      mma_AB(dv_sum, p_operand, grad);
+      mma_AB(dk_sum, ds_tile, q);
+      q.advance();
+      grad.advance();
     }
   }
 
   const float dk_factor[1] = {score_derivative(params)};
-  const float dv_factor[1] = {1.0f};
-  store_rows<VEC>(
-      dk, params.dk, batch, kv_head, key0, params.kv_len, params.head_dim, dk_sum, dk_factor, at);
-  store_rows<VEC>(
-      dv, params.dv, batch, kv_head, key0, params.kv_len, params.head_dim, dv_sum, dv_factor, at);
+  const float dv_factor[1] = {(DROPOUT ? params.dropout_rescale : 1.0f) / kPScale};
+  store_rows<VEC>(dk, params.dk, batch, kv_head, key0, col0, params.kv_len, params.head_dim, dk_sum,
+      dk_factor, at);
+  store_rows<VEC>(dv, params.dv, batch, kv_head, key0, col0, params.kv_len, params.head_dim, dv_sum,
+      dv_factor, at);
 }

@@ -1,6 +1,6 @@
-// Attention backward, the query's side: delta and dq.
+// Attention backward, the query's side: dq. Two forms: attention_backward_dq computes dS again,
+// attention_backward_dq_from_ds takes what attention_backward_dkv has left.
 //
-//   delta = rowsum(dO * O) - dlse
 //   for each block of BK keys:
 //     P  = exp(scale * Q K^T - lse)       dP = drop(dO V^T)
 //     dS = P (dP - delta)
@@ -8,10 +8,12 @@
 //   dq = scale * dQ
 //
 // A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them; K and
-// V are staged once for all.
+// V are staged once for all. T: tensors, F: operands of S and dP. dS is multiplied as float: over
+// long sequences it leaves half's range.
 #pragma once
 
 #include "dropout.h"
+#include "dscore.h"
 #include "loader.h"
 #include "mask.h"
 #include "score.h"
@@ -35,12 +37,10 @@ template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VE
 attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                        // (B, Hkv, S, D)
     const device T* value [[buffer(kBufferValue)]],                    // (B, Hkv, S, D)
-    const device T* out [[buffer(kBufferOut)]],                        // (B, Hq, L, D)
     const device float* lse [[buffer(kBufferLse)]],                    // (B, Hq, L)
     const device T* dout [[buffer(kBufferDout)]],                      // (B, Hq, L, D)
-    const device float* dlse [[buffer(kBufferDlse)]],  // (B, Hq, L), read if params.has_dlse
-    device float* delta [[buffer(kBufferDelta)]],      // (B, Hq, L)
-    device T* dq [[buffer(kBufferDq)]],                // (B, Hq, L, D)
+    const device float* delta [[buffer(kBufferDelta)]],                // (B, Hq, L)
+    device T* dq [[buffer(kBufferDq)]],                                // (B, Hq, L, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
@@ -49,80 +49,61 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
   const int kDepth = BD / 8;
   const int BQ = 8 * R * SIMDGROUPS;
-  const int LD = StagedRow<T, BD>::kLength;
-  threadgroup uint4 k_storage[BK * LD * sizeof(T) / 16];
-  threadgroup uint4 v_storage[BK * LD * sizeof(T) / 16];
-  threadgroup T* k_block = reinterpret_cast<threadgroup T*>(k_storage);  // (BK, BD)
-  threadgroup T* v_block = reinterpret_cast<threadgroup T*>(v_storage);  // (BK, BD)
+  const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
+  const int kChunks = BK * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
+  threadgroup uint4 k_storage[kChunks];
+  threadgroup uint4 v_storage[kChunks];
+  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
+  threadgroup F* v_block = reinterpret_cast<threadgroup F*>(v_storage);  // (BK, BD)
 
   const int batch = group.x / params.num_heads;
   const int head = group.x % params.num_heads;
   const int kv_head = head / (params.num_heads / params.num_kv_heads);
   const int group_row0 = (grid.y - 1 - group.y) * BQ;  // heaviest first, as in the forward
   const int row0 = group_row0 + simdgroup * 8 * R;
-  const int64_t stats0 = (int64_t)group.x * params.q_len;  // this head's rows of lse and delta
   const LanePosition at = lane_position(lane);
+  const HeadRows<T> q_rows = head_rows(query, params.q, batch, head, params.q_len, params.head_dim);
+  const HeadRows<T> grad_rows =
+      head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim);
   const HeadRows<T> k_rows =
       head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim);
   const HeadRows<T> v_rows =
       head_rows(value, params.v, batch, kv_head, params.kv_len, params.head_dim);
+  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
 
-  LeftOperand<T, F, R, kDepth, VEC, BD <= 64> q;
-  q.load(head_rows(query, params.q, batch, head, params.q_len, params.head_dim), row0, at);
-  LeftOperand<T, F, R, kDepth, VEC, BD <= 64> grad;
-  grad.load(head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim), row0, at);
-  DeviceRows<T, float, VEC> grad_rows;
-  grad_rows.rows = head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim);
-  grad_rows.row0 = row0;
-  grad_rows.at = at;
-  DeviceRows<T, float, VEC> out_rows;
-  out_rows.rows = head_rows(out, params.out, batch, head, params.q_len, params.head_dim);
-  out_rows.row0 = row0;
-  out_rows.at = at;
-
+  LeftOperand<T, F, R, kDepth, VEC, kKeep> q;
+  q.load(device_rows<VEC>(q_rows, row0, 0, at));
+  LeftOperand<T, F, R, kDepth, VEC, kKeep> grad;
+  grad.load(device_rows<VEC>(grad_rows, row0, 0, at));
+  RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
+  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  RightOperand<T, F, BK, BD, kThreads, VEC, true> v;
+  v.start(v_rows, blocks.begin * BK, 0, v_block, thread_index, at);
   float row_lse[R];
   float row_delta[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
-    const int row = row0 + 8 * r + at.row;
-    const bool inside = row < params.q_len;
-    float part = 0.0f;
-    ORCHARD_UNROLL
-    for (int d = 0; d < kDepth; d++) {
-      const float2 product = grad_rows.pair(r, d) * out_rows.pair(r, d);
-      part += product.x + product.y;
-    }
-    row_delta[r] = row_sum(part);
-    if (inside && params.has_dlse) {
-      row_delta[r] -= dlse[stats0 + row];
-    }
-    row_lse[r] = inside ? finite_lse(lse[stats0 + row]) : 0.0f;
-    if (inside && at.col == 0) {
-      delta[stats0 + row] = row_delta[r];
-    }
+    const int row = min(row0 + 8 * r + at.row, params.q_len - 1);
+    const int64_t stats = (int64_t)group.x * params.q_len + row;
+    row_lse[r] = finite_lse(lse[stats]);
+    row_delta[r] = delta[stats];
   }
-
   Tile<float, R, kDepth> sum;
   zero(sum);
   const DropoutDraws draws = dropout_draws(batch, head, at, params);
-  SharedBlock<T, F, LD> k_shared;
-  k_shared.rows = k_block;
-  k_shared.at = at;
-  SharedBlock<T, F, LD> v_shared;
-  v_shared.rows = v_block;
-  v_shared.at = at;
 
-  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
+    k.fetch();
+    v.fetch();
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    load_block<BK, BD, kThreads, VEC>(k_block, k_rows, key0, thread_index);
-    load_block<BK, BD, kThreads, VEC>(v_block, v_rows, key0, thread_index);
+    k.store();
+    v.store();
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     Tile<float, R, BK / 8> p;
     zero(p);
-    mma_ABt<kDepth>(p, q, k_shared);
+    mma_ABt<F, kDepth, Chains<T>::kCount>(p, q, k);
     score(p, params.scale);
     weights(p, row_lse);
     if (!sees_all(row0, 8 * R, key0, BK, params)) {
@@ -130,7 +111,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     }
     Tile<float, R, BK / 8> dp;
     zero(dp);
-    mma_ABt<kDepth>(dp, grad, v_shared);
+    mma_ABt<F, kDepth, Chains<T>::kCount>(dp, grad, v);
     if (DROPOUT) {
       drop(dp, row0, key0, draws);
       float rescale[R];
@@ -142,8 +123,9 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     }
     Tile<float, R, BK / 8> ds;
     dscore(ds, p, dp, row_delta);
-    const Tile<F, R, BK / 8> ds_operand = as_operand<F>(ds);
-    mma_AB(sum, ds_operand, k_shared);
+    mma_AB(sum, ds, k);
+    k.advance();
+    v.advance();
   }
 
   float factor[R];
@@ -151,5 +133,68 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   for (int r = 0; r < R; r++) {
     factor[r] = score_derivative(params);
   }
-  store_rows<VEC>(dq, params.dq, batch, head, row0, params.q_len, params.head_dim, sum, factor, at);
+  store_rows<VEC>(
+      dq, params.dq, batch, head, row0, 0, params.q_len, params.head_dim, sum, factor, at);
+}
+
+/// dq = scale * dS K. Tiles that no query of theirs sees have not been written, and are not read.
+template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC>
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B, Hkv, S, D)
+    device float* ds [[buffer(kBufferDs)]],                                // DscoreTiles
+    device T* dq [[buffer(kBufferDq)]],                                    // (B, Hq, L, D)
+    constant AttentionParams& params [[buffer(kBufferParams)]],
+    uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
+  const int kDepth = BD / 8;
+  const int BQ = 8 * R * SIMDGROUPS;
+  threadgroup uint4 k_storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
+  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
+
+  const int heads = params.num_heads / params.num_kv_heads;  // of a key/value head
+  const int index = group.x + params.first_kv_head * heads;
+  const int batch = index / params.num_heads;
+  const int head = index % params.num_heads;
+  const int group_row0 = (grid.y - 1 - group.y) * BQ;
+  const int row0 = group_row0 + simdgroup * 8 * R;
+  const LanePosition at = lane_position(lane);
+  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
+  const HeadRows<T> k_rows =
+      head_rows(key, params.k, batch, head / heads, params.kv_len, params.head_dim);
+  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
+  RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
+  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  Tile<float, R, kDepth> sum;
+  zero(sum);
+
+  for (int block = blocks.begin; block < blocks.end; block++) {
+    Tile<float, R, BK / 8> tile;
+    ORCHARD_UNROLL
+    for (int r = 0; r < R; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BK / 8; c++) {
+        const int row = row0 + 8 * r;
+        const int key0 = block * BK + 8 * c;
+        tile.fragments[r][c] =
+            sees_any(row, 8, key0, 8, params) ? ds_tiles.load(key0, row) : float2(0.0f);
+      }
+    }
+    k.fetch();
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+    k.store();
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    mma_AB(sum, tile, k);
+    k.advance();
+  }
+
+  float factor[R];
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    factor[r] = score_derivative(params);
+  }
+  store_rows<VEC>(
+      dq, params.dq, batch, head, row0, 0, params.q_len, params.head_dim, sum, factor, at);
 }

@@ -7,8 +7,9 @@
 //   out = O / l,  lse = log(l) + m
 //
 // A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with
-// Q, S, P and O in registers; K and V are staged once for all. T: tensors, F: operands of the
-// matrix unit.
+// Q, S, P and O in registers. T: tensors, F: operands of the matrix unit. K and V reach it by
+// BUFFERS: 2, staged side by side for all simdgroups; 1, staged one after the other in the same
+// threadgroup memory; 0, read from device memory by each simdgroup.
 #pragma once
 
 #include "dropout.h"
@@ -17,7 +18,8 @@
 #include "score.h"
 #include "softmax.h"
 
-template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC, bool DROPOUT>
+template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGROUPS, bool VEC,
+    bool DROPOUT>
 [[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
 attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                    // (B, Hkv, S, D)
@@ -32,11 +34,13 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
   const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
   const int kDepth = BD / 8;
   const int BQ = 8 * R * SIMDGROUPS;
-  const int LD = StagedRow<T, BD>::kLength;
-  threadgroup uint4 k_storage[BK * LD * sizeof(T) / 16];
-  threadgroup uint4 v_storage[BK * LD * sizeof(T) / 16];
-  threadgroup T* k_block = reinterpret_cast<threadgroup T*>(k_storage);  // (BK, BD)
-  threadgroup T* v_block = reinterpret_cast<threadgroup T*>(v_storage);  // (BK, BD)
+  const bool kKeepQ = R * BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;
+  const int kChunks = BK * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
+  threadgroup uint4 k_storage[BUFFERS > 0 ? kChunks : 1];
+  threadgroup uint4 v_storage[BUFFERS > 1 ? kChunks : 1];
+  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
+  threadgroup F* v_block =                                               // (BK, BD)
+      reinterpret_cast<threadgroup F*>(BUFFERS > 1 ? v_storage : k_storage);
 
   // Heads run fastest and late rows first: under a causal mask the heaviest blocks start first.
   const int batch = group.x / params.num_heads;
@@ -45,36 +49,48 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
   const int group_row0 = (grid.y - 1 - group.y) * BQ;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
+  const HeadRows<T> q_rows = head_rows(query, params.q, batch, head, params.q_len, params.head_dim);
   const HeadRows<T> k_rows =
       head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim);
   const HeadRows<T> v_rows =
       head_rows(value, params.v, batch, kv_head, params.kv_len, params.head_dim);
+  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
 
-  LeftOperand<T, F, R, kDepth, VEC, BD <= 128> q;
-  q.load(head_rows(query, params.q, batch, head, params.q_len, params.head_dim), row0, at);
+  LeftOperand<T, F, R, kDepth, VEC, kKeepQ> q;
+  q.load(device_rows<VEC>(q_rows, row0, 0, at));
+  RightOperand<T, F, BK, BD, kThreads, VEC, (BUFFERS > 0)> k;
+  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  RightOperand<T, F, BK, BD, kThreads, VEC, (BUFFERS > 0)> v;
+  v.start(v_rows, blocks.begin * BK, 0, v_block, thread_index, at);
   Tile<float, R, kDepth> o;
   zero(o);
   OnlineSoftmax<R> softmax;
   softmax.init();
   const DropoutDraws draws = dropout_draws(batch, head, at, params);
-  SharedBlock<T, F, LD> k_shared;
-  k_shared.rows = k_block;
-  k_shared.at = at;
-  SharedBlock<T, F, LD> v_shared;
-  v_shared.rows = v_block;
-  v_shared.at = at;
 
-  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    load_block<BK, BD, kThreads, VEC>(k_block, k_rows, key0, thread_index);
-    load_block<BK, BD, kThreads, VEC>(v_block, v_rows, key0, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    k.fetch();
+    if (BUFFERS == 2) {
+      v.fetch();
+    }
+    barrier_if<(BUFFERS > 0)>();  // the previous block has been read
+    k.store();
+    if (BUFFERS == 2) {
+      v.store();
+    }
+    barrier_if<(BUFFERS > 0)>();
 
     Tile<float, R, BK / 8> s;
     zero(s);
-    mma_ABt<kDepth>(s, q, k_shared);
+    mma_ABt<F, kDepth, Chains<T>::kCount>(s, q, k);
+    if (BUFFERS == 1) {
+      v.fetch();
+    }
+    barrier_if<BUFFERS == 1>();  // K has been read
+    if (BUFFERS == 1) {
+      v.store();
+    }
     score(s, params.scale_log2);
     if (!sees_all(row0, 8 * R, key0, BK, params)) {
       mask_tile(s, row0, key0, -INFINITY, at, params);
@@ -86,7 +102,10 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
       drop(s, row0, key0, draws);
     }
     const Tile<F, R, BK / 8> p = as_operand<F>(s);
-    mma_AB(o, p, v_shared);
+    barrier_if<BUFFERS == 1>();
+    mma_AB(o, p, v);
+    k.advance();
+    v.advance();
   }
 
   float factor[R];
@@ -99,5 +118,6 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
       lse[(int64_t)group.x * params.q_len + row] = softmax.lse(r, total);
     }
   }
-  store_rows<VEC>(out, params.out, batch, head, row0, params.q_len, params.head_dim, o, factor, at);
+  store_rows<VEC>(
+      out, params.out, batch, head, row0, 0, params.q_len, params.head_dim, o, factor, at);
 }

@@ -5,11 +5,10 @@
 #include "params.h"
 #include "tile.h"
 
-/// Row length of a staged block: 16 bytes of padding keep rows aligned and off the same banks.
-template <typename T, int BD>
+/// Rows staged as operands of type F: 16 bytes of padding keep them aligned and off the same banks.
+template <typename F, int BD>
 struct StagedRow {
-  static constant constexpr const int kChunk = 16 / sizeof(T);  // elements of a 16-byte access
-  static constant constexpr const int kLength = BD + kChunk;
+  static constant constexpr const int kLength = BD + 16 / sizeof(F);
 };
 
 /// One head of a (B, H, length, head_dim) tensor.
@@ -38,82 +37,205 @@ METAL_FUNC HeadRows<T> head_rows(const device T* tensor, constant TensorStrides&
   return rows;
 }
 
-/// Rows [row0, row0 + ROWS) to threadgroup memory, by all THREADS threads. VEC: in 16-byte chunks
-/// (rows 16-byte aligned, columns adjacent, head_dim whole chunks); else element by element.
-template <int ROWS, int BD, int THREADS, bool VEC, typename T>
-METAL_FUNC void load_block(threadgroup T* block, HeadRows<T> from, int row0, uint thread_index) {
-  const int LD = StagedRow<T, BD>::kLength;
-  if (VEC) {
-    const int kChunk = StagedRow<T, BD>::kChunk;
-    const int kChunks = BD / kChunk;  // of a row
-    for (int i = thread_index; i < ROWS * kChunks; i += THREADS) {
-      const int row = i / kChunks;
-      const int col = i % kChunks * kChunk;
-      const bool inside = row0 + row < from.length && col < from.head_dim;
-      const device T* p = from.data + (row0 + row) * from.row_stride + col;
-      *reinterpret_cast<threadgroup uint4*>(block + row * LD + col) =
-          inside ? *reinterpret_cast<const device uint4*>(p) : uint4(0);
-    }
-  } else {
-    for (int i = thread_index; i < ROWS * BD; i += THREADS) {
-      block[i / BD * LD + i % BD] = from.at(row0 + i / BD, i % BD);
-    }
-  }
-}
-
-/// Rows [row0, ...) of a head as operand fragments straight from device memory.
-template <typename T, typename F, bool VEC>
+/// Rows [row0, ...) and columns [col0, ...) of a head, read as fragments from device memory.
+template <typename T, bool VEC>
 struct DeviceRows {
   HeadRows<T> rows;
   int row0;
+  int col0;
   LanePosition at;
 
-  METAL_FUNC vec<F, 2> pair(int r, int c) const {
+  /// Fragment (r, c) as it lies.
+  METAL_FUNC vec<T, 2> pair(int r, int c) const {
     const int row = row0 + 8 * r + at.row;
-    const int col = 8 * c + at.col;
+    const int col = col0 + 8 * c + at.col;
     if (VEC) {
-      if (row < rows.length && col < rows.head_dim) {
-        const device T* p = rows.data + row * rows.row_stride + col;
-        const vec<T, 2> elements = *reinterpret_cast<const device vec<T, 2>*>(p);
-        return vec<F, 2>(F(elements.x), F(elements.y));
-      }
-      return vec<F, 2>(F(0), F(0));
+      const bool inside = row < rows.length && col < rows.head_dim;
+      const device T* p = rows.data + row * rows.row_stride + col;
+      return inside ? *reinterpret_cast<const device vec<T, 2>*>(p) : vec<T, 2>(T(0), T(0));
     }
-    return vec<F, 2>(F(rows.at(row, col)), F(rows.at(row, col + 1)));
+    return vec<T, 2>(rows.at(row, col), rows.at(row, col + 1));
+  }
+
+  /// Fragment (c, r) of the transposed rows.
+  METAL_FUNC vec<T, 2> transposed(int r, int c) const {
+    const int row = row0 + 8 * r + at.col;
+    const int col = col0 + 8 * c + at.row;
+    return vec<T, 2>(rows.at(row, col), rows.at(row + 1, col));
   }
 };
 
-/// A left operand of ROWS x DEPTH fragments: held in registers where KEEP, else re-read when used
-/// (wide heads would spill).
+template <bool VEC, typename T>
+METAL_FUNC DeviceRows<T, VEC> device_rows(HeadRows<T> rows, int row0, int col0, LanePosition at) {
+  DeviceRows<T, VEC> x;
+  x.rows = rows;
+  x.row0 = row0;
+  x.col0 = col0;
+  x.at = at;
+  return x;
+}
+
+/// A left operand of ROWS x DEPTH fragments: held in registers where KEEP, else read again when
+/// used (wide heads would spill).
 template <typename T, typename F, int ROWS, int DEPTH, bool VEC, bool KEEP>
 struct LeftOperand {
   Tile<F, KEEP ? ROWS : 1, KEEP ? DEPTH : 1> kept;
-  DeviceRows<T, F, VEC> source;
+  DeviceRows<T, VEC> source;
 
-  METAL_FUNC void load(HeadRows<T> rows, int row0, LanePosition at) {
-    source.rows = rows;
-    source.row0 = row0;
-    source.at = at;
+  METAL_FUNC void load(DeviceRows<T, VEC> rows) {
+    source = rows;
     if (KEEP) {
       ORCHARD_UNROLL
       for (int r = 0; r < ROWS; r++) {
         ORCHARD_UNROLL
         for (int d = 0; d < DEPTH; d++) {
-          kept.fragments[KEEP ? r : 0][KEEP ? d : 0] = source.pair(r, d);
+          kept.fragments[KEEP ? r : 0][KEEP ? d : 0] = operand<F>(source.pair(r, d));
         }
       }
     }
   }
 
   METAL_FUNC vec<F, 2> pair(int r, int d) const {
-    return KEEP ? kept.fragments[KEEP ? r : 0][KEEP ? d : 0] : source.pair(r, d);
+    return KEEP ? kept.fragments[KEEP ? r : 0][KEEP ? d : 0] : operand<F>(source.pair(r, d));
   }
 };
 
-/// Writes x * factor[row] to rows [row0, ...) of one head of an output (columns adjacent).
+/// Moves blocks of ROWS consecutive rows to threadgroup memory as operands of type F, by all
+/// THREADS threads: fetch() may run while the previous block is still read, store() may not. VEC:
+/// in 16-byte chunks (rows 16-byte aligned, columns adjacent, head_dim whole chunks); else element
+/// by element.
+template <typename T, typename F, int ROWS, int BD, int THREADS, bool VEC>
+struct BlockLoader {
+  static constant constexpr const int kLength = StagedRow<F, BD>::kLength;
+  static constant constexpr const int kChunk = 16 / sizeof(T);  // elements of a chunk
+  static constant constexpr const int kChunks = BD / kChunk;    // of a row
+  static constant constexpr const int kRowsAtOnce = THREADS / kChunks;
+  static constant constexpr const int kPasses = (ROWS + kRowsAtOnce - 1) / kRowsAtOnce;
+
+  HeadRows<T> from;
+  int thread_index;
+  int row0;               // of the block
+  int row;                // this thread's, in the first pass
+  int col;                // this thread's
+  const device T* chunk;  // this thread's, in the first pass
+  uint4 fetched[kPasses];
+
+  METAL_FUNC void start(HeadRows<T> rows, int first_row, int thread) {
+    from = rows;
+    thread_index = thread;
+    row0 = first_row;
+    row = thread / kChunks;
+    col = thread % kChunks * kChunk;
+    chunk = from.data + (row0 + row) * from.row_stride + col;
+  }
+
+  METAL_FUNC void advance() {
+    row0 += ROWS;
+    chunk += ROWS * from.row_stride;
+  }
+
+  /// Whether this thread moves a chunk in this pass.
+  METAL_FUNC bool takes_part(int pass) const {
+    return (THREADS % kChunks == 0 || row < kRowsAtOnce) &&
+           (ROWS % kRowsAtOnce == 0 || row + pass * kRowsAtOnce < ROWS);
+  }
+
+  METAL_FUNC void fetch() {
+    if (VEC) {
+      ORCHARD_UNROLL
+      for (int pass = 0; pass < kPasses; pass++) {
+        const int ahead = pass * kRowsAtOnce;
+        const bool inside =
+            takes_part(pass) && row0 + row + ahead < from.length && col < from.head_dim;
+        const device T* p = chunk + ahead * from.row_stride;
+        fetched[pass] = inside ? *reinterpret_cast<const device uint4*>(p) : uint4(0);
+      }
+    }
+  }
+
+  /// block is (ROWS, kLength).
+  METAL_FUNC void store(threadgroup F* block) const {
+    if (VEC) {
+      ORCHARD_UNROLL
+      for (int pass = 0; pass < kPasses; pass++) {
+        if (takes_part(pass)) {
+          store_chunk(block + (row + pass * kRowsAtOnce) * kLength + col, fetched[pass]);
+        }
+      }
+    } else {
+      for (int i = thread_index; i < ROWS * BD; i += THREADS) {
+        block[i / BD * kLength + i % BD] = F(from.at(row0 + i / BD, i % BD));
+      }
+    }
+  }
+
+  METAL_FUNC static void store_chunk(threadgroup F* p, uint4 bits) {
+    if (sizeof(T) == sizeof(F)) {
+      *reinterpret_cast<threadgroup uint4*>(p) = bits;
+    } else {
+      const thread vec<T, 4>* elements = reinterpret_cast<const thread vec<T, 4>*>(&bits);
+      ORCHARD_UNROLL
+      for (int i = 0; i < kChunk / 4; i++) {
+        *reinterpret_cast<threadgroup vec<F, 4>*>(p + 4 * i) = vec<F, 4>(elements[i]);
+      }
+    }
+  }
+};
+
+/// The rows of a head as right operand of type F, ROWS at a time: STAGED in threadgroup memory for
+/// all simdgroups, or read from device memory by each.
+template <typename T, typename F, int ROWS, int BD, int THREADS, bool VEC, bool STAGED>
+struct RightOperand {
+  BlockLoader<T, F, ROWS, BD, THREADS, VEC> loader;
+  threadgroup F* block;
+  SharedBlock<F, StagedRow<F, BD>::kLength> staged;
+  DeviceRows<T, VEC> direct;
+
+  /// Fragments start at column col0.
+  METAL_FUNC void start(HeadRows<T> rows, int row0, int col0, threadgroup F* storage,
+      uint thread_index, LanePosition at) {
+    loader.start(rows, row0, thread_index);
+    block = storage;
+    staged.rows = storage + col0;
+    staged.at = at;
+    direct = device_rows<VEC>(rows, row0, col0, at);
+  }
+
+  METAL_FUNC void fetch() {
+    if (STAGED) {
+      loader.fetch();
+    }
+  }
+
+  METAL_FUNC void store() const {
+    if (STAGED) {
+      loader.store(block);
+    }
+  }
+
+  /// To the next rows.
+  METAL_FUNC void advance() {
+    loader.advance();
+    direct.row0 += ROWS;
+  }
+
+  METAL_FUNC vec<F, 2> pair(int r, int c) const {
+    return STAGED ? staged.pair(r, c) : operand<F>(direct.pair(r, c));
+  }
+
+  METAL_FUNC vec<F, 2> transposed(int r, int c) const {
+    return STAGED ? staged.transposed(r, c) : operand<F>(direct.transposed(r, c));
+  }
+};
+
+/// Left operands stay in registers while they and the sums take at most so many of a thread's 128.
+#define ORCHARD_OPERAND_REGISTERS 96
+
+/// Writes x * factor[row] to rows [row0, ...) and columns [col0, ...) of one head of an output
+/// (columns adjacent).
 template <bool VEC, typename T, int ROWS, int COLS>
 METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, int batch, int head,
-    int row0, int length, int head_dim, thread const Tile<float, ROWS, COLS>& x,
+    int row0, int col0, int length, int head_dim, thread const Tile<float, ROWS, COLS>& x,
     thread const float* factor, LanePosition at) {
   device T* rows = tensor + batch * strides.batch + head * strides.head;
   ORCHARD_UNROLL
@@ -124,7 +246,7 @@ METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, in
     }
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      const int col = 8 * c + at.col;
+      const int col = col0 + 8 * c + at.col;
       const float2 elements = x.fragments[r][c] * factor[r];
       device T* p = rows + row * strides.row + col;
       if (VEC) {

@@ -44,6 +44,14 @@ METAL_FUNC bool sees_all(int row0, int rows, int key0, int keys, constant Attent
          key1 <= row0 + params.diagonal + params.window_right;
 }
 
+/// Whether any query row [row0, row0 + rows) sees any key [key0, key0 + keys).
+METAL_FUNC bool sees_any(int row0, int rows, int key0, int keys, constant AttentionParams& params) {
+  const int row1 = min(row0 + rows, params.q_len) - 1;
+  const int key1 = min(key0 + keys, params.kv_len) - 1;
+  return row0 <= row1 && key0 <= key1 && key1 >= row0 + params.diagonal - params.window_left &&
+         key0 <= row1 + params.diagonal + params.window_right;
+}
+
 /// Sets what a query does not see to `hidden`. s is (queries, keys) from (row0, key0).
 template <int ROWS, int COLS>
 METAL_FUNC void mask_tile(thread Tile<float, ROWS, COLS>& s, int row0, int key0, float hidden,

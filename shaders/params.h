@@ -8,7 +8,7 @@ using namespace metal;
 #include <cstdint>
 #endif
 
-/// Index of each [[buffer(n)]], the same in all three kernels.
+/// Index of each [[buffer(n)]], the same in all kernels.
 enum AttentionBuffer {
   kBufferQuery = 0,
   kBufferKey = 1,
@@ -21,7 +21,8 @@ enum AttentionBuffer {
   kBufferDq = 8,
   kBufferDk = 9,
   kBufferDv = 10,
-  kBufferParams = 11,
+  kBufferDs = 11,
+  kBufferParams = 12,
 };
 
 /// Threads of a simdgroup.
@@ -61,7 +62,7 @@ struct AttentionParams {
   uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
-  int32_t padding;
+  int32_t first_kv_head;  ///< of all batch * num_kv_heads, where this dispatch begins (backward)
 };
 
 /// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal +

@@ -9,6 +9,14 @@ using namespace metal;
 
 #define ORCHARD_UNROLL _Pragma("clang loop unroll(full)")
 
+/// All threads of the threadgroup have come here, and see what any of them has stored.
+template <bool NEEDED>
+METAL_FUNC void barrier_if() {
+  if (NEEDED) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
 /// A lane's two elements of every 8 x 8 fragment: (row, col) and (row, col + 1).
 struct LanePosition {
   short row;
@@ -27,8 +35,6 @@ METAL_FUNC LanePosition lane_position(ushort lane) {
 template <typename T, int ROWS, int COLS>
 struct Tile {
   vec<T, 2> fragments[ROWS][COLS];
-
-  METAL_FUNC vec<T, 2> pair(int r, int c) const { return fragments[r][c]; }
 };
 
 template <typename T, int ROWS, int COLS>
@@ -67,30 +73,42 @@ METAL_FUNC void mma(thread float2& d, vec<F, 2> a, vec<F, 2> b) {
   d = reinterpret_cast<thread float2&>(sum.thread_elements());
 }
 
-/// A block of rows in threadgroup memory, LD elements apart, read as operand fragments of type F.
-template <typename T, typename F, int LD>
+/// A pair of elements as the matrix unit's operand type F.
+template <typename F, typename T>
+METAL_FUNC vec<F, 2> operand(vec<T, 2> x) {
+  return vec<F, 2>(F(x.x), F(x.y));
+}
+
+/// A block of rows in threadgroup memory, LD elements apart, read as fragments.
+template <typename F, int LD>
 struct SharedBlock {
-  const threadgroup T* rows;
+  const threadgroup F* rows;
   LanePosition at;
 
   /// Fragment (r, c) as it lies.
   METAL_FUNC vec<F, 2> pair(int r, int c) const {
-    const threadgroup T* p = rows + (8 * r + at.row) * LD + 8 * c + at.col;
-    const vec<T, 2> elements = *reinterpret_cast<const threadgroup vec<T, 2>*>(p);
-    return vec<F, 2>(F(elements.x), F(elements.y));
+    const threadgroup F* p = rows + (8 * r + at.row) * LD + 8 * c + at.col;
+    return *reinterpret_cast<const threadgroup vec<F, 2>*>(p);
   }
 
   /// Fragment (c, r) of the transposed block.
   METAL_FUNC vec<F, 2> transposed(int r, int c) const {
-    const threadgroup T* p = rows + (8 * r + at.col) * LD + 8 * c + at.row;
-    return vec<F, 2>(F(p[0]), F(p[LD]));
+    const threadgroup F* p = rows + (8 * r + at.col) * LD + 8 * c + at.row;
+    return vec<F, 2>(p[0], p[LD]);
   }
 };
 
+/// In how many chains products of T are summed along the depth: one chain of D float32 products
+/// would lose more than unfused math does.
+template <typename T>
+struct Chains {
+  static constant constexpr const int kCount = sizeof(T) == 4 ? 4 : 1;
+};
+
 /// s += a b^T over fragments first, first + STEP, ... of the depth.
-template <int DEPTH, int STEP, int ROWS, int COLS, typename Left, typename T, typename F, int LD>
+template <typename F, int DEPTH, int STEP, int ROWS, int COLS, typename Left, typename Right>
 METAL_FUNC void mma_ABt_part(
-    thread Tile<float, ROWS, COLS>& s, thread const Left& a, SharedBlock<T, F, LD> b, int first) {
+    thread Tile<float, ROWS, COLS>& s, thread const Left& a, thread const Right& b, int first) {
   ORCHARD_UNROLL
   for (int d = first; d < DEPTH; d += STEP) {
     vec<F, 2> left[ROWS];
@@ -109,37 +127,78 @@ METAL_FUNC void mma_ABt_part(
   }
 }
 
-/// s += a b^T; a is ROWS x DEPTH fragments, b is COLS x DEPTH fragments of shared rows. float32
-/// sums the depth in four chains: one chain of D products would lose more than unfused math does.
-template <int DEPTH, int ROWS, int COLS, typename Left, typename T, typename F, int LD>
+/// s += a b^T; a is ROWS x DEPTH fragments, b COLS x DEPTH, both of type F. The depth is summed in
+/// CHAINS chains.
+template <typename F, int DEPTH, int CHAINS, int ROWS, int COLS, typename Left, typename Right>
 METAL_FUNC void mma_ABt(
-    thread Tile<float, ROWS, COLS>& s, thread const Left& a, SharedBlock<T, F, LD> b) {
-  const int kChains = sizeof(T) == 4 ? 4 : 1;
-  mma_ABt_part<DEPTH, kChains>(s, a, b, 0);
+    thread Tile<float, ROWS, COLS>& s, thread const Left& a, thread const Right& b) {
+  mma_ABt_part<F, DEPTH, CHAINS>(s, a, b, 0);
   ORCHARD_UNROLL
-  for (int chain = 1; chain < kChains; chain++) {
+  for (int chain = 1; chain < CHAINS; chain++) {
     Tile<float, ROWS, COLS> part;
     zero(part);
-    mma_ABt_part<DEPTH, kChains>(part, a, b, chain);
+    mma_ABt_part<F, DEPTH, CHAINS>(part, a, b, chain);
     add(s, part);
   }
 }
 
-/// o += p b; p is ROWS x DEPTH fragments, b is DEPTH x COLS fragments of shared rows.
-template <int ROWS, int COLS, int DEPTH, typename T, typename F, int LD>
-METAL_FUNC void mma_AB(thread Tile<float, ROWS, COLS>& o, thread const Tile<F, ROWS, DEPTH>& p,
-    SharedBlock<T, F, LD> b) {
+/// o += p b; p is ROWS x DEPTH fragments, b is DEPTH x COLS fragments, converted to p's type.
+template <int ROWS, int COLS, int DEPTH, typename P, typename Right>
+METAL_FUNC void mma_AB(thread Tile<float, ROWS, COLS>& o, thread const Tile<P, ROWS, DEPTH>& p,
+    thread const Right& b) {
   ORCHARD_UNROLL
   for (int k = 0; k < DEPTH; k++) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      const vec<F, 2> right = b.pair(k, c);
+      const vec<P, 2> right = operand<P>(b.pair(k, c));
       ORCHARD_UNROLL
       for (int r = 0; r < ROWS; r++) {
         mma(o.fragments[r][c], p.fragments[r][k], right);
       }
     }
   }
+}
+
+/// Where PARTS neighbouring simdgroups, each with a part of the depth, add their products up.
+template <int PARTS, int COLS>
+struct PartialTiles {
+  threadgroup float2* storage;  // (simdgroup, column, lane)
+  ushort simdgroup;
+  ushort lane;
+
+  METAL_FUNC threadgroup float2* of(int part, int c) const {
+    const int first = simdgroup / PARTS * PARTS;
+    return storage + ((first + part) * COLS + c) * 32 + lane;
+  }
+
+  METAL_FUNC void put(thread const Tile<float, 1, COLS>& x) const {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      *of(simdgroup % PARTS, c) = x.fragments[0][c];
+    }
+  }
+
+  /// In the order of the parts, so that all of them get the same bits.
+  METAL_FUNC void sum(thread Tile<float, 1, COLS>& x) const {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      x.fragments[0][c] = *of(0, c);
+      ORCHARD_UNROLL
+      for (int part = 1; part < PARTS; part++) {
+        x.fragments[0][c] += *of(part, c);
+      }
+    }
+  }
+};
+
+template <int PARTS, int COLS>
+METAL_FUNC PartialTiles<PARTS, COLS> partial_tiles(
+    threadgroup float2* storage, ushort simdgroup, ushort lane) {
+  PartialTiles<PARTS, COLS> tiles;
+  tiles.storage = storage;
+  tiles.simdgroup = simdgroup;
+  tiles.lane = lane;
+  return tiles;
 }
 
 /// Rounds a float tile to operand type F.
@@ -150,7 +209,7 @@ METAL_FUNC Tile<F, ROWS, COLS> as_operand(thread const Tile<float, ROWS, COLS>& 
   for (int r = 0; r < ROWS; r++) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      y.fragments[r][c] = vec<F, 2>(F(x.fragments[r][c].x), F(x.fragments[r][c].y));
+      y.fragments[r][c] = operand<F>(x.fragments[r][c]);
     }
   }
   return y;
