@@ -120,12 +120,12 @@ struct BlockLoader {
   const device T* chunk;  // this thread's, in the first pass
   uint4 fetched[kPasses];
 
-  METAL_FUNC void start(HeadRows<T> rows, int first_row, int thread) {
+  METAL_FUNC void start(HeadRows<T> rows, int first_row, int index) {
     from = rows;
-    thread_index = thread;
+    thread_index = index;
     row0 = first_row;
-    row = thread / kChunks;
-    col = thread % kChunks * kChunk;
+    row = index / kChunks;
+    col = index % kChunks * kChunk;
     chunk = from.data + (row0 + row) * from.row_stride + col;
   }
 
