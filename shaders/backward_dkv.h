@@ -47,12 +47,12 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       BD / SPLIT * (8 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK, dV, K, V
   const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
   const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
-  threadgroup uint4 q_storage[kChunks];
-  threadgroup uint4 grad_storage[kChunks];
-  threadgroup float2 p_storage[SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 1];
-  threadgroup float2 dp_storage[SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 1];
-  threadgroup F* q_block = reinterpret_cast<threadgroup F*>(q_storage);        // (BQ, BD)
-  threadgroup F* grad_block = reinterpret_cast<threadgroup F*>(grad_storage);  // (BQ, BD)
+  const int kParts = SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 0;  // float2 each
+  threadgroup uint4 storage[2 * kChunks + kParts];
+  threadgroup F* q_block = reinterpret_cast<threadgroup F*>(storage);               // (BQ, BD)
+  threadgroup F* grad_block = reinterpret_cast<threadgroup F*>(storage + kChunks);  // (BQ, BD)
+  threadgroup float2* p_storage = reinterpret_cast<threadgroup float2*>(storage + 2 * kChunks);
+  threadgroup float2* dp_storage = p_storage + kParts;
 
   const int kv_index = group.x + params.first_kv_head;
   const int batch = kv_index / params.num_kv_heads;

@@ -36,11 +36,10 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
   const int BQ = 8 * R * SIMDGROUPS;
   const bool kKeepQ = R * BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;
   const int kChunks = BK * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
-  threadgroup uint4 k_storage[BUFFERS > 0 ? kChunks : 1];
-  threadgroup uint4 v_storage[BUFFERS > 1 ? kChunks : 1];
-  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
-  threadgroup F* v_block =                                               // (BK, BD)
-      reinterpret_cast<threadgroup F*>(BUFFERS > 1 ? v_storage : k_storage);
+  threadgroup uint4 storage[BUFFERS > 0 ? BUFFERS * kChunks : 1];
+  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(storage);  // (BK, BD)
+  threadgroup F* v_block =                                             // (BK, BD)
+      reinterpret_cast<threadgroup F*>(storage + (BUFFERS == 2 ? kChunks : 0));
 
   // Heads run fastest and late rows first: under a causal mask the heaviest blocks start first.
   const int batch = group.x / params.num_heads;

@@ -27,12 +27,14 @@ from simulator import engine
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-FORWARD, DQ, DKV = FAMILIES = (
-    "attention_forward", "attention_backward_dq", "attention_backward_dkv"
+FORWARD, DELTA, DKV, DQ, DQ_FROM_DS = FAMILIES = (
+    "attention_forward", "attention_backward_delta", "attention_backward_dkv",
+    "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BUFFERS = (
-    "query", "key", "value", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "params"
+    "query", "key", "value", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
+    "params",
 )  # fmt: skip
 GUARD_BYTES = 4096
 _int64, _double = ctypes.c_int64, ctypes.c_double
@@ -47,9 +49,10 @@ class _Request(ctypes.Structure):
         *((name, _Layout) for name in ("q", "k", "v", "out", "dout")),
         *((name, _int64) for name in (
             "dtype", "has_mask", "has_alibi", "has_sinks",
-            "window_left", "window_right", "diagonal", "backward",
+            "window_left", "window_right", "diagonal", "backward", "scratch_bytes",
         )),
         *((name, _double) for name in ("dropout_p", "scale", "softcap")),
+        ("tiles", ctypes.c_char * 128),
     ]  # fmt: skip
 
 
@@ -65,7 +68,7 @@ class Params(ctypes.Structure):
         ("scale", ctypes.c_float), ("scale_log2", ctypes.c_float),
         ("dropout_seed", ctypes.c_uint32 * 2), ("dropout_threshold", ctypes.c_uint32),
         ("dropout_rescale", ctypes.c_float), ("has_dlse", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
+        ("first_kv_head", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -192,10 +195,13 @@ class Sources:
         text = ctypes.create_string_buffer(1 << 14)
         params = Params()
         geometry = (ctypes.c_uint64 * 12)()
+        at_once = _int64()
         self._bridge.orchard_test_plan(
-            ctypes.byref(request), text, len(text), ctypes.byref(params), geometry
-        )
+            ctypes.byref(request), text, len(text), ctypes.byref(params), geometry,
+            ctypes.byref(at_once),
+        )  # fmt: skip
         plan = json.loads(text.value)
+        plan["kv_heads_at_once"] = at_once.value
         for i, kernel in enumerate(plan["kernels"]):
             kernel["groups"], kernel["threads"] = (
                 list(geometry[3 * i : 3 * i + 2]),

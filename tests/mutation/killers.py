@@ -27,8 +27,10 @@ from orchard_ops import dropout
 from orchard_ops.testing import MathResult, assert_attention_close
 
 from .harness import (
+    DELTA,
     DKV,
     DQ,
+    DQ_FROM_DS,
     DTYPE_NUMBERS,
     FAMILIES,
     FORWARD,
@@ -58,6 +60,9 @@ class Reference:
     out: Tensor
     lse: Tensor
     delta: Tensor
+    ds: Tensor  # gradient of the scores, float64
+    ds_rounding: float  # what float32 makes of it at most
+    visible: Tensor  # (q_len, kv_len)
 
 
 @functools.cache
@@ -73,7 +78,38 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
     delta = (do.double() * out.double()).sum(-1)
     if dlse is not None:
         delta -= dlse.double()
-    return Reference((q, k, v, do), dlse, ref, eager, out, ref.lse.float(), delta)
+    row = torch.arange(case.q_len)[:, None] + case.diagonal
+    key = torch.arange(case.kv_len)
+    left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
+    visible = (key >= row - left) & (key <= row + right)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    group = case.num_heads // case.num_kv_heads
+    k64, v64 = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    score = scale * q.double() @ k64.mT
+    p = torch.where(visible, torch.exp(score - ref.lse[..., None]), 0.0)
+    dp = do.double() @ v64.mT
+    if case.dropout_p:
+        shape = (case.batch, case.num_heads, case.q_len, case.kv_len)
+        kept = dropout.dropout_mask(SEED, case.dropout_p, shape)
+        dp = torch.where(kept, dp * dropout.rescale(case.dropout_p), 0.0)
+    ds = p * (dp - delta[..., None])
+    size = (p * (dp.abs() + delta.abs()[..., None])).max() * (4 + score.abs().max())
+    rounding = 4 * torch.finfo(F32).eps * size.item()
+    lse = ref.lse.float()
+    return Reference((q, k, v, do), dlse, ref, eager, out, lse, delta, ds, rounding, visible)
+
+
+def ds_tiles(ds: Tensor) -> Tensor:
+    """dS (..., q_len, kv_len) as DscoreTiles lays it out, ragged tiles filled up with zeros."""
+    *heads, q_len, kv_len = ds.shape
+    blocks = -(-q_len // 8), -(-kv_len // 8)
+    full = ds.new_zeros(*heads, blocks[0] * 8, blocks[1] * 8)
+    full[..., :q_len, :kv_len] = ds
+    return (
+        full.unflatten(-1, (blocks[1], 8))
+        .unflatten(-3, (blocks[0], 8))
+        .permute(*range(len(heads)), -2, -4, -1, -3)
+    )  # fmt: skip  (..., key block, query block, key, query)
 
 
 @dataclass(frozen=True)
@@ -89,6 +125,8 @@ class Attention:
     tile: tuple[int, ...] = ()  # instead of the plan's: (R, BK), or (BQ,)
     shifts: tuple[float, float] = (0.0, 0.0)  # added to all of q, to all of k
     schedule: int | None = None  # seed of a random order of threads
+    store_ds: bool = False  # of DKV: also leaves dS
+    kv_heads: tuple[int, int] | None = None  # only those, of batch * num_kv_heads
 
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         given = reference(self.case, self.dlse, self.shifts)
@@ -98,27 +136,35 @@ class Attention:
         library = compile_kernel(sources, self.family, kernel, self.check)
         note("compiled")
         lse = Guarded.like(given.lse[None], "dense")
-        stats = (1, *given.lse.shape)
-        inputs = {"query": x["query"], "key": x["key"], "value": x["value"]}
+        delta = Guarded.like(given.delta.float()[None], "dense")
+        stats = Guarded((1, *given.lse.shape), _dense((1, *given.lse.shape)), F32)
+        key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
         if self.family == FORWARD:
-            results = {"out": _empty(q, self.layouts[3]), "lse": Guarded(stats, _dense(stats), F32)}
-        elif self.family == DQ:
+            inputs = {"query": x["query"]} | key | value
+            results = {"out": _empty(q, self.layouts[3]), "lse": stats}
+        elif self.family == DELTA:
             dlse = lse if given.dlse is None else Guarded.like(given.dlse[None], "dense")
-            inputs |= {"out": x["out"], "dout": x["dout"], "lse": lse, "dlse": dlse}
-            results = {
-                "dq": _empty(q, self.layouts[0]),
-                "delta": Guarded(stats, _dense(stats), F32),
-            }
-        else:
-            delta = Guarded.like(given.delta.float()[None], "dense")
-            inputs |= {"dout": x["dout"], "lse": lse, "delta": delta}
+            inputs = {"out": x["out"], "dlse": dlse} | dout
+            results = {"delta": stats}
+        elif self.family == DQ:
+            inputs = {"query": x["query"], "lse": lse, "delta": delta} | key | value | dout
+            results = {"dq": _empty(q, self.layouts[0])}
+        elif self.family == DKV:
+            inputs = {"query": x["query"], "lse": lse, "delta": delta} | key | value | dout
             results = {"dk": _empty(k, self.layouts[1]), "dv": _empty(v, self.layouts[2])}
+            if self.store_ds:
+                shape = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).shape
+                results["ds"] = Guarded(shape, _dense(shape), F32)
+        else:
+            inputs = {"ds": self._stored_ds(given)} | key
+            results = {"dq": _empty(q, self.layouts[0])}
         strides = {
             name: tuple(results[name].tensor.stride())
             for name in ("out", "dq", "dk", "dv")
             if name in results
         }
-        block = with_seed(params, has_dlse=int(self.dlse), **strides)
+        first = self.kv_heads[0] if self.kv_heads else 0
+        block = with_seed(params, has_dlse=int(self.dlse), first_kv_head=first, **strides)
         counters = launch(
             library, kernel, sources.buffers, block, inputs, results,
             seed=self.schedule, workers=1,
@@ -127,6 +173,21 @@ class Attention:
         assert counters.mma == self._products(kernel), "not the expected number of matrix products"
         if not self.check:  # which leaves gaps
             assert counters.threadgroup_memory == self._staged(kernel), "threadgroup memory"
+
+    def _query_heads(self) -> slice:
+        """Of batch * num_heads, those whose key/value heads run."""
+        group = self.case.num_heads // self.case.num_kv_heads
+        first, last = self.kv_heads or (0, self.case.batch * self.case.num_kv_heads)
+        return slice(first * group, last * group)
+
+    def _stored_ds(self, given: Reference) -> Guarded:
+        """dS as the key's side leaves it: NaN in tiles that nobody sees."""
+        tiles = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).float()
+        seen = ds_tiles(given.visible.double()).flatten(-2).any(-1)
+        tiles = torch.where(seen[..., None, None], tiles, math.nan)
+        stored = Guarded(tiles.shape, _dense(tiles.shape), F32)
+        stored.tensor.copy_(tiles)
+        return stored
 
     def plan(self, sources: Sources) -> tuple[dict, Params]:
         """The kernel that runs, and its parameters."""
@@ -151,12 +212,16 @@ class Attention:
                 DTYPE_NUMBERS[case.dtype], self.family != FORWARD, dropout_p=case.dropout_p,
                 scale=scale, window_left=case.window_left, window_right=case.window_right,
                 diagonal=case.diagonal,
+                scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40,
             )
         )  # fmt: skip
         assert not plan["refusal"], plan["refusal"]
         (kernel,) = (k for k in plan["kernels"] if k["family"] == self.family)
         if self.tile:
             self._retile(kernel)
+        if self.kv_heads:
+            heads = self._query_heads() if self.family == DQ_FROM_DS else slice(*self.kv_heads)
+            kernel["groups"][0] = heads.stop - heads.start
         return kernel, params
 
     def _retile(self, kernel: dict) -> None:
@@ -168,11 +233,18 @@ class Attention:
         name = f"{kernel['name']}_tile_{'_'.join(map(str, self.tile))}"
         kernel["instantiation"] = line.replace(kernel["name"], name)
         kernel["name"] = name
-        if self.family != DKV:
+        if self.family == DKV:
+            kernel["groups"][1] = -(-self.case.kv_len * self.tile[1] // 32)
+        else:
             kernel["groups"][1] = -(-self.case.q_len // (32 * self.tile[0]))
 
     def _compare(self, given: Reference, results: dict[str, Tensor]) -> None:
+        if self.kv_heads:
+            results = self._only_those_heads(given, results)
         for name, x in results.items():
+            if name == "ds":
+                self._compare_ds(given, x)
+                continue
             if name == "delta":
                 size = (given.operands[3].double() * given.out.double()).abs().sum(-1)
                 size = size + (0 if given.dlse is None else given.dlse.abs())
@@ -184,30 +256,64 @@ class Attention:
                 named[name] = x[0]
             assert_attention_close(list(named.values()), given.ref, given.eager)
 
+    def _only_those_heads(self, given: Reference, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The other heads must be untouched; they get the right values, to be compared at once."""
+        whole = {}
+        for name, x in results.items():
+            if name == "ds":
+                whole[name] = x
+                continue
+            ran = self._query_heads() if name == "dq" else slice(*self.kv_heads or ())
+            right = getattr(given.ref, name).to(x.dtype).flatten(0, 1)
+            mine = x.flatten(0, 1)
+            assert mine[: ran.start].isnan().all() and mine[ran.stop :].isnan().all(), name
+            right[ran] = mine[ran]
+            whole[name] = right.view(x.shape)
+        return whole
+
+    def _compare_ds(self, given: Reference, x: Tensor) -> None:
+        """Exact to float32's sums where anything is seen, zero or untouched elsewhere."""
+        heads = self._query_heads()
+        expected = ds_tiles(given.ds.flatten(0, 1)[heads])
+        seen = ds_tiles(given.visible.double()).bool().expand(expected.shape)
+        error = (x.double() - expected).abs()
+        assert (error[seen] <= given.ds_rounding).all(), "dS"
+        tiles = seen.flatten(-2).any(-1, keepdim=True)[..., None].expand(expected.shape)
+        assert (x[tiles & ~seen] == 0).all(), "dS of what is not seen"
+        rest = x[~tiles]
+        assert (rest.isnan() | (rest == 0)).all(), "dS of tiles that nobody sees"
+
     def _products(self, kernel: dict) -> int:
         """8 x 8 x 8 products if exactly the blocks between the first and last visible one run."""
         case, arguments = self.case, template_arguments(kernel)
-        row = torch.arange(case.q_len)[:, None] + case.diagonal
-        key = torch.arange(case.kv_len)
-        left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
-        seen = (key >= row - left) & (key <= row + right)
+        if self.family == DELTA:
+            return 0
+        seen = reference(case, self.dlse, self.shifts).visible
         width = int(arguments[2]) // 8
         if self.family == DKV:
-            block = int(arguments[3])
-            blocks = sum(_span(part.any(1), block) for part in seen.split(32, dim=1))
-            heads, products = case.num_heads, 4 * (block // 8) * width
+            block, split = int(arguments[3]), int(arguments[4])
+            blocks = sum(_span(part.any(1), block) for part in seen.split(32 // split, dim=1))
+            products = 4 * (block // 8) * width // split
         else:
             r, block = int(arguments[3]), int(arguments[4])
             blocks = sum(_span(part.any(0), block) for part in seen.split(32 * r))
-            products = (2 if self.family == FORWARD else 3) * r * (block // 8) * width
-            heads = case.num_heads
-        return case.batch * heads * blocks * 4 * products
+            of_family = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1}
+            products = of_family[self.family] * r * (block // 8) * width
+        heads = self._query_heads()
+        return (heads.stop - heads.start) * blocks * 4 * products
 
     def _staged(self, kernel: dict) -> int:
-        """Bytes of two blocks of rows, each row with 16 bytes of padding."""
+        """Bytes of staged rows, each with 16 bytes of padding, and of exchanged partial tiles."""
         arguments = template_arguments(kernel)
-        rows = int(arguments[3] if self.family == DKV else arguments[4])
-        return 2 * rows * (int(arguments[2]) * self.case.dtype.itemsize + 16)
+        if self.family == DELTA:
+            return 0
+        row = int(arguments[2]) * (2 if arguments[1] == "half" else 4) + 16
+        if self.family == DKV:
+            rows, split = int(arguments[3]), int(arguments[4])
+            exchanged = 2 * 4 * (rows // 8) * 32 * 8 if split > 1 else 0
+            return 2 * rows * row + exchanged
+        buffers = {FORWARD: int(arguments[5]), DQ: 2, DQ_FROM_DS: 1}[self.family]
+        return max(buffers * int(arguments[4]) * row, 16)
 
 
 def _span(seen: Tensor, block: int) -> int:
@@ -318,9 +424,16 @@ _blhd = ("blhd",) * 5
 def _attention() -> Iterator[Attention]:
     def each(name: str, case: Case, families: tuple[str, ...] = FAMILIES, **options: Any):
         for family in families:
-            yield Attention(f"{family}: {name}", family, case, **options)
+            # The plan stores dS for wide heads only.
+            wide = case.but(head_dim=case.head_dim + 48 * (case.head_dim < 64))
+            if family != DQ_FROM_DS:
+                yield Attention(f"{family}: {name}", family, case, **options)
+            if family == DKV:
+                yield Attention(f"{family}, storing: {name}", family, wide, store_ds=True,
+                                **options)  # fmt: skip
+            elif family == DQ_FROM_DS:
+                yield Attention(f"{family}: {name}", family, wide, **options)
 
-    tiles = {FORWARD: (4, 8), DQ: (4, 32), DKV: (32,)}
     # In order of cost: the first ones find most mutants and need one compilation each.
     first = {"dlse": True, "layouts": _apart}
     yield from each("windows, groups, dropout, elements", _kitchen_sink, **first)
@@ -356,12 +469,26 @@ def _attention() -> Iterator[Attention]:
     yield from each("negative scale", Case(40, 64, 16, dtype=F32, scale=-0.7))
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
-    for family, tile in tiles.items():
-        larger = functools.partial(Attention, family=family, case=_tall, tile=tile)
-        yield larger(f"{family}: larger tiles")
+    for family, tile, more in (
+        (FORWARD, (4, 8, 2), {}), (FORWARD, (2, 32, 1), {}), (FORWARD, (1, 16, 0), {}),
+        (DQ, (4, 32), {}), (DKV, (32, 1, "false"), {}), (DKV, (16, 2, "false"), {}),
+        (DKV, (8, 4, "false"), {}), (DKV, (32, 2, "true"), {"store_ds": True}),
+        (DKV, (16, 4, "true"), {"store_ds": True}), (DQ_FROM_DS, (1, 8), {}),
+    ):  # fmt: skip
+        width = {4: 32, 2: 48}.get(tile[1], 24) if family == DKV else 24
+        case = _tall.but(head_dim=80 if more or family == DQ_FROM_DS else width)
+        case = case.but(head_dim=96) if more and tile[1] == 4 else case
+        label = f"{family}: tile {'_'.join(map(str, tile))}"
+        larger = functools.partial(Attention, family=family, tile=tile, **more)
+        yield larger(label, case=case)
         # Scores of one row say nothing about the next.
-        yield larger(f"{family}: larger tiles, large scores", case=_tall.but(scale=40.0))
-        yield larger(f"{family}: larger tiles, checked", check=True)
+        yield larger(f"{label}, large scores", case=case.but(scale=40.0))
+        yield larger(f"{label}, checked", case=case, check=True)
+    for family, more in ((DKV, {"store_ds": True}), (DQ_FROM_DS, {})):
+        grouped = Case(40, 52, 64, batch=2, num_heads=6, num_kv_heads=3, dtype=F32, window_right=7)
+        for heads in ((0, 2), (2, 5), (5, 6)):
+            yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
+                            kv_heads=heads, **more)  # fmt: skip
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
@@ -450,11 +577,9 @@ def infinite_scores_forward(sources: Sources, note: Callable[[str], None]) -> No
 
 def infinite_scores_dq(sources: Sources, note: Callable[[str], None]) -> None:
     case, x = _infinite_rows()
-    shapes = {"dq": (1, 1, 16, 16), "delta": (1, 1, 1, 16)}
-    inputs = {**x, "dlse": x["lse"]}
-    got = Given("", DQ, case).results(sources, note, inputs, shapes)
-    expected = (x["dout"] * x["out"]).sum(-1)
-    torch.testing.assert_close(got["delta"][0], expected)
+    inputs = {name: x[name] for name in ("query", "key", "value", "dout", "lse")}
+    inputs["delta"] = (x["dout"] * x["out"]).sum(-1)
+    got = Given("", DQ, case).results(sources, note, inputs, {"dq": (1, 1, 16, 16)})
     assert got["dq"].abs().max() < 1e-4  # delta = dP in the others
 
 
@@ -492,7 +617,7 @@ def _edges() -> Iterator[Attention]:
     p = _edge_probability()
     for name, threshold in (("is a draw", p), ("is one above a draw", p + 2.0**-16)):
         case = Case(64, 64, 16, dtype=F32, dropout_p=threshold)
-        for family in FAMILIES:
+        for family in (FORWARD, DKV, DQ):
             yield Attention(f"{family}: the threshold {name}", family, case)
 
 
@@ -550,7 +675,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
     groups = (kernel["groups"][0] * kernel["threads"], 1, 1)
     library.launch(kernel["name"], groups, (kernel["threads"], 1, 1), buffers, workers=1)
-    wanted = {FORWARD: ("out", "lse"), DQ: ("dq", "delta"), DKV: ("dk", "dv")}[family]
+    wanted = {FORWARD: ("out", "lse"), DELTA: ("delta",), DQ: ("dq",), DKV: ("dk", "dv")}[family]
     return {name: x[name].tensor.clone() for name in wanted}
 
 
@@ -565,32 +690,86 @@ def positions_beyond_32_bits(
         assert torch.equal(near[name], far[name]), name
 
 
+def _far_ds(
+    sources: Sources, note: Callable[[str], None], family: str, q_len: int
+) -> dict[str, Tensor]:
+    """Two heads, 16 keys, q_len queries of which 64 run; dS has q_len / 8 columns."""
+    generator = torch.Generator().manual_seed(4)
+    rows, keys, stats = (1, 2, 64, 64), (1, 2, 16, 64), (2, 64)
+    x = {}
+    for name in ("query", "dout", "dq", "key", "value", "dk", "dv", "lse", "delta"):
+        shape = {"key": keys, "value": keys, "dk": keys, "dv": keys}.get(name, rows)
+        shape = stats if name in ("lse", "delta") else shape
+        x[name] = _Sparse(shape, (q_len, 1) if shape == stats else (0, 70 * 64, 64, 1))
+        x[name].tensor.copy_(torch.randn(shape, generator=generator))
+    blocks = -(-q_len // 8)
+    ds = (2, 2, 8, 8, 8)  # head, key block, query block, key, query
+    x["ds"] = _Sparse(ds, (2 * blocks * 64, blocks * 64, 64, 8, 1))
+    if family == DQ_FROM_DS:
+        x["ds"].tensor.copy_(torch.randn(ds, generator=generator))
+    layouts = {
+        short: ((1, 2, length, 64), tuple(x[name].tensor.stride()), 0)
+        for short, name, length in (
+            ("q", "query", q_len), ("k", "key", 16), ("v", "value", 16), ("out", "dout", q_len),
+            ("dout", "dout", q_len),
+        )
+    }  # fmt: skip
+    plan, params = sources.plan(request(
+        layouts, 2, True, scale=1.0, window_left=8, window_right=8, scratch_bytes=1 << 60
+    ))  # fmt: skip
+    (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+    library = compile_kernel(sources, family, kernel)
+    note("compiled")
+    own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
+    block = torch.frombuffer(bytearray(with_seed(params, **own)), dtype=torch.uint8).clone()
+    numbers = sources.buffers
+    buffers = {numbers[name]: y.buffer for name, y in x.items()}
+    buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
+    threads = kernel["threads"]
+    rows = kernel["groups"][1] if family == DKV else 1  # the first rows alone see a key
+    groups = (kernel["groups"][0] * threads, rows, 1)
+    library.launch(kernel["name"], groups, (threads, 1, 1), buffers, workers=1)
+    wanted = {DKV: ("dk", "dv", "ds"), DQ_FROM_DS: ("dq",)}[family]
+    return {name: x[name].tensor.clone() for name in wanted}
+
+
+def ds_beyond_32_bits(sources: Sources, note: Callable[[str], None], family: str) -> None:
+    near, far = (_far_ds(sources, note, family, q_len) for q_len in (64, _FAR))
+    for name in near:
+        assert torch.equal(near[name], far[name]), name
+
+
 def _far() -> Iterator[Property]:
     for name, q_len, strides in (
         ("row statistics", _FAR, (0, 0, 3, 1)),
         ("rows", 32, (0, 0, (1 << 31) + 6, 1)),
         ("columns", 32, (0, 0, 1, (1 << 31) + 6)),
     ):
-        for family in FAMILIES:
+        for family in (FORWARD, DELTA, DKV, DQ):
             test = functools.partial(
                 positions_beyond_32_bits, family=family, q_len=q_len, strides=strides
             )
             yield Property(f"{family}: {name} beyond 32 bits", family, test)
+    for family in (DKV, DQ_FROM_DS):
+        test = functools.partial(ds_beyond_32_bits, family=family)
+        yield Property(f"{family}: dS beyond 32 bits", family, test)
 
 
 # ---- the plan
 
-_TILES = {  # by element size, up to a padded head dim: forward, dq, dkv
-    2: {64: ("r1_k32", "r1_k16", "q16"), 128: ("r1_k16", "r1_k16", "q16"),
-        256: ("r1_k8", "r1_k8", "q8")},
-    4: {64: ("r1_k16", "r1_k16", "q16"), 128: ("r1_k8", "r1_k8", "q8"),
-        256: ("r1_k8", "r1_k8", "q8")},
+_TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq from dS
+    2: {64: ("r1_k32_b2", "q16_s1", "r1_k16", "r2_k32"),
+        128: ("r1_k16_b2", "q16_s2", "r1_k16", "r2_k16"),
+        256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k16")},
+    4: {64: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k32"),
+        128: ("r1_k16_b1", "q8_s2", "r1_k8", "r2_k16"),
+        256: ("r1_k8_b1", "q8_s4", "r1_k8", "r1_k8")},
 }  # fmt: skip
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _TYPES = {
-    F16: ("float16", "half", "half", "float"),
-    BF16: ("bfloat16", "bfloat", "float", "float"),
-    F32: ("float32", "float", "float", "float"),
+    F16: ("float16", "half", "half"),
+    BF16: ("bfloat16", "bfloat", "float"),
+    F32: ("float32", "float", "float"),
 }
 
 
@@ -604,18 +783,33 @@ def _dense_layouts(b: int = 2, h: int = 4, hk: int = 2, l: int = 40, s: int = 70
 
 def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, flags: str,
                      groups: list[int]) -> dict:  # fmt: skip
-    torch_name, metal, forward_operand, backward_operand = _TYPES[dtype]
-    operand = forward_operand if family == FORWARD else backward_operand
-    name = f"{family}_{torch_name}_d{width}_{tile}_{flags}"
+    torch_name, metal, operand = _TYPES[dtype]
+    with_dropout = family not in (DELTA, DQ_FROM_DS)
+    if not with_dropout:
+        flags = flags.removesuffix("_dropout")
+    name = "_".join(filter(None, (family, torch_name, f"d{width}", tile, flags)))
     numbers = re.findall(r"\d+", tile)
-    chunks, drop = (str(word in flags).lower() for word in ("chunks", "dropout"))
-    arguments = ", ".join([metal, operand, str(width), *numbers, "4", chunks, drop])
-    call = f"{family}<{arguments}>"
-    sizes = f"BK 32, BQ {numbers[0]}" if family == DKV else f"BQ 32, BK {numbers[1]}"
+    arguments = [metal, *([] if family == DELTA else [operand]), str(width), *numbers]
+    if family == DKV:
+        arguments.append(str(tile.endswith("_ds")).lower())
+    arguments += ["4", str("chunks" in flags).lower()]
+    arguments += [str("dropout" in flags).lower()] if with_dropout else []
+    call = f"{family}<{', '.join(arguments)}>"
+    sizes = ""
+    if family == DKV:
+        split = int(numbers[1])
+        sizes = f"BK {32 // split}, BQ {numbers[0]}"
+        sizes += f", columns split over {split} simdgroups" if split > 1 else ""
+        sizes += ", dS stored" if tile.endswith("_ds") else ""
+    elif family != DELTA:
+        sizes = f"BQ {32 * int(numbers[0])}, BK {numbers[1]}"
+    if family == FORWARD:
+        sizes += ", K and V staged " + {"1": "in turn", "2": "together"}[numbers[2]]
+    sizes += ", " if sizes else ""
     return {
         "name": name, "family": family, "groups": groups, "threads": 128,
         "instantiation": f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n',
-        "tile": f"{sizes}, head_dim padded to {width}; {groups[0]} x {groups[1]} threadgroups of "
+        "tile": f"{sizes}head_dim padded to {width}; {groups[0]} x {groups[1]} threadgroups of "
                 "128 threads",
     }  # fmt: skip
 
@@ -630,32 +824,110 @@ def plan_of_every_width(sources: Sources) -> None:
     widths = {1, *_WIDTHS, *(w + 1 for w in _WIDTHS[:-1]), *(w - 1 for w in _WIDTHS)}
     for dtype, d in itertools.product(_TYPES, sorted(widths)):
         width = next(w for w in _WIDTHS if w >= d)
-        row = next(tiles for limit, tiles in _TILES[dtype.itemsize].items() if width <= limit)
+        sizes = _TILES[2 if dtype == F16 else 4]
+        forward_tile, dkv, dq, dq_from_ds = next(
+            tiles for limit, tiles in sizes.items() if width <= limit
+        )
         p = 0.25 if d % 2 else 0.0
         chunks = d % (16 // dtype.itemsize) == 0
         flags = ("chunks" if chunks else "elements") + ("_dropout" if p else "")
         layouts = _dense_layouts(d=d)
-        forward, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], dropout_p=p))
-        backward, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], True, dropout_p=p))
-        groups = {FORWARD: [8, 2], DQ: [8, 2], DKV: [4, 3]}
-        expected = [
-            _expected_kernel(family, dtype, width, tile, flags, groups[family])
-            for family, tile in zip(FAMILIES, row)
-        ]
-        for plan, kernels in ((forward, expected[:1]), (backward, expected[1:])):
+        number = DTYPE_NUMBERS[dtype]
+        keys = -(-70 // (32 // int(dkv[-1])))
+
+        def expected(family: str, tile: str, groups: list[int]) -> dict:
+            return _expected_kernel(family, dtype, width, tile, flags, groups)  # noqa: B023
+
+        delta = expected(DELTA, "", [8, 2])
+        plain = [delta, expected(DKV, dkv, [4, keys]), expected(DQ, dq, [8, 2])]
+        storing = plain
+        if width >= 64:
+            rows = 2 if dq_from_ds.startswith("r1") else 1
+            storing = [delta, expected(DKV, f"{dkv}_ds", [4, keys]),
+                       expected(DQ_FROM_DS, dq_from_ds, [8, rows])]  # fmt: skip
+        for backward, scratch, kernels in (
+            (False, 0, [expected(FORWARD, forward_tile, [8, 2])]),
+            (True, 0, plain),
+            (True, 1 << 30, storing),
+        ):
+            plan, _ = sources.plan(
+                request(layouts, number, backward, dropout_p=p, scratch_bytes=scratch)
+            )
+            for kernel in plan["kernels"]:
+                kernel.pop("alternatives")
+            # All of dS: 2 groups of 2 heads in each batch, 5 x 9 tiles of 8 x 8.
+            stored = 4 * 2 * 5 * 9 * 256 if kernels is storing and width >= 64 else 0
             assert plan == {
-                "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels
+                "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels,
+                "scratch_bytes": stored, "kv_heads_at_once": 4 if backward else 0,
             }, (plan, kernels)  # fmt: skip
+
+
+def plan_of_scratch(sources: Sources) -> None:
+    """Whole groups of query heads, as many as fit; none where not one does."""
+    layouts = _dense_layouts(b=3, h=10, hk=5, l=41, s=70)  # a group takes 2 * 6 * 9 tiles
+    group = 2 * 6 * 9 * 64 * 4
+    for scratch, at_once in (
+        (0, 0), (group - 1, 0), (group, 1), (2 * group - 1, 1), (7 * group, 7), (15 * group, 15),
+        (99 * group, 15),
+    ):  # fmt: skip
+        plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=scratch))
+        assert plan["scratch_bytes"] == at_once * group
+        assert plan["kv_heads_at_once"] == (at_once or 15)
+        last = plan["kernels"][-1]["family"]
+        assert last == (DQ_FROM_DS if at_once else DQ)
+    empty = _dense_layouts(l=0)
+    plan, _ = sources.plan(request(empty, 0, True, scratch_bytes=1 << 20))
+    assert plan["scratch_bytes"] == 0 and plan["kernels"][-1]["family"] == DQ
+
+
+def plan_of_other_tiles(sources: Sources) -> None:
+    """A forward's tile can be asked for by name, from the list that the plan gives."""
+    for dtype, d, fits in (
+        (F16, 64, lambda r, k, b, half: True),
+        (F16, 256, lambda r, k, b, half: b * k * (528 if half else 1040) <= 32768),
+        (F32, 128, lambda r, k, b, half: b * k * 528 <= 32768),
+        (BF16, 256, lambda r, k, b, half: b * k * 1040 <= 32768),
+    ):
+        layouts = _dense_layouts(d=d, l=100)
+        plan, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype]))
+        default = plan["kernels"][0]
+        expected = [
+            f"r{r}_k{k}_b{b}" + ("" if half else "_float")
+            for half in ((True, False) if dtype == F16 else (True,))
+            for r in (1, 2) for k in (8, 16, 32) for b in (0, 1, 2)
+            if fits(r, k, b, half)
+        ]  # fmt: skip
+        assert default["alternatives"] == expected
+        for name in expected:
+            asked = f"attention_backward_dq=r9_k9,attention_forward={name}".encode()
+            plan, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], tiles=asked))
+            kernel = plan["kernels"][0]
+            assert f"_d{d}_{name}_chunks" in kernel["name"]
+            numbers = re.findall(r"\d+", name)
+            operand = "float" if name.endswith("float") or dtype != F16 else "half"
+            arguments = template_arguments(kernel)
+            assert arguments[1] == operand and arguments[3:6] == numbers
+            assert kernel["groups"] == [8, -(-100 // (32 * int(numbers[0])))]
+            staged = ("read directly", "staged in turn", "staged together")[int(numbers[2])]
+            assert f"K and V {staged}, " in kernel["tile"]
+        for wrong in ("r3_k8_b1", "r1_k8", "x"):
+            asked = f"attention_forward={wrong}".encode()
+            plan, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], tiles=asked))
+            assert plan["refusal"] == f"attention_forward has no tile {wrong} for this call"
+            assert plan["advice"] == "see the alternatives of flash_attn_plan"
+            assert plan["kernels"] == []
 
 
 def plan_of_threadgroups(sources: Sources) -> None:
     for l, s in ((1, 1), (31, 33), (32, 32), (33, 31), (64, 65), (97, 300)):
         layouts = _dense_layouts(3, 6, 2, l, s)
-        for backward in (False, True):
-            plan, _ = sources.plan(request(layouts, 0, backward))
+        for backward, scratch in ((False, 0), (True, 0), (True, 1 << 30)):
+            plan, _ = sources.plan(request(layouts, 0, backward, scratch_bytes=scratch))
             for kernel in plan["kernels"]:
+                rows = 64 if kernel["family"] == DQ_FROM_DS else 32
                 keys = kernel["family"] == DKV
-                expected = [6, -(-s // 32)] if keys else [18, -(-l // 32)]
+                expected = [6, -(-s // 32)] if keys else [18, -(-l // rows)]
                 assert kernel["groups"] == expected and kernel["threads"] == 128
 
 
@@ -766,7 +1038,10 @@ def plan_of_refusals(sources: Sources) -> None:
     for sizes, fields, dtype, refusal, advice in _REFUSALS:
         for backward in (False, True):
             plan, _ = sources.plan(request(_dense_layouts(**sizes), dtype, backward, **fields))
-            assert plan == {"refusal": refusal, "advice": advice, "kernels": []}, plan
+            assert plan == {
+                "refusal": refusal, "advice": advice, "kernels": [], "scratch_bytes": 0,
+                "kv_heads_at_once": 0,
+            }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),
         ({}, {"diagonal": -_LONG}), ({"b": 1, "h": _HEADS}, {}), ({}, {"softcap": 0.0}),
@@ -805,6 +1080,7 @@ def killers() -> tuple[Attention | Property, ...]:
         for test in (
             plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
             plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
+            plan_of_scratch, plan_of_other_tiles,
         )
     ]  # fmt: skip
     plain = [k for k in _attention() if not k.check]

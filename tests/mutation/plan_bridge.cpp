@@ -15,8 +15,10 @@ struct FlatLayout {
 
 struct Request {
   FlatLayout q, k, v, out, dout;
-  int64_t dtype, has_mask, has_alibi, has_sinks, window_left, window_right, diagonal, backward;
+  int64_t dtype, has_mask, has_alibi, has_sinks, window_left, window_right, diagonal, backward,
+      scratch_bytes;
   double dropout_p, scale, softcap;
+  char tiles[128];
 };
 
 orchard::Layout layout(const FlatLayout& flat) {
@@ -31,9 +33,10 @@ orchard::Layout layout(const FlatLayout& flat) {
 
 extern "C" {
 
-/// The plan as JSON, its params, and (groups x, groups y, threads) of each kernel.
+/// The plan as JSON, its params, (groups x, groups y, threads) of each kernel, and how many
+/// key/value heads share the buffer for dS.
 void orchard_test_plan(const Request* request, char* json, uint64_t capacity,
-    AttentionParams* params, uint64_t* geometry) {
+    AttentionParams* params, uint64_t* geometry, int64_t* kv_heads_at_once) {
   orchard::Problem problem;
   problem.dtype = static_cast<orchard::DType>(request->dtype);
   problem.q = layout(request->q);
@@ -48,12 +51,15 @@ void orchard_test_plan(const Request* request, char* json, uint64_t capacity,
   problem.window_right = request->window_right;
   problem.diagonal = request->diagonal;
   problem.softcap = request->softcap;
+  problem.scratch_bytes = request->scratch_bytes;
+  problem.tiles = request->tiles;
   const orchard::Layout out = layout(request->out);
   const orchard::Plan plan = request->backward
                                  ? orchard::plan_backward(problem, out, layout(request->dout))
                                  : orchard::plan_forward(problem, out);
   std::strncpy(json, orchard::to_json(plan).c_str(), capacity - 1);
   *params = plan.params;
+  *kv_heads_at_once = plan.kv_heads_at_once;
   for (size_t i = 0; i < plan.kernels.size() && i < 4; i++) {
     *geometry++ = plan.kernels[i].groups[0];
     *geometry++ = plan.kernels[i].groups[1];
@@ -72,7 +78,8 @@ void orchard_test_strides(const int64_t* like, const int64_t* sizes, int64_t* st
 /// Buffer numbers in the order of the enumeration.
 void orchard_test_buffers(int32_t* numbers) {
   const int32_t all[] = {kBufferQuery, kBufferKey, kBufferValue, kBufferOut, kBufferLse,
-      kBufferDout, kBufferDlse, kBufferDelta, kBufferDq, kBufferDk, kBufferDv, kBufferParams};
+      kBufferDout, kBufferDlse, kBufferDelta, kBufferDq, kBufferDk, kBufferDv, kBufferDs,
+      kBufferParams};
   std::copy(std::begin(all), std::end(all), numbers);
 }
 
