@@ -101,6 +101,7 @@ def test_peer_agrees_with_float64(dtype, head_dim, sizes, causal):
     buffers = {peer.BUFFERS[n]: x for n, x in {"q": q, "k": k, "v": v, "out": out}.items()}
     params = (peer.BUFFERS["params"], plan.params)
     CpuKernels({}).prepare(plan.name, plan.groups, plan.threads, buffers, params).start()
+    q, scale = peer.rounded_query(q, scale)
     scoring = plans.Scoring(scale, window_right=0 if causal else -1)
     exact, eager = (
         reference.attention(q, k, v, torch.zeros_like(q), None, scoring, d)
@@ -255,7 +256,7 @@ def test_nothing_is_timed_that_is_wrong(planner):
 
 
 def test_a_fault_that_goes_unnoticed_ends_the_run(planner, monkeypatch):
-    monkeypatch.setattr(speed.Operands, "check", lambda self, results: {})
+    monkeypatch.setattr(speed.Operands, "check", lambda self, side: {})
     with pytest.raises(AssertionError, match="unnoticed"):
         small_bench(planner, WORK).planted_fault(WORK)
 

@@ -73,6 +73,8 @@ class Kernels:
 
     def text(self, name: str) -> bytes:
         """The PTX."""
+        if name not in self.names:
+            raise KeyError(f"{self._archive.filename} has no {name}: what was build.py asked for?")
         return self._archive.read(f"{name}.ptx")
 
     def prepare(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,15 @@ def prefill(
         (32, simdgroups),
         params,
     )
+
+
+def rounded_query(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The q and scale whose exact attention the kernel approximates.
+
+    It multiplies q by scale * log2(e), rounds to q's dtype, and takes powers of two.
+    """
+    factor = torch.tensor(scale * math.log2(math.e), dtype=q.dtype, device=q.device)
+    return q * factor, math.log(2.0)
 
 
 def check_header() -> str:

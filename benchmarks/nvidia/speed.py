@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,15 +24,15 @@ from .paths import RESULTS, ROOT, SPEED_KERNELS, SPEED_PLANNER, SPEED_SOURCES
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from orchard_ops.testing import MathResult, assert_attention_close
+from orchard_ops.testing import assert_attention_close
 
 from . import peer, reference, speed_report, timing
 from .attention import Attention
 from .driver import Kernels, Launch
 from .environment import describe
-from .plans import Params, Planner
+from .plans import Params, Planner, Scoring
 from .timing import Spread
-from .workloads import DTYPES, Workload, add_options, workloads
+from .workloads import BACKWARD_LENGTHS, Workload, add_options, workloads
 
 #: Milliseconds of each work in each round.
 Clock = Callable[[dict[str, timing.Work]], dict[str, list[float]]]
@@ -63,20 +63,54 @@ class Record:
     seconds: float = 0.0
 
 
+class Mathematics:
+    """float64 attention and its same-dtype measure."""
+
+    def __init__(self, operands: list[Tensor], scoring: Scoring):
+        self._ref = reference.attention(*operands, None, scoring, torch.float64)
+        self._eager = reference.attention(*operands, None, scoring, operands[0].dtype)
+
+    def check(self, results: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """result -> largest error against float64, and that of same-dtype mathematics
+
+        Raises:
+            AssertionError: by the rule of orchard_ops.testing.
+        """
+        ref, eager = self._ref, self._eager
+        assert_attention_close([results.get(name) for name in _RESULTS], ref, eager)
+        errors = {}
+        for name, x in results.items():
+            exact = getattr(ref, name).double()
+            both = (x, getattr(eager, name))
+            errors[name] = tuple((y.double() - exact).abs().max().item() for y in both)
+        return errors
+
+
+@dataclass
+class Side:
+    """Launches and the results that they write: our forward, our backward, or PyTorch's."""
+
+    launches: list[Launch]
+    results: dict[str, Tensor]
+    is_peer: bool = False
+
+
 class Operands:
-    """Operands and empty results of a workload, with the mathematics of some of its heads."""
+    """Operands of a workload, and which results are right for them."""
 
     def __init__(self, work: Workload, device: str):
         self.work = work
         self.q, self.k, self.v, self.dout = work.operands(device)
         heads = work.batch * work.num_heads
         self._heads = torch.linspace(0, heads - 1, min(heads, _CHECKED_HEADS)).long().to(device)
-        operands = [self.cut(x) for x in (self.q, self.k, self.v, self.dout)]
-        self.ref = reference.attention(*operands, None, work.scoring, torch.float64)
-        self.eager = reference.attention(*operands, None, work.scoring, DTYPES[work.dtype])
+        q, k, v, dout = (self._cut(x) for x in (self.q, self.k, self.v, self.dout))
+        self._exact = Mathematics([q, k, v, dout], work.scoring)
+        # Only from the query as its kernel rounds it can PyTorch's pass the same strict rule.
+        q, scale = peer.rounded_query(q, work.scoring.scale)
+        self._exact_for_peer = Mathematics([q, k, v, dout], replace(work.scoring, scale=scale))
 
-    def cut(self, x: Tensor) -> Tensor:
-        """The checked heads of x, in one batch."""
+    def _cut(self, x: Tensor) -> Tensor:
+        """The heads that are compared, in one batch."""
         return x.flatten(0, 1)[self._heads].unsqueeze(0)
 
     def like_q(self) -> Tensor:
@@ -85,43 +119,15 @@ class Operands:
     def row_stats(self) -> Tensor:
         return torch.full(self.q.shape[:3], torch.nan, device=self.q.device)
 
-    def check(self, results: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-        """The errors of the checked heads; all others must be finite.
-
-        Raises:
-            AssertionError: by the rule of orchard_ops.testing.
-        """
-        for name, x in results.items():
+    def check(self, side: Side) -> dict[str, tuple[float, float]]:
+        """Runs it once: some heads must agree with the mathematics, the others be finite."""
+        for launch in side.launches:
+            launch.start()
+        for name, x in side.results.items():
             if not torch.isfinite(x).all():
                 raise AssertionError(f"{name}: NaN or infinity")
-        cut = {name: self.cut(x) for name, x in results.items()}
-        assert_attention_close([cut.get(name) for name in _RESULTS], self.ref, self.eager)
-        return {name: _errors(name, x, self.ref, self.eager) for name, x in cut.items()}
-
-
-def _errors(name: str, x: Tensor, ref: MathResult, eager: MathResult) -> tuple[float, float]:
-    exact = getattr(ref, name).double()
-    return tuple((y.double() - exact).abs().max().item() for y in (x, getattr(eager, name)))
-
-
-def _start_all(launches: list[Launch]) -> Callable[[], None]:
-    def start() -> None:
-        for launch in launches:
-            launch.start()
-
-    return start
-
-
-@dataclass
-class Prepared:
-    """Launches of one side and the results that they write."""
-
-    launches: list[Launch]
-    results: dict[str, Tensor]
-
-    def checked(self, operands: Operands) -> dict[str, tuple[float, float]]:
-        _start_all(self.launches)()
-        return operands.check(self.results)
+        exact = self._exact_for_peer if side.is_peer else self._exact
+        return exact.check({name: self._cut(x) for name, x in side.results.items()})
 
 
 class Bench:
@@ -139,12 +145,11 @@ class Bench:
         self.timed: dict[str, set[str]] = {mode: set() for mode in kernels}
         self.usable = True
 
-    def assemble(self, chosen: list[Workload], backward: bool) -> None:
-        """Begins to assemble all that will run, in this order."""
-        for work in chosen:
-            for mode in self.kernels:
-                names = [n for n in self._names(work, backward) if not self._same_code(mode, n)]
-                self.kernels[mode].assemble(names)
+    def assemble(self, work: Workload, backward: bool) -> None:
+        """Begins to assemble what it will run."""
+        for mode, kernels in self.kernels.items():
+            names = self._names(work, backward)
+            kernels.assemble([name for name in names if not self._same_code(mode, name)])
 
     def _names(self, work: Workload, backward: bool) -> list[str]:
         return [work.prefill().name, *(x.name for x in work.plan(self.planner, backward))]
@@ -156,27 +161,27 @@ class Bench:
 
     # ---- launches
 
-    def _forward(self, mode: str, x: Operands) -> Prepared:
+    def _forward(self, mode: str, x: Operands) -> Side:
         out, lse = x.like_q(), x.row_stats()
         launches = self.attention[mode].prepare_forward(x.q, x.k, x.v, out, lse, x.work.scoring)
-        return Prepared(launches, {"out": out, "lse": lse})
+        return Side(launches, {"out": out, "lse": lse})
 
-    def _backward(self, mode: str, x: Operands, out: Tensor, lse: Tensor) -> Prepared:
+    def _backward(self, mode: str, x: Operands, out: Tensor, lse: Tensor) -> Side:
         delta = x.row_stats()
         dq, dk, dv = (x.like_q() for _ in range(3))
         launches = self.attention[mode].prepare_backward(
             x.dout, None, x.q, x.k, x.v, out, lse, delta, dq, dk, dv, x.work.scoring
         )
-        return Prepared(launches, {"dq": dq, "dk": dk, "dv": dv})
+        return Side(launches, {"dq": dq, "dk": dk, "dv": dv})
 
-    def _prefill(self, mode: str, x: Operands) -> Prepared:
+    def _prefill(self, mode: str, x: Operands) -> Side:
         out = x.like_q()
         plan = peer.prefill(x.q, x.k, x.v, out, x.work.scoring.scale, x.work.causal)
         tensors = {"q": x.q, "k": x.k, "v": x.v, "out": out}
         buffers = {peer.BUFFERS[name]: tensor for name, tensor in tensors.items()}
         params = (peer.BUFFERS["params"], plan.params)
         launch = self.kernels[mode].prepare(plan.name, plan.groups, plan.threads, buffers, params)
-        return Prepared([launch], {"out": out})
+        return Side([launch], {"out": out}, is_peer=True)
 
     # ---- records
 
@@ -229,8 +234,8 @@ class Bench:
             results = forward.results
             ours = {"forward": forward, "ours": self._backward(mode, x, **results)}
         sides = {**ours, "PyTorch's": theirs}
-        for side, prepared in sides.items():
-            record.errors[side] = prepared.checked(x)
+        for name, side in sides.items():
+            record.errors[name] = x.check(side)
         before = [y.clone() for side in sides.values() for y in side.results.values()]
         launches = [launch for side in sides.values() for launch in side.launches]
         samples = self.clock({launch.name: launch.start for launch in launches})
@@ -239,10 +244,10 @@ class Bench:
             raise AssertionError("the results changed while they were timed")
         record.times = {name: Spread.of(times) for name, times in samples.items()}
         yardstick = samples[theirs.launches[0].name]
-        for side, prepared in ours.items():
-            names = [launch.name for launch in prepared.launches]
+        for what, side in ours.items():
+            names = [launch.name for launch in side.launches]
             sums = [sum(times) for times in zip(*(samples[name] for name in names))]
-            record.relative[side] = _ratio(sums, yardstick)
+            record.relative[what] = _ratio(sums, yardstick)
             for name in names:
                 record.relative[name] = _ratio(samples[name], yardstick)
 
@@ -259,7 +264,7 @@ class Bench:
         forward = self._forward(next(iter(self.attention)), x)
         attention.disturb = None
         try:
-            forward.checked(x)
+            x.check(forward)
         except AssertionError as error:
             print(f"planted fault noticed: {error}", flush=True)
             return
@@ -290,14 +295,6 @@ def _progress(record: Record) -> str:
     return f"{where}, {record.mode}: {result} ({record.seconds} s)"
 
 
-def result_of(bench: Bench) -> dict:
-    return {
-        "environment": describe(SPEED_SOURCES),
-        "records": [asdict(record) for record in bench.records],
-        "kernels": bench.attributes() if bench.usable else {},
-    }
-
-
 def _json_lines(result: dict) -> str:
     """JSON with a line for each record and each kernel."""
     records = ",\n".join(json.dumps(record) for record in result["records"])
@@ -314,6 +311,20 @@ def _json_lines(result: dict) -> str:
     )
 
 
+def _write(bench: Bench, output: Path) -> str:
+    """Gives the Markdown."""
+    result = {
+        "environment": describe(SPEED_SOURCES),
+        "records": [asdict(record) for record in bench.records],
+        "kernels": bench.attributes() if bench.usable else {},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "speed.json").write_text(_json_lines(result))
+    text = speed_report.table(result)
+    (output / "speed.md").write_text(text)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
@@ -322,22 +333,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each comparison")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    backward = options.only != "forward"
     chosen = list(workloads(options.dtypes, options.head_dims, options.lengths))
+    longest = max(options.lengths or BACKWARD_LENGTHS) if options.only != "forward" else 0
     kernels = {mode: Kernels(path) for mode, path in SPEED_KERNELS.items()}
     clock = functools.partial(timing.take_turns, seconds=options.seconds)
     bench = Bench(kernels, Planner(SPEED_PLANNER), clock)
-    bench.assemble(chosen, backward)
+    for work in chosen:
+        bench.assemble(work, work.length <= longest)
     bench.planted_fault(chosen[0])
     for work in chosen:
-        bench.run(work, backward)
+        bench.run(work, work.length <= longest)
+        _write(bench, options.output)  # each time: a run that is cut off has something to show
         torch.cuda.empty_cache()
-    result = result_of(bench)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "speed.json").write_text(_json_lines(result))
-    text = speed_report.table(result)
-    (options.output / "speed.md").write_text(text)
-    print(text)
+    print(_write(bench, options.output))
     sys.exit(not bench.usable or any(record.failure for record in bench.records))
 
 

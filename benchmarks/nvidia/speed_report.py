@@ -10,7 +10,7 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
 
 def table(result: dict) -> str:
-    """Markdown of `speed.result_of`."""
+    """Markdown of what speed.py writes as JSON."""
     environment, records = result["environment"], result["records"]
     sources = environment["sources"]
     edited = " with uncommitted changes" if sources["edited"] else ""

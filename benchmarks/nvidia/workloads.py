@@ -16,6 +16,8 @@ from .plans import Kernel, Planner, Scoring
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (64, 128, 32, 80, 96, 256)
 LENGTHS = (1024, 4096, 8192)
+#: The backward is timed at these, as it takes several times as long.
+BACKWARD_LENGTHS = (1024, 4096)
 #: Only this length for the head dims behind the first two.
 _ONE_LENGTH = 4096
 _ALL_LENGTHS = (64, 128)
