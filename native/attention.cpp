@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 
@@ -303,31 +304,22 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   const Tensor ds = plan.ds_elements > 0
                         ? empty_strided(q, {plan.ds_elements}, {1}, aoti_torch_dtype_float32())
                         : delta;
-  dispatch(plan.kernels[0],
-      {{kBufferOut, out}, {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)},
-          {kBufferDelta, delta}},
-      plan.params);
-  KernelPlan dkv = plan.kernels[1];
-  KernelPlan dq_kernel = plan.kernels[2];
-  const int64_t kv_heads = static_cast<int64_t>(dkv.groups[0]);
-  const uint64_t group = kv_heads > 0 ? dq_kernel.groups[0] / dkv.groups[0] : 0;
-  for (int64_t first = 0; first < kv_heads; first += plan.kv_heads_at_once) {
-    dkv.groups[0] = static_cast<uint64_t>(std::min(plan.kv_heads_at_once, kv_heads - first));
-    dq_kernel.groups[0] = dkv.groups[0] * group;
-    plan.params.first_kv_head = static_cast<int32_t>(first);
-    dispatch(dkv,
-        {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-            {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv},
-            {kBufferDs, ds}},
-        plan.params);
-    if (plan.ds_elements > 0) {
-      dispatch(dq_kernel, {{kBufferKey, k}, {kBufferDs, ds}, {kBufferDq, dq}}, plan.params);
-    } else {
-      dispatch(dq_kernel,
+  const std::map<std::string, Bindings> bindings{
+      {"attention_backward_delta", {{kBufferOut, out}, {kBufferDout, dout},
+                                       {kBufferDlse, dlse.value_or(lse)}, {kBufferDelta, delta}}},
+      {"attention_backward_dkv", {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+                                     {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDelta, delta},
+                                     {kBufferDk, dk}, {kBufferDv, dv}, {kBufferDs, ds}}},
+      {"attention_backward_dq",
           {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-              {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}},
-          plan.params);
-    }
+              {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}}},
+      {"attention_backward_dq_from_ds", {{kBufferKey, k}, {kBufferDs, ds}, {kBufferDq, dq}}},
+  };
+  for (const KernelLaunch& launch : plan.launches) {
+    KernelPlan& kernel = plan.kernels[launch.kernel];
+    kernel.groups[0] = launch.groups_x;
+    plan.params.first_kv_head = launch.first_kv_head;
+    dispatch(kernel, bindings.at(kernel.family), plan.params);
   }
   return {dq, dk, dv};
 }

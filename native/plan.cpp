@@ -231,7 +231,7 @@ std::string asked_tile(const Problem& p, const std::string& family) {
 }
 
 KernelPlan make_kernel(const Problem& p, const std::string& family, const TileChoice& tile,
-    const std::vector<const char*>& flags, uint64_t heads, uint64_t blocks) {
+    const std::vector<const char*>& flags, int64_t heads, int64_t blocks) {
   const DTypeNames dtype = names(p.dtype);
   const int bd = padded_head_dim(p.q.sizes[3]);
   KernelPlan kernel;
@@ -251,20 +251,33 @@ KernelPlan make_kernel(const Problem& p, const std::string& family, const TileCh
       args, ") ", args, ";\n");
   kernel.tile = join(tile.text, tile.text.empty() ? "" : ", ", "head_dim padded to ", bd, "; ",
       heads, " x ", blocks, " threadgroups of ", kSimdgroups * ORCHARD_SIMD_WIDTH, " threads");
-  kernel.groups = {heads, blocks};
+  kernel.groups = {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)};
   kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
   return kernel;
 }
 
-uint64_t blocks_of(int64_t length, int64_t block) {
-  return static_cast<uint64_t>((length + block - 1) / block);
-}
+int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
-uint64_t query_heads(const Problem& p) {
-  return static_cast<uint64_t>(p.q.sizes[0] * p.q.sizes[1]);
-}
+int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
 
-uint64_t kv_heads(const Problem& p) { return static_cast<uint64_t>(p.k.sizes[0] * p.k.sizes[1]); }
+int64_t kv_heads(const Problem& p) { return p.k.sizes[0] * p.k.sizes[1]; }
+
+/// How many of the batch * num_kv_heads key/value heads, with their query heads, share the buffer
+/// for dS, and its size: 0 where not one fits, or where it does not pay.
+struct KvChunks {
+  int64_t kv_heads;
+  int64_t ds_elements;
+};
+
+KvChunks ds_chunks(const Problem& p, int bd) {
+  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
+  const int64_t elements =  // tiles of 8 x 8 for each query head of the group
+      group * 64 * blocks_of(p.q.sizes[2], 8) * blocks_of(p.k.sizes[2], 8);
+  const int64_t bytes = elements * int64_t{sizeof(float)};
+  if (bd < kDsHeadDim || bytes == 0 || bytes > p.scratch_bytes) return {kv_heads(p), 0};
+  const int64_t heads = std::min(p.scratch_bytes / bytes, kv_heads(p));
+  return {heads, heads * elements};
+}
 
 /// The template's last arguments: VEC and DROPOUT.
 std::vector<const char*> switches(const Problem& p, bool chunks) {
@@ -342,6 +355,7 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   plan.kernels.push_back(make_kernel(p, "attention_forward", choice, switches(p, chunks),
       query_heads(p), blocks_of(p.q.sizes[2], query_rows(tile.r))));
   plan.kernels[0].alternatives = names_of(choices);
+  plan.launches = {{0, plan.kernels[0].groups[0], 0}};
   return plan;
 }
 
@@ -359,19 +373,9 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   plan.params.dout = to_strides(dout.strides);
   advise_on_layout(chunks, plan);
 
-  // One query head's dS in tiles of 8 x 8; whole groups of query heads at a time.
-  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
-  const int64_t ds_elements = group * 64 * blocks_of(p.q.sizes[2], 8) * blocks_of(p.k.sizes[2], 8);
-  const int64_t fitting =
-      ds_elements > 0 ? p.scratch_bytes / (ds_elements * int64_t{sizeof(float)}) : 0;
-  const bool store_ds = bd >= kDsHeadDim && fitting > 0;
-  if (store_ds) {
-    plan.kv_heads_at_once = std::min<int64_t>(fitting, kv_heads(p));
-    plan.ds_elements = plan.kv_heads_at_once * ds_elements;
-  } else {
-    plan.kv_heads_at_once = kv_heads(p);
-  }
-
+  const KvChunks chunks_of_heads = ds_chunks(p, bd);
+  const bool store_ds = chunks_of_heads.ds_elements > 0;
+  plan.ds_elements = chunks_of_heads.ds_elements;
   const int keys = 8 * kSimdgroups / row.dkv.split;
   plan.kernels.push_back(make_kernel(p, "attention_backward_delta", {},
       {chunks ? "chunks" : "!chunks"}, query_heads(p), blocks_of(p.q.sizes[2], query_rows(1))));
@@ -385,6 +389,14 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   } else {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
         switches(p, chunks), query_heads(p), blocks_of(p.q.sizes[2], query_rows(row.dq.r))));
+  }
+  plan.launches.push_back({0, plan.kernels[0].groups[0], 0});
+  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
+  for (int64_t first = 0; first < kv_heads(p); first += chunks_of_heads.kv_heads) {
+    const int64_t count = std::min(chunks_of_heads.kv_heads, kv_heads(p) - first);
+    const int32_t first_kv_head = static_cast<int32_t>(first);
+    plan.launches.push_back({1, static_cast<uint64_t>(count), first_kv_head});
+    plan.launches.push_back({2, static_cast<uint64_t>(count * group), first_kv_head});
   }
   return plan;
 }
@@ -411,6 +423,12 @@ std::string to_json(const Plan& plan) {
       append_json(out, plan.kernels[i].alternatives[j]);
     }
     out << "]}";
+  }
+  out << "], \"launches\": [";
+  for (size_t i = 0; i < plan.launches.size(); i++) {
+    const KernelLaunch& launch = plan.launches[i];
+    out << (i ? ", [" : "[") << launch.kernel << ", " << launch.groups_x << ", "
+        << launch.first_kv_head << "]";
   }
   out << "], \"scratch_bytes\": " << plan.ds_elements * sizeof(float) << "}";
   return out.str();

@@ -37,7 +37,7 @@ struct Problem {
   std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."
 };
 
-/// One dispatch.
+/// One kernel variant and its grid.
 struct KernelPlan {
   std::string family;         ///< the name of the kernel's template
   std::string name;           ///< host name of the variant, every degree of freedom readable
@@ -48,16 +48,20 @@ struct KernelPlan {
   uint64_t threads = 0;                   ///< per threadgroup, along x
 };
 
+/// One dispatch of a kernel of the plan: with so many threadgroups in x, and params.first_kv_head.
+struct KernelLaunch {
+  size_t kernel = 0;
+  uint64_t groups_x = 0;
+  int32_t first_kv_head = 0;
+};
+
 struct Plan {
   std::string refusal;  ///< empty, or why Metal cannot run the call
   std::string advice;   ///< what the caller could change; may be empty
   AttentionParams params{};
   std::vector<KernelPlan> kernels;
-  /// Backward: elements of the float buffer for dS (0: none), and how many of the batch *
-  /// num_kv_heads key/value heads share it at once. Kernels that bind kBufferDs run for so many
-  /// heads at a time; their groups[0] is that of all heads.
-  int64_t ds_elements = 0;
-  int64_t kv_heads_at_once = 0;
+  std::vector<KernelLaunch> launches;  ///< in order
+  int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
 };
 
 /// Forward: fills params but for `out` strides and the dropout seed.

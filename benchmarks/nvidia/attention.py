@@ -11,10 +11,11 @@ from torch import Tensor
 from orchard_ops.layout import empty_in_order_of
 
 from .driver import Kernels, Launch
-from .plans import Kernel, Params, Planner, Scoring
+from .plans import Params, Plan, Planner, Scoring
 
 # AttentionBuffer of shaders/params.h
-_BUFFERS = ("q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "params")
+_BUFFERS = ("q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
+            "params")  # fmt: skip
 _INDEX = {name: index for index, name in enumerate(_BUFFERS)}
 _MARGIN = 1024
 _UNTOUCHED = 7.0
@@ -72,8 +73,9 @@ class Attention:
         """dq, dk, dv"""
         guarded = Guarded()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
-        delta = guarded.row_stats(q)
-        self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, s))
+        stats = guarded.row_stats(q)
+        ds = guarded.empty([self.ds_elements(q, k, v, out, dout, s)], [1], torch.float32)
+        self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, stats, ds, dq, dk, dv, s))
         guarded.assert_margins_untouched()
         return dq, dk, dv
 
@@ -81,23 +83,30 @@ class Attention:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Scoring
     ) -> list[Launch]:
         """The kernels of the plan in order; they write out and lse."""
-        kernels, params = self._planner.forward(q, k, v, out, s)
-        _set_seed(params, s.dropout_seed)
-        return self._prepare(kernels, params, q=q, k=k, v=v, out=out, lse=lse)
+        plan = self._planner.forward(q, k, v, out, s)
+        _set_seed(plan.params, s.dropout_seed)
+        return self._prepare(plan, q=q, k=k, v=v, out=out, lse=lse)
+
+    def ds_elements(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, s: Scoring
+    ) -> int:
+        """Length of the float32 buffer that prepare_backward needs for dS, at least 1."""
+        return max(self._planner.backward(q, k, v, out, dout, s).ds_elements, 1)
 
     def prepare_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
+        lse: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
     ) -> list[Launch]:  # fmt: skip
-        """The kernels of the plan in order; they write delta, dq, dk and dv."""
-        kernels, params = self._planner.backward(q, k, v, out, dout, s)
+        """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
+        plan = self._planner.backward(q, k, v, out, dout, s)
+        params = plan.params
         _set_seed(params, s.dropout_seed)
         for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
             params.set_strides(name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
-            kernels, params, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
-            dlse=lse if dlse is None else dlse, delta=delta, dq=dq, dk=dk, dv=dv,
+            plan, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
+            dlse=lse if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
 
     def run(self, launches: list[Launch]) -> None:
@@ -105,16 +114,20 @@ class Attention:
             launch.start()
             self.ran[launch.name] = self.ran.get(launch.name, 0) + 1
 
-    def _prepare(self, kernels: list[Kernel], params: Params, **tensors: Tensor) -> list[Launch]:
+    def _prepare(self, plan: Plan, **tensors: Tensor) -> list[Launch]:
         """Every tensor is bound to every kernel, which takes those it declares."""
         if self.disturb is not None:
-            self.disturb(params)
+            self.disturb(plan.params)
         buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
-        at = _INDEX["params"]
-        return [
-            self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, (at, params))
-            for x in kernels
-        ]
+        launches = []
+        for x in plan.kernels:
+            params = Params.from_buffer_copy(plan.params)
+            params.first_kv_head = x.first_kv_head
+            of_params = (_INDEX["params"], params)
+            launches.append(
+                self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, of_params)
+            )
+        return launches
 
 
 def _set_seed(params: Params, seed: int) -> None:

@@ -17,6 +17,8 @@ struct BridgeCall {
   int64_t window_left;
   int64_t window_right;
   int64_t diagonal;
+  int64_t scratch_bytes;
+  char tiles[128];
 };
 
 struct BridgeKernel {
@@ -28,12 +30,22 @@ struct BridgeKernel {
 };
 
 constexpr size_t kMaxKernels = 8;
+constexpr size_t kMaxLaunches = 1024;
+
+struct BridgeLaunch {
+  int64_t kernel;
+  uint64_t groups_x;
+  int64_t first_kv_head;
+};
 
 struct BridgePlan {
   char refusal[256];
   AttentionParams params;
   int64_t kernel_count;
   BridgeKernel kernels[kMaxKernels];
+  int64_t launch_count;
+  BridgeLaunch launches[kMaxLaunches];
+  int64_t ds_elements;
 };
 }
 
@@ -56,11 +68,14 @@ orchard::Problem problem_of(const BridgeCall& call) {
   problem.window_left = call.window_left;
   problem.window_right = call.window_right;
   problem.diagonal = call.diagonal;
+  problem.scratch_bytes = call.scratch_bytes;
+  problem.tiles = call.tiles;
   return problem;
 }
 
 void write(const orchard::Plan& plan, BridgePlan* result) {
   if (plan.kernels.size() > kMaxKernels) throw std::length_error("kernels");
+  if (plan.launches.size() > kMaxLaunches) throw std::length_error("launches");
   copy(result->refusal, plan.refusal);
   result->params = plan.params;
   result->kernel_count = static_cast<int64_t>(plan.kernels.size());
@@ -73,6 +88,13 @@ void write(const orchard::Plan& plan, BridgePlan* result) {
     std::copy(kernel.groups.begin(), kernel.groups.end(), to.groups);
     to.threads = kernel.threads;
   }
+  result->launch_count = static_cast<int64_t>(plan.launches.size());
+  for (size_t i = 0; i < plan.launches.size(); i++) {
+    const orchard::KernelLaunch& launch = plan.launches[i];
+    result->launches[i] = {
+        static_cast<int64_t>(launch.kernel), launch.groups_x, launch.first_kv_head};
+  }
+  result->ds_elements = plan.ds_elements;
 }
 
 }  // namespace

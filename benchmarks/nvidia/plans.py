@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class Scoring:
     window_left: int = -1
     window_right: int = -1
     diagonal: int = 0
+    scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
+    tiles: str = ""  # instead of the plan's: "family=tile,..."
 
 
 class _Layout(ctypes.Structure):
@@ -47,6 +50,8 @@ class _Call(ctypes.Structure):
         ("window_left", _int64),
         ("window_right", _int64),
         ("diagonal", _int64),
+        ("scratch_bytes", _int64),
+        ("tiles", ctypes.c_char * 128),
     ]
 
 
@@ -64,7 +69,7 @@ class Params(ctypes.Structure):
         ("dropout_threshold", ctypes.c_uint32),
         ("dropout_rescale", ctypes.c_float),
         ("has_dlse", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
+        ("first_kv_head", ctypes.c_int32),
     ]
 
     def set_strides(self, name: str, x: Tensor) -> None:
@@ -83,6 +88,12 @@ class _Kernel(ctypes.Structure):
     ]
 
 
+class _Launch(ctypes.Structure):
+    """BridgeLaunch"""
+
+    _fields_ = [("kernel", _int64), ("groups_x", ctypes.c_uint64), ("first_kv_head", _int64)]
+
+
 class _Plan(ctypes.Structure):
     """BridgePlan"""
 
@@ -91,18 +102,31 @@ class _Plan(ctypes.Structure):
         ("params", Params),
         ("kernel_count", _int64),
         ("kernels", _Kernel * 8),
+        ("launch_count", _int64),
+        ("launches", _Launch * 1024),
+        ("ds_elements", _int64),
     ]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """orchard::KernelPlan"""
+    """orchard::KernelPlan in one of its launches"""
 
     family: str
     name: str
     instantiation: str
     groups: tuple[int, int]
     threads: int
+    first_kv_head: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """orchard::Plan; kernels in the order of their launches"""
+
+    kernels: list[Kernel]
+    params: Params
+    ds_elements: int
 
 
 class Planner:
@@ -112,36 +136,37 @@ class Planner:
         if self._library.bridge_size_of_plan() != ctypes.sizeof(_Plan):
             raise RuntimeError("plans.py and plan_bridge.cpp disagree on BridgePlan")
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scoring: Scoring
-    ) -> tuple[list[Kernel], Params]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scoring: Scoring) -> Plan:
         return self._plan(self._library.bridge_plan_forward, (q, k, v, out, out), scoring)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, scoring: Scoring
-    ) -> tuple[list[Kernel], Params]:
+    ) -> Plan:
         return self._plan(self._library.bridge_plan_backward, (q, k, v, out, dout), scoring)
 
-    def _plan(self, function, tensors: Sequence[Tensor], s: Scoring) -> tuple[list[Kernel], Params]:
+    def _plan(self, function, tensors: Sequence[Tensor], s: Scoring) -> Plan:
         call = _Call(
-            _DTYPES[tensors[0].dtype], *map(_Layout.of, tensors),
-            s.dropout_p, s.scale, s.window_left, s.window_right, s.diagonal,
+            _DTYPES[tensors[0].dtype], *map(_Layout.of, tensors), s.dropout_p, s.scale,
+            s.window_left, s.window_right, s.diagonal, s.scratch_bytes, s.tiles.encode(),
         )  # fmt: skip
         plan = _Plan()
         function(ctypes.byref(call), ctypes.byref(plan))
         if plan.refusal:
             raise ValueError(f"the plan refuses: {plan.refusal.decode()}")
-        kernels = [
-            Kernel(
-                kernel.family.decode(),
-                kernel.name.decode(),
-                kernel.instantiation.decode(),
-                tuple(kernel.groups),
-                kernel.threads,
+        kernels = []
+        for launch in plan.launches[: plan.launch_count]:
+            kernel = plan.kernels[launch.kernel]
+            kernels.append(
+                Kernel(
+                    kernel.family.decode(),
+                    kernel.name.decode(),
+                    kernel.instantiation.decode(),
+                    (launch.groups_x, kernel.groups[1]),
+                    kernel.threads,
+                    launch.first_kv_head,
+                )
             )
-            for kernel in plan.kernels[: plan.kernel_count]
-        ]
-        return kernels, plan.params
+        return Plan(kernels, plan.params, plan.ds_elements)
 
 
 def every_variant(planner: Planner) -> dict[str, Kernel]:
@@ -155,9 +180,9 @@ def every_variant(planner: Planner) -> dict[str, Kernel]:
                 x = torch.empty_strided(
                     (1, 1, 1, head_dim), (row, row, row, 1), dtype=dtype, device="meta"
                 )
-                for dropout_p in (0.0, 0.5):
-                    scoring = Scoring(1.0, dropout_p)
-                    forward, _ = planner.forward(x, x, x, x, scoring)
-                    backward, _ = planner.backward(x, x, x, x, x, scoring)
+                for dropout_p, scratch_bytes in itertools.product((0.0, 0.5), (0, 1 << 20)):
+                    scoring = Scoring(1.0, dropout_p, scratch_bytes=scratch_bytes)
+                    forward = planner.forward(x, x, x, x, scoring).kernels
+                    backward = planner.backward(x, x, x, x, x, scoring).kernels
                     variants |= {kernel.name: kernel for kernel in [*forward, *backward]}
     return variants

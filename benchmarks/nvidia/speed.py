@@ -173,8 +173,11 @@ class Bench:
     def _backward(self, mode: str, x: Operands, out: Tensor, lse: Tensor) -> Side:
         delta = x.row_stats()
         dq, dk, dv = (x.like_q() for _ in range(3))
-        launches = self.attention[mode].prepare_backward(
-            x.dout, None, x.q, x.k, x.v, out, lse, delta, dq, dk, dv, x.work.scoring
+        attention, scoring = self.attention[mode], x.work.scoring
+        elements = attention.ds_elements(x.q, x.k, x.v, out, x.dout, scoring)
+        ds = torch.full((elements,), torch.nan, device=self.device)
+        launches = attention.prepare_backward(
+            x.dout, None, x.q, x.k, x.v, out, lse, delta, ds, dq, dk, dv, scoring
         )
         return Side(launches, {"dq": dq, "dk": dk, "dv": dv})
 

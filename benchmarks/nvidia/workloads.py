@@ -55,10 +55,10 @@ class Workload:
     def plan(self, planner: Planner, backward: bool) -> list[Kernel]:
         """The kernels of ours that it runs."""
         x = torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
-        forward, _ = planner.forward(x, x, x, x, self.scoring)
+        forward = planner.forward(x, x, x, x, self.scoring).kernels
         if not backward:
             return forward
-        return forward + planner.backward(x, x, x, x, x, self.scoring)[0]
+        return forward + planner.backward(x, x, x, x, x, self.scoring).kernels
 
     def prefill(self) -> peer.Prefill:
         """PyTorch's launch."""

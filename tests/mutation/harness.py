@@ -195,13 +195,10 @@ class Sources:
         text = ctypes.create_string_buffer(1 << 14)
         params = Params()
         geometry = (ctypes.c_uint64 * 12)()
-        at_once = _int64()
         self._bridge.orchard_test_plan(
-            ctypes.byref(request), text, len(text), ctypes.byref(params), geometry,
-            ctypes.byref(at_once),
-        )  # fmt: skip
+            ctypes.byref(request), text, len(text), ctypes.byref(params), geometry
+        )
         plan = json.loads(text.value)
-        plan["kv_heads_at_once"] = at_once.value
         for i, kernel in enumerate(plan["kernels"]):
             kernel["groups"], kernel["threads"] = (
                 list(geometry[3 * i : 3 * i + 2]),

@@ -859,7 +859,8 @@ def plan_of_every_width(sources: Sources) -> None:
             stored = 4 * 2 * 5 * 9 * 256 if kernels is storing and width >= 64 else 0
             assert plan == {
                 "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels,
-                "scratch_bytes": stored, "kv_heads_at_once": 4 if backward else 0,
+                "scratch_bytes": stored,
+                "launches": [[0, 8, 0], [1, 4, 0], [2, 8, 0]] if backward else [[0, 8, 0]],
             }, (plan, kernels)  # fmt: skip
 
 
@@ -873,7 +874,12 @@ def plan_of_scratch(sources: Sources) -> None:
     ):  # fmt: skip
         plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=scratch))
         assert plan["scratch_bytes"] == at_once * group
-        assert plan["kv_heads_at_once"] == (at_once or 15)
+        step = at_once or 15
+        expected = [[0, 30, 0]]
+        for first in range(0, 15, step):
+            heads = min(step, 15 - first)
+            expected += [[1, heads, first], [2, 2 * heads, first]]
+        assert plan["launches"] == expected
         last = plan["kernels"][-1]["family"]
         assert last == (DQ_FROM_DS if at_once else DQ)
     empty = _dense_layouts(l=0)
@@ -1040,7 +1046,7 @@ def plan_of_refusals(sources: Sources) -> None:
             plan, _ = sources.plan(request(_dense_layouts(**sizes), dtype, backward, **fields))
             assert plan == {
                 "refusal": refusal, "advice": advice, "kernels": [], "scratch_bytes": 0,
-                "kv_heads_at_once": 0,
+                "launches": [],
             }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),

@@ -33,10 +33,9 @@ orchard::Layout layout(const FlatLayout& flat) {
 
 extern "C" {
 
-/// The plan as JSON, its params, (groups x, groups y, threads) of each kernel, and how many
-/// key/value heads share the buffer for dS.
+/// The plan as JSON, its params, and (groups x, groups y, threads) of each kernel.
 void orchard_test_plan(const Request* request, char* json, uint64_t capacity,
-    AttentionParams* params, uint64_t* geometry, int64_t* kv_heads_at_once) {
+    AttentionParams* params, uint64_t* geometry) {
   orchard::Problem problem;
   problem.dtype = static_cast<orchard::DType>(request->dtype);
   problem.q = layout(request->q);
@@ -59,7 +58,6 @@ void orchard_test_plan(const Request* request, char* json, uint64_t capacity,
                                  : orchard::plan_forward(problem, out);
   std::strncpy(json, orchard::to_json(plan).c_str(), capacity - 1);
   *params = plan.params;
-  *kv_heads_at_once = plan.kv_heads_at_once;
   for (size_t i = 0; i < plan.kernels.size() && i < 4; i++) {
     *geometry++ = plan.kernels[i].groups[0];
     *geometry++ = plan.kernels[i].groups[1];
