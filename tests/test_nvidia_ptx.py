@@ -99,28 +99,6 @@ def test_equal_rate_uses_no_tensor_cores(variants, tmp_path):
     assemble(text, tmp_path)
 
 
-def test_tf32_puts_all_products_on_tensor_cores(tmp_path):
-    source = """
-#include <metal_stdlib>
-#include <metal_simdgroup_matrix>
-using namespace metal;
-kernel void products(device float2* out [[buffer(0)]], uint t [[thread_position_in_grid]]) {
-  simdgroup_float8x8 a(1.0f), c(0.5f);
-  simdgroup_half8x8 h(2.0h);
-  simdgroup_multiply_accumulate(c, a, a, c);
-  simdgroup_multiply_accumulate(c, h, h, c);
-  out[t] = float2(c.thread_elements()[0], c.thread_elements()[1]);
-}"""
-    text = ptx.compile(source, tf32=True)
-    assert (
-        re.findall(r"mma\.sync\S*", text)
-        == ["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] * 2
-    )
-    assert "shfl.sync" not in text
-    assert text.count("movmatrix") == 4
-    assemble(text, tmp_path)
-
-
 FEATURES = """
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>

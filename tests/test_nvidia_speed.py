@@ -177,22 +177,17 @@ def test_workloads():
     assert {(w.dtype, w.length) for w in chosen} == {("float32", 512), ("bfloat16", 512)}
 
 
-def test_modes():
-    def compile_as(**options):
-        asked.append(options)
-        return native if not options else str(options)
-
+def test_a_second_mode_is_compiled_only_for_tensor_cores():
     asked = []
-    native = "fma"
-    made = build.in_all_modes("prefill_attention_float32_x", compile_as)
-    assert made == {"native": "fma", "equal-rate": "fma"}
-    assert asked == [{}]
-    native = "mma.sync"
-    assert build.in_all_modes("attention_forward_bfloat16_x", compile_as) == {
-        "native": "mma.sync",
-        "equal-rate": "{'equal_rate': True}",
-        "tensor-rate": "{'tf32': True}",
-    }
+
+    def compile_mode(text):
+        return lambda equal: asked.append(equal) or f"{text} {equal}"
+
+    assert build.in_both_modes(compile_mode("fma")) == dict.fromkeys(
+        ("native", "equal-rate"), "fma False"
+    )
+    assert asked == [False]
+    assert build.in_both_modes(compile_mode("mma.sync"))["equal-rate"] == "mma.sync True"
 
 
 # ---- all of it, on the CPU
@@ -233,14 +228,6 @@ def test_run(planner):
     assert math.isclose(backward.relative["ours"].median, 2.0 * len(kernels))
     assert set(backward.errors["ours"]) == {"dq", "dk", "dv"}
     assert set(bench.attributes()["equal-rate"]) == set(bench.attributes()["native"])
-
-
-def test_float32_has_no_tensor_rate(planner):
-    work = workloads.Workload("float32", 64, 40, False, batch=1, num_heads=1)
-    bench = small_bench(planner, work)
-    bench.kernels["tensor-rate"] = None  # untouched
-    bench.run(work, False)
-    assert [r.mode for r in bench.records] == ["native", "equal-rate"]
 
 
 def test_same_code_is_not_timed_again(planner):
@@ -341,9 +328,9 @@ def test_report():
     assert "A GPU, driver 1, torch 2, today; commit abc with uncommitted changes" in lines[2]
     assert "5 comparisons, 1 failed." in lines
     half = "0.500 (0.400 to 0.600)"
-    assert f"| float16 | 64 | 1024 | causal | {half} | 0.900 (0.800 to 1.000) | none |" in lines
-    assert f"| float16 | 64 | 1024 | dense | {half} | same code | none |" in lines
-    assert "| float16 | 64 | 4096 | causal | failed: AssertionError: a / b | none | none |" in lines
+    assert f"| float16 | 64 | 1024 | causal | {half} | 0.900 (0.800 to 1.000) |" in lines
+    assert f"| float16 | 64 | 1024 | dense | {half} | same code |" in lines
+    assert "| float16 | 64 | 4096 | causal | failed: AssertionError: a / b | not run |" in lines
     # (5 products / 2.0) / (2 products / 0.8) = 1
     assert (
         "| float16 | 64 | 1024 | causal | native | 2.000 (1.900 to 2.100) | "

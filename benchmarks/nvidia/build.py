@@ -84,41 +84,33 @@ def build_kernels(variants: dict[str, Kernel], arch: str, jobs: int) -> None:
     write_archive(KERNELS, compile_all())
 
 
-def in_all_modes(name: str, compile_as: Callable[..., str]) -> dict[str, str]:
-    """The PTX by mode. compile_as takes the options of ptx.compile.
-
-    A kernel without tensor cores is the same at the equal rate. TF32 is too coarse for float32.
-    """
-    native = compile_as()
-    equal = compile_as(equal_rate=True) if "mma.sync" in native else native
-    modes = {"native": native, "equal-rate": equal}
-    if "_float32_" not in name:
-        modes["tensor-rate"] = compile_as(tf32=True)
-    return modes
+def in_both_modes(compile_mode: Callable[[bool], str]) -> dict[str, str]:
+    """The PTX by mode. compile_mode(equal_rate) makes no difference without tensor cores."""
+    native = compile_mode(False)
+    return {"native": native, "equal-rate": compile_mode(True) if "mma.sync" in native else native}
 
 
 def build_speed_kernels(
     planner: Planner, dtypes: list[str], head_dims: list[int], backward: bool, arch: str, jobs: int
 ) -> int:
-    """Writes an archive for each mode; gives the number of kernels."""
+    """Writes the archives of both modes; gives the number of kernels."""
     chosen = list(workloads.workloads(dtypes, head_dims))
     ours = {kernel.name: kernel for work in chosen for kernel in work.plan(planner, backward)}
     theirs = sorted({work.prefill().name for work in chosen})
 
     def compile_ours(kernel: Kernel) -> dict[str, str]:
         source = source_of(kernel)
-        return in_all_modes(kernel.name, functools.partial(ptx.compile, source, arch=arch))
+        return in_both_modes(lambda equal: ptx.compile(source, arch=arch, equal_rate=equal))
 
     def compile_theirs(name: str) -> dict[str, str]:
         options = {"arch": arch, "include_dirs": [peer.INCLUDE], "only": [name]}
-        return in_all_modes(name, functools.partial(ptx.compile, peer.SOURCE, **options))
+        return in_both_modes(lambda equal: ptx.compile(peer.SOURCE, equal_rate=equal, **options))
 
     with ThreadPoolExecutor(jobs) as pool:
         texts = dict(zip(theirs, pool.map(compile_theirs, theirs)))
         texts |= zip(ours, pool.map(compile_ours, ours.values()))
     for mode, path in SPEED_KERNELS.items():
-        some = {name: modes[mode] for name, modes in texts.items() if mode in modes}
-        write_archive(path, some.items())
+        write_archive(path, ((name, modes[mode]) for name, modes in texts.items()))
     return len(texts)
 
 

@@ -9,7 +9,7 @@ PLANNER = BUILD / "libplanner.so"
 SOURCES = BUILD / "sources.json"
 
 SPEED = BUILD / "speed"
-SPEED_KERNELS = {mode: SPEED / f"{mode}.zip" for mode in ("native", "equal-rate", "tensor-rate")}
+SPEED_KERNELS = {mode: SPEED / f"{mode}.zip" for mode in ("native", "equal-rate")}
 SPEED_PLANNER = SPEED / "libplanner.so"
 SPEED_SOURCES = SPEED / "sources.json"
 

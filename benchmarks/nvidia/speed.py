@@ -57,7 +57,7 @@ class Record:
     times: dict[str, Spread] = field(default_factory=dict)
     #: what -> times PyTorch's kernel (ours taken together, each of ours), round by round
     relative: dict[str, Spread] = field(default_factory=dict)
-    #: the mode whose code is the same: not timed again
+    #: the other mode has the same code: not timed again
     same_as: str = ""
     failure: str = ""
     seconds: float = 0.0
@@ -148,15 +148,11 @@ class Bench:
     def assemble(self, work: Workload, backward: bool) -> None:
         """Begins to assemble what it will run."""
         for mode, kernels in self.kernels.items():
-            names = self._names(work, backward) if self._has(mode, work) else []
+            names = self._names(work, backward)
             kernels.assemble([name for name in names if not self._same_code(mode, name)])
 
     def _names(self, work: Workload, backward: bool) -> list[str]:
         return [work.prefill().name, *(x.name for x in work.plan(self.planner, backward))]
-
-    def _has(self, mode: str, work: Workload) -> bool:
-        """TF32 is too coarse for float32."""
-        return not (mode == "tensor-rate" and work.dtype == "float32")
 
     def _same_code(self, mode: str, name: str) -> bool:
         """Whether the first mode, being another one, has the same kernel."""
@@ -199,8 +195,7 @@ class Bench:
         operands = Operands(work, self.device)
         for what in ("forward", "backward")[: 1 + backward]:
             for mode in self.kernels:
-                if self._has(mode, work):
-                    self._attempt(what, mode, operands)
+                self._attempt(what, mode, operands)
 
     def _attempt(self, what: str, mode: str, x: Operands) -> None:
         """Records what comes out, whatever it is. After a fault of the GPU nothing more runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_MODES = ("native", "equal-rate", "tensor-rate")
+_MODES = ("native", "equal-rate")
 #: Products of (rows x keys x head_dim): scores and out; scores again, dP, dQ, dK, dV.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
@@ -25,8 +25,7 @@ def table(result: dict) -> str:
         "",
         "Each number is a median of ratios to PyTorch's `prefill_attention` on the same operands, "
         "measured in turns in the same run, with the 20th and 80th percentile. Below 1 is faster "
-        "than PyTorch's. "
-        "[README](../../nvidia/README.md#speed): what this says of Apple GPUs, and what not.",
+        "than PyTorch's. What these ratios say of Apple GPUs, and what not: README.md.",
         "",
         f"{len(timed)} comparisons, {len(failures)} failed.",
         "",
@@ -76,7 +75,7 @@ def _spread(x: dict) -> str:
 
 def _cell(record: dict | None) -> str:
     if record is None:
-        return "none"
+        return "not run"
     if record["failure"]:
         return "failed: " + record["failure"].split("\n")[0][:120].replace("|", "/")
     return "same code" if record["same_as"] else _spread(record["relative"]["ours"])

@@ -37,29 +37,27 @@ def compile(
     function_constants: Mapping[str | int, object] | None = None,
     only: Sequence[str] = ("*",),
     equal_rate: bool = False,
-    tf32: bool = False,
 ) -> str:
     """Compiles a Metal source to PTX, or takes it from the cache.
 
     The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
-    matrix product are multiplied as float operands are, without tensor cores; with ``tf32`` tensor
-    cores multiply all operands, float ones rounded to TF32.  Raises CompileError.
+    matrix product are multiplied as float operands are, without tensor cores.  Raises CompileError.
     """
     lint.check_characters(source)
     text = preprocess(source, tuple(str(path) for path in include_dirs), tuple(defines))
     constants = {str(key): value for key, value in (function_constants or {}).items()}
     program = prepass.rewrite(text, constants, only)
-    macros = ["-DMSL_EQUAL_RATE"] * equal_rate + ["-DMSL_TF32"] * tf32
-    identity = hashlib.sha256(repr((program, arch, macros)).encode()).hexdigest()[:32]
-    path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, macros)))
+    identity = hashlib.sha256(repr((program, arch, equal_rate)).encode()).hexdigest()[:32]
+    path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, equal_rate)))
     return path.read_text()
 
 
-def _build(program: str, arch: str, macros: list[str]) -> str:
+def _build(program: str, arch: str, equal_rate: bool) -> str:
     target = ["--target=nvptx64-nvidia-cuda", f"-march={arch}", "-nogpulib"]
     target += ["-Xclang", "-target-feature", "-Xclang", _PTX_VERSION]
     front = [CLANG, *LANGUAGE, *SEMANTICS, *WARNINGS, *target, "-DMSL_PTX", "-O3"]
-    front += [*macros, "-Xclang", "-disable-llvm-passes"]
+    front += ["-DMSL_EQUAL_RATE"] * equal_rate
+    front += ["-Xclang", "-disable-llvm-passes"]
     front += ["-isystem", str(INCLUDE), "-include", "msl/msl.h"]
     ir = run_compiler([*front, "-S", "-emit-llvm", "-", "-o", "-"], program).stdout
     ir = ir.replace(f"addrspace({_CONSTANT})", f"addrspace({_GLOBAL})")

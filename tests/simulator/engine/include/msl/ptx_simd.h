@@ -104,30 +104,12 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
   }
 }
 
-// float operands rounded to TF32's ten bits, by the tensor cores.  The order of k is free: with the
-// even ones first A lies in the registers as it should.  B is transposed by its 16-bit halves.
-MSL_INLINE MSL_CONVERGENT inline void tf32_product(float& c0, float& c1, float2 a, float2 b) {
-  uint half_unit = 0x1000;  // what is below this is cut off
-  uint a0 = __builtin_bit_cast(uint, a.x) + half_unit,
-       a1 = __builtin_bit_cast(uint, a.y) + half_unit;
-  uint x = __builtin_bit_cast(uint, b.x) + half_unit, y = __builtin_bit_cast(uint, b.y) + half_unit;
-  uint low = transpose((x & 0xffff) | y << 16), high = transpose(x >> 16 | (y & 0xffff0000));
-  uint b0 = (low & 0xffff) | high << 16, b1 = low >> 16 | (high & 0xffff0000);
-  float unused0 = 0.0f, unused1 = 0.0f;
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
-      : "r"(a0), "r"(0u), "r"(a1), "r"(0u), "r"(b0), "r"(b1));
-}
-
-// Accumulates in float and rounds to D once.  For measurements products of all operands can be made
-// to cost the same, as on an Apple GPU: MSL_EQUAL_RATE keeps half precision operands off the tensor
-// cores, MSL_TF32 puts float operands there.
+// Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
+// tensor cores: they then cost what float operands cost, as on an Apple GPU.
 template <class D, class A, class B, class C>
 MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
   typedef typename vector_traits<A>::element E;
-#if defined(MSL_EQUAL_RATE) || defined(MSL_TF32)
+#ifdef MSL_EQUAL_RATE
   constexpr bool use_tensor_cores = false;
 #else
   constexpr bool use_tensor_cores = is_same_v<A, B> && sizeof(E) == 2;
@@ -137,11 +119,7 @@ MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
     tensor_core_product(c0, c1, a, b);
   } else {
     float2 left = {(float)a[0], (float)a[1]}, right = {(float)b[0], (float)b[1]};
-#ifdef MSL_TF32
-    tf32_product(c0, c1, left, right);
-#else
     float_product(c0, c1, left, right);
-#endif
   }
   vec<D, 2> r;
   r[0] = (D)c0;
