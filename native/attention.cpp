@@ -424,9 +424,13 @@ std::string flash_attn_plan(Tensor query, Tensor key, Tensor value, OptionalTens
     out.strides = strides_in_order_of(problem.q.strides, out.sizes);
     out.offset = 0;
     plan = plan_forward(problem, out);
-    for (KernelPlan& kernel : plan_backward(problem, out, out).kernels) {
-      plan.kernels.push_back(std::move(kernel));
+    Plan backward = plan_backward(problem, out, out);
+    for (KernelLaunch launch : backward.launches) {
+      launch.kernel += plan.kernels.size();
+      plan.launches.push_back(launch);
     }
+    for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
+    plan.ds_elements = backward.ds_elements;
     for (const KernelPlan& kernel : plan.kernels) {
       if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
     }

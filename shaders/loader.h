@@ -100,6 +100,27 @@ struct LeftOperand {
   }
 };
 
+/// Stores 16 bytes of T's as as many F's: eight of 16 bits widened, or what was loaded.
+template <typename T, typename F>
+struct ChunkStore {
+  METAL_FUNC vec<F, 2> widened(uint word) const {
+    return operand<F>(reinterpret_cast<thread vec<T, 2>&>(word));
+  }
+
+  METAL_FUNC void store(threadgroup F* p, uint4 chunk) const {
+    *reinterpret_cast<threadgroup vec<F, 4>*>(p) = vec<F, 4>(widened(chunk.x), widened(chunk.y));
+    *reinterpret_cast<threadgroup vec<F, 4>*>(p + 4) =
+        vec<F, 4>(widened(chunk.z), widened(chunk.w));
+  }
+};
+
+template <typename T>
+struct ChunkStore<T, T> {
+  METAL_FUNC void store(threadgroup T* p, uint4 chunk) const {
+    *reinterpret_cast<threadgroup uint4*>(p) = chunk;
+  }
+};
+
 /// Moves blocks of ROWS consecutive rows to threadgroup memory as operands of type F, by all
 /// THREADS threads: fetch() may run while the previous block is still read, store() may not. VEC:
 /// in 16-byte chunks (rows 16-byte aligned, columns adjacent, head_dim whole chunks); else element
@@ -156,27 +177,16 @@ struct BlockLoader {
   /// block is (ROWS, kLength).
   METAL_FUNC void store(threadgroup F* block) const {
     if (VEC) {
+      ChunkStore<T, F> to;
       ORCHARD_UNROLL
       for (int pass = 0; pass < kPasses; pass++) {
         if (takes_part(pass)) {
-          store_chunk(block + (row + pass * kRowsAtOnce) * kLength + col, fetched[pass]);
+          to.store(block + (row + pass * kRowsAtOnce) * kLength + col, fetched[pass]);
         }
       }
     } else {
       for (int i = thread_index; i < ROWS * BD; i += THREADS) {
         block[i / BD * kLength + i % BD] = F(from.at(row0 + i / BD, i % BD));
-      }
-    }
-  }
-
-  METAL_FUNC static void store_chunk(threadgroup F* p, uint4 bits) {
-    if (sizeof(T) == sizeof(F)) {
-      *reinterpret_cast<threadgroup uint4*>(p) = bits;
-    } else {
-      const thread vec<T, 4>* elements = reinterpret_cast<const thread vec<T, 4>*>(&bits);
-      ORCHARD_UNROLL
-      for (int i = 0; i < kChunk / 4; i++) {
-        *reinterpret_cast<threadgroup vec<F, 4>*>(p + 4 * i) = vec<F, 4>(elements[i]);
       }
     }
   }

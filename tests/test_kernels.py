@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import simulator
 import torch
 from attention_cases import DTYPES, Case, check_case, run
 
@@ -30,6 +31,59 @@ def test_every_variant_with_chunked_loads(head_dim: int, dtype: torch.dtype, dro
 @pytest.mark.parametrize("dropout_p", (0.0, 0.25))
 def test_every_variant_with_elementwise_loads(head_dim: int, dtype: torch.dtype, dropout_p: float):
     check_case(Case(37, 51, head_dim - 1, dtype=dtype, dropout_p=dropout_p))
+
+
+STORING_HEAD_DIMS = tuple(d for d in HEAD_DIMS if d >= 64)  # whose backward takes scratch
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", STORING_HEAD_DIMS)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
+@pytest.mark.parametrize("odd", (0, 1))
+def test_every_variant_without_scratch(
+    head_dim: int, dtype: torch.dtype, dropout_p: float, odd: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
+    case = Case(37, 51, head_dim - odd, dtype=dtype, dropout_p=dropout_p)
+    with simulator.recording() as launches:
+        check_case(case)
+    assert not any("_ds_" in launch.kernel for launch in launches)
+
+
+def test_scratch_is_shared_by_as_many_heads_as_fit(monkeypatch: pytest.MonkeyPatch):
+    """dS of a group of two query heads takes 2 x 43 x 41 tiles, 882 KiB: one group in 1 MiB."""
+    case = Case(341, 325, 64, batch=2, num_heads=6, num_kv_heads=3, window_right=0, dropout_p=0.1)
+    together = check_case(case)
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
+    with simulator.recording() as launches:
+        apart = check_case(case)
+    assert sum("dq_from_ds" in launch.kernel for launch in launches) == 6
+    for one, other in zip(together, apart):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+TILES = [
+    (dtype, head_dim, f"r{r}_k{bk}_b{buffers}{suffix}")
+    for dtype, head_dim, suffix in (
+        (torch.float16, 64, ""), (torch.float16, 64, "_float"), (torch.bfloat16, 40, ""),
+        (torch.float32, 128, ""),
+    )
+    for r in (1, 2) for bk in (8, 16, 32) for buffers in (0, 1, 2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "tile"), TILES)
+def test_other_tiles(dtype: torch.dtype, head_dim: int, tile: str, monkeypatch: pytest.MonkeyPatch):
+    """Those that `bench` may sweep on a device."""
+    case = Case(75, 83, head_dim, dtype=dtype, window_right=3, dropout_p=0.1)
+    monkeypatch.setenv("ORCHARD_TILES", f"attention_forward={tile}")
+    try:
+        with simulator.recording() as launches:
+            check_case(case)
+    except RuntimeError as error:  # two staged blocks of 32 x 128 floats are more than 32 KiB
+        assert (head_dim, tile[3:]) == (128, "k32_b2") and "has no tile" in str(error)
+    else:
+        assert f"_{tile}_" in launches[0].kernel
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))

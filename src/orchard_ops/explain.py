@@ -26,10 +26,14 @@ class Explanation:
     """Names of the Metal kernels: forward, then backward. Empty on the reference."""
     tiles: dict[str, str]
     """Kernel -> its tile and grid, in words."""
+    scratch_bytes: int = 0
+    """What a backward takes for the gradient of the scores while it runs."""
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]
         lines += [f"kernel: {name} ({self.tiles[name]})" for name in self.kernels]
+        if self.scratch_bytes:
+            lines.append(f"scratch: {self.scratch_bytes / 1024:.1f} KiB for a backward")
         if self.advice:
             lines.append(f"advice: {self.advice}")
         return "\n".join(lines)
@@ -76,4 +80,5 @@ def explain(
     if plan["refusal"]:
         return Explanation("reference", plan["refusal"], plan["advice"], (), {})
     tiles = {k["name"]: k["tile"] for k in plan["kernels"]}
-    return Explanation("metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles)
+    return Explanation("metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles,
+                       plan["scratch_bytes"])  # fmt: skip

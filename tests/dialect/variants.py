@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from mutation.harness import DTYPE_NUMBERS, FAMILIES, Sources, request
@@ -20,9 +21,12 @@ def variants() -> dict[str, list[dict]]:
             shape = (1, 2, 64, head_dim)
             layout = (shape, torch.empty(shape, device="meta").stride(), 0)
             layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
-            for backward in (False, True):
-                for dropout_p in (0.0, 0.5):
-                    plan, _ = sources.plan(request(layouts, dtype, backward, dropout_p=dropout_p))
-                    for kernel in plan["kernels"]:
-                        found[kernel["family"]][kernel["name"]] = kernel
+            for backward, dropout_p, scratch_bytes in itertools.product(
+                (False, True), (0.0, 0.5), (0, 1 << 20)
+            ):
+                plan, _ = sources.plan(request(
+                    layouts, dtype, backward, dropout_p=dropout_p, scratch_bytes=scratch_bytes
+                ))  # fmt: skip
+                for kernel in plan["kernels"]:
+                    found[kernel["family"]][kernel["name"]] = kernel
     return {family: list(kernels.values()) for family, kernels in found.items()}
