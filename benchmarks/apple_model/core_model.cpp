@@ -30,8 +30,9 @@ namespace {
 struct Simdgroup {
   int threadgroup, scheduler;
   int position = 0, block = 0;
-  double issue = 0;       // earliest cycle of the next issue
-  double operands = 0;    // cycle at which the next instruction's operands are there
+  double issue = 0;  // earliest cycle of the next issue
+  double ready = 0;  // the same, with operands there: earliest start but for shared units
+  const double* unit_free = nullptr;  // of the unit that the next instruction waits for
   double last_store = 0;  // cycle at which its threadgroup accesses are done, for barriers
   bool waits = false, done = false;
   std::vector<double> finished;
@@ -53,28 +54,19 @@ struct Core {
   double threadgroup_free = 0, device_free = 0;
   double busy[6] = {};
 
-  void find_operands(Simdgroup& x) const {
-    x.operands = 0;
-    for (int distance : body[x.position].after) {
+  /// Finds out what x's next instruction waits for.
+  void prepare(Simdgroup& x) {
+    const Instruction& next = body[x.position];
+    x.ready = x.issue;
+    for (int distance : next.after) {
       const int index = x.position - distance;
       if (distance == 0 || (index < 0 && x.block == 0)) continue;
-      x.operands = std::max(x.operands, x.finished[index < 0 ? index + length : index]);
+      x.ready = std::max(x.ready, x.finished[index < 0 ? index + length : index]);
     }
-  }
-
-  double start_of(const Simdgroup& x) const {
-    double start = std::max({x.issue, x.operands, scheduler_free[x.scheduler]});
-    switch (body[x.position].unit) {
-      case kAlu:
-      case kMatrix:
-        return std::max(start, pipe_free[x.scheduler]);
-      case kExp:
-        return std::max(start, exp_free[x.scheduler]);
-      case kBarrier:
-        return std::max(start, x.last_store);
-      default:
-        return start;
-    }
+    if (next.unit == kBarrier) x.ready = std::max(x.ready, x.last_store);
+    x.unit_free = next.unit == kAlu || next.unit == kMatrix ? &pipe_free[x.scheduler]
+                  : next.unit == kExp                       ? &exp_free[x.scheduler]
+                                                            : &scheduler_free[x.scheduler];
   }
 
   /// Issues x's next instruction at `start`; returns when its result is there.
@@ -109,6 +101,7 @@ struct Core {
             if (y.threadgroup != x.threadgroup) continue;
             y.waits = false;
             y.issue = t.last_arrival + barrier_latency;
+            if (&y != &x) prepare(y);
           }
           t.arrived = 0;
           t.last_arrival = 0;
@@ -140,6 +133,7 @@ extern "C" double simulate_core(const Instruction* body, int length, int threadg
       x.issue = t * stagger;
       x.finished.assign(length, 0);
       core.simdgroups.push_back(x);
+      core.prepare(core.simdgroups.back());
     }
   }
   const size_t n = core.simdgroups.size();
@@ -149,7 +143,8 @@ extern "C" double simulate_core(const Instruction* body, int length, int threadg
     for (size_t i = 0; i < n; i++) {
       const Simdgroup& x = core.simdgroups[i];
       if (x.waits || x.done) continue;
-      const double s = core.start_of(x);
+      const double s = std::max({x.ready, core.scheduler_free[x.scheduler], *x.unit_free});
+      if (s > best) continue;
       const double key = s + 1e-6 * ((i + 2 * n - core.last_served[x.scheduler] - 1) % n);
       if (key < best) {
         best = key;
@@ -172,7 +167,7 @@ extern "C" double simulate_core(const Instruction* body, int length, int threadg
         live--;
       }
     }
-    core.find_operands(x);
+    core.prepare(x);
   }
 
   // The window in which every threadgroup runs, and the (fractional) blocks in it.

@@ -80,7 +80,7 @@ def _library() -> ctypes.CDLL:
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             made = Path(folder) / path.name
-            flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC"]
+            flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
             subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], check=True)
             made.replace(path)
     library = ctypes.CDLL(str(path))
@@ -127,17 +127,17 @@ class Trace:
         """Pairs of elements to another Metal type."""
         if source == target or not pairs:
             return self.alu(0, *after)
+        self.counts["fcvt"] += 2 * pairs
         if "bfloat" in (source, target):
             return self.alu(pairs * self.p.bfloat_pair, *after)
-        self.counts["convert"] += 2 * pairs
         return self.alu(pairs * 2 * self.p.convert, *after)
 
     def read_shared(self, nbytes: float, *after: Handle, conflict: float = 1) -> int:
-        self.counts["shared_bytes_read"] += nbytes
+        self.counts["threadgroup_bytes_read"] += nbytes
         return self._shared(nbytes, conflict, self.p.shared_latency, after)
 
     def write_shared(self, nbytes: float, *after: Handle, conflict: float = 1) -> int:
-        self.counts["shared_bytes_written"] += nbytes
+        self.counts["threadgroup_bytes_written"] += nbytes
         return self._shared(nbytes, conflict, self.p.shared_latency / 2, after)
 
     def _shared(self, nbytes: float, conflict: float, latency: float, after) -> int:
@@ -166,6 +166,14 @@ class Trace:
         self.counts["device_bytes_written"] += nbytes
         cost = max(nbytes / self.p.device_bytes, lines * self.p.device_line)
         return self._add(DEVICE, cost, 50, after)
+
+    def spill(self, nbytes: float, cached: float) -> None:
+        """A register out to device memory and back in; the engine's kernels have no such thing."""
+        kept = self.counts.copy()
+        self.write_device(nbytes, lines=1)
+        self.read_device(nbytes, lines=1, cached=cached)
+        self.counts = kept
+        self.counts["spilled_bytes"] += 2 * nbytes
 
     def barrier(self, *after: Handle) -> int:
         self.counts["barrier"] += 1

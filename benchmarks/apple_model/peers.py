@@ -10,8 +10,8 @@ from .structures import SIMDGROUP, SIZES
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """PyTorch's prefill_attention (MLX's steel attention): Q, K^T and V in threadgroup memory, 8 rows
-    for each simdgroup, float operands, K and V in one buffer."""
+    """PyTorch's prefill_attention (MLX's steel attention): Q, K^T and V in threadgroup memory, 8
+    rows for each simdgroup, float operands, K and V in one buffer."""
 
     dtype: str
     head_dim: int
@@ -88,8 +88,8 @@ def prefill(dtype: str, head_dim: int) -> Prefill:
 
 @dataclass(frozen=True, kw_only=True)
 class MetalFlashAttention:
-    """The forward of metal-flash-attention on M1: 8 rows for each simdgroup, half operands, blocks of
-    [BK x 32] by asynchronous copies, the transposed K fragment as two scalar loads."""
+    """The forward of metal-flash-attention on M1: 8 rows for each simdgroup, half operands, blocks
+    of [BK x 32] by asynchronous copies, the transposed K fragment as two scalar loads."""
 
     head_dim: int
     keep_o: bool  #: O in registers, else in device memory between blocks
@@ -152,5 +152,5 @@ class MetalFlashAttention:
             )  # fmt: skip
             if not self.keep_o:
                 for d in range(depth):
-                    t._add(5, 8, p.device_latency, (o[d],))
+                    t.write_device(256, o[d])
         return t

@@ -181,8 +181,7 @@ class Structure:
     def spill(self, t: Trace) -> None:
         """Registers beyond the thread's limit go out and in once for each block."""
         for _ in range(math.ceil(self.spilled)):
-            t.write_device(4 * SIMDGROUP, lines=1)
-            t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED)
+            t.spill(4 * SIMDGROUP, REREAD_CACHED)
 
 
 def _last(handles: list[Handle], number: int = 3) -> list[Handle]:
