@@ -9,6 +9,8 @@ from .counts import DKV, DQ, FORWARD, PREFILL, Counts, Variant, variant
 from .peers import prefill
 from .structures import METAL, BackwardDkv, BackwardDq, Forward, Structure
 
+FAMILIES = (PREFILL, FORWARD, DQ, DKV)
+
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (
     "mma_half", "mma_bfloat", "mma_float", "exp2", "shuffle", "barrier", "fcvt",
@@ -51,6 +53,3 @@ def disagreements(kernel: Any, counts: Counts) -> dict[str, tuple[float, float]]
     said["threadgroup_memory"] = float(kernel.threadgroup_bytes())
     found["threadgroup_memory"] = float(counts.threadgroup_bytes)
     return {x: (said[x], found[x]) for x in said if abs(said[x] - found[x]) > 1e-3}
-
-
-__all__ = ["CHECKED", "DKV", "DQ", "FORWARD", "PREFILL", "disagreements", "structure"]
