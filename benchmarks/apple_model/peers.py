@@ -44,9 +44,6 @@ class Prefill:
         def load_block() -> list[int]:
             return [t.read_device(256, lines=min(32, elements * size // 4)) for _ in range(loads)]
 
-        def fragment(operand: str) -> Handle:
-            return t.convert(1, self.dtype, operand, t.read_shared(64 * size))
-
         score_operand = self.dtype if self.half_scores else "float"
         t.barrier()
         loaded = load_block()
@@ -56,10 +53,11 @@ class Prefill:
         t.barrier()
         s: list[Handle] = [None] * columns
         for _ in range(depth):
-            q = fragment(score_operand)
-            k = [fragment(score_operand) for _ in range(columns)]
+            # Barriers of the simdgroup around: all loads, then all conversions, then the products.
+            q, *k = [t.read_shared(64 * size) for _ in range(1 + columns)]
+            ready = t.convert(1 + columns, self.dtype, score_operand, q, k[-1])
             for c in range(columns):
-                s[c] = t.mma(score_operand, s[c], k[c], q)
+                s[c] = t.mma(score_operand, s[c], k[c], ready)
         largest = t.alu(6 * columns, *s[-3:])
         t.barrier()
         for x in load_block():
@@ -73,10 +71,16 @@ class Prefill:
             total = t.alu(2, t.shuffle(x))
         t.alu(2 * depth + int(30 * p.address), total)
         t.barrier()
-        for _ in range(depth):
-            o: Handle = None
-            for _ in range(columns):
-                o = t.mma("float", o, fragment("float"))
+        o: dict[int, Handle] = {}
+
+        def multiply(d: int, v: Handle) -> None:
+            o[d] = t.mma("float", o.get(d), t.convert(1, self.dtype, "float", v))
+
+        # At head_dim 128 barriers keep each load where it is.
+        t.pipelined(
+            [d for d in range(depth) for _ in range(columns)],
+            lambda _: t.read_shared(64 * size), multiply, 0 if self.head_dim == 128 else 4,
+        )  # fmt: skip
         return t
 
 

@@ -7,9 +7,7 @@ registers. tests/test_apple_model.py holds the traces of real kernels to the eng
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .core_model import SIMDGROUP, Handle, Parameters, Trace
 
@@ -43,7 +41,7 @@ class Structure:
     value_operand: str  #: operand type of the products with P and dS
     simdgroups: int = 4
     split: int = 1  #: simdgroups that share rows, each with its part of head_dim
-    #: float32 sums the depth of S in this many chains.
+    #: The depth of S is summed in this many chains, one after the other.
     chains: int = 1
 
     @property
@@ -95,71 +93,72 @@ class Structure:
             t.write_shared(nbytes, load, conflict=1.25)
         t.barrier()
 
-    def read_pair(self, t: Trace, operand: str, *after: Handle) -> Handle:
+    def read_pair(self, t: Trace) -> Handle:
         """A fragment of a staged block as it lies."""
-        return t.convert(1, self.dtype, operand, t.read_shared(64 * self.size, *after))
+        return t.read_shared(64 * self.size)
 
-    def read_transposed(self, t: Trace, operand: str) -> Handle:
+    def read_transposed(self, t: Trace) -> Handle:
         """A fragment of the transposed block: two scalar loads."""
         t.read_shared(32 * self.size)
-        return t.convert(1, self.dtype, operand, t.read_shared(32 * self.size))
+        return t.read_shared(32 * self.size)
 
-    def read_rows(self, t: Trace, operand: str) -> Handle:
+    def read_rows(self, t: Trace) -> Handle:
         """A fragment of the simdgroup's own device rows, eight cache lines."""
-        load = t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
-        return t.convert(1, self.dtype, operand, load)
+        return t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
 
-    def product_ABt(
-        self, t: Trace, rows: int, columns: int, left: Callable[[int, int], Handle] | None,
-        right: Callable[[], Handle],
-    ) -> list[Handle]:  # fmt: skip
-        """rows x columns fragments of A B^T over the depth; left is None for A in registers."""
-        sums: dict[tuple, Handle] = {}
-        lefts: dict[int, list[Handle]] = {}
+    def product_ABt(self, t: Trace, rows: int, columns: int, streamed: bool) -> list[Handle]:
+        """rows x columns fragments of A B^T over the depth; A in registers or streamed from device
+        rows, B a staged block. What is loaded is converted where it is used."""
+        operand = self.score_operand
+        sums: dict[tuple[int, int, int], Handle] = {}
+        left: dict[tuple[int, int], Handle] = {}
         for chain in range(self.chains):
-            items = [(d, c) for d in range(chain, self.depth, self.chains) for c in range(columns)]
 
-            def load(item):
+            def load(item: tuple[int, int]) -> Handle:
                 d, c = item
-                if c == 0 and left:
-                    lefts[d] = [left(r, d) for r in range(rows)]
-                return right()
+                if c == 0 and streamed:
+                    left.update({(r, d): self.read_rows(t) for r in range(rows)})
+                return self.read_transposed(t)
 
-            def use(item, b, chain=chain):
+            def use(item: tuple[int, int], b: Handle, chain: int = chain) -> None:
                 d, c = item
+                if c == 0 and streamed:
+                    for r in range(rows):
+                        left[r, d] = t.convert(1, self.dtype, operand, left[r, d])
+                b = t.convert(1, self.dtype, operand, b)
                 for r in range(rows):
-                    a = lefts[d][r] if left else None
-                    sums[chain, r, c] = t.mma(self.score_operand, sums.get((chain, r, c)), b, a)
+                    before = sums.get((chain, r, c))
+                    sums[chain, r, c] = t.mma(operand, before, b, left.get((r, d)))
 
-            t.pipelined(items, load, use, self.ahead)
+            depth = range(chain, self.depth, self.chains)
+            t.pipelined([(d, c) for d in depth for c in range(columns)], load, use, self.ahead)
             if chain:
                 for r in range(rows):
                     for c in range(columns):
                         sums[0, r, c] = t.alu(2, sums[0, r, c], sums[chain, r, c])
         return [sums[0, r, c] for r in range(rows) for c in range(columns)]
 
-    def product_AB(
-        self, t: Trace, rows: int, depth: int, columns: int, sums: dict, first: Handle, name: str,
-        left: Callable[[int, int], Handle] | None = None,
-    ) -> None:  # fmt: skip
-        """sums += A B with B a staged block; A is `depth` fragments in registers from `first` on,
-        or comes from left(r, k)."""
-        lefts: dict[int, list[Handle]] = {}
+    def product_AB(self, t: Trace, rows: int, depth: int, after: Handle = None,
+                   left: list[list[tuple[str, Handle]]] | None = None) -> None:  # fmt: skip
+        """rows x self.depth fragments of A B with B a staged block of `depth` fragments. A is in
+        registers once `after` is done, or was loaded: left[r][k] is (type, handle)."""
+        operand = self.value_operand
+        sums: dict[tuple[int, int], Handle] = {}
+        operands: dict[tuple[int, int], Handle] = {}
 
-        def load(item):
+        def use(item: tuple[int, int], b: Handle) -> None:
             k, c = item
             if c == 0 and left:
-                lefts[k] = [left(r, k) for r in range(rows)]
-            return self.read_pair(t, self.value_operand)
-
-        def use(item, b):
-            k, c = item
+                for r in range(rows):
+                    source, handle = left[r][k]
+                    operands[r, k] = t.convert(1, source, operand, handle)
+            b = t.convert(1, self.dtype, operand, b)
             for r in range(rows):
-                a = lefts[k][r] if left else first
-                sums[name, r, c] = t.mma(self.value_operand, sums.get((name, r, c), a), b, a)
+                before = sums.get((r, c), after)
+                sums[r, c] = t.mma(operand, before, b, operands.get((r, k)))
 
-        items = [(k, c) for k in range(depth) for c in range(columns)]
-        t.pipelined(items, load, use, self.ahead)
+        items = [(k, c) for k in range(depth) for c in range(self.depth)]
+        t.pipelined(items, lambda _: self.read_pair(t), use, self.ahead)
 
     def exchange(self, t: Trace, fragments: list[Handle]) -> list[Handle]:
         """Sums partial fragments of the simdgroups that share rows, in a fixed order."""
@@ -226,10 +225,7 @@ class Forward(Structure):
         t = Trace(p)
         columns = self.bk // 8
         self.stage(t, self.bk, 1 if self.shared_buffer else 2)
-        left = None if self.keep_q else lambda r, d: self.read_rows(t, self.score_operand)
-        s = self.product_ABt(
-            t, self.rows, columns, left, lambda: self.read_transposed(t, self.score_operand)
-        )
+        s = self.product_ABt(t, self.rows, columns, not self.keep_q)
         s = self.exchange(t, s)
         if self.shared_buffer:
             self.stage(t, self.bk)
@@ -246,7 +242,7 @@ class Forward(Structure):
                 e = t.alu(2, e)
                 weights.append(t.convert(1, "float", self.value_operand, e))
         rescaled = t.alu(2 * self.depth * self.rows + 10 * p.address, *_last(weights))
-        self.product_AB(t, self.rows, columns, self.depth, {}, rescaled, "o")
+        self.product_AB(t, self.rows, columns, rescaled)
         return t
 
 
@@ -269,7 +265,7 @@ class BackwardDq(Structure):
         return dict(
             dq=2 * self.depth * self.rows,
             q_and_dout=2 * self.rows * words * (self.depth if self.keep else 2),
-            s_and_dp=4 * columns * self.rows,
+            s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
             ds=columns * self.rows * _words(self.value_operand),
             loads=4 * max(words, _words(self.value_operand)),
             statistics=2 * self.rows,
@@ -285,13 +281,11 @@ class BackwardDq(Structure):
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bk // 8
-        left = None if self.keep else lambda r, d: self.read_rows(t, self.score_operand)
-        right = lambda: self.read_transposed(t, self.score_operand)  # noqa: E731
         self.stage(t, self.bk, 1 if self.shared_buffer else 2)
-        s = self.product_ABt(t, self.rows, columns, left, right)
+        s = self.product_ABt(t, self.rows, columns, not self.keep)
         if self.shared_buffer:
             self.stage(t, self.bk)
-        dp = self.product_ABt(t, self.rows, columns, left, right)
+        dp = self.product_ABt(t, self.rows, columns, not self.keep)
         both = self.exchange(t, s + dp)
         s, dp = both[: len(s)], both[len(s) :]
         self.spill(t)
@@ -300,7 +294,7 @@ class BackwardDq(Structure):
             x = t.exp2(2, t.alu(self.score_cycles + 2, a))
             ds.append(t.convert(1, "float", self.value_operand, t.alu(4, x, b)))
         first = t.alu(10 * p.address, *_last(ds)) or ds[-1]
-        self.product_AB(t, self.rows, columns, self.depth, {}, first, "dq")
+        self.product_AB(t, self.rows, columns, first)
         return t
 
 
@@ -326,7 +320,7 @@ class BackwardDkv(Structure):
         return dict(
             dk_and_dv=4 * self.depth * self.rows,
             k_and_v=2 * self.rows * words * (self.depth if self.keep else 2),
-            s_and_dp=4 * columns * self.rows,
+            s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
             p_and_ds=2 * columns * self.rows * (value_words if value_words == 1 else 0),
             loads=4 * max(words, value_words),
             staging=4,
@@ -341,21 +335,19 @@ class BackwardDkv(Structure):
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bq // 8
-        left = None if self.keep else lambda r, d: self.read_rows(t, self.score_operand)
-        right = lambda: self.read_transposed(t, self.score_operand)  # noqa: E731
         self.stage(t, self.bq, 1 if self.shared_buffer else 2)
-        s = self.product_ABt(t, self.rows, columns, left, right)
+        s = self.product_ABt(t, self.rows, columns, not self.keep)
         if self.shared_buffer:
             self.stage(t, self.bq)
-        dp = self.product_ABt(t, self.rows, columns, left, right)
+        dp = self.product_ABt(t, self.rows, columns, not self.keep)
         both = self.exchange(t, s + dp)
         s, dp = both[: len(s)], both[len(s) :]
         self.spill(t)
+        # lse and delta of two query rows for each fragment, one load each: a line serves all lanes.
+        for _ in range(4 * columns):
+            statistics = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
         weights, ds = [], []
         for a, b in zip(s, dp, strict=True):
-            # lse and delta of two query rows, one load each: a line serves all lanes.
-            for _ in range(4):
-                statistics = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
             x = t.exp2(2, t.alu(self.score_cycles + 2, a, statistics))
             weights.append(t.convert(1, "float", self.value_operand, x))
             y = t.alu(4, x, b)
@@ -365,11 +357,10 @@ class BackwardDkv(Structure):
                 nbytes = 64 * SIZES[self.store] / self.split
                 t.write_device(nbytes, y, lines=nbytes / 128)
         first = t.alu(12 * p.address, *_last(weights), *_last(ds, 1)) or ds[-1]
-        sums: dict[Any, Handle] = {}
-        self.product_AB(t, self.rows, columns, self.depth, sums, first, "dv")
+        self.product_AB(t, self.rows, columns, first)
         if self.shared_buffer:
             self.stage(t, self.bq)
-        self.product_AB(t, self.rows, columns, self.depth, sums, first, "dk")
+        self.product_AB(t, self.rows, columns, first)
         return t
 
 
@@ -405,11 +396,8 @@ class BackwardDqStored(Structure):
         self.spill(t)
         # Every tile of 8 x 8 lies in one piece, so a fragment is one or two lines.
         tiles = [
-            [
-                t.convert(1, self.store, self.value_operand, t.read_device(nbytes, lines=2))
-                for _ in range(columns)
-            ]
+            [(self.store, t.read_device(nbytes, lines=2)) for _ in range(columns)]
             for _ in range(self.rows)
         ]
-        self.product_AB(t, self.rows, columns, self.depth, {}, None, "dq", lambda r, k: tiles[r][k])
+        self.product_AB(t, self.rows, columns, left=tiles)
         return t

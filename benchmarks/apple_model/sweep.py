@@ -55,8 +55,7 @@ def structures(kernel: str, args: argparse.Namespace) -> list[Structure]:
     )
     if kernel == "dqs":
         axes["score_operand"] = [native]
-    if args.chains:
-        axes["chains"] = args.chains
+    axes["chains"] = args.chains or [4 if dtype == "float" else 1]
     result = []
     for values in itertools.product(*axes.values()):
         x = kind(dtype=dtype, head_dim=args.head_dim, **dict(zip(axes, values, strict=True)))
