@@ -16,14 +16,17 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.apple_model import core_model, counts, fit, kernels, problems  # noqa: E402
 from benchmarks.apple_model.core_model import Parameters, Trace, simulate  # noqa: E402
-from benchmarks.apple_model.ensemble import ENSEMBLE, ensemble  # noqa: E402
+from benchmarks.apple_model.ensemble import ENSEMBLE, Spread, ensemble  # noqa: E402
 from benchmarks.apple_model.issue_model import issue  # noqa: E402
 from benchmarks.apple_model.peers import prefill  # noqa: E402
-from benchmarks.apple_model.predictions import kernel_row, published_row  # noqa: E402
+from benchmarks.apple_model.predictions import published_row, result  # noqa: E402
 from benchmarks.apple_model.structures import BackwardDkv, BackwardDqStored, Forward  # noqa: E402
 
 FITTED = json.loads(ENSEMBLE.read_text())
 PREDICTIONS = ROOT / "benchmarks" / "results" / "apple_model" / "predictions.json"
+needs_prefill = pytest.mark.skipif(
+    not counts.PREFILL_HEADER.exists(), reason="this torch has no Metal prefill kernel"
+)
 CASES = [
     *((family, dtype, 64) for family in kernels.FAMILIES for dtype in counts.DTYPES),
     *((family, "float16", head_dim) for family in kernels.FAMILIES for head_dim in (80, 128, 256)),
@@ -37,6 +40,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_trace_is_the_kernel(case):
+    if case[0] == kernels.PREFILL and not counts.PREFILL_HEADER.exists():
+        pytest.skip("this torch has no Metal prefill kernel")
     assert kernels.disagreements(kernels.structure(*case), counts.count(*case)) == {}
 
 
@@ -137,6 +142,7 @@ def test_leave_one_out_error():
     assert max(medians) < 0.15 and statistics.median(medians) < 0.06
 
 
+@needs_prefill
 def test_prefill_of_pytorch_against_its_published_times():
     """float16, causal, head_dim 128 on M1 Max: the kernel from the wheel, counted here."""
     row = published_row(step=4)
@@ -156,13 +162,15 @@ def test_search_is_deterministic():
 
 
 def test_committed_predictions_are_of_these_models():
-    """PyTorch's rows depend on the models, the ensemble and the wheel's kernel alone."""
+    """PyTorch's rows depend on model B and the ensemble alone, not on our kernels."""
     rows = json.loads(PREDICTIONS.read_text())["kernels"]
     committed = next(
         x for x in rows if (x["family"], x["dtype"], x["head_dim"])
         == (kernels.PREFILL, "float16", 128)
     )  # fmt: skip
-    assert kernel_row(kernels.PREFILL, "float16", 128) == committed
+    spread = Spread.of(list(result(kernels.PREFILL, "float16", 128).cycles))
+    now = [spread.median, spread.low, spread.high]
+    assert now == pytest.approx(committed["b_cycles"], abs=1e-3)
 
 
 def test_issue_model_adds_up():

@@ -203,6 +203,8 @@ def compile_all(cases: Sequence[tuple[str, str, int]], jobs: int = 2) -> None:
 
 # ---- PyTorch's kernel, from the wheel
 
+INCLUDE = Path(torch.__file__).parent / "include"
+PREFILL_HEADER = INCLUDE / "ATen" / "native" / "mps" / "kernels" / "PrefillAttention.h"
 PREFILL_SOURCE = """
 #include <c10/metal/utils.h>
 #include <metal_simdgroup>
@@ -224,9 +226,8 @@ def _count_prefill(dtype: str, head_dim: int) -> Counts:
     """Causal: a threadgroup of the i-th BQ rows takes (i + 1) BQ / BK blocks, so two threadgroups
     less twice the first one leave BQ / BK blocks."""
     tile = prefill(METAL[dtype], head_dim)
-    include = Path(torch.__file__).parent / "include"
     name = _prefill_name(dtype, head_dim)
-    library = engine.compile(PREFILL_SOURCE, check=True, include_dirs=[include], only=[name])
+    library = engine.compile(PREFILL_SOURCE, check=True, include_dirs=[INCLUDE], only=[name])
     results = []
     for groups in (1, 2):
         n = groups * tile.bq

@@ -45,11 +45,12 @@ def registers_of(kernel: Any, p: Parameters) -> float:
     return kernel.register_estimate if isinstance(kernel, Structure) else kernel.registers(p)
 
 
-def evaluate(kernel: Any, p: Parameters) -> tuple[Run, int, Trace]:
-    """The core model's result, resident simdgroups, and the trace."""
+def evaluate(kernel: Any, p: Parameters, more: float = 0) -> tuple[Run, int, Trace]:
+    """The core model's result, resident simdgroups, and the trace; with `more` registers than
+    estimated."""
     trace = kernel.trace(p)
     groups = resident_threadgroups(
-        p, kernel.threadgroup_bytes(), kernel.simdgroups, registers_of(kernel, p)
+        p, kernel.threadgroup_bytes(), kernel.simdgroups, registers_of(kernel, p) + more
     )
     return simulate(trace, groups, kernel.simdgroups), groups * kernel.simdgroups, trace
 
@@ -75,10 +76,10 @@ def prefill_cycles(dtype: str, head_dim: int, step: int) -> tuple[float, ...]:
     return tuple(evaluate(kernel, p)[0].cycles for p in ensemble(step))
 
 
-def predict(kernel: Any, baseline: tuple[float, ...], step: int) -> Prediction:
+def predict(kernel: Any, baseline: tuple[float, ...], step: int, more: float = 0) -> Prediction:
     cycles, pessimistic, resident = [], [], []
     for p in ensemble(step):
-        run, simdgroups, trace = evaluate(kernel, p)
+        run, simdgroups, trace = evaluate(kernel, p, more)
         cycles.append(run.cycles)
         pessimistic.append(run.cycles * pessimism(p, trace.products))
         resident.append(simdgroups)

@@ -115,7 +115,7 @@ def search(seed: int, evaluations: int) -> list[Found]:
     seen: set[Parameters] = set()
     scores: list[list[float]] = []  # rms of each, without none, the first, ... point
     for _ in track(range(evaluations), description=f"seed {seed}", transient=True):
-        if len(pool) < evaluations // 8 or rng.random() < 0.25:
+        if len(pool) < max(1, evaluations // 8) or rng.random() < 0.25:
             p = Parameters(**{name: rng.choice(values) for name, values in RANGES.items()})
         else:
             left_out = rng.choice([0, 0, 0, *range(1, len(POINTS) + 1)])
