@@ -37,8 +37,8 @@ Handle = int | None
 class Parameters:
     """Constants of the core that nobody publishes; cycles unless said otherwise."""
 
-    mma_half: float = 17.0  #: between two products of half operands
-    mma_float: float = 18.0
+    mma_half: float = 17.0  #: between two products with half operands and half sums
+    mma_float: float = 18.0  #: with float sums, whatever the operands
     mma_latency: float = 2.0  #: of a product, in units of the above
     shared_latency: float = 40.0  #: of threadgroup memory
     shared_bytes: float = 64.0  #: of threadgroup memory each cycle, for the whole core
@@ -109,9 +109,9 @@ class Trace:
             return next((x for x in after if x is not None), None)
         return self._add(ALU, cycles, self.p.alu_latency, after)
 
-    def mma(self, operand: str, *after: Handle) -> int:
+    def mma(self, operand: str, *after: Handle, sums: str = "float") -> int:
         """An 8x8x8 product of operands of a Metal type."""
-        cost = self.p.mma_half if operand == "half" else self.p.mma_float
+        cost = self.p.mma_half if sums == "half" else self.p.mma_float
         self.counts[f"mma_{operand}"] += 1
         return self._add(MATRIX, cost, cost * self.p.mma_latency, after)
 

@@ -92,8 +92,9 @@ def prefill(dtype: str, head_dim: int) -> Prefill:
 
 @dataclass(frozen=True, kw_only=True)
 class MetalFlashAttention:
-    """The forward of metal-flash-attention on M1: 8 rows for each simdgroup, half operands, blocks
-    of [BK x 32] by asynchronous copies, the transposed K fragment as two scalar loads."""
+    """The forward of metal-flash-attention on M1: 8 rows for each simdgroup, half operands (and
+    half sums in S), blocks of [BK x 32] by asynchronous copies, the transposed K fragment as two
+    scalar loads."""
 
     head_dim: int
     keep_o: bool  #: O in registers, else in device memory between blocks
@@ -127,7 +128,7 @@ class MetalFlashAttention:
                 return t.read_shared(64)
 
             def use(c, k):
-                s[c] = t.mma("half", s[c], k)
+                s[c] = t.mma("half", s[c], k, sums="half")
 
             t.pipelined([c for _ in range(depth) for c in range(columns)], load, use, 4)
         x = t.alu(32, *s[-3:])
