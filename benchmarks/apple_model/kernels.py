@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from .core_model import Parameters
-from .counts import DKV, DQ, FORWARD, PREFILL, Counts, Variant, variant
+from .counts import (
+    DELTA,
+    DKV,
+    DKV_STORING,
+    DQ,
+    DQ_FROM_DS,
+    FORWARD,
+    PREFILL,
+    Counts,
+    Variant,
+    variant,
+)
 from .peers import prefill
 from .structures import METAL, BackwardDkv, BackwardDq, Forward, Structure
 
-FAMILIES = (PREFILL, FORWARD, DQ, DKV)
+FAMILIES = (PREFILL, FORWARD, DKV, DKV_STORING, DQ, DQ_FROM_DS)  #: that have a loop
 
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (
