@@ -306,7 +306,10 @@ Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const 
             x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
       op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
       "); got shape ", shape_of(x));
-  return torch::stable::contiguous(x);
+  const auto strides = x.strides();
+  const bool dense =
+      strides[2] == 1 && strides[1] == q.size(2) && strides[0] == q.size(1) * q.size(2);
+  return dense ? x : torch::stable::contiguous(x);  // the usual case without the dispatcher
 }
 
 }  // namespace

@@ -113,7 +113,9 @@ def _parsed(line: str) -> Launch:
         kernel=kernel,
         threads=sizes[:3],
         group=sizes[3:],
-        arguments=tuple(Argument(index, nbytes, bool(tensor)) for index, nbytes, tensor in arguments),
+        arguments=tuple(
+            Argument(index, nbytes, bool(tensor)) for index, nbytes, tensor in arguments
+        ),
         counters=None,
         seconds=0.0,
     )

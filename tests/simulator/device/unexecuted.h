@@ -6,7 +6,8 @@
 
 namespace simulator {
 
-// True while dispatches are only recorded. New memory is not poisoned then: nothing reads it.
+// True while dispatches are only recorded. New memory is not poisoned then, since nothing reads it,
+// and freed memory is kept for the next tensor of its size.
 bool only_recording();
 
 // Writes the dispatch down; the argument table is that of the moment.
