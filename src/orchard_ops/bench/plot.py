@@ -14,7 +14,8 @@ from .contenders import OURS
 from .results import OUT_OF_MEMORY, CaseResult, Results
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
-_STYLES = ("o-", "s--", "^:", "v-.")
+_LINES: tuple[tuple[str, Any], ...] = (("o", "-"), ("s", "--"), ("^", ":"), ("v", "-."))
+"""Marker and line of each contender, in the order of `_COLORS`."""
 FORMATS = ("png", "svg")
 
 
@@ -34,8 +35,8 @@ def save(results: Results, stem: Path) -> list[Path]:
             draw(axes, cases, results.contenders())
             _label(axes, f"{name}\n{mode}", [case.length for case in cases])
     handles = [
-        Line2D([], [], color=color, linestyle=style[1:], marker=style[0], markersize=4, label=name)
-        for name, color, style in zip(results.contenders(), _COLORS, _STYLES)
+        Line2D([], [], color=color, marker=marker, linestyle=line, markersize=4, label=name)
+        for name, color, (marker, line) in zip(results.contenders(), _COLORS, _LINES)
     ]
     grid[0][0].legend(handles=handles, fontsize=8)
     paths = [stem.with_name(f"{stem.name}.{ending}") for ending in FORMATS]
@@ -62,24 +63,24 @@ def _label(axes: Any, title: str, lengths: list[int]) -> None:
 
 def _draw_time(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
     """Medians, in a band from p20 to p80."""
-    for contender, color, style in zip(contenders, _COLORS, _STYLES):
+    for contender, color, (marker, line) in zip(contenders, _COLORS, _LINES):
         measured = [(c.length, f) for c in cases if (f := c.of(contender)) and f.samples_ms]
         lengths = [length for length, _ in measured]
         median, low, high = ([f.time_ms(p) for _, f in measured] for p in (50, 20, 80))
         if measured:
-            axes.plot(lengths, median, style, color=color, label=contender, markersize=4)
+            axes.plot(lengths, median, marker + line, color=color, markersize=4)
             axes.fill_between(lengths, low, high, color=color, alpha=0.2, linewidth=0)
     _mark_out_of_memory(axes, cases, contenders)
     axes.set_ylabel("time (ms)", fontsize=8)
 
 
 def _draw_memory(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
-    for contender, color, style in zip(contenders, _COLORS, _STYLES):
+    for contender, color, (marker, line) in zip(contenders, _COLORS, _LINES):
         measured = [(c.length, f) for c in cases if (f := c.of(contender)) and f.peak_bytes]
         lengths = [length for length, _ in measured]
         peaks = [f.peak_bytes for _, f in measured]
         if measured:
-            axes.plot(lengths, peaks, style, color=color, label=contender, markersize=4)
+            axes.plot(lengths, peaks, marker + line, color=color, markersize=4)
     _mark_out_of_memory(axes, cases, contenders)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: _size(nbytes)))
     axes.set_ylabel("peak memory beyond the inputs", fontsize=8)
