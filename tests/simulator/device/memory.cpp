@@ -11,6 +11,7 @@
 
 #include "faults.h"
 #include "handle.h"
+#include "unexecuted.h"
 
 namespace simulator {
 namespace {
@@ -66,7 +67,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
     auto block = std::make_unique<Block>();
     const size_t rounded = (nbytes + kAlignment - 1) / kAlignment * kAlignment;
     check_memory(posix_memalign(&block->host, kAlignment, rounded) == 0, nbytes);
-    std::memset(block->host, kPoisonByte, rounded);
+    if (!only_recording()) std::memset(block->host, kPoisonByte, rounded);
     block->nbytes = nbytes;
     block->owned = true;
     return data_ptr_of(block.release());
