@@ -10,8 +10,8 @@ the dispatcher runs it on the simulated device. Up to a length it is executed th
 length its tensors are counted on the meta device, and both counts must be equal where there are
 two.
 
-Writes benchmarks/results/memory.json and docs/images/memory.png; ``--plot`` makes only the picture,
-from the file. On the GPU: benchmarks/nvidia/memory.py.
+Writes benchmarks/results/memory.json, a table of it, and docs/images/memory.png; ``--plot`` makes
+only table and picture, from the file. On a GPU: benchmarks/nvidia/memory.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ PICTURE = ROOT / "docs" / "images" / "memory.png"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 _EXECUTED_BYTES = 4 << 30
 """The unfused path is executed where it needs no more than this."""
+
+_PATIENCE = 10  # seconds
 
 SCRATCH_VARIABLE = "ORCHARD_BACKWARD_SCRATCH_MB"
 SCRATCH_BUDGETS_MB = (0,)
@@ -126,23 +129,35 @@ def on_simulated_device(step: Step, problem: Problem, length: int, execute: bool
     import simulator
 
     with contextlib.nullcontext() if execute else simulator.recording(execute=False):
+        idle = simulator.memory().allocated
         operands = problem.operands(length, "mps")
         before = simulator.memory()
         simulator.reset_peak()
         results = step(*operands)
         after = simulator.memory()
-        del results
+        del results, operands
+    until = (
+        time.monotonic() + _PATIENCE
+    )  # autograd's thread lets go of the gradients a little later
+    while simulator.memory().allocated != idle:
+        if time.monotonic() > until:
+            raise AssertionError("the step leaves memory behind")
+        time.sleep(0.01)
     return Allocated(after.peak - before.allocated, after.total - before.total)
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the storages that operators return, for as long as they live."""
+    """The most bytes of storages that operators return, inputs apart, alive at once.
+
+    Not their sum over time: under a mode PyTorch's math path adds the mask in a new tensor, which
+    replaces the old one.
+    """
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self._given = {StorageWeakRef(x.untyped_storage()).cdata for x in inputs}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.total = 0
+        self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -163,25 +178,23 @@ class _Storages(TorchDispatchMode):
         reference = StorageWeakRef(storage)
         if reference.cdata not in self._given and reference.cdata not in self._alive:
             self._alive[reference.cdata] = reference, storage.nbytes()
-            self.total += storage.nbytes()
 
 
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """As ATen/native/transformers/attention.cpp."""
+    """The operators that torch 2.13 runs inside; `measure` compares with the device."""
     out = torch.softmax(x, dim, dtype=dtype)
-    minus_infinity = torch.scalar_tensor(-torch.inf, dtype=out.dtype, device=out.device)
-    empty = torch.all(x.eq(minus_infinity), dim, keepdim=True)
     zero = torch.scalar_tensor(0.0, dtype=out.dtype, device=out.device)
-    return torch.where(empty, zero, out)
+    empty = torch.all(x.eq(-torch.inf), dim, keepdim=True)
+    return out.masked_fill_(empty, zero)
 
 
-def on_meta_device(step: Step, problem: Problem, length: int) -> Allocated:
-    """The tensors that the operators of the step return, without any memory."""
+def peak_on_meta_device(step: Step, problem: Problem, length: int) -> int:
+    """In bytes, by counting the tensors that the operators of the step return."""
     operands = problem.operands(length, "meta")
     with _Storages(operands) as storages:
         results = step(*operands)
     del results
-    return Allocated(storages.peak, storages.total)
+    return storages.peak
 
 
 @contextlib.contextmanager
@@ -198,15 +211,17 @@ def scratch_budget(megabytes: int) -> Iterator[None]:
             os.environ[SCRATCH_VARIABLE] = before
 
 
-def check_ours(measured: Allocated, expected: int, budget_mb: int) -> None:
+def check_ours(measured: Allocated, expected: int, budget_mb: int, others: int = 0) -> None:
     """Exactly the formula's bytes, each allocated once, plus at most the scratch budget.
+
+    `others` are bytes of which it is known what they are.
 
     Raises:
         AssertionError: something else was allocated.
     """
     for name, nbytes in asdict(measured).items():
         scratch = nbytes - expected
-        if not 0 <= scratch <= budget_mb << 20:
+        if not 0 <= scratch <= (budget_mb << 20) + others:
             raise AssertionError(
                 f"{name}: {nbytes} bytes, the formula has {expected} and a scratch of at most "
                 f"{budget_mb << 20}"
@@ -222,18 +237,18 @@ def measure(problem: Problem, length: int) -> dict[str, Any]:
             measured = on_simulated_device(our_step, problem, length, execute=False)
         check_ours(measured, sum(terms.values()), budget_mb)
         ours.append({"scratch_budget_mb": budget_mb} | asdict(measured))
-    counted = on_meta_device(unfused_step, problem, length)
-    executed = counted.peak <= _EXECUTED_BYTES
+    peak = peak_on_meta_device(unfused_step, problem, length)
+    executed = peak <= _EXECUTED_BYTES
     if executed:
-        found = on_simulated_device(unfused_step, problem, length, execute=True)
-        if found != counted:
-            raise AssertionError(f"unfused, L {length}: {found} executed, {counted} counted")
+        found = on_simulated_device(unfused_step, problem, length, execute=True).peak
+        if found != peak:
+            raise AssertionError(f"unfused, L {length}: {found} bytes executed, {peak} counted")
     return {
         "problem": str(problem),
         "length": length,
         "formula": terms,
         "ours": ours,
-        "unfused": {"executed": executed} | asdict(counted),
+        "unfused": {"executed": executed, "peak": peak},
     }
 
 
@@ -254,15 +269,14 @@ def enable_simulator() -> None:
         raise RuntimeError(f"ours would not run as Metal kernels: {explanation.reason}")
 
 
-def write(records: list[dict[str, Any]], path: Path) -> None:
-    """A line for each record."""
-    head = {"torch": torch.__version__, "ours": "simulated mps device's allocator, recorded"}
+def write(environment: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
+    """A line for each record. `environment` says under "measured" where that was."""
     lines = ",\n".join(json.dumps(record) for record in records)
-    path.write_text(f'{{"environment": {json.dumps(head)},\n"records": [\n{lines}\n]}}\n')
+    path.write_text(f'{{"environment": {json.dumps(environment)},\n"records": [\n{lines}\n]}}\n')
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Both paths over the length, a panel for each problem."""
+    """Both paths over the length, a panel for each problem; no point where memory ran out."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -272,8 +286,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axes, problem in zip(panels, problems):
         records = [r for r in result["records"] if r["problem"] == problem]
         lengths = [r["length"] for r in records]
-        unfused = [r["unfused"]["peak"] / 2**20 for r in records]
-        axes.plot(lengths, unfused, "s--", color="tab:orange", label="PyTorch, math path")
+        fitted = [r for r in records if r["unfused"]["peak"] is not None]
+        counted = [r for r in fitted if not r["unfused"].get("executed", True)]
+        for some, marker, color, size, label in (
+            (fitted, "s--", "tab:orange", 6, "PyTorch, math path"),
+            (counted, "s", "white", 3, "(white inside: counted, not executed)"),
+        ):
+            if some:
+                peaks = [r["unfused"]["peak"] / 2**20 for r in some]
+                lengths_of = [r["length"] for r in some]
+                axes.plot(lengths_of, peaks, marker, color=color, markersize=size, label=label)
+        for record in records:
+            if record not in fitted:
+                axes.text(
+                    record["length"], 0.98, "out of\nmemory", color="tab:orange", fontsize=7,
+                    ha="center", va="top", transform=axes.get_xaxis_transform(),
+                )  # fmt: skip
         for index, mode in enumerate(records[0]["ours"]):
             budget = mode["scratch_budget_mb"]
             label = "orchard_ops" + (f", scratch up to {budget} MiB" if budget else ", no scratch")
@@ -288,14 +316,52 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("MiB beyond q, k, v, dout, at the peak")
     panels[0].legend(fontsize=8)
-    figure.suptitle("extra memory of a training step (simulated mps device's allocator)", size=10)
+    where = result["environment"]["measured"]
+    figure.suptitle(f"extra memory of a training step ({where})", size=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
+def table(result: dict[str, Any], command: str) -> str:
+    """As Markdown."""
+    environment, records = result["environment"], result["records"]
+    budgets = [mode["scratch_budget_mb"] for mode in records[0]["ours"]]
+    columns = [f"ours, scratch up to {b} MiB" if b else "ours, no scratch" for b in budgets]
+    lines = [
+        "# Extra memory of a training step",
+        "",
+        f"{environment['measured']}, torch {environment['torch']}; made by `{command}`. MiB at the "
+        "peak of forward and backward, beyond q, k, v and dout.",
+        "",
+        f"| problem | L | formula | {' | '.join(columns)} | PyTorch's math path | that / ours |",
+        "|---|---|---|" + "---|" * (len(columns) + 2),
+    ]
+    for record in records:
+        ours = [mode["peak"] for mode in record["ours"]]
+        unfused = record["unfused"]["peak"]
+        cells = [f"{sum(record['formula'].values()) / 2**20:.1f}"]
+        cells += [f"{peak / 2**20:.1f}" for peak in ours]
+        if unfused is None:
+            cells += ["out of memory", ""]
+        else:
+            how = "" if record["unfused"].get("executed", True) else " (counted)"
+            cells += [f"{unfused / 2**20:.1f}{how}", f"{unfused / ours[0]:.0f}"]
+        lines.append(f"| {record['problem']} | {record['length']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(file: Path, picture: Path) -> None:
+    """The table beside the result file, and the picture."""
+    result = json.loads(file.read_text())
+    parts = file.parent.relative_to(ROOT / "benchmarks" / "results").parts
+    command = f"python -m {'.'.join(('benchmarks', *parts, 'memory'))}"
+    file.with_suffix(".md").write_text(table(result, command))
+    plot(result, picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plot", action="store_true", help="only the picture, from the file")
+    parser.add_argument("--plot", action="store_true", help="only table and picture, from the file")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     options = parser.parse_args()
     if not options.plot:
@@ -312,8 +378,9 @@ def main() -> None:
                     flush=True,
                 )
                 records.append(record)
-        write(records, RESULTS)
-    plot(json.loads(RESULTS.read_text()), PICTURE)
+        environment = {"measured": "simulated mps device's allocator", "torch": torch.__version__}
+        write(environment, records, RESULTS)
+    show(RESULTS, PICTURE)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ def describe(place: Place) -> dict[str, str | int]:
 
 def where(machine: dict[str, str | int]) -> str:
     """In one line: what a figure must say."""
+    threads = machine["cpu_threads"]
     device = {
         "apple_gpu": f"GPU of {machine.get('gpu_cores', '?')} cores",
         "simulated": "SIMULATED mps device: its times say nothing about a Mac",
-        "cpu": f"CPU, {machine['cpu_threads']} threads; no Metal kernel runs there",
+        "cpu": f"CPU, {threads} thread{'s' * (threads != 1)}; no Metal kernel runs there",
     }[str(machine["kind"])]
     return f"{machine['machine']} ({device}), {machine['system']}, torch {machine['torch']}"
 

@@ -34,6 +34,9 @@ def save(results: Results, stem: Path) -> list[Path]:
             draw = _draw_time if what == "time" else _draw_memory
             draw(axes, cases, results.contenders())
             _label(axes, f"{name}\n{mode}", [case.length for case in cases])
+            if what == "memory" and axes.has_data():
+                axes.set_yscale("log", base=2)
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: _size(nbytes)))
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle=line, markersize=4, label=name)
         for name, color, (marker, line) in zip(results.contenders(), _COLORS, _LINES)
@@ -82,7 +85,6 @@ def _draw_memory(axes: Any, cases: list[CaseResult], contenders: list[str]) -> N
         if measured:
             axes.plot(lengths, peaks, marker + line, color=color, markersize=4)
     _mark_out_of_memory(axes, cases, contenders)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: _size(nbytes)))
     axes.set_ylabel("peak memory beyond the inputs", fontsize=8)
 
 
