@@ -16,6 +16,7 @@ from orchard_ops.__main__ import build_parser, main
 from orchard_ops.bench import cases, contenders, gate, machine, memory, plot, results, timing
 from orchard_ops.testing import math_attention
 
+COMMITTED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "bench"
 TINY = ("--lengths", "16", "48", "--heads", "2/1", "--head-dims", "16", "--seconds", "0.01")
 
 
@@ -89,7 +90,10 @@ def test_a_corrupted_kernel_has_no_figure(tmp_path: Path, capsys: pytest.Capture
     assert figures["samples_ms"] == [] and figures["peak_bytes"] is None
     assert rows[0]["status"] == "wrong result" and rows[0]["median_ms"] == ""
     assert all(f["status"] == "measured" for f in right["figures"])
-    assert "wrong results in 1 cases" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "FAILED orchard_ops: wrong result (gpt: B1 H2/1 D16 causal float16 L16 forward)" in printed
+    )
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -206,6 +210,17 @@ def test_plots_again_from_json(tmp_path: Path):
     assert (again / "copy.json").read_text() == json_file.read_text()
 
 
+@pytest.mark.parametrize("file", sorted(COMMITTED.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_results(file: Path, tmp_path: Path):
+    """Measured throughout, the table is the JSON's, and there is a picture."""
+    committed = results.read_json(file)
+    assert committed.all_right() and committed.cases
+    assert file.stem == machine.slug(committed.machine)
+    results.write_csv(committed, tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == file.with_suffix(".csv").read_text()
+    assert file.with_suffix(".png").exists()
+
+
 def test_plot_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, text in (("a.json", "{}"), ("b.json", "no JSON"), ("c.json", '{"format": 9}')):
         (tmp_path / name).write_text(text)
@@ -246,6 +261,23 @@ def test_peak_memory_on_the_cpu():
     assert memory.peak_bytes(call, torch.device("cpu")) == (1 << 19) + (1 << 20)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="counts the simulated device's bytes")
+def test_peak_memory_where_the_allocator_remembers_none(monkeypatch: pytest.MonkeyPatch):
+    """The simulated driver's memory is its peak, as if all that was freed were cached."""
+    import simulator
+
+    def call() -> Tensor:
+        x = torch.empty(1 << 20, dtype=torch.uint8, device="mps")
+        return x[:16] + 1
+
+    device = torch.device("mps")
+    assert memory.peak_bytes(call, device) == (1 << 20) + 16
+    monkeypatch.setattr(memory, "_has_peak", lambda: False)
+    simulator.reset_peak()
+    assert memory.peak_bytes(call, device) == (1 << 20) + 16
+    assert "driver_allocated_memory" in memory.method(device)
+
+
 def test_cases_of_a_command_line():
     def chosen(*arguments: str, kind: str = "apple_gpu") -> list[cases.Case]:
         return cases.chosen(build_parser().parse_args(["bench", *arguments]), kind)
@@ -271,7 +303,10 @@ def test_cases_of_a_command_line():
 
 def test_machine_names():
     apple = {"machine": "Apple M2 Pro", "device": "mps", "kind": "apple_gpu", "gpu_cores": 19,
-             "system": "macOS 15.5", "torch": "2.13.0", "cpu_threads": 8}  # fmt: skip
+             "system": "macOS 15.5", "torch": "2.13.0", "cpu_threads": 8,
+             "load_average": 1.5}  # fmt: skip
     assert machine.slug(apple) == "apple-m2-pro-mps"
     assert machine.where(apple) == "Apple M2 Pro (GPU of 19 cores), macOS 15.5, torch 2.13.0"
     assert "SIMULATED" in machine.where(apple | {"kind": "simulated"})
+    on_cpu = machine.where(apple | {"kind": "cpu"})
+    assert "(CPU, 8 threads; no Metal kernel runs there)" in on_cpu

@@ -99,7 +99,7 @@ def measure(
             memory.release(place.device)
     for name, samples in _times(result, calls, place, schedule).items():
         figures = next(f for f in result.figures if f.contender == name)
-        figures.samples_ms = samples
+        figures.samples_ms = [float(f"{ms:.5g}") for ms in samples]
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 from ..place import Place
+
+Description = dict[str, str | int | float]
 
 
 def _sysctl(name: str) -> str:
@@ -30,16 +33,17 @@ def chip() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(place: Place) -> dict[str, str | int]:
+def describe(place: Place) -> Description:
     """Chip, system, versions, and where in the machine it ran."""
     import orchard_ops
 
-    description: dict[str, str | int] = {
+    description: Description = {
         "machine": chip(),
         "device": place.device.type,
         "kind": place.kind,
         "system": platform.system(),
         "cpu_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),  # before the run: who else is busy
         "torch": torch.__version__,
         "python": platform.python_version(),
         "orchard_ops": orchard_ops.__version__,
@@ -52,7 +56,7 @@ def describe(place: Place) -> dict[str, str | int]:
     return description
 
 
-def where(machine: dict[str, str | int]) -> str:
+def where(machine: Description) -> str:
     """In one line: what a figure must say."""
     threads = machine["cpu_threads"]
     device = {
@@ -63,7 +67,7 @@ def where(machine: dict[str, str | int]) -> str:
     return f"{machine['machine']} ({device}), {machine['system']}, torch {machine['torch']}"
 
 
-def slug(machine: dict[str, str | int]) -> str:
+def slug(machine: Description) -> str:
     """For file names: "apple-m2-pro-mps"."""
     suffix = "simulated" if machine["kind"] == "simulated" else machine["device"]
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['machine']} {suffix}".lower()).strip("-")

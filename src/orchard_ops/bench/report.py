@@ -19,7 +19,7 @@ from rich.text import Text
 
 from .cases import Case
 from .contenders import OURS
-from .results import MEASURED, WRONG, Figures, Results
+from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
 
 OnCase = Callable[[Case], None]
 
@@ -54,37 +54,40 @@ def progress(console: Console, num_cases: int) -> Iterator[OnCase]:
 
 
 def print_table(console: Console, results: Results) -> None:
-    """A row for each case: ours, each other contender, and how their times compare."""
-    others = [name for name in results.contenders() if name != OURS]
+    """A table for each series, a row for each contender in each case; "/ ours" compares times."""
     for series in dict.fromkeys(case.series for case in results.cases):
         table = Table(title=series, title_justify="left", title_style="bold")
         table.add_column("L", justify="right")
         table.add_column("mode")
-        for name in (OURS, *others):
-            table.add_column(f"{name}: ms (p20 ... p80), MiB")
-        for name in others:
-            table.add_column(f"time of {name} / ours", justify="right")
+        table.add_column("contender", no_wrap=True)
+        for name in ("median ms", "p20", "p80", "peak MiB", "/ ours"):
+            table.add_column(name, justify="right")
         for case in (c for c in results.cases if c.series == series):
-            cells = [_cell(case.of(name)) for name in (OURS, *others)]
-            ratios = [case.ratio(name, OURS) for name in others]
-            table.add_row(
-                str(case.length), case.mode, *cells,
-                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            )  # fmt: skip
+            for index, figures in enumerate(case.figures):
+                what = (f"{case.length}", case.mode) if index == 0 else ("", "")
+                table.add_row(*what, figures.contender, *_cells(case, figures))
+            table.add_section()
         console.print(table)
     _print_paths(console, results)
-    wrong = [c for c in results.cases for f in c.figures if f.status == WRONG]
-    if wrong:
-        console.print(Text(f"FAILED: wrong results in {len(wrong)} cases", style="bold red"))
+    for case in results.cases:
+        for figures in case.figures:
+            if figures.status in (WRONG, FAILED):
+                failed = f"{figures.contender}: {figures.status} ({case.series} L{case.length}"
+                line = f"FAILED {failed} {case.mode}): {figures.message}"
+                console.print(Text(line, style="bold red"))
 
 
-def _cell(figures: Figures | None) -> Text:
-    if figures is None:
-        return Text("")
+def _cells(case: CaseResult, figures: Figures) -> list[str]:
+    """Times, memory and ratio, or why there are none."""
     if figures.status != MEASURED:
-        return Text(figures.status, style="red")
-    median, low, high = (f"{figures.time_ms(p):.3g}" for p in (50, 20, 80))
-    return Text(f"{median} ({low} ... {high}), {(figures.peak_bytes or 0) / 2**20:.1f}")
+        return [figures.status]
+    times = [figures.time_ms(p) or 0.0 for p in (50, 20, 80)]
+    ratio = case.ratio(figures.contender, OURS)
+    return [
+        *(f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}" for ms in times),
+        f"{(figures.peak_bytes or 0) / 2**20:.1f}",
+        "" if ratio is None or figures.contender == OURS else f"{ratio:.2f}",
+    ]
 
 
 def _print_paths(console: Console, results: Results) -> None:

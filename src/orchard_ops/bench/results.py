@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .machine import Description
 from .timing import percentile
 
 FORMAT = 1
@@ -63,7 +64,7 @@ class CaseResult:
 class Results:
     """One run on one machine."""
 
-    machine: dict[str, str | int]
+    machine: Description
     """`machine.describe`"""
     date: str
     memory_method: str
@@ -83,8 +84,6 @@ def write_json(results: Results, path: Path) -> None:
     for case in results.cases:
         values = asdict(case)
         figures = values.pop("figures")
-        for one in figures:
-            one["samples_ms"] = [float(f"{ms:.5g}") for ms in one["samples_ms"]]
         rows = ",\n  ".join(json.dumps(one) for one in figures)
         lines.append(f'{json.dumps(values)[:-1]}, "figures": [\n  {rows}]}}')
     body = ",\n".join(lines)
