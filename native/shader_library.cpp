@@ -92,7 +92,8 @@ Pipeline& pipeline_of(const KernelPlan& kernel) {
 /// What the command block's callback needs, and what it reports: no exception may cross it.
 struct Launch {
   const KernelPlan& kernel;
-  const Bindings& tensors;
+  uint64_t groups_x;
+  Bindings tensors;
   const AttentionParams& params;
   std::string failure;
 };
@@ -107,16 +108,14 @@ void encode(Function function, void* user_data) {
   };
   if (!ok(aoti_torch_mps_start_encoding(function), "starting the encoder")) return;
   for (const auto& [index, tensor] : launch.tensors) {
-    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor.get()), "binding a tensor"))
-      return;
+    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor), "binding a tensor")) return;
   }
   if (!ok(set_arg_bytes()(function, kBufferParams, &launch.params, sizeof launch.params),
           "passing the parameters")) {
     return;
   }
   // The shim counts threads, not threadgroups.
-  const auto& groups = launch.kernel.groups;
-  const uint64_t threads[] = {groups[0] * launch.kernel.threads, groups[1], 1};
+  const uint64_t threads[] = {launch.groups_x * launch.kernel.threads, launch.kernel.groups[1], 1};
   const uint64_t group[] = {launch.kernel.threads, 1, 1};
   ok(aoti_torch_mps_dispatch_array_with_group_size(function, threads, 3, group, 3), "the dispatch");
 }
@@ -136,7 +135,8 @@ std::string last_error() {
   return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
-void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params) {
+void dispatch(
+    const KernelPlan& kernel, uint64_t groups_x, Bindings tensors, const AttentionParams& params) {
   static const pid_t owner = getpid();
   if (getpid() != owner) {
     throw std::runtime_error(
@@ -149,7 +149,7 @@ void dispatch(const KernelPlan& kernel, const Bindings& tensors, const Attention
   }
   Pipeline& pipeline = pipeline_of(kernel);
   if (!pipeline.failure.empty()) throw MetalError(pipeline.failure);
-  Launch launch{kernel, tensors, params, {}};
+  Launch launch{kernel, groups_x, tensors, params, {}};
   const std::lock_guard<std::mutex> lock(pipeline.encoding);
   const AOTITorchError code = aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
   if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {

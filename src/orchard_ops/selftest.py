@@ -7,7 +7,9 @@ Runs every kernel variant forward and backward, and compares with float64 on the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,6 +31,7 @@ HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """One head dim per kernel width of ``native/plan.cpp``."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STORING_HEAD_DIM = 64  # from here on a backward stores dS
 _SEED = 20_240_229
 _HEADS_AND_LENGTHS = ((2, 77), (1, 101), (1, 101), (2, 77))  # of q, k, v, dout
 _DIAGONAL = -7  # the first rows see no key
@@ -42,11 +45,13 @@ class Variant:
     head_dim: int
     chunks: bool
     dropout_p: float
+    scratch: bool = True  # whether a backward may store dS
 
     def __str__(self) -> str:
         loads = "chunks" if self.chunks else "elements"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name} D{self.head_dim} {loads}{' dropout' if self.dropout_p else ''}"
+        dropout = " dropout" if self.dropout_p else ""
+        return f"{name} D{self.head_dim} {loads}{dropout}{'' if self.scratch else ' low memory'}"
 
 
 @dataclass
@@ -79,6 +84,23 @@ def variants(quick: bool) -> Iterator[Variant]:
             for chunks in (True,) if quick else (True, False):
                 for dropout_p in (0.1,) if quick else (0.0, 0.1):
                     yield Variant(dtype, head_dim, chunks, dropout_p)
+                    if head_dim >= _STORING_HEAD_DIM:
+                        yield Variant(dtype, head_dim, chunks, dropout_p, scratch=False)
+
+
+@contextlib.contextmanager
+def _backward_scratch(allowed: bool) -> Iterator[None]:
+    """Without, the backward computes dS twice instead of storing it."""
+    name = "ORCHARD_BACKWARD_SCRATCH_MB"
+    before = os.environ.get(name)
+    os.environ[name] = "64" if allowed else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _operands(variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,9 +148,10 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
-        first = run()
+        with _backward_scratch(variant.scratch):
+            first, second = run(), run()
         assert_attention_close(first, ref, eager)
-        if not all(torch.equal(a, b) for a, b in zip(first, run())):
+        if not all(torch.equal(a, b) for a, b in zip(first, second)):
             raise AssertionError("two runs differ")
     except (AssertionError, RuntimeError) as error:
         return Outcome(str(variant), False, str(error), time.perf_counter() - started)
