@@ -158,7 +158,7 @@ def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int
     plan, params = _sources().plan(request)
     template = DKV if family == DKV_STORING else family
     kernels = {k["family"]: k for k in plan["kernels"]}
-    if template not in kernels or storing and DQ_FROM_DS not in kernels:
+    if template not in kernels or (storing and DQ_FROM_DS not in kernels):
         raise NoVariant(f"{family} {dtype} head_dim {head_dim}")
     kernel = kernels[template]
     threads = kernel["threads"]

@@ -24,8 +24,8 @@ _LABEL = re.compile(r'[-\w.$"]+:')
 # The library's own functions do not count as the kernel's instructions; the table of entries runs
 # on no lane at all.
 _LIBRARY_FUNCTION = re.compile(r"@_ZN3msl(7backend|4core)|msl_entry_\d+3runE|@msl_entries_")
-# Nor does what these headers put into a kernel to play the hardware (counters, lanes, barriers): its
-# address work. Float operations there stand for Metal's own functions.
+# Nor does the address work of these headers, which play the hardware (counters, lanes, barriers).
+# Float operations there stand for Metal's own functions.
 _LIBRARY_FILE = re.compile(r'!DIFile\(filename: "[^"]*/msl/(?:cpu_\w+|executor)\.h"')
 _METADATA = re.compile(r"(!\d+) = (?:distinct )?(!DI\w+\(.*)")
 _FILE = re.compile(r"\bfile: (!\d+)")
