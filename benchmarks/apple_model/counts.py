@@ -145,6 +145,23 @@ def _request(
     return harness.request(layouts, number, backward, **fields)
 
 
+@cache
+def backward_launches(
+    dtype: str, head_dim: int, length: int, heads: int, scratch_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    """What the plan launches for a dense self-attention: (family, heads) in order."""
+    size = length * head_dim
+    layout = ((1, heads, length, head_dim), (heads * size, size, head_dim, 1), 0)
+    layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
+    number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
+    request = harness.request(layouts, number, True, scale=1.0, scratch_bytes=scratch_bytes)
+    plan, _ = _sources().plan(request)
+    names = [kernel["family"] for kernel in plan["kernels"]]
+    if DQ_FROM_DS in names:
+        names = [DKV_STORING if name == DKV else name for name in names]
+    return tuple((names[kernel], groups) for kernel, groups, _ in plan["launches"])
+
+
 class NoVariant(LookupError):
     """The plan has no such kernel for this head_dim: it never stores dS there."""
 

@@ -30,7 +30,8 @@ from .structures import (
     keeps,
 )
 
-FAMILIES = (PREFILL, FORWARD, DKV, DKV_STORING, DQ, DQ_FROM_DS)  #: that have a loop
+BACKWARD = (DKV, DKV_STORING, DQ, DQ_FROM_DS)  #: that have a loop
+FAMILIES = (PREFILL, FORWARD, *BACKWARD)
 
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (

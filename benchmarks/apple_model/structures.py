@@ -175,7 +175,7 @@ class Structure:
         sums: dict[tuple[int, int], Handle] = {}
 
         def use(item: tuple[int, int], b: Handle) -> None:
-            k, c = item
+            _, c = item
             b = t.convert(1, self.dtype if direct else self.staged, operand, b)
             for r in range(rows):
                 sums[r, c] = t.mma(operand, sums.get((r, c), after), b)
