@@ -384,7 +384,7 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
           switches(p, chunks), kv_heads(p), blocks_of(p.k.sizes[2], keys)));
   if (store_ds) {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq_from_ds",
-        dq_choice(row.dq_from_ds, dtype.operand), {chunks ? "chunks" : "!chunks"}, query_heads(p),
+        dq_choice(row.dq_from_ds, "float"), {chunks ? "chunks" : "!chunks"}, query_heads(p),
         blocks_of(p.q.sizes[2], query_rows(row.dq_from_ds.r))));
   } else {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),

@@ -784,6 +784,7 @@ def _dense_layouts(b: int = 2, h: int = 4, hk: int = 2, l: int = 40, s: int = 70
 def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, flags: str,
                      groups: list[int]) -> dict:  # fmt: skip
     torch_name, metal, operand = _TYPES[dtype]
+    operand = "float" if family == DQ_FROM_DS else operand
     with_dropout = family not in (DELTA, DQ_FROM_DS)
     if not with_dropout:
         flags = flags.removesuffix("_dropout")
