@@ -43,7 +43,7 @@ struct TileRow {
 // choice depends on the GPU's generation or the problem's size until one has been measured.
 constexpr TileRow kTiles[] = {
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},
-    {128, 2, {1, 16, 2}, {16, 2}, {1, 16}, {2, 16}},
+    {128, 2, {1, 16, 1}, {16, 2}, {1, 16}, {2, 16}},
     {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 16}},
     {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
     {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
