@@ -43,7 +43,7 @@ struct TileRow {
 // choice depends on the GPU's generation or the problem's size until one has been measured.
 constexpr TileRow kTiles[] = {
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},
-    {128, 2, {1, 16, 2}, {16, 2}, {1, 16}, {2, 16}},
+    {128, 2, {1, 16, 1}, {16, 2}, {1, 16}, {2, 16}},
     {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 16}},
     {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
     {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
@@ -384,7 +384,7 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
           switches(p, chunks), kv_heads(p), blocks_of(p.k.sizes[2], keys)));
   if (store_ds) {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq_from_ds",
-        dq_choice(row.dq_from_ds, dtype.operand), {chunks ? "chunks" : "!chunks"}, query_heads(p),
+        dq_choice(row.dq_from_ds, "float"), {chunks ? "chunks" : "!chunks"}, query_heads(p),
         blocks_of(p.q.sizes[2], query_rows(row.dq_from_ds.r))));
   } else {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),

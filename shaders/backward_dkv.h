@@ -121,16 +121,23 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       if (DROPOUT) {
         kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
       }
-      Tile<float, 1, kBlocks> dropped;  // kPScale * P^T, 0 where dropped
-      const bool all_seen = sees_all(row0, BQ, key0, 8, params);
       ORCHARD_UNROLL
       for (int c = 0; c < kBlocks; c++) {
         ORCHARD_UNROLL
         for (int e = 0; e < 2; e++) {
-          const int row = row0 + 8 * c + at.col + e;
-          const int64_t stats = stats0 + min(row, params.q_len - 1);
-          float w = weight(p.fragments[0][c][e], finite_lse(lse[stats]));
-          w = all_seen || sees(row, key0 + at.row, params) ? w : 0.0f;
+          const int row = min(row0 + 8 * c + at.col + e, params.q_len - 1);
+          p.fragments[0][c][e] = weight(p.fragments[0][c][e], finite_lse(lse[stats0 + row]));
+        }
+      }
+      if (!sees_all(row0, BQ, key0, 8, params)) {
+        mask_transposed(p, key0, row0, at, params);
+      }
+      Tile<float, 1, kBlocks> dropped;  // kPScale * P^T, 0 where dropped
+      ORCHARD_UNROLL
+      for (int c = 0; c < kBlocks; c++) {
+        ORCHARD_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const int row = min(row0 + 8 * c + at.col + e, params.q_len - 1);
           float keep = 1.0f;
           float p_scale = kPScale;
           if (DROPOUT) {
@@ -138,12 +145,14 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
             keep = kept_here ? params.dropout_rescale : 0.0f;
             p_scale = kept_here ? kPScale : 0.0f;
           }
+          const float w = p.fragments[0][c][e];
           dropped.fragments[0][c][e] = w * p_scale;
-          ds_tile.fragments[0][c][e] = w * (ds_tile.fragments[0][c][e] * keep - delta[stats]);
+          ds_tile.fragments[0][c][e] =
+              w * (ds_tile.fragments[0][c][e] * keep - delta[stats0 + row]);
         }
         const bool inside = key0 < params.kv_len && row0 + 8 * c < params.q_len;
         if (STORE_DS && inside && c % SPLIT == part) {
-          ds_tiles.store(key0, row0 + 8 * c, ds_tile.fragments[0][c]);
+          ds_tiles.store(ds_tiles.tile(key0, row0 + 8 * c), ds_tile.fragments[0][c]);
         }
       }
       const Tile<F, 1, kBlocks> p_operand = as_operand<F>(dropped);

@@ -171,22 +171,23 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   zero(sum);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
-    Tile<float, R, BK / 8> tile;
+    const int key0 = block * BK;
+    const device float* tile = ds_tiles.tile(key0, row0);
+    const bool all_seen = sees_all(row0, 8 * R, key0, BK, params);
+    Tile<float, R, BK / 8> ds_block;
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < BK / 8; c++) {
-        const int row = row0 + 8 * r;
-        const int key0 = block * BK + 8 * c;
-        tile.fragments[r][c] =
-            sees_any(row, 8, key0, 8, params) ? ds_tiles.load(key0, row) : float2(0.0f);
+        const bool written = all_seen || sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8, params);
+        ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
       }
     }
     k.fetch();
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
     k.store();
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    mma_AB(sum, tile, k);
+    mma_AB(sum, ds_block, k);
     k.advance();
   }
 

@@ -15,15 +15,14 @@ struct DscoreTiles {
     return data + ((int64_t)(key0 / 8) * query_blocks + row0 / 8) * 64;
   }
 
-  /// One fragment of dS^T (keys, queries) from (key0, row0), as the key's side holds it.
-  METAL_FUNC void store(int key0, int row0, float2 transposed) const {
-    device float* p = tile(key0, row0) + at.row * 8 + at.col;
-    *reinterpret_cast<device float2*>(p) = transposed;
+  /// One fragment of dS^T (keys, queries) to a tile, as the key's side holds it.
+  METAL_FUNC void store(device float* tile, float2 transposed) const {
+    *reinterpret_cast<device float2*>(tile + at.row * 8 + at.col) = transposed;
   }
 
-  /// One fragment of dS (queries, keys), as the query's side multiplies it.
-  METAL_FUNC float2 load(int key0, int row0) const {
-    const device float* p = tile(key0, row0) + at.col * 8 + at.row;
+  /// Fragment (r, c) of dS (queries, keys) from a tile on, as the query's side multiplies it.
+  METAL_FUNC float2 load(const device float* tile, int r, int c) const {
+    const device float* p = tile + ((int64_t)c * query_blocks + r) * 64 + at.col * 8 + at.row;
     return float2(p[0], p[8]);
   }
 };

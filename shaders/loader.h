@@ -163,11 +163,13 @@ struct BlockLoader {
 
   METAL_FUNC void fetch() {
     if (VEC) {
+      // Whole blocks of unpadded rows, the most, need no guard.
+      const bool whole = row0 + ROWS <= from.length && from.head_dim == BD;
       ORCHARD_UNROLL
       for (int pass = 0; pass < kPasses; pass++) {
         const int ahead = pass * kRowsAtOnce;
-        const bool inside =
-            takes_part(pass) && row0 + row + ahead < from.length && col < from.head_dim;
+        const bool inside = takes_part(pass) &&
+                            (whole || (row0 + row + ahead < from.length && col < from.head_dim));
         const device T* p = chunk + ahead * from.row_stride;
         fetched[pass] = inside ? *reinterpret_cast<const device uint4*>(p) : uint4(0);
       }

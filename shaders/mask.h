@@ -67,3 +67,16 @@ METAL_FUNC void mask_tile(thread Tile<float, ROWS, COLS>& s, int row0, int key0,
     }
   }
 }
+
+/// Zeroes the weights of what a query does not see. p is (8 keys, queries) from (key0, row0).
+template <int COLS>
+METAL_FUNC void mask_transposed(thread Tile<float, 1, COLS>& p, int key0, int row0, LanePosition at,
+    constant AttentionParams& params) {
+  const int key = key0 + at.row;
+  ORCHARD_UNROLL
+  for (int c = 0; c < COLS; c++) {
+    const int row = row0 + 8 * c + at.col;
+    p.fragments[0][c].x = sees(row, key, params) ? p.fragments[0][c].x : 0.0f;
+    p.fragments[0][c].y = sees(row + 1, key, params) ? p.fragments[0][c].y : 0.0f;
+  }
+}

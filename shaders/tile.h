@@ -178,14 +178,18 @@ struct PartialTiles {
     }
   }
 
-  /// In the order of the parts, so that all of them get the same bits.
+  /// All parts get the same bits: two whichever is added to which, more in the order of the parts.
   METAL_FUNC void sum(thread Tile<float, 1, COLS>& x) const {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      x.fragments[0][c] = *of(0, c);
-      ORCHARD_UNROLL
-      for (int part = 1; part < PARTS; part++) {
-        x.fragments[0][c] += *of(part, c);
+      if (PARTS == 2) {
+        x.fragments[0][c] += *of(1 - simdgroup % PARTS, c);
+      } else {
+        x.fragments[0][c] = *of(0, c);
+        ORCHARD_UNROLL
+        for (int part = 1; part < PARTS; part++) {
+          x.fragments[0][c] += *of(part, c);
+        }
       }
     }
   }

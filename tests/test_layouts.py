@@ -135,10 +135,11 @@ def test_fake_strides_are_the_kernels_strides(order: tuple[int, ...], device: st
         assert real.stride() == fake.stride() and real.shape == fake.shape
 
 
-def test_no_copies_are_made():
+def test_no_copies_are_made(monkeypatch: pytest.MonkeyPatch):
     """Only the results and the row statistics are allocated, whatever the strides."""
     import simulator
 
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     case = Case(64, 64, 64, batch=2, num_heads=4, num_kv_heads=2, dtype=torch.float16)
     q, k, v, do = (_on_mps(x, _transposed_columns) for x in case.operands())
     run(case, q, k, v, do)  # compiles

@@ -759,7 +759,7 @@ def _far() -> Iterator[Property]:
 
 _TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq from dS
     2: {64: ("r1_k32_b2", "q16_s1", "r1_k16", "r2_k32"),
-        128: ("r1_k16_b2", "q16_s2", "r1_k16", "r2_k16"),
+        128: ("r1_k16_b1", "q16_s2", "r1_k16", "r2_k16"),
         256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k16")},
     4: {64: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k32"),
         128: ("r1_k16_b1", "q8_s2", "r1_k8", "r2_k16"),
@@ -784,6 +784,7 @@ def _dense_layouts(b: int = 2, h: int = 4, hk: int = 2, l: int = 40, s: int = 70
 def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, flags: str,
                      groups: list[int]) -> dict:  # fmt: skip
     torch_name, metal, operand = _TYPES[dtype]
+    operand = "float" if family == DQ_FROM_DS else operand
     with_dropout = family not in (DELTA, DQ_FROM_DS)
     if not with_dropout:
         flags = flags.removesuffix("_dropout")
