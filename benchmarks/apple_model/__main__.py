@@ -99,8 +99,8 @@ BACKWARD_NOTE = (
     "The launches of the plan together, model B, B*H 16: five products with dS in memory (256 MiB "
     "for it; where one head needs more, seven), and seven without. not hidden: dS's way through "
     "memory at 400 GB/s comes on top instead of beside; tails: what launch order leaves idle at "
-    "most, each launch waiting for the one before; unfused: 4 GEMMs at the ceiling plus 16 bytes a "
-    "pair at 400 GB/s; x: unfused / ours, worst by the worst of the columns between."
+    "most, each launch waiting for the one before; unfused: 4 GEMMs at the ceiling plus 8 passes "
+    "over the pairs at 400 GB/s; x: unfused / ours, worst by the worst of the columns between."
 )
 
 

@@ -25,9 +25,9 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 SCRATCH = (256 << 20, 0)
 #: The unfused backward of a math path, on M1 Max: GEMMs at the matrix unit's published ceiling,
 #: traffic of the (L, L) tensors at the memory's rate, the two one after the other; no skipping of
-#: masked blocks. Optimistic: float32 softmax would move more.
+#: masked blocks. Optimistic: S and P of half precision tensors may well be float32.
 UNFUSED_GEMMS = 4
-UNFUSED_BYTES = 16  #: for each pair of query and key, float16 S and P
+UNFUSED_PASSES = 8  #: over S, P and their gradients, in the tensors' type
 MEMORY_BANDWIDTH = 400e9
 MMA_FLOPS = 8.44e12
 
@@ -118,11 +118,12 @@ def _tile(kernel: Structure) -> dict[str, Any]:
     return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
 
 
-def unfused_backward(head_dim: int, problem: Problem) -> float:
+def unfused_backward(dtype: str, head_dim: int, problem: Problem) -> float:
     """Milliseconds."""
     pairs = problem.length**2 * problem.heads
     gemms = UNFUSED_GEMMS * 2 * pairs * head_dim / MMA_FLOPS
-    return 1e3 * (gemms + UNFUSED_BYTES * pairs / MEMORY_BANDWIDTH)
+    moved = UNFUSED_PASSES * SIZES[METAL[dtype]] * pairs
+    return 1e3 * (gemms + moved / MEMORY_BANDWIDTH)
 
 
 def _delta_milliseconds(dtype: str, head_dim: int, problem: Problem) -> float:
@@ -162,7 +163,7 @@ def backward_row(
             pessimistic[i] += max(worse, moved)
             exposed[i] += ms + moved
             with_tails[i] += max(ms * tails[-1], moved)
-    unfused = unfused_backward(head_dim, problem)
+    unfused = unfused_backward(dtype, head_dim, problem)
     return dict(
         dtype=dtype,
         head_dim=head_dim,

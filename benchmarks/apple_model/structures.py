@@ -184,15 +184,17 @@ class Structure:
         t.pipelined(items, lambda _: self.read_pair(t, direct), use, self.ahead)
 
     def exchange(self, t: Trace, fragments: list[Handle]) -> list[Handle]:
-        """Sums partial fragments of the simdgroups that share rows, in a fixed order."""
+        """Sums partial fragments of the simdgroups that share rows: two keep their own, more add
+        all in a fixed order."""
         if self.split == 1:
             return fragments
         for x in fragments:
             t.write_shared(256, x)
         t.barrier()
         result = []
-        for _ in fragments:
-            x = t.read_shared(256)
+        for x in fragments:
+            if self.split > 2:
+                x = t.read_shared(256)
             for _ in range(self.split - 1):
                 x = t.alu(2, x, t.read_shared(256))
             result.append(x)
