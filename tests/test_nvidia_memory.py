@@ -1,7 +1,8 @@
-"""benchmarks/nvidia/memory.py without a GPU: its steps on the CPU engine, the CPU's bytes counted."""
+"""benchmarks/nvidia/memory.py without a GPU: its steps on the CPU engine, in the CPU's memory."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_a_record_has_every_budget(on_cpu: attention.Attention, planner: plans.P
     # Forward and delta; then dk/dv and dq for all heads, for one at a time, and for all.
     for ours, launches in zip(record["ours"], (4, 8, 4)):
         parameters = ours["total"] - formula - ours["scratch_bytes"]
-        assert parameters == launches * plans.ctypes.sizeof(plans.Params)
+        assert parameters == launches * ctypes.sizeof(plans.Params)
     assert sum(n for name, n in on_cpu.ran.items() if "dq_from_ds" in name) == 3 + 1
     assert sum(n for name, n in on_cpu.ran.items() if "backward_dq_float16" in name) == 1
     memory.table({"environment": {"measured": "", "torch": ""}, "records": [record]}, "")
@@ -86,5 +87,5 @@ def test_another_tensor_is_noticed(
         return prepare(*args)
 
     monkeypatch.setattr(on_cpu, "prepare_forward", careless)
-    with pytest.raises(AssertionError, match="total: .* bytes, the formula has"):
+    with pytest.raises(AssertionError, match=r"total: .* bytes, the formula has"):
         nvidia_memory.measure(on_cpu, planner, PROBLEM, LENGTH)
