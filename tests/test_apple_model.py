@@ -30,6 +30,10 @@ needs_prefill = pytest.mark.skipif(
 CASES = [
     *((family, dtype, 64) for family in kernels.FAMILIES for dtype in counts.DTYPES),
     *((family, "float16", head_dim) for family in kernels.FAMILIES for head_dim in (80, 128, 256)),
+    (kernels.FORWARD, "bfloat16", 256),
+    (kernels.DKV, "float32", 32),
+    (kernels.DKV_STORING, "bfloat16", 128),
+    (kernels.DQ, "float32", 256),
     (kernels.PREFILL, "float32", 96),
     (kernels.PREFILL, "bfloat16", 32),
 ]
@@ -49,7 +53,8 @@ def test_check_sees_another_kernel():
     """A trace with a wider block, or one that streams Q, is not the kernel."""
     real = kernels.structure(kernels.FORWARD, "float16", 64)
     counted = counts.count(kernels.FORWARD, "float16", 64)
-    for change in (dict(bk=2 * real.bk), dict(keep_q=False), dict(value_operand="float")):
+    for change in (dict(bk=2 * real.bk), dict(keep_q=False), dict(value_operand="float"),
+                   dict(buffers=1)):  # fmt: skip
         wrong = Forward(**{**vars(real), **change})
         assert kernels.disagreements(wrong, counted)
 
@@ -143,7 +148,7 @@ def test_leave_one_out_error():
     medians = [abs(x["median"] - 1) for x in FITTED["leave_one_out"]]
     assert len(medians) == len(fit.POINTS)
     assert all(x["sets"] >= 10 for x in FITTED["leave_one_out"])
-    assert max(medians) < 0.15 and statistics.median(medians) < 0.06
+    assert max(medians) < 0.12
 
 
 @needs_prefill
@@ -181,7 +186,8 @@ def test_issue_model_adds_up():
     counted = counts.count(kernels.FORWARD, "float16", 64)
     a = issue(kernels.FORWARD, counted)
     assert a.products == 64 and a.parts["mma"] == 18 * 64
-    assert a.port == (8192 + 2048) / 64
+    moved = sum(counted.steady[f"threadgroup_bytes_{x}"] for x in ("read", "written"))
+    assert a.port == moved / 64 > 0
     assert a.per_product == pytest.approx(sum(a.parts.values()) / 64)
 
 
@@ -200,27 +206,58 @@ def test_blocks_of_a_problem():
 
 
 def test_structures_say_what_their_parameters_mean():
-    common = dict(dtype="half", head_dim=128, score_operand="half", value_operand="float")
+    common = dict(dtype="half", head_dim=128, score_operand="half", value_operand="half")
 
     def said(x, name):
         return x.trace(PLAIN).counts[name]
 
     whole = BackwardDkv(**common)
-    for split in (2, 4):
+    for split, reads in ((2, 1), (4, 4)):
         part = BackwardDkv(**common, split=split)
         assert split * said(part, "mma_half") == said(whole, "mma_half")
         assert split * said(part, "mma_float") == said(whole, "mma_float")
         assert part.register_estimate < whole.register_estimate
         assert said(part, "barrier") == said(whole, "barrier") + 1
-        # Of 4 simdgroups, partial S and dP in float32 go out once and come in split - 1 times.
-        exchanged = 4 * 2 * 2 * 256
-        assert part.threadgroup_bytes() == whole.threadgroup_bytes() + exchanged
+        # Of 4 simdgroups, partial S and dP of 2 fragments go out once as float32 and come in.
+        tiles = 2 * 2 * 256
+        assert part.threadgroup_bytes() == whole.threadgroup_bytes() + 4 * tiles
+        own = said(whole, "threadgroup_bytes_read") / split
+        assert said(part, "threadgroup_bytes_read") == own + reads * tiles
     # dS of 8 keys x 16 queries as float32
-    stored = BackwardDkv(**common, store="float")
+    stored = BackwardDkv(**common, store=True)
     extra = said(stored, "device_bytes_written") - said(whole, "device_bytes_written")
     assert extra == 8 * 16 * 4
     reader = BackwardDqStored(**common, rows=1, bk=32)
     assert said(reader, "device_bytes_read") == 8 * 32 * 4 + 32 * 128 * 2 / 4
+    # bfloat16 is widened when it is staged: K and V of 4 simdgroups, two elements a conversion
+    forward = dict(dtype="bfloat", head_dim=64, score_operand="float", value_operand="float")
+    one = Forward(**forward, buffers=1)
+    assert said(one, "fcvt") == 2 * 32 * 64 / 4 / 32
+    assert said(one, "barrier") == 4
+    direct = Forward(**forward, buffers=0)
+    assert said(direct, "barrier") == said(direct, "threadgroup_bytes_read") == 0
+    assert said(direct, "fcvt") == 2 * 2 * 32 * 64 / 64
+
+
+def test_backward_as_the_plan_launches_it():
+    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so not at all."""
+    from benchmarks.apple_model import predictions
+
+    with_ds, without = predictions.SCRATCH
+    four = counts.backward_launches("float16", 64, 4096, 16, with_ds)
+    assert four == ((counts.DELTA, 16), *(((counts.DKV_STORING, 4), (counts.DQ_FROM_DS, 4)) * 4))
+    seven = ((counts.DELTA, 16), (counts.DKV, 16), (counts.DQ, 16))
+    assert counts.backward_launches("float16", 64, 16384, 16, with_ds) == seven
+    assert counts.backward_launches("float16", 64, 4096, 16, without) == seven
+    problem = problems.Problem(2048)
+    row = predictions.backward_row("float16", 64, problem, with_ds, step=40)
+    assert row["products"] == 5
+    ms = row["milliseconds"][0]
+    assert ms <= row["tail_milliseconds"] and ms <= row["pessimistic_milliseconds"]
+    # Both kernels' dS on top: 4 bytes of half the pairs each way.
+    moved = 2 * 4 * 16 * 2048**2 / 2 / predictions.MEMORY_BANDWIDTH * 1e3
+    assert row["exposed_milliseconds"] == pytest.approx(ms + moved, abs=2e-3)
+    assert row["speedup"][0] >= row["worst_speedup"]
 
 
 def test_sweep_prints_structures():
@@ -228,7 +265,7 @@ def test_sweep_prints_structures():
     command += ["--head-dim", "64", "--rows", "1", "2", "--bk", "32", "--step", "40"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(result.stdout)
-    assert len(rows) == 8 and all(17 < r["cycles"][0] < 40 for r in rows)
+    assert len(rows) == 2 and all(17 < r["cycles"][0] < 40 for r in rows)
 
 
 def test_ensemble_is_spread():

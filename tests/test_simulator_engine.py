@@ -344,6 +344,35 @@ kernel void k(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]])
         plain.instruction_mix("k", (64, 1, 1), (32, 1, 1), arguments)
 
 
+def test_instruction_mix_leaves_the_engine_out():
+    """Counters, lanes and barriers of the engine are no integer operations of the kernel."""
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(device float* o [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
+  float x = o[t];
+  BODY
+  o[t] = x;
+}"""
+    data = np.zeros(32, np.float32)
+    arguments = {0: engine.Buffer(data.ctypes.data, data.nbytes)}
+
+    def mix(body):
+        library = engine.compile(source.replace("BODY", body), check=True)
+        return library.instruction_mix("k", (32, 1, 1), (32, 1, 1), arguments)[1]
+
+    address_work = ("int", "imul", "icmp", "gep", "branch")
+    plain = [mix("").get(x, 0) for x in address_work]
+    body = """
+  x = exp2(x) + simd_shuffle_xor(x, ushort(1));
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  x = max(x, exp2(x));"""
+    counted = mix(body)
+    assert [counted.get(x, 0) for x in address_work] == plain
+    assert counted["fminmax"] == counted["fadd"] == 32
+    assert mix("x += float(t * 5 + 7);")["int"] > plain[0]
+
+
 def test_accesses_by_width():
     source = """
 #include <metal_stdlib>

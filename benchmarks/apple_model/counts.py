@@ -30,7 +30,9 @@ from mutation import harness  # noqa: E402
 from simulator import engine  # noqa: E402
 from simulator.engine import arrays  # noqa: E402
 
-FORWARD, DQ, DKV = harness.FAMILIES
+FORWARD, DELTA, DKV, DQ, DQ_FROM_DS = harness.FAMILIES
+#: attention_backward_dkv as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
+DKV_STORING = "attention_backward_dkv storing dS"
 PREFILL = "prefill_attention"
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,7 +43,7 @@ SHORT, LONG = 2, 4  #: blocks of the two launches
 class Variant:
     """A kernel of the plan."""
 
-    family: str
+    family: str  #: of the template
     name: str
     instantiation: str
     bq: int
@@ -129,7 +131,9 @@ def _sources() -> harness.Sources:
     return harness.Sources().compile_plan()
 
 
-def _request(dtype: str, head_dim: int, q_len: int, kv_len: int, backward: bool) -> Any:
+def _request(
+    dtype: str, head_dim: int, q_len: int, kv_len: int, backward: bool, scratch_bytes: int = 0
+) -> Any:
     def dense(length: int) -> tuple[Sequence[int], Sequence[int], int]:
         size = length * head_dim
         return (1, 1, length, head_dim), (size, size, head_dim, 1), 0
@@ -137,19 +141,62 @@ def _request(dtype: str, head_dim: int, q_len: int, kv_len: int, backward: bool)
     layouts = {x: dense(q_len) for x in ("q", "out", "dout")}
     layouts |= {x: dense(kv_len) for x in ("k", "v")}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
-    return harness.request(layouts, number, backward, scale=head_dim**-0.5)
+    fields = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
+    return harness.request(layouts, number, backward, **fields)
+
+
+@cache
+def backward_launches(
+    dtype: str, head_dim: int, length: int, heads: int, scratch_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    """What the plan launches for a dense self-attention: (family, heads) in order."""
+    size = length * head_dim
+    layout = ((1, heads, length, head_dim), (heads * size, size, head_dim, 1), 0)
+    layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
+    number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
+    request = harness.request(layouts, number, True, scale=1.0, scratch_bytes=scratch_bytes)
+    plan, _ = _sources().plan(request)
+    names = [kernel["family"] for kernel in plan["kernels"]]
+    if DQ_FROM_DS in names:
+        names = [DKV_STORING if name == DKV else name for name in names]
+    return tuple((names[kernel], groups) for kernel, groups, _ in plan["launches"])
+
+
+class NoVariant(LookupError):
+    """The plan has no such kernel for this head_dim: it never stores dS there."""
 
 
 def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64) -> Variant:
     """The kernel that the plan chooses for a dense problem without a mask."""
-    request = _request(dtype, head_dim, q_len, kv_len, family != FORWARD)
+    storing = family in (DKV_STORING, DQ_FROM_DS)
+    request = _request(
+        dtype, head_dim, q_len, kv_len, family != FORWARD, scratch_bytes=(1 << 40) * storing
+    )
     plan, params = _sources().plan(request)
-    kernel = next(k for k in plan["kernels"] if k["family"] == family)
+    template = DKV if family == DKV_STORING else family
+    kernels = {k["family"]: k for k in plan["kernels"]}
+    if template not in kernels or (storing and DQ_FROM_DS not in kernels):
+        raise NoVariant(f"{family} {dtype} head_dim {head_dim}")
+    kernel = kernels[template]
+    threads = kernel["threads"]
     tile = {name: int(n) for name, n in re.findall(r"\b(BQ|BK) (\d+)", kernel["tile"])}
+    if family == DELTA:
+        tile = dict(BQ=threads // 32 * 8, BK=0)
     return Variant(
-        family, kernel["name"], kernel["instantiation"], tile["BQ"], tile["BK"],
-        kernel["threads"], harness.with_seed(params), tuple(_sources().buffers.items()),
+        template, kernel["name"], kernel["instantiation"], tile["BQ"], tile["BK"],
+        threads, harness.with_seed(params), tuple(_sources().buffers.items()),
     )  # fmt: skip
+
+
+def has(family: str, dtype: str, head_dim: int) -> bool:
+    """Whether the plan ever takes this kernel."""
+    if family == PREFILL:
+        return True
+    try:
+        variant(family, dtype, head_dim)
+    except NoVariant:
+        return False
+    return True
 
 
 def _program(v: Variant) -> str:
@@ -159,16 +206,16 @@ def _program(v: Variant) -> str:
 def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> tuple:
     """One threadgroup."""
     library = engine.compile(_program(v), check=True)
-    v = variant(v.family, dtype, head_dim, q_len, kv_len)
     numbers = dict(v.numbers)
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn((1, 1, n, head_dim), generator=generator).to(DTYPES[dtype])  # noqa: E731
     q, out, dout, dq = (draw(q_len) for _ in range(4))
     k, v_, dk, dv = (draw(kv_len) for _ in range(4))
     lse, delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(3))
+    ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
     tensors = dict(
         query=q, key=k, value=v_, out=out, lse=lse, dout=dout, dlse=dlse, delta=delta,
-        dq=dq, dk=dk, dv=dv,
+        dq=dq, dk=dk, dv=dv, ds=ds,
     )  # fmt: skip
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
     buffers = {
@@ -182,14 +229,23 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
 
 @cache
 def count(family: str, dtype: str, head_dim: int) -> Counts:
-    """A forward, dq or dk/dv kernel of ours, or PyTorch's prefill kernel (causal, as published)."""
+    """A kernel of ours, or PyTorch's prefill kernel (causal, as published). What has no loop
+    (DELTA) is all `once`."""
     if family == PREFILL:
         return _count_prefill(dtype, head_dim)
     v = variant(family, dtype, head_dim)
+
+    def launch(q_len: int, kv_len: int) -> tuple:
+        sized = variant(family, dtype, head_dim, q_len, kv_len)
+        return _launch(sized, dtype, head_dim, q_len, kv_len)
+
+    if family == DELTA:
+        only = launch(v.bq, v.bq)
+        return _counts(only, only, v.simdgroups, (0, 1))
     results = []
     for blocks in (SHORT, LONG):
-        lengths = (v.bq * blocks, v.bk) if family == DKV else (v.bq, v.bk * blocks)
-        results.append(_launch(v, dtype, head_dim, *lengths))
+        lengths = (v.bq * blocks, v.bk) if v.family == DKV else (v.bq, v.bk * blocks)
+        results.append(launch(*lengths))
     return _counts(*results, v.simdgroups, (SHORT, LONG))
 
 

@@ -23,7 +23,7 @@ PROBLEM = Problem(1024, heads=1, causal=False)
 Case = tuple[str, str, int]
 CASES: tuple[Case, ...] = tuple(
     (family, dtype, head_dim)
-    for family in (kernels.FORWARD, kernels.DQ, kernels.DKV)
+    for family in (kernels.FORWARD, counts.DELTA, *kernels.BACKWARD)
     for dtype in counts.DTYPES
     for head_dim in (64, 128)
 )
@@ -50,11 +50,16 @@ CLASSES: dict[str, tuple[str, ...]] = {
 def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
     """Of the problem, over all simdgroups; instructions are counted once for their 32 lanes."""
     counted = counts.count(family, dtype, head_dim)
-    kernel = kernels.structure(family, dtype, head_dim)
-    work = blocks(kernel, PROBLEM)
+    if family == counts.DELTA:
+        kernel = None
+        rows = counts.variant(family, dtype, head_dim).bq
+        work = [0] * (-(-PROBLEM.length // rows))
+    else:
+        kernel = kernels.structure(family, dtype, head_dim)
+        work = blocks(kernel, PROBLEM)
 
     def total(once: float, steady: float) -> float:
-        return round(kernel.simdgroups * (len(work) * once + sum(work) * steady), 3)
+        return round(counted.simdgroups * (len(work) * once + sum(work) * steady), 3)
 
     result = {
         name: total(
@@ -66,7 +71,8 @@ def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
     cycles = [issue(family, counted, once).cycles for once in (True, False)]
     result["issue cycles (model A)"] = total(*cycles)
     result["threadgroup memory"] = counted.threadgroup_bytes
-    result["registers (estimate)"] = kernel.register_estimate
+    if kernel:
+        result["registers (estimate)"] = kernel.register_estimate
     return result
 
 
@@ -77,7 +83,9 @@ def entry(case: Case) -> dict[str, Any]:
         dtype=case[1],
         head_dim=case[2],
         totals=totals(*case),
-        a_cycles_per_product=round(issue(case[0], counted).per_product, 3),
+        a_cycles_per_product=round(issue(case[0], counted).per_product, 3)
+        if counted.steady
+        else None,
         steady=counted.steady,
         once=counted.once,
     )

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from .core_model import Parameters
-from .counts import DKV, DQ, FORWARD, PREFILL, Counts, Variant, variant
+from .counts import (
+    DKV,
+    DKV_STORING,
+    DQ,
+    DQ_FROM_DS,
+    FORWARD,
+    PREFILL,
+    Counts,
+    Variant,
+    count,
+    variant,
+)
+from .issue_model import issue
 from .peers import prefill
-from .structures import METAL, BackwardDkv, BackwardDq, Forward, Structure
+from .structures import (
+    METAL,
+    BackwardDkv,
+    BackwardDq,
+    BackwardDqStored,
+    Forward,
+    Structure,
+    keeps,
+)
 
-FAMILIES = (PREFILL, FORWARD, DQ, DKV)
+BACKWARD = (DKV, DKV_STORING, DQ, DQ_FROM_DS)  #: that have a loop
+FAMILIES = (PREFILL, FORWARD, *BACKWARD)
 
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (
@@ -19,10 +41,10 @@ CHECKED = (
 )  # fmt: skip
 
 
-def structure_of(v: Variant) -> Structure:
+def structure_of(v: Variant, address_cycles: float = 20.0) -> Structure:
     """The structure of a kernel of the plan, from its template arguments (shaders/*.h)."""
-    arguments = v.arguments
-    dtype, operand, head_dim = arguments[0], arguments[1], int(arguments[2])
+    a = v.arguments
+    dtype, operand, head_dim = a[0], a[1], int(a[2])
     common = dict(
         dtype=dtype,
         head_dim=head_dim,
@@ -30,19 +52,44 @@ def structure_of(v: Variant) -> Structure:
         value_operand=operand,
         simdgroups=v.simdgroups,
         chains=4 if dtype == "float" else 1,
+        address_cycles=address_cycles,
     )
     if v.family == FORWARD:
-        return Forward(**common, rows=int(arguments[3]), bk=v.bk, keep_q=head_dim <= 128)
+        rows = int(a[3])
+        keep = keeps(1, 1, rows, head_dim, operand)
+        return Forward(**common, rows=rows, bk=v.bk, keep_q=keep, buffers=int(a[5]))
     if v.family == DQ:
-        return BackwardDq(**common, rows=int(arguments[3]), bk=v.bk, keep=head_dim <= 64)
-    return BackwardDkv(**common, bq=v.bq, keep=head_dim <= 64)
+        rows = int(a[3])
+        return BackwardDq(**common, rows=rows, bk=v.bk, keep=keeps(1, 2, rows, head_dim, operand))
+    if v.family == DQ_FROM_DS:
+        return BackwardDqStored(**common, rows=int(a[3]), bk=v.bk)
+    split = int(a[4])
+    keep = keeps(2, 2, 1, head_dim // split, operand)
+    return BackwardDkv(**common, bq=v.bq, split=split, keep=keep, store=a[5] == "true")
+
+
+#: A block of PyTorch's kernel takes so many of Parameters.address (peers.py).
+PREFILL_ADDRESS = 30.0
+
+
+def _address(family: str, dtype: str, head_dim: int) -> float:
+    parts = issue(family, count(family, dtype, head_dim)).parts
+    return parts["address"] + parts["branch"]
+
+
+@cache
+def address_cycles(family: str, dtype: str, head_dim: int) -> float:
+    """For addresses and branches, in the unit that the fit knows from PyTorch's kernel."""
+    counted = _address(family, dtype, head_dim)
+    return PREFILL_ADDRESS * counted / _address(PREFILL, "float16", 128)
 
 
 def structure(family: str, dtype: str, head_dim: int) -> Any:
     """A Structure of ours, or PyTorch's Prefill."""
     if family == PREFILL:
         return prefill(METAL[dtype], head_dim)
-    return structure_of(variant(family, dtype, head_dim))
+    v = variant(family, dtype, head_dim)
+    return structure_of(v, address_cycles(family, dtype, head_dim))
 
 
 def disagreements(kernel: Any, counts: Counts) -> dict[str, tuple[float, float]]:

@@ -15,17 +15,19 @@ from .ensemble import ENSEMBLE, Spread, ensemble, evaluate, pessimism, registers
 from .fit import PUBLISHED, milliseconds
 from .issue_model import issue
 from .problems import Problem, products, tail
-from .structures import Structure
+from .structures import METAL, SIZES, Structure
 
 DTYPES = tuple(counts.DTYPES)
 HEAD_DIMS = counts.HEAD_DIMS
 PROBLEM = Problem(4096)  #: of the ratios to PyTorch's kernel
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
+#: Memory for dS in bytes: the default of native/attention.cpp, and none.
+SCRATCH = (256 << 20, 0)
 #: The unfused backward of a math path, on M1 Max: GEMMs at the matrix unit's published ceiling,
 #: traffic of the (L, L) tensors at the memory's rate, the two one after the other; no skipping of
-#: masked blocks. Optimistic: float32 softmax would move more.
+#: masked blocks. Optimistic: S and P of half precision tensors may well be float32.
 UNFUSED_GEMMS = 4
-UNFUSED_BYTES = 16  #: for each pair of query and key, float16 S and P
+UNFUSED_PASSES = 8  #: over S, P and their gradients, in the tensors' type
 MEMORY_BANDWIDTH = 400e9
 MMA_FLOPS = 8.44e12
 
@@ -110,43 +112,77 @@ def kernel_row(family: str, dtype: str, head_dim: int, step: int = 1) -> dict[st
 
 def _tile(kernel: Structure) -> dict[str, Any]:
     names = (
-        "rows", "bq", "bk", "keys", "keep_q", "keep", "split", "shared_buffer", "score_operand",
-        "value_operand", "store",
+        "rows", "bq", "bk", "keys", "keep_q", "keep", "split", "buffers", "score_operand",
+        "value_operand", "ds_operand", "store",
     )  # fmt: skip
     return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
 
 
-def unfused_backward(head_dim: int, problem: Problem) -> float:
+def unfused_backward(dtype: str, head_dim: int, problem: Problem) -> float:
     """Milliseconds."""
     pairs = problem.length**2 * problem.heads
     gemms = UNFUSED_GEMMS * 2 * pairs * head_dim / MMA_FLOPS
-    return 1e3 * (gemms + UNFUSED_BYTES * pairs / MEMORY_BANDWIDTH)
+    moved = UNFUSED_PASSES * SIZES[METAL[dtype]] * pairs
+    return 1e3 * (gemms + moved / MEMORY_BANDWIDTH)
 
 
-def backward_row(dtype: str, head_dim: int, problem: Problem, step: int = 1) -> dict[str, Any]:
-    parts = [result(f, dtype, head_dim, step) for f in (kernels.DQ, kernels.DKV)]
-    times = [sum(x) for x in zip(*(r.times(problem) for r in parts), strict=True)]
-    pessimistic = [sum(x) for x in zip(*(r.times(problem, True) for r in parts), strict=True)]
-    unfused = unfused_backward(head_dim, problem)
-    tails = [
-        tail(
-            r.kernel,
-            problem,
-            PUBLISHED["cores"] * int(statistics.median(r.residents)) // r.kernel.simdgroups,
-        )
-        for r in parts
-    ]
+def _delta_milliseconds(dtype: str, head_dim: int, problem: Problem) -> float:
+    """O and dO once through memory: attention_backward_delta does nothing else for long."""
+    size = SIZES[METAL[dtype]]
+    return 1e3 * 2 * problem.length * problem.heads * head_dim * size / MEMORY_BANDWIDTH
+
+
+def ds_milliseconds(problem: Problem) -> float:
+    """dS once through memory, of the blocks that are not skipped."""
+    pairs = problem.length**2 * problem.heads / (2 if problem.causal else 1)
+    return 1e3 * SIZES["float"] * pairs / MEMORY_BANDWIDTH
+
+
+def backward_row(
+    dtype: str, head_dim: int, problem: Problem, scratch_bytes: int, step: int = 1
+) -> dict[str, Any]:
+    """As the plan launches it with so much memory for dS. Where dS goes through memory, the time is
+    the later of a kernel and its share of that traffic; `not hidden`, their sum."""
+    launches = counts.backward_launches(
+        dtype, head_dim, problem.length, problem.heads, scratch_bytes
+    )
+    loops = [(family, heads) for family, heads in launches if family != counts.DELTA]
+    stores = any(family == kernels.DQ_FROM_DS for family, _ in loops)
+    delta = _delta_milliseconds(dtype, head_dim, problem)
+    total = [delta] * len(ensemble(step))
+    pessimistic, exposed, with_tails = list(total), list(total), list(total)
+    tails = []
+    for family, heads in loops:
+        part = Problem(problem.length, heads, problem.causal)
+        r = result(family, dtype, head_dim, step)
+        moved = ds_milliseconds(part) if stores else 0.0
+        slots = PUBLISHED["cores"] * int(statistics.median(r.residents)) // r.kernel.simdgroups
+        tails.append(tail(r.kernel, part, slots))
+        for i, (ms, worse) in enumerate(zip(r.times(part), r.times(part, True), strict=True)):
+            total[i] += max(ms, moved)
+            pessimistic[i] += max(worse, moved)
+            exposed[i] += ms + moved
+            with_tails[i] += max(ms * tails[-1], moved)
+    unfused = unfused_backward(dtype, head_dim, problem)
     return dict(
         dtype=dtype,
         head_dim=head_dim,
         length=problem.length,
         heads=problem.heads,
         causal=problem.causal,
-        milliseconds=_spread(times),
+        products=5 if stores else 7,
+        launches=len(launches),
+        milliseconds=_spread(total),
         pessimistic_milliseconds=round(statistics.median(pessimistic), 4),
+        exposed_milliseconds=round(statistics.median(exposed), 4),
+        tail_milliseconds=round(statistics.median(with_tails), 4),
         tail=[round(x, 3) for x in tails],
         unfused_milliseconds=round(unfused, 4),
-        speedup=_spread([unfused / x for x in times]),
+        speedup=_spread([unfused / x for x in total]),
+        worst_speedup=round(
+            unfused / max(statistics.median(x) for x in (pessimistic, exposed, with_tails)),
+            4,
+        ),
     )
 
 
@@ -163,8 +199,21 @@ def published_row(step: int = 1) -> dict[str, Any]:
     )
 
 
+def _different_plans(dtype: str, head_dim: int, length: int) -> list[int]:
+    """Of SCRATCH, what leads to different launches."""
+    heads = Problem(length).heads
+    plans = {x: counts.backward_launches(dtype, head_dim, length, heads, x) for x in SCRATCH}
+    return [x for i, x in enumerate(SCRATCH) if plans[x] not in [plans[y] for y in SCRATCH[:i]]]
+
+
 def everything(step: int = 1) -> dict[str, Any]:
-    cases = [(f, d, n) for f in kernels.FAMILIES for d in DTYPES for n in HEAD_DIMS]
+    cases = [
+        (f, d, n)
+        for f in kernels.FAMILIES
+        for d in DTYPES
+        for n in HEAD_DIMS
+        if counts.has(f, d, n)
+    ]
     counts.compile_all(cases)
     fitted = json.loads(ENSEMBLE.read_text())
     return dict(
@@ -176,10 +225,11 @@ def everything(step: int = 1) -> dict[str, Any]:
         published=published_row(step),
         kernels=[kernel_row(*case, step) for case in cases],
         backward=[
-            backward_row(dtype, head_dim, Problem(length, causal=causal), step)
-            for dtype in ("float16", "bfloat16")
+            backward_row(dtype, head_dim, Problem(length, causal=causal), scratch, step)
+            for dtype in DTYPES
             for head_dim in (64, 128)
             for causal in (True, False)
             for length in LENGTHS
+            for scratch in _different_plans(dtype, head_dim, length)
         ],
     )

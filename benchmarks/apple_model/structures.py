@@ -16,6 +16,8 @@ METAL = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
 MISCELLANEOUS_REGISTERS = 18  #: addresses, loop counters, strides
 CHUNK = 16  #: bytes of a staging access
 MAX_REGISTERS = 128
+#: Left operands stay in registers while they and the sums take no more (shaders/loader.h).
+OPERAND_REGISTERS = 96
 
 #: Device rows of the own simdgroup, read again in every block: share found in the L1 cache.
 REREAD_CACHED = 0.5
@@ -38,11 +40,19 @@ class Structure:
     dtype: str  #: Metal type of the tensors
     head_dim: int  #: of the template: padded
     score_operand: str  #: operand type of S = Q K^T and dP = dO V^T
-    value_operand: str  #: operand type of the products with P and dS
+    value_operand: str  #: operand type of the products with P (forward, dv)
+    ds_operand: str = "float"  #: operand type of the products with dS
     simdgroups: int = 4
     split: int = 1  #: simdgroups that share rows, each with its part of head_dim
     #: The depth of S is summed in this many chains, one after the other.
     chains: int = 1
+    #: Cycles for addresses and branches of a block, in units of Parameters.address.
+    address_cycles: float = 20.0
+
+    @property
+    def staged(self) -> str:
+        """Type of a staged block: converted when it is staged, not when it is read."""
+        return self.score_operand
 
     @property
     def size(self) -> int:
@@ -56,7 +66,7 @@ class Structure:
     @property
     def row_bytes(self) -> int:
         """Of a staged row; 16 bytes of padding keep rows off the same banks."""
-        return self.head_dim * self.size + CHUNK
+        return self.head_dim * SIZES[self.staged] + CHUNK
 
     def registers(self) -> dict[str, float]:
         raise NotImplementedError
@@ -81,34 +91,54 @@ class Structure:
 
     # ---- verbs
 
-    def stage(self, t: Trace, rows: int, blocks: int = 1) -> None:
-        """Device rows to threadgroup memory by all threads, the barriers around included."""
-        t.barrier()
+    def fetch(self, t: Trace, rows: int, blocks: int = 1) -> list[Handle]:
+        """Device rows to the registers of all threads, in chunks."""
         threads = self.simdgroups * SIMDGROUP
         chunks = rows * self.head_dim * self.size / CHUNK
         steps = max(1, math.ceil(chunks / threads)) * blocks
         nbytes = chunks * CHUNK * blocks / self.simdgroups / steps
-        loads = [t.read_device(nbytes) for _ in range(steps)]
-        for load in loads:
-            t.write_shared(nbytes, load, conflict=1.25)
+        return [t.read_device(nbytes) for _ in range(steps)]
+
+    def put(self, t: Trace, rows: int, fetched: list[Handle], blocks: int = 1) -> None:
+        """What was fetched to threadgroup memory, as operands."""
+        elements = rows * self.head_dim * blocks / self.simdgroups / len(fetched)
+        for chunk in fetched:
+            chunk = t.convert(elements / SIMDGROUP / 2, self.dtype, self.staged, chunk)
+            # At most 16 bytes of a lane go in one access.
+            parts = max(1, SIZES[self.staged] // self.size)
+            for _ in range(parts):
+                t.write_shared(elements * SIZES[self.staged] / parts, chunk, conflict=1.25)
+
+    def stage(self, t: Trace, rows: int, blocks: int = 1) -> None:
+        """Device rows to threadgroup memory by all threads, the barriers around included."""
+        fetched = self.fetch(t, rows, blocks)
+        t.barrier()
+        self.put(t, rows, fetched, blocks)
         t.barrier()
 
-    def read_pair(self, t: Trace) -> Handle:
-        """A fragment of a staged block as it lies."""
-        return t.read_shared(64 * self.size)
+    def read_pair(self, t: Trace, direct: bool = False) -> Handle:
+        """A fragment of a staged block (or of device rows) as it lies."""
+        if direct:
+            return t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
+        return t.read_shared(64 * SIZES[self.staged])
 
-    def read_transposed(self, t: Trace) -> Handle:
+    def read_transposed(self, t: Trace, direct: bool = False) -> Handle:
         """A fragment of the transposed block: two scalar loads."""
-        t.read_shared(32 * self.size)
-        return t.read_shared(32 * self.size)
+        if direct:
+            t.read_device(32 * self.size, lines=8, cached=REREAD_CACHED)
+            return t.read_device(32 * self.size, lines=8, cached=REREAD_CACHED)
+        t.read_shared(32 * SIZES[self.staged])
+        return t.read_shared(32 * SIZES[self.staged])
 
     def read_rows(self, t: Trace) -> Handle:
         """A fragment of the simdgroup's own device rows, eight cache lines."""
         return t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
 
-    def product_ABt(self, t: Trace, rows: int, columns: int, streamed: bool) -> list[Handle]:
+    def product_ABt(self, t: Trace, rows: int, columns: int, streamed: bool,
+                    direct: bool = False) -> list[Handle]:  # fmt: skip
         """rows x columns fragments of A B^T over the depth; A in registers or streamed from device
-        rows, B a staged block. What is loaded is converted where it is used."""
+        rows, B a staged block or device rows. What is loaded from the device is converted where it
+        is used."""
         operand = self.score_operand
         sums: dict[tuple[int, int, int], Handle] = {}
         left: dict[tuple[int, int], Handle] = {}
@@ -118,14 +148,14 @@ class Structure:
                 d, c = item
                 if c == 0 and streamed:
                     left.update({(r, d): self.read_rows(t) for r in range(rows)})
-                return self.read_transposed(t)
+                return self.read_transposed(t, direct)
 
             def use(item: tuple[int, int], b: Handle, chain: int = chain) -> None:
                 d, c = item
                 if c == 0 and streamed:
                     for r in range(rows):
                         left[r, d] = t.convert(1, self.dtype, operand, left[r, d])
-                b = t.convert(1, self.dtype, operand, b)
+                b = t.convert(1, self.dtype if direct else self.staged, operand, b)
                 for r in range(rows):
                     before = sums.get((chain, r, c))
                     sums[chain, r, c] = t.mma(operand, before, b, left.get((r, d)))
@@ -138,30 +168,24 @@ class Structure:
                         sums[0, r, c] = t.alu(2, sums[0, r, c], sums[chain, r, c])
         return [sums[0, r, c] for r in range(rows) for c in range(columns)]
 
-    def product_AB(self, t: Trace, rows: int, depth: int, after: Handle = None,
-                   left: list[list[tuple[str, Handle]]] | None = None) -> None:  # fmt: skip
-        """rows x self.depth fragments of A B with B a staged block of `depth` fragments. A is in
-        registers once `after` is done, or was loaded: left[r][k] is (type, handle)."""
-        operand = self.value_operand
+    def product_AB(self, t: Trace, operand: str, rows: int, depth: int, after: Handle,
+                   direct: bool = False) -> None:  # fmt: skip
+        """rows x self.depth fragments of A B; B is a staged block (or device rows) of `depth`
+        fragments, A is in registers once `after` is done."""
         sums: dict[tuple[int, int], Handle] = {}
-        operands: dict[tuple[int, int], Handle] = {}
 
         def use(item: tuple[int, int], b: Handle) -> None:
-            k, c = item
-            if c == 0 and left:
-                for r in range(rows):
-                    source, handle = left[r][k]
-                    operands[r, k] = t.convert(1, source, operand, handle)
-            b = t.convert(1, self.dtype, operand, b)
+            _, c = item
+            b = t.convert(1, self.dtype if direct else self.staged, operand, b)
             for r in range(rows):
-                before = sums.get((r, c), after)
-                sums[r, c] = t.mma(operand, before, b, operands.get((r, k)))
+                sums[r, c] = t.mma(operand, sums.get((r, c), after), b)
 
         items = [(k, c) for k in range(depth) for c in range(self.depth)]
-        t.pipelined(items, lambda _: self.read_pair(t), use, self.ahead)
+        t.pipelined(items, lambda _: self.read_pair(t, direct), use, self.ahead)
 
     def exchange(self, t: Trace, fragments: list[Handle]) -> list[Handle]:
-        """Sums partial fragments of the simdgroups that share rows, in a fixed order."""
+        """Sums partial fragments of the simdgroups that share rows: two keep their own, more add
+        all in a fixed order."""
         if self.split == 1:
             return fragments
         for x in fragments:
@@ -169,6 +193,8 @@ class Structure:
         t.barrier()
         result = []
         for x in fragments:
+            if self.split > 2:
+                x = t.read_shared(256)
             for _ in range(self.split - 1):
                 x = t.alu(2, x, t.read_shared(256))
             result.append(x)
@@ -187,6 +213,12 @@ def _last(handles: list[Handle], number: int = 3) -> list[Handle]:
     return handles[-number:]
 
 
+def keeps(sums: int, operands: int, rows: int, columns: int, operand: str) -> bool:
+    """Whether the kernels hold so many left operands of rows x columns in registers beside so many
+    sums."""
+    return rows * columns * (4 * sums + SIZES[operand] * operands) / 16 <= OPERAND_REGISTERS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forward(Structure):
     """Forward: 8 R rows of queries for each simdgroup (or `split` of them), BK keys a block."""
@@ -194,7 +226,9 @@ class Forward(Structure):
     rows: int = 1  #: R
     bk: int = 32
     keep_q: bool = True  #: Q in registers, else read from device memory in each block
-    shared_buffer: bool = False  #: K and V one after the other in one buffer: four barriers
+    #: K and V staged side by side (2), one after the other in one buffer with four barriers (1), or
+    #: read from device memory by each simdgroup (0).
+    buffers: int = 2
     score_cycles: int = 2  #: ALU operations on a fragment for scale, score changes
 
     @property
@@ -217,18 +251,20 @@ class Forward(Structure):
         return base
 
     def threadgroup_bytes(self) -> int:
-        blocks = 1 if self.shared_buffer else 2
         exchange = self.exchange_bytes(self.rows * self.bk // 8)
-        return blocks * self.bk * self.row_bytes + exchange
+        return self.buffers * self.bk * self.row_bytes + exchange if self.buffers else CHUNK
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
-        columns = self.bk // 8
-        self.stage(t, self.bk, 1 if self.shared_buffer else 2)
-        s = self.product_ABt(t, self.rows, columns, not self.keep_q)
+        columns, direct = self.bk // 8, self.buffers == 0
+        if not direct:
+            self.stage(t, self.bk, self.buffers)
+        s = self.product_ABt(t, self.rows, columns, not self.keep_q, direct)
         s = self.exchange(t, s)
-        if self.shared_buffer:
-            self.stage(t, self.bk)
+        if self.buffers == 1:
+            v = self.fetch(t, self.bk)
+            t.barrier()
+            self.put(t, self.bk, v)
         self.spill(t)
         weights = []
         for r in range(self.rows):
@@ -241,8 +277,12 @@ class Forward(Structure):
                 e = t.exp2(2, t.alu(2, x))
                 e = t.alu(2, e)
                 weights.append(t.convert(1, "float", self.value_operand, e))
-        rescaled = t.alu(2 * self.depth * self.rows + 10 * p.address, *_last(weights))
-        self.product_AB(t, self.rows, columns, rescaled)
+        rescaled = t.alu(
+            2 * self.depth * self.rows + self.address_cycles * p.address, *_last(weights)
+        )
+        if self.buffers == 1:
+            t.barrier()
+        self.product_AB(t, self.value_operand, self.rows, columns, rescaled, direct)
         return t
 
 
@@ -253,8 +293,7 @@ class BackwardDq(Structure):
     rows: int = 1
     bk: int = 16
     keep: bool = True  #: Q and dO in registers
-    shared_buffer: bool = False  #: V for dP first, then K for S and dQ, in one buffer
-    score_cycles: int = 4  #: scale, difference to lse, to powers of two
+    score_cycles: int = 6  #: scale, difference to lse, to powers of two
 
     @property
     def bq(self) -> int:
@@ -266,49 +305,44 @@ class BackwardDq(Structure):
             dq=2 * self.depth * self.rows,
             q_and_dout=2 * self.rows * words * (self.depth if self.keep else 2),
             s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
-            ds=columns * self.rows * _words(self.value_operand),
-            loads=4 * max(words, _words(self.value_operand)),
+            loads=4 * max(words, _words(self.ds_operand)),
             statistics=2 * self.rows,
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
         )
 
     def threadgroup_bytes(self) -> int:
-        blocks = 1 if self.shared_buffer else 2
         exchange = self.exchange_bytes(2 * self.rows * self.bk // 8)
-        return blocks * self.bk * self.row_bytes + exchange
+        return 2 * self.bk * self.row_bytes + exchange
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bk // 8
-        self.stage(t, self.bk, 1 if self.shared_buffer else 2)
+        self.stage(t, self.bk, 2)
         s = self.product_ABt(t, self.rows, columns, not self.keep)
-        if self.shared_buffer:
-            self.stage(t, self.bk)
         dp = self.product_ABt(t, self.rows, columns, not self.keep)
         both = self.exchange(t, s + dp)
         s, dp = both[: len(s)], both[len(s) :]
         self.spill(t)
         ds = []
         for a, b in zip(s, dp, strict=True):
-            x = t.exp2(2, t.alu(self.score_cycles + 2, a))
-            ds.append(t.convert(1, "float", self.value_operand, t.alu(4, x, b)))
-        first = t.alu(10 * p.address, *_last(ds)) or ds[-1]
-        self.product_AB(t, self.rows, columns, first)
+            x = t.exp2(2, t.alu(self.score_cycles, a))
+            ds.append(t.convert(1, "float", self.ds_operand, t.alu(4, x, b)))
+        first = t.alu(self.address_cycles * p.address, *_last(ds)) or ds[-1]
+        self.product_AB(t, self.ds_operand, self.rows, columns, first)
         return t
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardDkv(Structure):
-    """dk and dv: 8 R keys for each simdgroup (or `split` of them), BQ queries a block, four
-    products; transposed, so that P^T and dS^T are left operands."""
+    """dk and dv: 8 keys for each simdgroup (or `split` of them), BQ queries a block, four products;
+    transposed, so that P^T and dS^T are left operands."""
 
     rows: int = 1
     bq: int = 16
     keep: bool = True  #: K and V in registers
-    shared_buffer: bool = False  #: Q, dO and Q again in one buffer: six barriers
-    store: str | None = None  #: type in which dS^T goes to device memory for BackwardDqStored
-    score_cycles: int = 4
+    store: bool = False  #: dS^T goes to device memory for BackwardDqStored, as floats
+    score_cycles: int = 6
 
     @property
     def keys(self) -> int:
@@ -316,29 +350,25 @@ class BackwardDkv(Structure):
 
     def registers(self) -> dict[str, float]:
         columns, words = self.bq // 8, _words(self.score_operand)
-        value_words = _words(self.value_operand)
         return dict(
             dk_and_dv=4 * self.depth * self.rows,
             k_and_v=2 * self.rows * words * (self.depth if self.keep else 2),
             s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
-            p_and_ds=2 * columns * self.rows * (value_words if value_words == 1 else 0),
-            loads=4 * max(words, value_words),
+            p=columns * self.rows * _words(self.value_operand),
+            loads=4 * max(words, _words(self.ds_operand)),
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
         )
 
     def threadgroup_bytes(self) -> int:
-        blocks = 1 if self.shared_buffer else 2
         exchange = self.exchange_bytes(2 * self.rows * self.bq // 8)
-        return blocks * self.bq * self.row_bytes + exchange
+        return 2 * self.bq * self.row_bytes + exchange
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bq // 8
-        self.stage(t, self.bq, 1 if self.shared_buffer else 2)
+        self.stage(t, self.bq, 2)
         s = self.product_ABt(t, self.rows, columns, not self.keep)
-        if self.shared_buffer:
-            self.stage(t, self.bq)
         dp = self.product_ABt(t, self.rows, columns, not self.keep)
         both = self.exchange(t, s + dp)
         s, dp = both[: len(s)], both[len(s) :]
@@ -346,21 +376,18 @@ class BackwardDkv(Structure):
         # lse and delta of two query rows for each fragment, one load each: a line serves all lanes.
         for _ in range(4 * columns):
             statistics = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
+        scaled = 2 if self.value_operand == "half" else 0  # P goes up in half's range
         weights, ds = [], []
         for a, b in zip(s, dp, strict=True):
-            x = t.exp2(2, t.alu(self.score_cycles + 2, a, statistics))
-            weights.append(t.convert(1, "float", self.value_operand, x))
+            x = t.exp2(2, t.alu(self.score_cycles, a, statistics))
+            weights.append(t.convert(1, "float", self.value_operand, t.alu(scaled, x)))
             y = t.alu(4, x, b)
-            ds.append(t.convert(1, "float", self.value_operand, y))
+            ds.append(t.convert(1, "float", self.ds_operand, y))
             if self.store:
-                y = t.convert(1, "float", self.store, y)
-                nbytes = 64 * SIZES[self.store] / self.split
-                t.write_device(nbytes, y, lines=nbytes / 128)
-        first = t.alu(12 * p.address, *_last(weights), *_last(ds, 1)) or ds[-1]
-        self.product_AB(t, self.rows, columns, first)
-        if self.shared_buffer:
-            self.stage(t, self.bq)
-        self.product_AB(t, self.rows, columns, first)
+                t.write_device(256 / self.split, y, lines=2 / self.split)
+        first = t.alu(self.address_cycles * p.address, *_last(weights), *_last(ds, 1)) or ds[-1]
+        self.product_AB(t, self.value_operand, self.rows, columns, first)
+        self.product_AB(t, self.ds_operand, self.rows, columns, first)
         return t
 
 
@@ -370,17 +397,16 @@ class BackwardDqStored(Structure):
 
     rows: int = 2
     bk: int = 32
-    store: str = "float"
 
     @property
     def bq(self) -> int:
         return 8 * self.rows * self.simdgroups // self.split
 
     def registers(self) -> dict[str, float]:
-        words = _words(self.value_operand)
+        words = _words(self.ds_operand)
         return dict(
             dq=2 * self.depth * self.rows,
-            ds=self.bk // 8 * self.rows * max(words, _words(self.store)),
+            ds=2 * self.bk // 8 * self.rows,
             loads=4 * words,
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
@@ -391,13 +417,14 @@ class BackwardDqStored(Structure):
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
-        columns, nbytes = self.bk // 8, 64 * SIZES[self.store]
+        columns = self.bk // 8
+        # Every tile of 8 x 8 lies in one piece; it is transposed by two scalar loads.
+        tiles = []
+        for _ in range(self.rows * columns):
+            t.read_device(4 * SIMDGROUP, lines=2)
+            tiles.append(t.read_device(4 * SIMDGROUP, lines=2, cached=1))
         self.stage(t, self.bk)
         self.spill(t)
-        # Every tile of 8 x 8 lies in one piece, so a fragment is one or two lines.
-        tiles = [
-            [(self.store, t.read_device(nbytes, lines=2)) for _ in range(columns)]
-            for _ in range(self.rows)
-        ]
-        self.product_AB(t, self.rows, columns, left=tiles)
+        first = t.alu(self.address_cycles * p.address, *_last(tiles)) or tiles[-1]
+        self.product_AB(t, self.ds_operand, self.rows, columns, first)
         return t

@@ -27,23 +27,17 @@ from .structures import METAL, SIZES, BackwardDkv, BackwardDq, BackwardDqStored,
 KERNELS: dict[str, tuple[type[Structure], dict[str, list[Any]]]] = {
     "forward": (
         Forward,
-        dict(rows=[1, 2], bk=[8, 16, 32], shared_buffer=[False, True], keep_q=[True, False],
-             split=[1, 2]),
+        dict(rows=[1, 2], bk=[8, 16, 32], buffers=[0, 1, 2], keep_q=[True, False], split=[1]),
     ),
     "dq": (
         BackwardDq,
-        dict(rows=[1, 2], bk=[8, 16, 32], shared_buffer=[False, True], keep=[True, False],
-             split=[1, 2, 4]),
+        dict(rows=[1, 2], bk=[8, 16, 32], keep=[True, False], split=[1, 2, 4]),
     ),
     "dkv": (
         BackwardDkv,
-        dict(rows=[1, 2], bq=[8, 16, 32], shared_buffer=[False, True], keep=[True, False],
-             split=[1, 2, 4], store=[None, "float"]),
+        dict(bq=[8, 16, 32], keep=[True, False], split=[1, 2, 4], store=[False, True]),
     ),
-    "dqs": (
-        BackwardDqStored,
-        dict(rows=[1, 2, 4], bk=[8, 16, 32], split=[1, 2], store=["float"]),
-    ),
+    "dqs": (BackwardDqStored, dict(rows=[1, 2, 4], bk=[8, 16, 32], split=[1])),
 }  # fmt: skip
 SHARED_LIMIT = 32 * 1024  #: threadgroup memory that Metal allows a threadgroup
 
@@ -54,17 +48,16 @@ def structures(kernel: str, args: argparse.Namespace) -> list[Structure]:
     native = "half" if dtype == "half" else "float"
     axes = dict(
         score_operand=args.score_operand or [native],
-        value_operand=args.value_operand or ["half", "float"] if native == "half" else ["float"],
+        value_operand=args.value_operand or [native],
         simdgroups=args.simdgroups or [4],
         **{name: getattr(args, name, None) or values for name, values in swept.items()},
     )
-    if kernel == "dqs":
-        axes["score_operand"] = [native]
     axes["chains"] = args.chains or [4 if dtype == "float" else 1]
     result = []
     for values in itertools.product(*axes.values()):
         x = kind(dtype=dtype, head_dim=args.head_dim, **dict(zip(axes, values, strict=True)))
-        if args.head_dim % (8 * x.split) or x.simdgroups % x.split:
+        columns = args.head_dim // 8
+        if columns % x.split or columns // x.split < x.chains or x.simdgroups % x.split:
             continue
         if x.threadgroup_bytes() > SHARED_LIMIT or x.register_estimate > args.most_registers:
             continue
@@ -79,25 +72,22 @@ def fastest(kernel: str, args: argparse.Namespace, problem: Problem) -> Result:
 
 
 def backward(args: argparse.Namespace) -> Table:
-    args.value_operand = args.value_operand or ["float"]
     title = f"backward {args.dtype} head_dim {args.head_dim}"
     t = Table(title=title, caption=BACKWARD_CAPTION)
     for name in ("problem", "products", "structures", "ms [p10..p90]", "+ dS traffic", "unfused"):
         t.add_column(name, no_wrap=True)
-    given = args.store
     for causal in (True, False):
         problem = Problem(4096, causal=causal)
-        unfused = unfused_backward(args.head_dim, problem)
+        unfused = unfused_backward(args.dtype, args.head_dim, problem)
         pairs = problem.length**2 * problem.heads / (2 if causal else 1)
         for number in (7, 5):
-            args.store = [None] if number == 7 else (given or ["float"])
+            args.store = [number == 5]
             dkv = fastest("dkv", args, problem)
-            args.store = [dkv.kernel.store]
             dq = fastest("dq" if number == 7 else "dqs", args, problem)
             ms = Spread.of(
                 [a + b for a, b in zip(dkv.times(problem), dq.times(problem), strict=True)]
             )
-            moved = 2 * pairs * SIZES[dkv.kernel.store] if dkv.kernel.store else 0
+            moved = 2 * pairs * SIZES["float"] if number == 5 else 0
             t.add_row(
                 str(problem), str(number), f"{describe(dkv.kernel)} | {describe(dq.kernel)}",
                 ms.text(2), f"{ms.median + 1e3 * moved / MEMORY_BANDWIDTH:.2f}", f"{unfused:.2f}",
@@ -107,26 +97,26 @@ def backward(args: argparse.Namespace) -> Table:
 
 BACKWARD_CAPTION = (
     "dk/dv | dq, on the M1 Max of the published timings; + dS traffic: if none of its way through "
-    "memory at 400 GB/s is hidden; unfused: 4 GEMMs at the ceiling and 16 bytes a pair."
+    "memory at 400 GB/s is hidden; unfused: 4 GEMMs at the ceiling and 8 passes over the pairs."
 )
 
 
 def describe(x: Structure) -> str:
     words = [f"S {x.score_operand}", f"PV {x.value_operand}"]
     if isinstance(x, BackwardDqStored):
-        words = [f"dS {x.store}->{x.value_operand}"]
+        words = [f"K {x.staged}"]
     words.append(f"R{getattr(x, 'rows', 1)}")
     words.append(f"BQ{x.bq}" if isinstance(x, BackwardDkv) else f"BK{getattr(x, 'bk', 0)}")
     if x.simdgroups != 4:
         words.append(f"{x.simdgroups}sg")
     if x.split > 1:
         words.append(f"SPLIT{x.split}")
-    if getattr(x, "shared_buffer", False):
-        words.append("one buffer")
+    if isinstance(x, Forward):
+        words.append(("direct", "one buffer", "two buffers")[x.buffers])
     if not getattr(x, "keep_q", True) or not getattr(x, "keep", True):
         words.append("streamed")
     if isinstance(x, BackwardDkv) and x.store:
-        words.append(f"stores dS {x.store}")
+        words.append("stores dS")
     return " ".join(words)
 
 
@@ -196,12 +186,10 @@ def main() -> None:
     parser.add_argument("--split", nargs="+", type=int)
     parser.add_argument("--simdgroups", nargs="+", type=int)
     parser.add_argument("--chains", nargs="+", type=int, help="of a float32 sum over head_dim")
-    parser.add_argument("--shared-buffer", **flag)
+    parser.add_argument("--buffers", nargs="+", type=int, help="forward: K and V staged in so many")
     parser.add_argument("--keep-q", **flag, help="forward: Q in registers")
     parser.add_argument("--keep", **flag, help="backward: both left operands in registers")
-    parser.add_argument(
-        "--store", nargs="+", type=lambda x: None if x == "no" else x, metavar="no|float|half"
-    )
+    parser.add_argument("--store", **flag, help="dkv: dS to memory")
     parser.add_argument("--most-registers", type=int, default=160)
     parser.add_argument(
         "--more-registers", type=float, default=0, help="than estimated, for the residency"
