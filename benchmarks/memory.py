@@ -45,8 +45,8 @@ _EXECUTED_BYTES = 4 << 30
 _PATIENCE = 10  # seconds
 
 SCRATCH_VARIABLE = "ORCHARD_BACKWARD_SCRATCH_MB"
-SCRATCH_BUDGETS_MB = (0,)
-"""What the backward may use beside; 0 is the low-memory mode."""
+SCRATCH_BUDGETS_MB = (0, 256)
+"""What the backward may store dS in: nothing, the low-memory mode, or the default."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ PROBLEMS = (Problem(1, 8, 8, 64, "float16"), Problem(1, 32, 8, 128, "bfloat16"))
 
 
 def formula(problem: Problem, length: int) -> dict[str, int]:
-    """Bytes of each tensor that a step of ours may allocate in low-memory mode, and no other."""
+    """Bytes of each tensor that a step of ours allocates beside the backward's scratch for dS."""
     q, kv = (torch.Size(shape).numel() for shape in problem.shapes(length))
     size = getattr(torch, problem.dtype).itemsize
     rows = problem.batch * problem.num_heads * length * 4  # float32
@@ -211,20 +211,31 @@ def scratch_budget(megabytes: int) -> Iterator[None]:
             os.environ[SCRATCH_VARIABLE] = before
 
 
-def check_ours(measured: Allocated, expected: int, budget_mb: int, others: int = 0) -> None:
-    """Exactly the formula's bytes, each allocated once, plus at most the scratch budget.
+def planned_scratch(problem: Problem, length: int) -> int:
+    """Bytes that the plan wants for dS, on the simulated device with the budget of this moment."""
+    import orchard_ops
 
-    `others` are bytes of which it is known what they are.
+    q, k, v, _ = problem.operands(length, "mps")
+    return orchard_ops.explain(q, k, v, is_causal=True).scratch_bytes
+
+
+def check_ours(
+    measured: Allocated, expected: int, scratch_bytes: int, budget_mb: int, others: int = 0
+) -> None:
+    """Exactly the formula's bytes and the plan's scratch, each allocated once.
+
+    `others` are bytes, at most so many, of which it is known what they are.
 
     Raises:
-        AssertionError: something else was allocated.
+        AssertionError: something else was allocated, or the scratch is above its budget.
     """
+    if not 0 <= scratch_bytes <= budget_mb << 20:
+        raise AssertionError(f"a scratch of {scratch_bytes} bytes, the budget is {budget_mb} MiB")
     for name, nbytes in asdict(measured).items():
-        scratch = nbytes - expected
-        if not 0 <= scratch <= (budget_mb << 20) + others:
+        if not 0 <= nbytes - expected - scratch_bytes <= others:
             raise AssertionError(
-                f"{name}: {nbytes} bytes, the formula has {expected} and a scratch of at most "
-                f"{budget_mb << 20}"
+                f"{name}: {nbytes} bytes, the formula has {expected} and the plan's scratch "
+                f"{scratch_bytes}"
             )
 
 
@@ -234,9 +245,11 @@ def measure(problem: Problem, length: int) -> dict[str, Any]:
     ours = []
     for budget_mb in SCRATCH_BUDGETS_MB:
         with scratch_budget(budget_mb):
+            scratch_bytes = planned_scratch(problem, length)
             measured = on_simulated_device(our_step, problem, length, execute=False)
-        check_ours(measured, sum(terms.values()), budget_mb)
-        ours.append({"scratch_budget_mb": budget_mb} | asdict(measured))
+        check_ours(measured, sum(terms.values()), scratch_bytes, budget_mb)
+        scratch = {"scratch_budget_mb": budget_mb, "scratch_bytes": scratch_bytes}
+        ours.append(scratch | asdict(measured))
     peak = peak_on_meta_device(unfused_step, problem, length)
     executed = peak <= _EXECUTED_BYTES
     if executed:
@@ -275,6 +288,11 @@ def write(environment: dict[str, Any], records: list[dict[str, Any]], path: Path
     path.write_text(f'{{"environment": {json.dumps(environment)},\n"records": [\n{lines}\n]}}\n')
 
 
+def _mode(ours: dict[str, Any]) -> str:
+    budget = ours["scratch_budget_mb"]
+    return f"scratch up to {budget} MiB" if budget else "no scratch"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Both paths over the length, a panel for each problem; no point where memory ran out."""
     from matplotlib.figure import Figure
@@ -303,10 +321,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     ha="center", va="top", transform=axes.get_xaxis_transform(),
                 )  # fmt: skip
         for index, mode in enumerate(records[0]["ours"]):
-            budget = mode["scratch_budget_mb"]
-            label = "orchard_ops" + (f", scratch up to {budget} MiB" if budget else ", no scratch")
             peaks = [r["ours"][index]["peak"] / 2**20 for r in records]
-            axes.plot(lengths, peaks, "o-", color=("tab:blue", "tab:cyan")[index % 2], label=label)
+            color, line = (("tab:blue", "o-"), ("tab:cyan", "d:"))[index % 2]
+            label = f"orchard_ops, {_mode(mode)}"
+            axes.plot(lengths, peaks, line, color=color, markersize=6 - 2 * index, label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
@@ -325,16 +343,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def table(result: dict[str, Any], command: str) -> str:
     """As Markdown."""
     environment, records = result["environment"], result["records"]
-    budgets = [mode["scratch_budget_mb"] for mode in records[0]["ours"]]
-    columns = [f"ours, scratch up to {b} MiB" if b else "ours, no scratch" for b in budgets]
+    modes = [_mode(mode) for mode in records[0]["ours"]]
+    columns = ["problem", "L", "formula without scratch", *(f"ours, {mode}" for mode in modes)]
+    columns += ["PyTorch's math path", *(f"that / ours, {mode}" for mode in modes)]
     lines = [
         "# Extra memory of a training step",
         "",
         f"{environment['measured']}, torch {environment['torch']}; made by `{command}`. MiB at the "
         "peak of forward and backward, beyond q, k, v and dout.",
         "",
-        f"| problem | L | formula | {' | '.join(columns)} | PyTorch's math path | that / ours |",
-        "|---|---|---|" + "---|" * (len(columns) + 2),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for record in records:
         ours = [mode["peak"] for mode in record["ours"]]
@@ -342,10 +361,10 @@ def table(result: dict[str, Any], command: str) -> str:
         cells = [f"{sum(record['formula'].values()) / 2**20:.1f}"]
         cells += [f"{peak / 2**20:.1f}" for peak in ours]
         if unfused is None:
-            cells += ["out of memory", ""]
+            cells += ["out of memory", *[""] * len(ours)]
         else:
             how = "" if record["unfused"].get("executed", True) else " (counted)"
-            cells += [f"{unfused / 2**20:.1f}{how}", f"{unfused / ours[0]:.0f}"]
+            cells += [f"{unfused / 2**20:.1f}{how}", *(f"{unfused / peak:.0f}" for peak in ours)]
         lines.append(f"| {record['problem']} | {record['length']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -370,11 +389,13 @@ def main() -> None:
         for problem in PROBLEMS:
             for length in options.lengths:
                 record = measure(problem, length)
-                ours, unfused = record["ours"][0]["peak"], record["unfused"]["peak"]
+                ours = ", ".join(
+                    f"{mode['peak'] / 2**20:.1f} MiB ({_mode(mode)})" for mode in record["ours"]
+                )
+                unfused = record["unfused"]["peak"] / 2**20
                 how = "executed and counted" if record["unfused"]["executed"] else "counted"
                 print(
-                    f"{problem} L{length}: ours {ours / 2**20:.1f} MiB, "
-                    f"unfused {unfused / 2**20:.1f} MiB ({how}), {unfused / ours:.1f} times",
+                    f"{problem} L{length}: ours {ours}, unfused {unfused:.1f} MiB ({how})",
                     flush=True,
                 )
                 records.append(record)

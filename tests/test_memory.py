@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -29,29 +30,50 @@ def bytes_of(problem: Problem, length: int) -> int:
     return b * length * (2 * 4 * h + size * d * (2 * h + 2 * h_kv))
 
 
-@pytest.mark.parametrize("execute", (True, False), ids=("executed", "recorded"))
-@pytest.mark.parametrize(("problem", "length"), SMALL, ids=str)
-def test_a_step_allocates_the_formula(problem: Problem, length: int, execute: bool):
-    with memory.scratch_budget(0):
+def scratch_of(problem: Problem, length: int, budget_mb: int) -> int:
+    """dS in float32, in tiles of 8 x 8: of as many key/value heads as fit, with their queries'."""
+    if problem.head_dim < 64:
+        return 0
+    group = problem.num_heads // problem.num_kv_heads
+    of_one = group * (8 * math.ceil(length / 8)) ** 2 * 4
+    fitting = min((budget_mb << 20) // of_one, problem.batch * problem.num_kv_heads)
+    return fitting * of_one
+
+
+def check_step(problem: Problem, length: int, budget_mb: int, execute: bool) -> None:
+    with memory.scratch_budget(budget_mb):
+        planned = memory.planned_scratch(problem, length)
         found = memory.on_simulated_device(memory.our_step, problem, length, execute)
+    assert planned == scratch_of(problem, length, budget_mb)
     expected = bytes_of(problem, length)
-    assert found == Allocated(peak=expected, total=expected)
+    assert found == Allocated(peak=expected + planned, total=expected + planned)
     assert sum(memory.formula(problem, length).values()) == expected
 
 
+@pytest.mark.parametrize("budget_mb", memory.SCRATCH_BUDGETS_MB)
+@pytest.mark.parametrize("execute", (True, False), ids=("executed", "recorded"))
+@pytest.mark.parametrize(("problem", "length"), SMALL, ids=str)
+def test_a_step_allocates_the_formula(problem: Problem, length: int, execute: bool, budget_mb: int):
+    check_step(problem, length, budget_mb, execute)
+
+
+@pytest.mark.parametrize("budget_mb", memory.SCRATCH_BUDGETS_MB)
 @pytest.mark.parametrize("length", memory.LENGTHS)
-def test_a_long_step_allocates_the_formula(length: int):
-    with memory.scratch_budget(0):
-        found = memory.on_simulated_device(memory.our_step, PROBLEMS[0], length, execute=False)
-    expected = bytes_of(PROBLEMS[0], length)
-    assert found == Allocated(peak=expected, total=expected)
+def test_a_long_step_allocates_the_formula(length: int, budget_mb: int):
+    check_step(PROBLEMS[0], length, budget_mb, execute=False)
 
 
-def test_scratch_is_within_its_budget():
-    problem, length, budget_mb = PROBLEMS[0], 2048, 8
-    with memory.scratch_budget(budget_mb):
-        found = memory.on_simulated_device(memory.our_step, problem, length, execute=False)
-    memory.check_ours(found, bytes_of(problem, length), budget_mb)
+@pytest.mark.parametrize(("budget_mb", "heads"), ((15, 0), (16, 1), (130, 8)))
+def test_scratch_is_of_whole_heads(budget_mb: int, heads: int):
+    """At L = 2048 dS of one head takes 16 MiB, and there are eight."""
+    assert scratch_of(PROBLEMS[0], 2048, budget_mb) == heads * (16 << 20)
+    check_step(PROBLEMS[0], 2048, budget_mb, execute=False)
+
+
+def test_unset_budget_is_the_larger_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(memory.SCRATCH_VARIABLE, raising=False)
+    planned = memory.planned_scratch(PROBLEMS[0], 4096)
+    assert planned == memory.SCRATCH_BUDGETS_MB[-1] << 20  # four of eight heads fill it
 
 
 def test_scratch_budget_is_put_back(monkeypatch: pytest.MonkeyPatch):
@@ -70,12 +92,22 @@ def test_one_more_tensor_is_noticed(kept: bool):
         return memory.our_step(q, k, v, dout)
 
     problem, length = PROBLEMS[0], 64
-    expected = bytes_of(problem, length)
-    found = memory.on_simulated_device(step, problem, length, execute=False)
-    assert found == Allocated(expected + 3 * kept, expected + 3)
+    expected, scratch = bytes_of(problem, length), scratch_of(problem, length, 1)
+    with memory.scratch_budget(1):
+        found = memory.on_simulated_device(step, problem, length, execute=False)
+    assert found == Allocated(expected + scratch + 3 * kept, expected + scratch + 3)
     with pytest.raises(AssertionError, match="bytes, the formula has"):
-        memory.check_ours(found, expected, 0)
-    memory.check_ours(found, expected, 1)
+        memory.check_ours(found, expected, scratch, 1)  # though it would fit into the budget
+    memory.check_ours(found, expected, scratch, 1, others=3)
+
+
+def test_scratch_above_its_budget_is_noticed():
+    found = Allocated(10 + (2 << 20), 10 + (2 << 20))
+    memory.check_ours(found, 10, 2 << 20, 2)
+    with pytest.raises(AssertionError, match="the budget is 1 MiB"):
+        memory.check_ours(found, 10, 2 << 20, 1)
+    with pytest.raises(AssertionError, match="the plan's scratch 2097152"):
+        memory.check_ours(Allocated(10, 10), 10, 2 << 20, 2)
 
 
 def test_a_leak_is_noticed(monkeypatch: pytest.MonkeyPatch):
@@ -97,7 +129,7 @@ def test_the_unfused_count_is_what_the_device_allocates(problem: Problem, length
 
 
 def test_committed_results_are_what_the_code_finds():
-    """The unfused count and the formula again; the device's figures equal the formula."""
+    """The unfused count, formula and scratch again; the device's figures equal their sum."""
     records = json.loads(memory.RESULTS.read_text())["records"]
     assert [(r["problem"], r["length"]) for r in records] == [
         (str(problem), length) for problem in PROBLEMS for length in memory.LENGTHS
@@ -108,11 +140,14 @@ def test_committed_results_are_what_the_code_finds():
         assert record["formula"] == memory.formula(problem, length)
         peak = memory.peak_on_meta_device(memory.unfused_step, problem, length)
         assert record["unfused"]["peak"] == peak
+        budgets = [ours["scratch_budget_mb"] for ours in record["ours"]]
+        assert budgets == list(memory.SCRATCH_BUDGETS_MB)
         for ours in record["ours"]:
+            found = Allocated(ours["peak"], ours["total"])
+            assert ours["scratch_bytes"] == scratch_of(problem, length, ours["scratch_budget_mb"])
             memory.check_ours(
-                Allocated(ours["peak"], ours["total"]), bytes_of(problem, length),
-                ours["scratch_budget_mb"],
-            )  # fmt: skip
+                found, bytes_of(problem, length), ours["scratch_bytes"], ours["scratch_budget_mb"]
+            )
 
 
 def test_plot_and_table_from_the_committed_results(tmp_path: Path):
@@ -128,6 +163,6 @@ def test_out_of_memory_has_no_figure(tmp_path: Path):
     result = json.loads(memory.RESULTS.read_text())
     result["records"][-1]["unfused"] = {"peak": None, "out of memory": "CUDA out of memory"}
     *_, row = memory.table(result, "").splitlines()
-    assert row.endswith("| 648.0 | 648.0 | out of memory |  |")
+    assert row.endswith("| 648.0 | 648.0 | 648.0 | out of memory |  |  |")
     memory.plot(result, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000

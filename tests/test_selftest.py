@@ -23,16 +23,18 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_quick_run_passes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     status, report = run(tmp_path, "--device", device)
     assert status == 0
-    assert report["verdict"] == "all 3 variants agree with float64, forward and backward"
-    assert "all 3 variants agree" in capsys.readouterr().out
-    expected = {"flash_attn_fwd": 6, "flash_attn_bwd": 6}  # twice each
+    assert report["verdict"] == "all 6 variants agree with float64, forward and backward"
+    assert "all 6 variants agree" in capsys.readouterr().out
+    expected = {"flash_attn_fwd": 12, "flash_attn_bwd": 12}  # twice each
     assert report["metal_calls"] == (expected if device == "mps" else dict.fromkeys(expected, 0))
     assert report["environment"]["torch"] == torch.__version__
 
 
 def test_every_variant_is_covered():
     assert selftest.HEAD_DIMS == HEAD_DIMS
-    assert len(list(selftest.variants(quick=False))) == len(HEAD_DIMS) * 3 * 2 * 2
+    storing = [d for d in HEAD_DIMS if d >= 64]  # run without scratch as well
+    both = len(HEAD_DIMS) + len(storing)
+    assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2
 
 
 def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -45,7 +47,7 @@ def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     status, report = run(tmp_path, "--device", "mps")
     assert status == 1
-    assert report["verdict"] == "3 of 3 variants are wrong"
+    assert report["verdict"] == "6 of 6 variants are wrong"
     assert "out: max error" in report["outcomes"][0]["message"]
 
 
@@ -54,5 +56,5 @@ def test_failing_kernels_fail_instead_of_falling_back(tmp_path: Path):
 
     with simulator.faults(dispatch=1):
         status, report = run(tmp_path, "--device", "mps")
-    assert status == 1 and report["verdict"] == "1 of 3 variants are wrong"
+    assert status == 1 and report["verdict"] == "1 of 6 variants are wrong"
     assert "the dispatch failed" in report["outcomes"][0]["message"]

@@ -24,12 +24,14 @@ _UNTOUCHED = 7.0
 class Guarded:
     """Outputs full of NaN between margins that nobody may write."""
 
+    device = "cuda"
+
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def empty(self, sizes: list[int], strides: list[int], dtype: torch.dtype) -> Tensor:
         count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
-        buffer = torch.full((count + 2 * _MARGIN,), torch.nan, dtype=dtype, device="cuda")
+        buffer = torch.full((count + 2 * _MARGIN,), torch.nan, dtype=dtype, device=self.device)
         buffer[:_MARGIN] = buffer[-_MARGIN:] = _UNTOUCHED
         self._buffers.append(buffer)
         return buffer.as_strided(sizes, strides, _MARGIN)
@@ -77,7 +79,8 @@ class Attention:
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
         stats = guarded.row_stats(q)
-        ds = guarded.empty([self.ds_elements(q, k, v, out, dout, s)], [1], torch.float32)
+        elements = self.ds_elements(q, k, v, out, dout, s)
+        ds = guarded.empty([elements], [1], torch.float32) if elements else stats
         self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, stats, ds, dq, dk, dv, s))
         guarded.assert_margins_untouched()
         return dq, dk, dv
@@ -93,8 +96,8 @@ class Attention:
     def ds_elements(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, s: Scoring
     ) -> int:
-        """Length of the float32 buffer that prepare_backward needs for dS, at least 1."""
-        return max(self._planner.backward(q, k, v, out, dout, s).ds_elements, 1)
+        """Length of the float32 buffer for dS; where it is 0, no kernel reads what is bound."""
+        return self._planner.backward(q, k, v, out, dout, s).ds_elements
 
     def prepare_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,

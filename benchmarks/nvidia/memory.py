@@ -34,24 +34,41 @@ from .plans import Params, Planner, Scoring
 
 _RESULT = RESULTS / "memory.json"
 _PICTURE = ROOT / "docs" / "images" / "memory-nvidia.png"
-_PARAMETER_BLOCKS = 4
-"""Launches of a step, at most. Their parameters are tensors here, and no tensors on a Mac."""
 
 
 class Unguarded(Guarded):
     """Allocates what native/attention.cpp does, without margins."""
 
     def empty(self, sizes: list[int], strides: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(sizes, strides, dtype=dtype, device="cuda")
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=self.device)
 
 
-def our_step(attention: Attention) -> memory.Step:
+def _scoring(q: Tensor, budget_mb: int) -> Scoring:
+    return Scoring(q.shape[3] ** -0.5, window_right=0, scratch_bytes=budget_mb << 20)
+
+
+def our_step(attention: Attention, budget_mb: int) -> memory.Step:
     def step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> object:
-        scoring = Scoring(q.shape[3] ** -0.5, window_right=0)
+        scoring = _scoring(q, budget_mb)
         out, lse = attention.forward(q, k, v, scoring)
         return out, attention.backward(dout, None, q, k, v, out, lse, scoring)
 
     return step
+
+
+def planned_bytes(
+    planner: Planner, problem: Problem, length: int, budget_mb: int
+) -> tuple[int, int]:
+    """Of the scratch for dS, and of the parameters of all launches.
+
+    The parameters are tensors here, which they are not on a Mac.
+    """
+    q, k, v, dout = problem.operands(length, "meta")
+    scoring = _scoring(q, budget_mb)
+    forward = planner.forward(q, k, v, q, scoring)
+    backward = planner.backward(q, k, v, q, dout, scoring)
+    launches = len(forward.kernels) + len(backward.kernels)
+    return backward.ds_elements * torch.float32.itemsize, launches * ctypes.sizeof(Params)
 
 
 def _stat(name: str) -> int:
@@ -88,18 +105,19 @@ def _check_values(results: Any) -> None:
         raise AssertionError("dv: NaN or infinity")
 
 
-def measure(attention: Attention, problem: Problem, length: int) -> dict[str, Any]:
+def measure(
+    attention: Attention, planner: Planner, problem: Problem, length: int
+) -> dict[str, Any]:
     """A record of the result file."""
     terms = memory.formula(problem, length)
     ours = []
     for budget_mb in memory.SCRATCH_BUDGETS_MB:
-        with memory.scratch_budget(budget_mb):
-            found, allocated = measure_step(our_step(attention), problem, length, _check_values)
-        parameters = _PARAMETER_BLOCKS * ctypes.sizeof(Params)
-        memory.check_ours(found, sum(terms.values()), budget_mb, parameters)
-        ours.append(
-            {"scratch_budget_mb": budget_mb} | asdict(found) | {"allocated_peak": allocated}
-        )
+        step = our_step(attention, budget_mb)
+        found, allocated = measure_step(step, problem, length, _check_values)
+        scratch_bytes, parameters = planned_bytes(planner, problem, length, budget_mb)
+        memory.check_ours(found, sum(terms.values()), scratch_bytes, budget_mb, parameters)
+        scratch = {"scratch_budget_mb": budget_mb, "scratch_bytes": scratch_bytes}
+        ours.append(scratch | asdict(found) | {"allocated_peak": allocated})
     unfused: dict[str, Any] = {"peak": None, "total": None, "allocated_peak": None}
     try:
         found, allocated = measure_step(memory.unfused_step, problem, length)
@@ -129,15 +147,17 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=memory.LENGTHS)
     options = parser.parse_args()
     if not options.plot:
-        attention = Attention(Kernels(KERNELS), Planner(PLANNER))
+        planner = Planner(PLANNER)
+        attention = Attention(Kernels(KERNELS), planner)
         attention.outputs = Unguarded
         for problem in memory.PROBLEMS:  # loads kernels and the workspaces of cuBLAS
-            measure_step(our_step(attention), problem, 256)
+            for budget_mb in memory.SCRATCH_BUDGETS_MB:
+                measure_step(our_step(attention, budget_mb), problem, 256)
             measure_step(memory.unfused_step, problem, 256)
         records = []
         for problem in memory.PROBLEMS:
             for length in options.lengths:
-                records.append(measure(attention, problem, length))
+                records.append(measure(attention, planner, problem, length))
                 print(json.dumps(records[-1]), flush=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
         memory.write(_environment(), records, _RESULT)

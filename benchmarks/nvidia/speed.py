@@ -171,7 +171,7 @@ class Bench:
         dq, dk, dv = (x.like_q() for _ in range(3))
         attention, scoring = self.attention[mode], x.work.scoring
         elements = attention.ds_elements(x.q, x.k, x.v, out, x.dout, scoring)
-        ds = torch.full((elements,), torch.nan, device=self.device)
+        ds = torch.full((max(elements, 1),), torch.nan, device=self.device)
         launches = attention.prepare_backward(
             x.dout, None, x.q, x.k, x.v, out, lse, delta, ds, dq, dk, dv, scoring
         )

@@ -36,6 +36,16 @@ def _positive(text: str) -> int:
 _positive.__name__ = "positive integer"
 
 
+def _mebibytes(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+_mebibytes.__name__ = "whole number of MiB"
+
+
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < 1e6:
@@ -96,6 +106,16 @@ def _add_bench(commands: Any) -> None:
         "--against", nargs="+", choices=(SDPA, SDPA_MATH), default=(SDPA,),
         help=f"{SDPA}: whatever PyTorch chooses; {SDPA_MATH}: its unfused math path "
         f"(default: {SDPA})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiles", nargs="*", metavar="NAME",
+        help="also the forward in its other tiles, all or those of these names (* and ? as in "
+        "file names), and which is the fastest; measures forward unless --modes says more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scratch", nargs="+", type=_mebibytes, metavar="MB",
+        help="also training with these budgets for the backward's scratch, 0 being the low-memory "
+        "mode; measures training unless --modes says more",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=_seconds, help="time budget of a case (default: 3; 0.5 with --quick)"

@@ -6,6 +6,7 @@ The contenders of a case take turns, and nothing is timed whose result is not ri
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from .. import _calls
 from ..place import Place, find_place
-from . import cases, gate, machine, memory, report, timing
+from . import cases, gate, machine, memory, report, timing, variants
 from .contenders import CONTENDERS, OURS, Contender, path
 from .results import (
     FAILED,
@@ -29,6 +30,8 @@ from .results import (
     write_json,
 )
 
+Calls = dict[Contender, Callable[[], object]]
+
 
 def run(args: argparse.Namespace) -> int:
     """The command, with arguments as ``__main__`` parses them.
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         place = find_place(args.device)
         chosen = cases.chosen(args, place.kind)
+        further = variants.of_cases(chosen, args.tiles, args.scratch, place)
     except ValueError as error:
         console.print(f"bench: {error}", highlight=False, markup=False)
         return 2
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     with report.progress(console, len(chosen)) as on_case:
         for case in chosen:
             on_case(case)
-            results.cases.append(measure(case, contenders, place, schedule))
+            results.cases.append(measure(case, contenders + further[case], place, schedule))
     report.print_table(console, results)
     stem = Path(args.output or "bench-output") / machine.slug(results.machine)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -75,25 +79,27 @@ def measure(
 ) -> CaseResult:
     """Gate, memory, then time; a contender that fails one of them has no part in the next.
 
-    If our result is wrong, nobody is measured.
+    If the result of our op is wrong, nobody is measured.
     """
     problem = case.problem
     result = CaseResult(problem.series, problem.length, case.mode, [])
     operands = [x.to(place.device) for x in cases.operands(problem)]
-    calls = {}
+    calls: Calls = {}
     for contender in contenders:
         figures = Figures(contender.name, MEASURED)
         result.figures.append(figures)
         call = partial(contender.call, operands, case)
         try:
-            if contender.name == OURS:
-                gate.check(call(), case)
-            figures.path = path(contender, operands, case)
-            figures.peak_bytes = memory.peak_bytes(call, place.device)
-            calls[contender.name] = call
+            with contender.environment():
+                if contender.is_ours:
+                    gate.check(call(), case)
+                figures.path = path(contender, operands, case)
+                figures.peak_bytes = memory.peak_bytes(call, place.device)
+            calls[contender] = call
         except AssertionError as error:
             figures.status, figures.message = WRONG, str(error)
-            return result
+            if contender.name == OURS:
+                return result
         except (RuntimeError, MemoryError) as error:
             _record(figures, error)
             memory.release(place.device)
@@ -104,19 +110,27 @@ def measure(
 
 
 def _times(
-    result: CaseResult, calls: dict, place: Place, schedule: timing.Schedule
+    result: CaseResult, calls: Calls, place: Place, schedule: timing.Schedule
 ) -> dict[str, list[float]]:
-    """Interleaved; if memory runs out only now, without the contenders that are not ours."""
+    """Interleaved; if memory runs out only now, with ours only, and then with our op only."""
+    contenders = {contender.name: contender for contender in calls}
     try:
-        return timing.interleaved(calls, place.device, schedule)
+        return timing.interleaved(
+            {contender.name: call for contender, call in calls.items()}, place.device, schedule,
+            lambda name: contenders[name].environment(),
+        )  # fmt: skip
     except (RuntimeError, MemoryError) as error:
         memory.release(place.device)
+        fewer = [c for c in calls if c.is_ours]
+        if len(fewer) == len(calls):
+            fewer = [c for c in calls if c.name == OURS and len(calls) > 1]
         for figures in result.figures:
-            if figures.contender in calls and (figures.contender != OURS or len(calls) == 1):
+            contender = contenders.get(figures.contender)
+            if contender is not None and contender not in fewer:
                 figures.peak_bytes = None
                 _record(figures, error)
-        alone = {name: call for name, call in calls.items() if name == OURS}
-        return _times(result, alone, place, schedule) if alone and len(calls) > 1 else {}
+        left = {contender: calls[contender] for contender in fewer}
+        return _times(result, left, place, schedule) if left else {}
 
 
 def _record(figures: Figures, error: Exception) -> None:

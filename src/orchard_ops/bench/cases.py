@@ -87,9 +87,11 @@ def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
     """The cases of a command line, by series, then length; forward before training.
 
     Args:
-        args: cases, lengths, dtypes, heads, head_dims, masks, modes, batch, quick.
+        args: cases, lengths, dtypes, heads, head_dims, masks, modes, batch, quick, tiles, scratch.
         kind: of the place, see `DEFAULTS`.
     """
+    asked = {"forward": args.tiles is not None, "training": args.scratch is not None}
+    modes = args.modes or tuple(mode for mode in MODES if asked[mode]) or MODES
     defaults = DEFAULTS[kind]
     presets, lengths = defaults.presets, defaults.lengths
     if args.quick:
@@ -111,7 +113,7 @@ def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
                     mask=mask, dtype=dtype, length=length, batch=args.batch,
                 )
             )  # fmt: skip
-    return [Case(p, mode) for p in dict.fromkeys(problems) for mode in args.modes or MODES]
+    return [Case(p, mode) for p in dict.fromkeys(problems) for mode in modes]
 
 
 @functools.lru_cache(maxsize=1)

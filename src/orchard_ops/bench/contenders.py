@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,24 @@ class Contender:
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    is_ours: bool = False
+    """Gated for correctness before it is measured."""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Environment of its calls: another way to run our kernels, see variants.py."""
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        """Its variables for the block, outside of what is timed."""
+        before = {name: os.environ.get(name) for name, _ in self.variables}
+        os.environ.update(self.variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def call(self, operands: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
         """(out,), or (out, dq, dk, dv) in training."""
@@ -47,7 +67,7 @@ class Contender:
         return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def ours(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return torch.ops.orchard.flash_attn(q, k, v, is_causal=is_causal)
 
 
@@ -63,7 +83,11 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
 
 CONTENDERS = {
     c.name: c
-    for c in (Contender(OURS, _ours), Contender(SDPA, _sdpa), Contender(SDPA_MATH, _sdpa_math))
+    for c in (
+        Contender(OURS, ours, is_ours=True),
+        Contender(SDPA, _sdpa),
+        Contender(SDPA_MATH, _sdpa_math),
+    )
 }
 
 
@@ -87,7 +111,7 @@ def path(contender: Contender, operands: Sequence[Tensor], case: Case) -> str:
     For our op it is `explain`'s answer, unless the call was seen to fall back; for SDPA the
     operators that the call was seen to run.
     """
-    if contender.name == OURS:
+    if contender.is_ours:
         before = _calls.stats().fallbacks
         contender.call(operands, case)
         q, k, v, _ = operands

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -16,6 +19,8 @@ from .results import OUT_OF_MEMORY, CaseResult, Results
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 _LINES: tuple[tuple[str, Any], ...] = (("o", "-"), ("s", "--"), ("^", ":"), ("v", "-."))
 """Marker and line of each contender, in the order of `_COLORS`."""
+_MAX_IN_PANEL = 8
+"""With more contenders the legend stands beside the panels."""
 FORMATS = ("png", "svg")
 
 
@@ -39,15 +44,31 @@ def save(results: Results, stem: Path) -> list[Path]:
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: _size(nbytes)))
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle=line, markersize=4, label=name)
-        for name, color, (marker, line) in zip(results.contenders(), _COLORS, _LINES)
+        for name, color, (marker, line) in _styles(results.contenders())
     ]
-    grid[0][0].legend(handles=handles, fontsize=8)
+    if len(handles) <= _MAX_IN_PANEL:
+        grid[0][0].legend(handles=handles, fontsize=8)
+    else:
+        figure.legend(handles=handles, fontsize=7, loc="outside right upper")
     paths = [stem.with_name(f"{stem.name}.{ending}") for ending in FORMATS]
     for path in paths:
         # Without a date in it, the same results give the same file.
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=110, metadata=metadata)
     return paths
+
+
+def _styles(contenders: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, Any]]]:
+    """Name, color, and marker with line: the first as listed above, then every combination."""
+    fixed = list(zip(_COLORS, _LINES))
+    more = [
+        (color, style)
+        for style in _LINES
+        for color in TABLEAU_COLORS
+        if (color, style) not in fixed
+    ]
+    for name, (color, style) in zip(contenders, itertools.cycle(fixed + more)):
+        yield name, color, style
 
 
 def _label(axes: Any, title: str, lengths: list[int]) -> None:
@@ -66,7 +87,7 @@ def _label(axes: Any, title: str, lengths: list[int]) -> None:
 
 def _draw_time(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
     """Medians, in a band from p20 to p80."""
-    for contender, color, (marker, line) in zip(contenders, _COLORS, _LINES):
+    for contender, color, (marker, line) in _styles(contenders):
         measured = [(c.length, f) for c in cases if (f := c.of(contender)) and f.samples_ms]
         lengths = [length for length, _ in measured]
         median, low, high = ([f.time_ms(p) for _, f in measured] for p in (50, 20, 80))
@@ -78,7 +99,7 @@ def _draw_time(axes: Any, cases: list[CaseResult], contenders: list[str]) -> Non
 
 
 def _draw_memory(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
-    for contender, color, (marker, line) in zip(contenders, _COLORS, _LINES):
+    for contender, color, (marker, line) in _styles(contenders):
         measured = [(c.length, f) for c in cases if (f := c.of(contender)) and f.peak_bytes]
         lengths = [length for length, _ in measured]
         peaks = [f.peak_bytes for _, f in measured]
@@ -89,7 +110,7 @@ def _draw_memory(axes: Any, cases: list[CaseResult], contenders: list[str]) -> N
 
 
 def _mark_out_of_memory(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
-    for contender, color in zip(contenders, _COLORS):
+    for contender, color, _ in _styles(contenders):
         for case in cases:
             figures = case.of(contender)
             if figures is not None and figures.status == OUT_OF_MEMORY:

@@ -20,6 +20,7 @@ from rich.text import Text
 from .cases import Case
 from .contenders import OURS
 from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
+from .variants import TILE
 
 OnCase = Callable[[Case], None]
 
@@ -67,6 +68,9 @@ def print_table(console: Console, results: Results) -> None:
                 what = (f"{case.length}", case.mode) if index == 0 else ("", "")
                 table.add_row(*what, figures.contender, *_cells(case, figures))
             table.add_section()
+        of_series = [case for case in results.cases if case.series == series]
+        table.caption = "\n".join(filter(None, map(fastest_tile, of_series))) or None
+        table.caption_justify = "left"
         console.print(table)
     _print_paths(console, results)
     for case in results.cases:
@@ -75,6 +79,27 @@ def print_table(console: Console, results: Results) -> None:
                 failed = f"{figures.contender}: {figures.status} ({case.series} L{case.length}"
                 line = f"FAILED {failed} {case.mode}): {figures.message}"
                 console.print(Text(line, style="bold red"))
+
+
+def fastest_tile(case: CaseResult) -> str:
+    """In words, by the median over the turns of a tile's time divided by the default's.
+
+    "" for a case without tiles. A tile that is slower in a fifth of the turns is not called faster.
+    """
+    ratios = {
+        figures.contender: ratio
+        for figures in case.figures
+        if figures.contender.startswith(TILE)
+        and (ratio := case.ratio(figures.contender, OURS)) is not None
+    }
+    if not ratios:
+        return ""
+    best = min(ratios, key=lambda name: ratios[name])
+    low, high = (case.ratio_percentile(best, OURS, p) or 0.0 for p in (20, 80))
+    time = f"{best}, {ratios[best]:.2f} of the default's time (p20 {low:.2f}, p80 {high:.2f})"
+    if high < 1:
+        return f"L {case.length}, {case.mode}: the fastest is {time}"
+    return f"L {case.length}, {case.mode}: none is clearly faster than the default; best {time}"
 
 
 def _cells(case: CaseResult, figures: Figures) -> list[str]:

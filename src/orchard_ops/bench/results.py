@@ -54,10 +54,13 @@ class CaseResult:
 
     def ratio(self, of: str, to: str) -> float | None:
         """Median over the rounds of one contender's time divided by another's."""
+        return self.ratio_percentile(of, to, 50)
+
+    def ratio_percentile(self, of: str, to: str, p: float) -> float | None:
         a, b = self.of(of), self.of(to)
         if a is None or b is None or not a.samples_ms or not b.samples_ms:
             return None
-        return percentile([x / y for x, y in zip(a.samples_ms, b.samples_ms)], 50)
+        return percentile([x / y for x, y in zip(a.samples_ms, b.samples_ms)], p)
 
 
 @dataclass

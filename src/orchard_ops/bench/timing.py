@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +42,28 @@ def _sample(call: Callable[[], object], count: int, device: torch.device) -> flo
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, schedule: Schedule
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    schedule: Schedule,
+    around: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> dict[str, list[float]]:
-    """Milliseconds of a call, one sample of each contender a round; equally many of each."""
+    """Milliseconds of a call, one sample of each contender a round; equally many of each.
+
+    `around` gives what a contender's samples run inside of; entering it is not timed.
+    """
     counts = {}
     for name, call in calls.items():
-        _sample(call, schedule.warm_up, device)
-        counts[name] = max(1, round(schedule.sample_seconds / _sample(call, 1, device)))
+        with around(name):
+            _sample(call, schedule.warm_up, device)
+            counts[name] = max(1, round(schedule.sample_seconds / _sample(call, 1, device)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for round_ in range(_MAX_ROUNDS):
         if round_ >= schedule.min_rounds and time.perf_counter() - started > schedule.seconds:
             break
         for name, call in calls.items():
-            samples[name].append(1e3 * _sample(call, counts[name], device))
+            with around(name):
+                samples[name].append(1e3 * _sample(call, counts[name], device))
     return samples
 
 
