@@ -759,9 +759,11 @@ def _far() -> Iterator[Property]:
 
 _TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq from dS
     2: {64: ("r1_k32_b2", "q16_s1", "r1_k16", "r2_k32"),
-        128: ("r1_k16_b1", "q16_s2", "r1_k16", "r2_k16"),
+        96: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k16"),
+        128: ("r1_k32_b1", "q16_s2", "r1_k16", "r2_k16"),
         256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k16")},
     4: {64: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k32"),
+        80: ("r1_k16_b1", "q8_s1", "r1_k8", "r2_k16"),
         128: ("r1_k16_b1", "q8_s2", "r1_k8", "r2_k16"),
         256: ("r1_k8_b1", "q8_s4", "r1_k8", "r1_k8")},
 }  # fmt: skip
