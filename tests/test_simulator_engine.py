@@ -362,7 +362,7 @@ kernel void k(device float* o [[buffer(0)]], uint t [[thread_index_in_threadgrou
         return library.instruction_mix("k", (32, 1, 1), (32, 1, 1), arguments)[1]
 
     address_work = ("int", "imul", "icmp", "gep", "branch")
-    plain = [mix("").get(x, 0) for x in address_work]
+    plain = [mix("x *= 2.0f;").get(x, 0) for x in address_work]
     body = """
   x = exp2(x) + simd_shuffle_xor(x, ushort(1));
   threadgroup_barrier(mem_flags::mem_threadgroup);

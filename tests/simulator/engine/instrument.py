@@ -26,7 +26,7 @@ _LABEL = re.compile(r'[-\w.$"]+:')
 _LIBRARY_FUNCTION = re.compile(r"@_ZN3msl(7backend|4core)|msl_entry_\d+3runE|@msl_entries_")
 # Nor does the address work of these headers, which play the hardware (counters, lanes, barriers).
 # Float operations there stand for Metal's own functions.
-_LIBRARY_FILE = re.compile(r'!DIFile\(filename: "[^"]*/msl/(?:cpu_\w+|executor)\.h"')
+_LIBRARY_FILE = re.compile(r'!DIFile\(filename: "[^"]*/msl/(?:cpu_\w+|executor|simd)\.h"')
 _METADATA = re.compile(r"(!\d+) = (?:distinct )?(!DI\w+\(.*)")
 _FILE = re.compile(r"\bfile: (!\d+)")
 _SCOPE = re.compile(r"\bscope: (!\d+)")
