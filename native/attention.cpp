@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
     AttentionParams params = plan->params;
     set_seed(params, seed);
     log_metal("flash_attn_fwd", *plan);
-    dispatch(plan->kernels[0], plan->launches[0].groups_x,
+    dispatch(plan->kernels[0], plan->launches[0].groups,
         {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
             {kBufferLse, lse}},
         params);
@@ -317,8 +317,8 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
       {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta},
       {kBufferDq, dq}, {kBufferDk, dk}, {kBufferDv, dv}, {kBufferDs, ds}};
   for (const KernelLaunch& launch : plan->launches) {
-    params.first_kv_head = launch.first_kv_head;
-    dispatch(plan->kernels[launch.kernel], launch.groups_x, tensors, params);
+    launch.set(params);
+    dispatch(plan->kernels[launch.kernel], launch.groups, tensors, params);
   }
   return {dq, dk, dv};
 }

@@ -45,7 +45,7 @@ constexpr TileRow kTiles[] = {
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},
     {96, 2, {1, 32, 1}, {16, 1}, {1, 16}, {2, 16}},
     {128, 2, {1, 32, 1}, {16, 2}, {1, 16}, {2, 16}},
-    {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 16}},
+    {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 8}},
     {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
     {80, 4, {1, 16, 1}, {8, 1}, {1, 8}, {2, 16}},
     {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
@@ -264,21 +264,36 @@ int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
 
 int64_t kv_heads(const Problem& p) { return p.k.sizes[0] * p.k.sizes[1]; }
 
-/// How many of the batch * num_kv_heads key/value heads, with their query heads, share the buffer
-/// for dS, and its size: 0 where not one fits, or where it does not pay.
-struct KvChunks {
+/// How a backward that stores dS is divided: so many of the batch * num_kv_heads key/value heads,
+/// with their query heads, and so many keys share the buffer at once.
+struct DsDivision {
   int64_t kv_heads;
-  int64_t ds_elements;
+  int64_t keys;
+  int64_t tile_elements;  // of the buffer, before the sums of dq; 0: dS is not stored
+  int64_t sum_elements;   // behind them
 };
 
-KvChunks ds_chunks(const Problem& p, int bd) {
-  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
-  const int64_t elements =  // tiles of 8 x 8 for each query head of the group
-      group * 64 * blocks_of(p.q.sizes[2], 8) * blocks_of(p.k.sizes[2], 8);
-  const int64_t bytes = elements * int64_t{sizeof(float)};
-  if (bd < kDsHeadDim || bytes == 0 || bytes > p.scratch_bytes) return {kv_heads(p), 0};
-  const int64_t heads = std::min(p.scratch_bytes / bytes, kv_heads(p));
-  return {heads, heads * elements};
+// Keys are divided only into parts of so many threadgroups: fewer would leave a large GPU idle (an
+// M1 Max holds some 128 of them at once).
+constexpr int64_t kGroupsToFill = 96;
+
+DsDivision divide_ds(const Problem& p, int bd, int keys_of_group) {
+  const int64_t q_len = p.q.sizes[2], kv_len = p.k.sizes[2];
+  const DsDivision undivided{kv_heads(p), kv_len, 0, 0};
+  const int64_t query_heads_of_one = kv_heads(p) > 0 ? query_heads(p) / kv_heads(p) : 0;
+  const int64_t rows = query_heads_of_one * 8 * blocks_of(q_len, 8);
+  const int64_t budget = p.scratch_bytes / int64_t{sizeof(float)};
+  if (bd < kDsHeadDim || rows == 0 || kv_len == 0) return undivided;
+  const int64_t of_one = rows * 8 * blocks_of(kv_len, 8);
+  if (of_one <= budget) {
+    const int64_t fitting = std::min(budget / of_one, kv_heads(p));
+    return {fitting, kv_len, fitting * of_one, 0};
+  }
+  const int64_t sums = query_heads_of_one * q_len * bd;
+  const int64_t fitting = std::max<int64_t>(budget - sums, 0) / rows;
+  const int64_t keys = fitting / ORCHARD_KEY_CHUNK * ORCHARD_KEY_CHUNK;
+  if (keys < kGroupsToFill * keys_of_group) return undivided;
+  return {1, keys, rows * keys, sums};
 }
 
 /// The template's last arguments: VEC and DROPOUT.
@@ -328,6 +343,12 @@ std::array<int64_t, 4> strides_in_order_of(
   return strides;
 }
 
+void KernelLaunch::set(AttentionParams& params) const {
+  params.first_kv_head = first_kv_head;
+  params.key_begin = key_begin;
+  params.key_end = key_end;
+}
+
 Plan plan_forward(const Problem& p, const Layout& out) {
   Plan plan;
   refuse(p, plan);
@@ -357,7 +378,7 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   plan.kernels.push_back(make_kernel(p, "attention_forward", choice, switches(p, chunks),
       query_heads(p), blocks_of(p.q.sizes[2], query_rows(tile.r))));
   plan.kernels[0].alternatives = names_of(choices);
-  plan.launches = {{0, plan.kernels[0].groups[0], 0}};
+  plan.launches = {{0, plan.kernels[0].groups, 0, 0, plan.params.kv_len}};
   return plan;
 }
 
@@ -375,10 +396,11 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   plan.params.dout = to_strides(dout.strides);
   advise_on_layout(chunks, plan);
 
-  const KvChunks chunks_of_heads = ds_chunks(p, bd);
-  const bool store_ds = chunks_of_heads.ds_elements > 0;
-  plan.ds_elements = chunks_of_heads.ds_elements;
-  const int keys = 8 * kSimdgroups / row.dkv.split;
+  const int keys = 8 * kSimdgroups / row.dkv.split;  // of a threadgroup
+  const DsDivision ds = divide_ds(p, bd, keys);
+  const bool store_ds = ds.tile_elements > 0;
+  plan.ds_elements = ds.tile_elements + ds.sum_elements;
+  plan.params.dq_sums = ds.tile_elements;
   plan.kernels.push_back(make_kernel(p, "attention_backward_delta", {},
       {chunks ? "chunks" : "!chunks"}, query_heads(p), blocks_of(p.q.sizes[2], query_rows(1))));
   plan.kernels.push_back(
@@ -392,13 +414,20 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
         switches(p, chunks), query_heads(p), blocks_of(p.q.sizes[2], query_rows(row.dq.r))));
   }
-  plan.launches.push_back({0, plan.kernels[0].groups[0], 0});
-  const int64_t group = p.k.sizes[1] > 0 ? p.q.sizes[1] / p.k.sizes[1] : 0;
-  for (int64_t first = 0; first < kv_heads(p); first += chunks_of_heads.kv_heads) {
-    const int64_t count = std::min(chunks_of_heads.kv_heads, kv_heads(p) - first);
-    const int32_t first_kv_head = static_cast<int32_t>(first);
-    plan.launches.push_back({1, static_cast<uint64_t>(count), first_kv_head});
-    plan.launches.push_back({2, static_cast<uint64_t>(count * group), first_kv_head});
+  plan.launches.push_back({0, plan.kernels[0].groups, 0, 0, plan.params.kv_len});
+  const uint64_t query_heads_of_one =
+      kv_heads(p) > 0 ? static_cast<uint64_t>(query_heads(p) / kv_heads(p)) : 0;
+  for (int64_t head = 0; head < kv_heads(p); head += ds.kv_heads) {
+    for (int64_t key = 0; key < p.k.sizes[2]; key += ds.keys) {
+      const uint64_t heads = static_cast<uint64_t>(std::min(ds.kv_heads, kv_heads(p) - head));
+      const int64_t key_end = std::min(key + ds.keys, p.k.sizes[2]);
+      KernelLaunch launch{1, {heads, static_cast<uint64_t>(blocks_of(key_end - key, keys))},
+          static_cast<int32_t>(head), static_cast<int32_t>(key), static_cast<int32_t>(key_end)};
+      plan.launches.push_back(launch);
+      launch.kernel = 2;
+      launch.groups = {heads * query_heads_of_one, plan.kernels[2].groups[1]};
+      plan.launches.push_back(launch);
+    }
   }
   return plan;
 }
@@ -429,8 +458,9 @@ std::string to_json(const Plan& plan) {
   out << "], \"launches\": [";
   for (size_t i = 0; i < plan.launches.size(); i++) {
     const KernelLaunch& launch = plan.launches[i];
-    out << (i ? ", [" : "[") << launch.kernel << ", " << launch.groups_x << ", "
-        << launch.first_kv_head << "]";
+    out << (i ? ", [" : "[") << launch.kernel << ", " << launch.groups[0] << ", "
+        << launch.groups[1] << ", " << launch.first_kv_head << ", " << launch.key_begin << ", "
+        << launch.key_end << "]";
   }
   out << "], \"scratch_bytes\": " << plan.ds_elements * sizeof(float) << "}";
   return out.str();

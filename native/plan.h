@@ -48,11 +48,15 @@ struct KernelPlan {
   uint64_t threads = 0;                   ///< per threadgroup, along x
 };
 
-/// One dispatch of a kernel of the plan: with so many threadgroups in x, and params.first_kv_head.
+/// One dispatch of a kernel of the plan: its threadgroups, and what it sets in the params.
 struct KernelLaunch {
   size_t kernel = 0;
-  uint64_t groups_x = 0;
+  std::array<uint64_t, 2> groups{};
   int32_t first_kv_head = 0;
+  int32_t key_begin = 0;
+  int32_t key_end = 0;
+
+  void set(AttentionParams& params) const;
 };
 
 struct Plan {

@@ -92,7 +92,7 @@ Pipeline& pipeline_of(const KernelPlan& kernel) {
 /// What the command block's callback needs, and what it reports: no exception may cross it.
 struct Launch {
   const KernelPlan& kernel;
-  uint64_t groups_x;
+  const std::array<uint64_t, 2>& groups;
   Bindings tensors;
   const AttentionParams& params;
   std::string failure;
@@ -115,7 +115,7 @@ void encode(Function function, void* user_data) {
     return;
   }
   // The shim counts threads, not threadgroups.
-  const uint64_t threads[] = {launch.groups_x * launch.kernel.threads, launch.kernel.groups[1], 1};
+  const uint64_t threads[] = {launch.groups[0] * launch.kernel.threads, launch.groups[1], 1};
   const uint64_t group[] = {launch.kernel.threads, 1, 1};
   ok(aoti_torch_mps_dispatch_array_with_group_size(function, threads, 3, group, 3), "the dispatch");
 }
@@ -135,8 +135,8 @@ std::string last_error() {
   return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
-void dispatch(
-    const KernelPlan& kernel, uint64_t groups_x, Bindings tensors, const AttentionParams& params) {
+void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups, Bindings tensors,
+    const AttentionParams& params) {
   static const pid_t owner = getpid();
   if (getpid() != owner) {
     throw std::runtime_error(
@@ -149,7 +149,7 @@ void dispatch(
   }
   Pipeline& pipeline = pipeline_of(kernel);
   if (!pipeline.failure.empty()) throw MetalError(pipeline.failure);
-  Launch launch{kernel, groups_x, tensors, params, {}};
+  Launch launch{kernel, groups, tensors, params, {}};
   const std::lock_guard<std::mutex> lock(pipeline.encoding);
   const AOTITorchError code = aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
   if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {

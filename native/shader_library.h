@@ -35,7 +35,7 @@ std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with
 /// so many threadgroups in x. Throws MetalError.
-void dispatch(
-    const KernelPlan& kernel, uint64_t groups_x, Bindings tensors, const AttentionParams& params);
+void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups, Bindings tensors,
+    const AttentionParams& params);
 
 }  // namespace orchard

@@ -57,8 +57,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const int kv_index = group.x + params.first_kv_head;
   const int batch = kv_index / params.num_kv_heads;
   const int kv_head = kv_index % params.num_kv_heads;
-  const int heads = params.num_heads / params.num_kv_heads;  // of the group
-  const int group_key0 = group.y * kKeys;  // early keys first: causally the heaviest
+  const int heads = params.num_heads / params.num_kv_heads;   // of the group
+  const int group_key0 = params.key_begin + group.y * kKeys;  // early keys first: the heaviest
   const int key0 = group_key0 + simdgroup / SPLIT * 8;
   const int part = simdgroup % SPLIT;
   const int col0 = part * kDepth * 8;
@@ -96,6 +96,17 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         blocks.begin * BQ, col0, grad_block, thread_index, at);
     for (int block = blocks.begin; block < blocks.end; block++) {
       const int row0 = block * BQ;
+      float2 row_lse[kBlocks];  // asked for early: they come from device memory
+      float2 row_delta[kBlocks];
+      ORCHARD_UNROLL
+      for (int c = 0; c < kBlocks; c++) {
+        ORCHARD_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const int64_t stats = stats0 + min(row0 + 8 * c + at.col + e, params.q_len - 1);
+          row_lse[c][e] = lse[stats];
+          row_delta[c][e] = delta[stats];
+        }
+      }
       q.fetch();
       grad.fetch();
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
@@ -125,8 +136,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       for (int c = 0; c < kBlocks; c++) {
         ORCHARD_UNROLL
         for (int e = 0; e < 2; e++) {
-          const int row = min(row0 + 8 * c + at.col + e, params.q_len - 1);
-          p.fragments[0][c][e] = weight(p.fragments[0][c][e], finite_lse(lse[stats0 + row]));
+          p.fragments[0][c][e] = weight(p.fragments[0][c][e], finite_lse(row_lse[c][e]));
         }
       }
       if (!sees_all(row0, BQ, key0, 8, params)) {
@@ -137,7 +147,6 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       for (int c = 0; c < kBlocks; c++) {
         ORCHARD_UNROLL
         for (int e = 0; e < 2; e++) {
-          const int row = min(row0 + 8 * c + at.col + e, params.q_len - 1);
           float keep = 1.0f;
           float p_scale = kPScale;
           if (DROPOUT) {
@@ -147,8 +156,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           }
           const float w = p.fragments[0][c][e];
           dropped.fragments[0][c][e] = w * p_scale;
-          ds_tile.fragments[0][c][e] =
-              w * (ds_tile.fragments[0][c][e] * keep - delta[stats0 + row]);
+          ds_tile.fragments[0][c][e] = w * (ds_tile.fragments[0][c][e] * keep - row_delta[c][e]);
         }
         const bool inside = key0 < params.kv_len && row0 + 8 * c < params.q_len;
         if (STORE_DS && inside && c % SPLIT == part) {

@@ -137,7 +137,8 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
       dq, params.dq, batch, head, row0, 0, params.q_len, params.head_dim, sum, factor, at);
 }
 
-/// dq = scale * dS K. Tiles that no query of theirs sees have not been written, and are not read.
+/// dq = scale * dS K of the dispatch's keys and those before. Tiles that no query of theirs sees
+/// have not been written, and are not read.
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC>
 [[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
 attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B, Hkv, S, D)
@@ -164,11 +165,16 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
   const HeadRows<T> k_rows =
       head_rows(key, params.k, batch, head / heads, params.kv_len, params.head_dim);
-  const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
+  const BlockRange blocks = of_dispatch(
+      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params), BK, params);
   RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
   k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
   Tile<float, R, kDepth> sum;
   zero(sum);
+  const PartialDq<BD> partial = partial_dq<BD>(ds, group.x, row0, at, params);
+  if (params.key_begin > 0) {
+    partial.load(sum);
+  }
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
@@ -191,6 +197,10 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     k.advance();
   }
 
+  if (params.key_end < params.kv_len) {
+    partial.store(sum);
+    return;
+  }
   float factor[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {

@@ -1,5 +1,7 @@
 // dS, the gradient of the scores, on its way from the key's side of the backward to the query's:
 // float tiles of 8 keys x 8 queries, contiguous, ordered by (query head, key block, query block).
+// Where not all keys' tiles fit into the buffer, several dispatches share it, and dq is summed
+// behind them in between.
 #pragma once
 
 #include "params.h"
@@ -9,10 +11,11 @@
 struct DscoreTiles {
   device float* data;
   int query_blocks;  // of 8 rows
+  int key_begin;     // of the dispatch
   LanePosition at;
 
   METAL_FUNC device float* tile(int key0, int row0) const {
-    return data + ((int64_t)(key0 / 8) * query_blocks + row0 / 8) * 64;
+    return data + ((int64_t)((key0 - key_begin) / 8) * query_blocks + row0 / 8) * 64;
   }
 
   /// One fragment of dS^T (keys, queries) to a tile, as the key's side holds it.
@@ -32,8 +35,58 @@ METAL_FUNC DscoreTiles dscore_tiles(
     device float* ds, int head, LanePosition at, constant AttentionParams& params) {
   DscoreTiles tiles;
   tiles.query_blocks = (params.q_len + 7) / 8;
-  const int64_t key_blocks = (params.kv_len + 7) / 8;
+  tiles.key_begin = params.key_begin;
+  const int64_t key_blocks = (params.key_end - params.key_begin + 7) / 8;
   tiles.data = ds + head * key_blocks * tiles.query_blocks * 64;
   tiles.at = at;
   return tiles;
+}
+
+/// Rows [row0, ...) of dq / scale from the keys of earlier dispatches: (query head, row, BD) float.
+template <int BD>
+struct PartialDq {
+  device float* data;
+  int row0;
+  int length;
+  LanePosition at;
+
+  METAL_FUNC device float2* of(int r, int c) const {
+    const int64_t row = row0 + 8 * r + at.row;
+    return reinterpret_cast<device float2*>(data + row * BD + 8 * c + at.col);
+  }
+
+  template <int ROWS>
+  METAL_FUNC void load(thread Tile<float, ROWS, BD / 8>& x) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BD / 8; c++) {
+        x.fragments[r][c] = row0 + 8 * r + at.row < length ? *of(r, c) : float2(0.0f);
+      }
+    }
+  }
+
+  template <int ROWS>
+  METAL_FUNC void store(thread const Tile<float, ROWS, BD / 8>& x) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BD / 8; c++) {
+        if (row0 + 8 * r + at.row < length) {
+          *of(r, c) = x.fragments[r][c];
+        }
+      }
+    }
+  }
+};
+
+template <int BD>
+METAL_FUNC PartialDq<BD> partial_dq(
+    device float* ds, int head, int row0, LanePosition at, constant AttentionParams& params) {
+  PartialDq<BD> partial;
+  partial.data = ds + params.dq_sums + (int64_t)head * params.q_len * BD;
+  partial.row0 = row0;
+  partial.length = params.q_len;
+  partial.at = at;
+  return partial;
 }

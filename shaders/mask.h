@@ -29,6 +29,13 @@ METAL_FUNC BlockRange query_blocks(int key0, int key1, int BQ, constant Attentio
       key1 - 1 - params.diagonal + params.window_left, params.q_len, BQ);
 }
 
+/// Those of the blocks of BK that are blocks of this dispatch's keys.
+METAL_FUNC BlockRange of_dispatch(BlockRange blocks, int BK, constant AttentionParams& params) {
+  blocks.begin = max(blocks.begin, params.key_begin / BK);
+  blocks.end = min(blocks.end, (params.key_end + BK - 1) / BK);
+  return blocks;
+}
+
 METAL_FUNC bool sees(int row, int key, constant AttentionParams& params) {
   return row < params.q_len && key < params.kv_len &&
          key >= row + params.diagonal - params.window_left &&

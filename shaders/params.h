@@ -47,6 +47,7 @@ struct AttentionParams {
   TensorStrides dq;
   TensorStrides dk;
   TensorStrides dv;
+  int64_t dq_sums;       ///< elements of buffer ds before PartialDq (backward)
   int32_t num_heads;     ///< query heads
   int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads /
                          ///< num_kv_heads)
@@ -62,7 +63,9 @@ struct AttentionParams {
   uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
-  int32_t first_kv_head;  ///< of all batch * num_kv_heads, where this dispatch begins (backward)
+  int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
+  int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
+  int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
 };
 
 /// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal +
@@ -70,6 +73,9 @@ struct AttentionParams {
 #define ORCHARD_MAX_LENGTH (1 << 28)
 #define ORCHARD_WINDOW_OPEN (1 << 30)
 
+/// Keys are divided between dispatches at multiples of this, whole blocks of every kernel.
+#define ORCHARD_KEY_CHUNK 64
+
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
-static_assert(
-    sizeof(AttentionParams) == 8 * 32 + 16 * 4, "host and shader must agree on AttentionParams");
+static_assert(sizeof(AttentionParams) == 8 * 32 + 8 + 18 * 4,
+    "host and shader must agree on AttentionParams");

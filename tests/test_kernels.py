@@ -62,6 +62,17 @@ def test_scratch_is_shared_by_as_many_heads_as_fit(monkeypatch: pytest.MonkeyPat
         assert torch.equal(one.cpu(), other.cpu())
 
 
+def test_keys_are_divided_where_one_head_does_not_fit(monkeypatch: pytest.MonkeyPatch):
+    """dS of one head takes 8 x 1027 tiles of 8 x 8, 2.006 MiB: two parts in 2 MiB."""
+    case = Case(64, 8210, 64, num_heads=2, num_kv_heads=2, dtype=torch.float16, window_left=2000,
+                window_right=6150, dropout_p=0.1)  # fmt: skip
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
+    with simulator.recording() as launches:
+        check_case(case)
+    names = [launch.kernel.split("_float16")[0] for launch in launches]
+    assert names.count("attention_backward_dq_from_ds") == 4
+
+
 TILES = [
     (dtype, head_dim, f"r{r}_k{bk}_b{buffers}{suffix}")
     for dtype, head_dim, suffix in (

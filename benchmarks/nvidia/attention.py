@@ -128,7 +128,7 @@ class Attention:
         launches = []
         for x in plan.kernels:
             params = Params.from_buffer_copy(plan.params)
-            params.first_kv_head = x.first_kv_head
+            x.set(params)
             of_params = (_INDEX["params"], params)
             launches.append(
                 self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, of_params)

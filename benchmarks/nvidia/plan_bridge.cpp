@@ -34,8 +34,10 @@ constexpr size_t kMaxLaunches = 1024;
 
 struct BridgeLaunch {
   int64_t kernel;
-  uint64_t groups_x;
+  uint64_t groups[2];
   int64_t first_kv_head;
+  int64_t key_begin;
+  int64_t key_end;
 };
 
 struct BridgePlan {
@@ -91,8 +93,9 @@ void write(const orchard::Plan& plan, BridgePlan* result) {
   result->launch_count = static_cast<int64_t>(plan.launches.size());
   for (size_t i = 0; i < plan.launches.size(); i++) {
     const orchard::KernelLaunch& launch = plan.launches[i];
-    result->launches[i] = {
-        static_cast<int64_t>(launch.kernel), launch.groups_x, launch.first_kv_head};
+    result->launches[i] = {static_cast<int64_t>(launch.kernel),
+        {launch.groups[0], launch.groups[1]}, launch.first_kv_head, launch.key_begin,
+        launch.key_end};
   }
   result->ds_elements = plan.ds_elements;
 }

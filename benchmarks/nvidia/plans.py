@@ -60,6 +60,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *[(name, _int64 * 4) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")],
+        ("dq_sums", _int64),
         *[(name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "q_len", "kv_len")],
         *[(name, ctypes.c_int32) for name in ("head_dim", "diagonal")],
         *[(name, ctypes.c_int32) for name in ("window_left", "window_right")],
@@ -69,7 +70,7 @@ class Params(ctypes.Structure):
         ("dropout_threshold", ctypes.c_uint32),
         ("dropout_rescale", ctypes.c_float),
         ("has_dlse", ctypes.c_int32),
-        ("first_kv_head", ctypes.c_int32),
+        *[(name, ctypes.c_int32) for name in ("first_kv_head", "key_begin", "key_end")],
     ]
 
     def set_strides(self, name: str, x: Tensor) -> None:
@@ -91,7 +92,13 @@ class _Kernel(ctypes.Structure):
 class _Launch(ctypes.Structure):
     """BridgeLaunch"""
 
-    _fields_ = [("kernel", _int64), ("groups_x", ctypes.c_uint64), ("first_kv_head", _int64)]
+    _fields_ = [
+        ("kernel", _int64),
+        ("groups", ctypes.c_uint64 * 2),
+        ("first_kv_head", _int64),
+        ("key_begin", _int64),
+        ("key_end", _int64),
+    ]
 
 
 class _Plan(ctypes.Structure):
@@ -118,6 +125,13 @@ class Kernel:
     groups: tuple[int, int]
     threads: int
     first_kv_head: int
+    key_begin: int
+    key_end: int
+
+    def set(self, params: Params) -> None:
+        """As orchard::KernelLaunch::set."""
+        params.first_kv_head = self.first_kv_head
+        params.key_begin, params.key_end = self.key_begin, self.key_end
 
 
 @dataclass(frozen=True)
@@ -161,9 +175,11 @@ class Planner:
                     kernel.family.decode(),
                     kernel.name.decode(),
                     kernel.instantiation.decode(),
-                    (launch.groups_x, kernel.groups[1]),
+                    tuple(launch.groups),
                     kernel.threads,
                     launch.first_kv_head,
+                    launch.key_begin,
+                    launch.key_end,
                 )
             )
         return Plan(kernels, plan.params, plan.ds_elements)

@@ -61,6 +61,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, _int64 * 4) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        ("dq_sums", _int64),
         *((name, ctypes.c_int32) for name in (
             "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim",
             "diagonal", "window_left", "window_right",
@@ -68,7 +69,7 @@ class Params(ctypes.Structure):
         ("scale", ctypes.c_float), ("scale_log2", ctypes.c_float),
         ("dropout_seed", ctypes.c_uint32 * 2), ("dropout_threshold", ctypes.c_uint32),
         ("dropout_rescale", ctypes.c_float), ("has_dlse", ctypes.c_int32),
-        ("first_kv_head", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("first_kv_head", "key_begin", "key_end")),
     ]  # fmt: skip
 
 

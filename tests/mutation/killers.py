@@ -164,7 +164,10 @@ class Attention:
             if name in results
         }
         first = self.kv_heads[0] if self.kv_heads else 0
-        block = with_seed(params, has_dlse=int(self.dlse), first_kv_head=first, **strides)
+        block = with_seed(
+            params, has_dlse=int(self.dlse), first_kv_head=first, key_end=self.case.kv_len,
+            **strides,
+        )  # fmt: skip
         counters = launch(
             library, kernel, sources.buffers, block, inputs, results,
             seed=self.schedule, workers=1,
@@ -552,6 +555,60 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
 
 
+def divided_keys(sources: Sources, note: Callable[[str], None], check: bool = False) -> None:
+    """The two kernels in turn over thirds of the keys, for one key/value head of two."""
+    case = Case(70, 150, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
+                window_left=90, window_right=60, diagonal=20)  # fmt: skip
+    given = reference(case, False, (0.0, 0.0))
+    names = ("query", "key", "value", "dout")
+    x = {name: Guarded.like(t, "padded") for name, t in zip(names, given.operands)}
+    layouts = {
+        short: place(x[name])
+        for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "query"),
+                            ("dout", "dout"))
+    }  # fmt: skip
+    plan, params = sources.plan(request(
+        layouts, 2, True, dropout_p=0.2, scale=0.125, window_left=90, window_right=60,
+        diagonal=20, scratch_bytes=1 << 30,
+    ))  # fmt: skip
+    kernels = {k["family"]: k for k in plan["kernels"]}
+    x["lse"] = Guarded.like(given.lse[None], "dense")
+    x["delta"] = Guarded.like(given.delta.float()[None], "dense")
+    tiles = 2 * 8 * 9 * 64  # heads, key blocks, query blocks
+    shape = (1, 1, 1, tiles + 2 * 70 * 64)
+    scratch = Guarded(shape, _dense(shape), F32)
+    results = {
+        name: _empty(like, "padded") for name, like in zip(("dq", "dk", "dv"), given.operands)
+    }
+    own = {name: tuple(y.tensor.stride()) for name, y in results.items()}
+    for begin, end in ((0, 64), (64, 128), (128, 150)):
+        block = with_seed(
+            params, first_kv_head=1, key_begin=begin, key_end=end, dq_sums=tiles, **own
+        )
+        for family, inputs, outputs in (
+            (DKV, ("query", "key", "value", "dout", "lse", "delta"), ("dk", "dv")),
+            (DQ_FROM_DS, ("key",), ("dq",)),
+        ):
+            kernel = dict(kernels[family])
+            library = compile_kernel(sources, family, kernel, check)
+            note("compiled")
+            groups = -(-(end - begin) // 32) if family == DKV else kernel["groups"][1]
+            kernel["groups"] = [1 if family == DKV else 2, groups]
+            written = {name: results[name] for name in outputs} | {"ds": scratch}
+            launch(library, kernel, sources.buffers, block, {n: x[n] for n in inputs}, written,
+                   workers=1)  # fmt: skip
+        if end < 150:
+            assert results["dq"].tensor.isnan().all(), "dq before the last keys"
+        assert results["dk"].tensor[:, 1, end:].isnan().all(), "keys of the next dispatch"
+    named = dict.fromkeys(("out", "lse", "dq", "dk", "dv"))
+    for name, y in results.items():
+        mine = slice(2, 4) if name == "dq" else slice(1, 2)
+        assert y.tensor[:, : mine.start].isnan().all(), name
+        named[name] = getattr(given.ref, name).to(F32)
+        named[name][:, mine] = y.tensor[:, mine]
+    assert_attention_close(list(named.values()), given.ref, given.eager)
+
+
 def _infinite_rows(dlse: bool = False) -> tuple[Case, dict[str, Tensor]]:
     """Every other query scores -inf with every key, without a mask."""
     case = Case(16, 32, 16, num_heads=1, dtype=F32, scale=1.0)
@@ -721,7 +778,9 @@ def _far_ds(
     library = compile_kernel(sources, family, kernel)
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
-    block = torch.frombuffer(bytearray(with_seed(params, **own)), dtype=torch.uint8).clone()
+    block = torch.frombuffer(
+        bytearray(with_seed(params, key_end=16, **own)), dtype=torch.uint8
+    ).clone()
     numbers = sources.buffers
     buffers = {numbers[name]: y.buffer for name, y in x.items()}
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
@@ -761,7 +820,7 @@ _TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq fro
     2: {64: ("r1_k32_b2", "q16_s1", "r1_k16", "r2_k32"),
         96: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k16"),
         128: ("r1_k32_b1", "q16_s2", "r1_k16", "r2_k16"),
-        256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k16")},
+        256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k8")},
     4: {64: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k32"),
         80: ("r1_k16_b1", "q8_s1", "r1_k8", "r2_k16"),
         128: ("r1_k16_b1", "q8_s2", "r1_k8", "r2_k16"),
@@ -863,7 +922,9 @@ def plan_of_every_width(sources: Sources) -> None:
             assert plan == {
                 "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels,
                 "scratch_bytes": stored,
-                "launches": [[0, 8, 0], [1, 4, 0], [2, 8, 0]] if backward else [[0, 8, 0]],
+                "launches": [
+                    [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
+                ],
             }, (plan, kernels)  # fmt: skip
 
 
@@ -878,16 +939,57 @@ def plan_of_scratch(sources: Sources) -> None:
         plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=scratch))
         assert plan["scratch_bytes"] == at_once * group
         step = at_once or 15
-        expected = [[0, 30, 0]]
+        delta, dkv, dq = (kernel["groups"] for kernel in plan["kernels"])
+        expected = [[0, *delta, 0, 0, 70]]
         for first in range(0, 15, step):
             heads = min(step, 15 - first)
-            expected += [[1, heads, first], [2, 2 * heads, first]]
+            expected += [[1, heads, dkv[1], first, 0, 70], [2, 2 * heads, dq[1], first, 0, 70]]
         assert plan["launches"] == expected
         last = plan["kernels"][-1]["family"]
         assert last == (DQ_FROM_DS if at_once else DQ)
-    empty = _dense_layouts(l=0)
-    plan, _ = sources.plan(request(empty, 0, True, scratch_bytes=1 << 20))
-    assert plan["scratch_bytes"] == 0 and plan["kernels"][-1]["family"] == DQ
+    for sizes in ({"l": 0}, {"s": 0}, {"d": 63}, {"b": 0}):
+        layouts = _dense_layouts(**{"d": 64, **sizes})
+        plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 20))
+        stored = sizes == {"d": 63}
+        assert (plan["scratch_bytes"] > 0) == stored
+        assert plan["kernels"][-1]["family"] == (DQ_FROM_DS if stored else DQ)
+    plan, _ = sources.plan(request(_dense_layouts(d=48), 0, True, scratch_bytes=1 << 30))
+    assert plan["scratch_bytes"] == 0
+
+
+def plan_of_divided_keys(sources: Sources) -> None:
+    """Where one head's dS does not fit, chunks of its keys that fill a GPU, or nothing."""
+    for d, split, dtype in ((64, 1, 0), (128, 2, 0), (64, 1, 2), (256, 4, 2)):
+        layouts = _dense_layouts(b=1, h=4, hk=2, l=41, s=9000, d=d)
+        row = 4 * 2 * 6 * 8  # bytes of one key's dS: two query heads, six blocks of rows
+        sums = 4 * 2 * 41 * d
+        least = 96 * 32 // split
+        for keys in (least - 1, least, least + 63, least + 64, 8999, 9000):
+            chunk = keys // 64 * 64
+            plan, params = sources.plan(
+                request(layouts, dtype, True, scratch_bytes=keys * row + sums)
+            )
+            fits = keys * row + sums >= 9000 // 8 * 8 * row
+            if fits:
+                assert plan["scratch_bytes"] == 9000 * row and params.dq_sums == 9000 * row // 4
+                continue
+            if chunk < least:
+                assert plan["scratch_bytes"] == 0 and plan["launches"][1][1:] == [
+                    4 // 2, -(-9000 // (32 // split)), 0, 0, 9000
+                ]  # fmt: skip
+                continue
+            assert plan["scratch_bytes"] == chunk * row + sums
+            assert params.dq_sums == chunk * row // 4
+            expected = [[0, *plan["kernels"][0]["groups"], 0, 0, 9000]]
+            for head in (0, 1):
+                for begin in range(0, 9000, chunk):
+                    end = min(begin + chunk, 9000)
+                    groups = -(-(end - begin) // (32 // split))
+                    expected += [
+                        [1, 1, groups, head, begin, end],
+                        [2, 2, plan["kernels"][2]["groups"][1], head, begin, end],
+                    ]
+            assert plan["launches"] == expected
 
 
 def plan_of_other_tiles(sources: Sources) -> None:
@@ -1089,17 +1191,24 @@ def killers() -> tuple[Attention | Property, ...]:
         for test in (
             plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
             plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
-            plan_of_scratch, plan_of_other_tiles,
+            plan_of_scratch, plan_of_divided_keys, plan_of_other_tiles,
         )
     ]  # fmt: skip
     plain = [k for k in _attention() if not k.check]
-    checked = [k for k in _attention() if k.check]
-    properties = [
+    checked: list[Any] = [k for k in _attention() if k.check]
+    both = (DKV, DQ_FROM_DS)
+    properties: list[Any] = [
         Property(f"{FORWARD}: lse is rounded once", FORWARD, lse_is_rounded_once),
         Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
         Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
         Property(f"{DKV}: scores of -inf", DKV, infinite_scores_dkv),
+        *(Property(f"{family}: divided keys", family, divided_keys) for family in both),
     ]
+    checked += [
+        Property(f"{family}: divided keys, checked", family,
+                 functools.partial(divided_keys, check=True))
+        for family in both
+    ]  # fmt: skip
     return (*plan, *plain, *_edges(), *properties, *_far(), *checked)
 
 
