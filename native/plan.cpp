@@ -17,7 +17,7 @@ std::string join(const Parts&... parts) {
 }
 
 /// Rows staged at once (BK keys, BQ queries), row blocks of 8 per simdgroup (R), buffers for K and
-/// V (shaders/forward.h), simdgroups that share rows (SPLIT).
+/// V (shaders/forward.h), simdgroups that share 8 keys (2: shaders/backward_dkv_pairs.h).
 struct ForwardTile {
   int r, bk, buffers;
 };
@@ -25,7 +25,7 @@ struct DqTile {
   int r, bk;
 };
 struct DkvTile {
-  int bq, split;
+  int bq, simdgroups;
 };
 
 /// Tiles by padded head dim and size of an operand of the matrix unit in bytes.
@@ -49,7 +49,7 @@ constexpr TileRow kTiles[] = {
     {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
     {80, 4, {1, 16, 1}, {8, 1}, {1, 8}, {2, 16}},
     {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
-    {256, 4, {1, 8, 1}, {8, 4}, {1, 8}, {1, 8}},
+    {256, 4, {1, 8, 1}, {8, 2}, {1, 8}, {1, 8}},
 };
 
 // From this padded head dim on, storing dS costs less than the two products that it saves.
@@ -184,13 +184,15 @@ TileChoice dq_choice(DqTile t, const std::string& operand) {
       join("BQ ", query_rows(t.r), ", BK ", t.bk), operand};
 }
 
+int keys_of_group(DkvTile t) { return 8 * kSimdgroups / t.simdgroups; }
+
+const char* dkv_family(DkvTile t) {
+  return t.simdgroups == 2 ? "attention_backward_dkv_pairs" : "attention_backward_dkv";
+}
+
 TileChoice dkv_choice(DkvTile t, bool store_ds, const std::string& operand) {
-  return {join("q", t.bq, "_s", t.split, store_ds ? "_ds" : ""),
-      join(t.bq, ", ", t.split, ", ", store_ds ? "true" : "false"),
-      join("BK ", 8 * kSimdgroups / t.split, ", BQ ", t.bq,
-          t.split > 1 ? join(", columns split over ", t.split, " simdgroups") : "",
-          store_ds ? ", dS stored" : ""),
-      operand};
+  return {join("q", t.bq, store_ds ? "_ds" : ""), join(t.bq, ", ", store_ds ? "true" : "false"),
+      join("BK ", keys_of_group(t), ", BQ ", t.bq, store_ds ? ", dS stored" : ""), operand};
 }
 
 /// Operand types that a dtype may be multiplied in, the usual one first.
@@ -396,7 +398,7 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   plan.params.dout = to_strides(dout.strides);
   advise_on_layout(chunks, plan);
 
-  const int keys = 8 * kSimdgroups / row.dkv.split;  // of a threadgroup
+  const int keys = keys_of_group(row.dkv);
   const DsDivision ds = divide_ds(p, bd, keys);
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
@@ -404,7 +406,7 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   plan.kernels.push_back(make_kernel(p, "attention_backward_delta", {},
       {chunks ? "chunks" : "!chunks"}, query_heads(p), blocks_of(p.q.sizes[2], query_rows(1))));
   plan.kernels.push_back(
-      make_kernel(p, "attention_backward_dkv", dkv_choice(row.dkv, store_ds, dtype.operand),
+      make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
           switches(p, chunks), kv_heads(p), blocks_of(p.k.sizes[2], keys)));
   if (store_ds) {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq_from_ds",

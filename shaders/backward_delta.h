@@ -20,9 +20,9 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   const int row0 = (group.y * SIMDGROUPS + simdgroup) * 8;
   const LanePosition at = lane_position(lane);
   const DeviceRows<T, VEC> out_rows = device_rows<VEC>(
-      head_rows(out, params.out, batch, head, params.q_len, params.head_dim), row0, 0, at);
+      head_rows(out, params.out, batch, head, params.q_len, params.head_dim), row0, at);
   const DeviceRows<T, VEC> grad_rows = device_rows<VEC>(
-      head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim), row0, 0, at);
+      head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim), row0, at);
   float part = 0.0f;
   ORCHARD_UNROLL
   for (int d = 0; d < BD / 8; d++) {

@@ -8,12 +8,10 @@
 //     dK = dK + dS^T Q
 //   dv = dV,  dk = scale * dK
 //
-// SPLIT neighbouring simdgroups take the same 8 keys, each its part of the columns: K, V, dK and dV
-// of wide heads fill more registers than one has. They add up their parts of S^T and dP^T. A
-// threadgroup takes 8 SIMDGROUPS / SPLIT keys of one key/value head; Q and dO are staged once for
-// all. Summing the group's heads here, in order, keeps the result deterministic. T: tensors, F:
-// operands. dS is multiplied as float: over long sequences it leaves half's range. P is at most 1,
-// and scaled up.
+// A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO
+// are staged once for all. Summing the group's heads here, in order, keeps the result
+// deterministic. T: tensors, F: operands. dS is multiplied as float: over long sequences it leaves
+// half's range. P is at most 1, and scaled up. Wide heads: backward_dkv_pairs.h.
 #pragma once
 
 #include "dropout.h"
@@ -23,8 +21,8 @@
 #include "score.h"
 #include "softmax.h"
 
-template <typename T, typename F, int BD, int BQ, int SPLIT, bool STORE_DS, int SIMDGROUPS,
-    bool VEC, bool DROPOUT>
+template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, bool VEC,
+    bool DROPOUT>
 [[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
 attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                         // (B, Hkv, S, D)
@@ -40,28 +38,22 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
-  const int kKeys = 8 * SIMDGROUPS / SPLIT;
-  const int kDepth = BD / 8 / SPLIT;
+  const int kKeys = 8 * SIMDGROUPS;
+  const int kDepth = BD / 8;
   const int kBlocks = BQ / 8;
-  const bool kKeep =
-      BD / SPLIT * (8 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK, dV, K, V
+  const bool kKeep = BD * (8 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK, dV, K, V
   const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
   const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
-  const int kParts = SPLIT > 1 ? SIMDGROUPS * kBlocks * ORCHARD_SIMD_WIDTH : 0;  // float2 each
-  threadgroup uint4 storage[2 * kChunks + kParts];
+  threadgroup uint4 storage[2 * kChunks];
   threadgroup F* q_block = reinterpret_cast<threadgroup F*>(storage);               // (BQ, BD)
   threadgroup F* grad_block = reinterpret_cast<threadgroup F*>(storage + kChunks);  // (BQ, BD)
-  threadgroup float2* p_storage = reinterpret_cast<threadgroup float2*>(storage + 2 * kChunks);
-  threadgroup float2* dp_storage = p_storage + kParts;
 
   const int kv_index = group.x + params.first_kv_head;
   const int batch = kv_index / params.num_kv_heads;
   const int kv_head = kv_index % params.num_kv_heads;
   const int heads = params.num_heads / params.num_kv_heads;   // of the group
   const int group_key0 = params.key_begin + group.y * kKeys;  // early keys first: the heaviest
-  const int key0 = group_key0 + simdgroup / SPLIT * 8;
-  const int part = simdgroup % SPLIT;
-  const int col0 = part * kDepth * 8;
+  const int key0 = group_key0 + simdgroup * 8;
   const LanePosition at = lane_position(lane);
   const HeadRows<T> k_rows =
       head_rows(key, params.k, batch, kv_head, params.kv_len, params.head_dim);
@@ -71,17 +63,13 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       query_blocks(group_key0, min(group_key0 + kKeys, params.kv_len), BQ, params);
 
   LeftOperand<T, F, 1, kDepth, VEC, kKeep> k;
-  k.load(device_rows<VEC>(k_rows, key0, col0, at));
+  k.load(device_rows<VEC>(k_rows, key0, at));
   LeftOperand<T, F, 1, kDepth, VEC, kKeep> v;
-  v.load(device_rows<VEC>(v_rows, key0, col0, at));
+  v.load(device_rows<VEC>(v_rows, key0, at));
   Tile<float, 1, kDepth> dk_sum;
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
-  const PartialTiles<SPLIT, kBlocks> p_parts =
-      partial_tiles<SPLIT, kBlocks>(p_storage, simdgroup, lane);
-  const PartialTiles<SPLIT, kBlocks> dp_parts =
-      partial_tiles<SPLIT, kBlocks>(dp_storage, simdgroup, lane);
 
   for (int member = 0; member < heads; member++) {
     const int head = kv_head * heads + member;
@@ -90,23 +78,16 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
     RightOperand<T, F, BQ, BD, kThreads, VEC, true> q;
     q.start(head_rows(query, params.q, batch, head, params.q_len, params.head_dim),
-        blocks.begin * BQ, col0, q_block, thread_index, at);
+        blocks.begin * BQ, q_block, thread_index, at);
     RightOperand<T, F, BQ, BD, kThreads, VEC, true> grad;
     grad.start(head_rows(dout, params.dout, batch, head, params.q_len, params.head_dim),
-        blocks.begin * BQ, col0, grad_block, thread_index, at);
+        blocks.begin * BQ, grad_block, thread_index, at);
     for (int block = blocks.begin; block < blocks.end; block++) {
       const int row0 = block * BQ;
-      float2 row_lse[kBlocks];  // asked for early: they come from device memory
-      float2 row_delta[kBlocks];
-      ORCHARD_UNROLL
-      for (int c = 0; c < kBlocks; c++) {
-        ORCHARD_UNROLL
-        for (int e = 0; e < 2; e++) {
-          const int64_t stats = stats0 + min(row0 + 8 * c + at.col + e, params.q_len - 1);
-          row_lse[c][e] = lse[stats];
-          row_delta[c][e] = delta[stats];
-        }
-      }
+      ColumnStats<kBlocks> row_lse;  // asked for early: they come from device memory
+      row_lse.load(lse + stats0, row0, params.q_len, at);
+      ColumnStats<kBlocks> row_delta;
+      row_delta.load(delta + stats0, row0, params.q_len, at);
       q.fetch();
       grad.fetch();
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
@@ -117,55 +98,31 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
       zero(p);
       mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, q);
-      Tile<float, 1, kBlocks> ds_tile;
-      zero(ds_tile);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_tile, v, grad);  // dP^T
-      if (SPLIT > 1) {
-        p_parts.put(p);
-        dp_parts.put(ds_tile);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        p_parts.sum(p);
-        dp_parts.sum(ds_tile);
-      }
       score(p, params.scale);
-      uint kept = 0;
-      if (DROPOUT) {
-        kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-      }
-      ORCHARD_UNROLL
-      for (int c = 0; c < kBlocks; c++) {
-        ORCHARD_UNROLL
-        for (int e = 0; e < 2; e++) {
-          p.fragments[0][c][e] = weight(p.fragments[0][c][e], finite_lse(row_lse[c][e]));
-        }
-      }
+      weights_transposed(p, row_lse);
       if (!sees_all(row0, BQ, key0, 8, params)) {
         mask_transposed(p, key0, row0, at, params);
       }
-      Tile<float, 1, kBlocks> dropped;  // kPScale * P^T, 0 where dropped
-      ORCHARD_UNROLL
-      for (int c = 0; c < kBlocks; c++) {
-        ORCHARD_UNROLL
-        for (int e = 0; e < 2; e++) {
-          float keep = 1.0f;
-          float p_scale = kPScale;
-          if (DROPOUT) {
-            const bool kept_here = (kept >> (16 * e + c)) & 1;
-            keep = kept_here ? params.dropout_rescale : 0.0f;
-            p_scale = kept_here ? kPScale : 0.0f;
-          }
-          const float w = p.fragments[0][c][e];
-          dropped.fragments[0][c][e] = w * p_scale;
-          ds_tile.fragments[0][c][e] = w * (ds_tile.fragments[0][c][e] * keep - row_delta[c][e]);
-        }
-        const bool inside = key0 < params.kv_len && row0 + 8 * c < params.q_len;
-        if (STORE_DS && inside && c % SPLIT == part) {
-          ds_tiles.store(ds_tiles.tile(key0, row0 + 8 * c), ds_tile.fragments[0][c]);
-        }
+      Tile<float, 1, kBlocks> ds_block;
+      zero(ds_block);
+      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, grad);  // dP^T
+      uint kept = 0;
+      if (DROPOUT) {
+        kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+        drop_transposed(ds_block, kept, params.dropout_rescale);
       }
-      const Tile<F, 1, kBlocks> p_operand = as_operand<F>(dropped);
+      dscore_transposed(ds_block, p, row_delta);
+      if (STORE_DS) {
+        store_dscore(ds_tiles, key0, row0, ds_block, params);
+      }
+      if (DROPOUT) {
+        drop_transposed(p, kept, kPScale);
+      } else {
+        score(p, kPScale);
+      }
+      const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
       mma_AB(dv_sum, p_operand, grad);
-      mma_AB(dk_sum, ds_tile, q);
+      mma_AB(dk_sum, ds_block, q);
       q.advance();
       grad.advance();
     }
@@ -173,8 +130,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
 
   const float dk_factor[1] = {score_derivative(params)};
   const float dv_factor[1] = {(DROPOUT ? params.dropout_rescale : 1.0f) / kPScale};
-  store_rows<VEC>(dk, params.dk, batch, kv_head, key0, col0, params.kv_len, params.head_dim, dk_sum,
-      dk_factor, at);
-  store_rows<VEC>(dv, params.dv, batch, kv_head, key0, col0, params.kv_len, params.head_dim, dv_sum,
-      dv_factor, at);
+  store_rows<VEC>(
+      dk, params.dk, batch, kv_head, key0, params.kv_len, params.head_dim, dk_sum, dk_factor, at);
+  store_rows<VEC>(
+      dv, params.dv, batch, kv_head, key0, params.kv_len, params.head_dim, dv_sum, dv_factor, at);
 }

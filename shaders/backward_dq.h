@@ -72,13 +72,13 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
 
   LeftOperand<T, F, R, kDepth, VEC, kKeep> q;
-  q.load(device_rows<VEC>(q_rows, row0, 0, at));
+  q.load(device_rows<VEC>(q_rows, row0, at));
   LeftOperand<T, F, R, kDepth, VEC, kKeep> grad;
-  grad.load(device_rows<VEC>(grad_rows, row0, 0, at));
+  grad.load(device_rows<VEC>(grad_rows, row0, at));
   RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
-  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  k.start(k_rows, blocks.begin * BK, k_block, thread_index, at);
   RightOperand<T, F, BK, BD, kThreads, VEC, true> v;
-  v.start(v_rows, blocks.begin * BK, 0, v_block, thread_index, at);
+  v.start(v_rows, blocks.begin * BK, v_block, thread_index, at);
   float row_lse[R];
   float row_delta[R];
   ORCHARD_UNROLL
@@ -133,8 +133,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   for (int r = 0; r < R; r++) {
     factor[r] = score_derivative(params);
   }
-  store_rows<VEC>(
-      dq, params.dq, batch, head, row0, 0, params.q_len, params.head_dim, sum, factor, at);
+  store_rows<VEC>(dq, params.dq, batch, head, row0, params.q_len, params.head_dim, sum, factor, at);
 }
 
 /// dq = scale * dS K of the dispatch's keys and those before. Tiles that no query of theirs sees
@@ -168,7 +167,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   const BlockRange blocks = of_dispatch(
       key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params), BK, params);
   RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
-  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  k.start(k_rows, blocks.begin * BK, k_block, thread_index, at);
   Tile<float, R, kDepth> sum;
   zero(sum);
   const PartialDq<BD> partial = partial_dq<BD>(ds, group.x, row0, at, params);
@@ -206,6 +205,5 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   for (int r = 0; r < R; r++) {
     factor[r] = score_derivative(params);
   }
-  store_rows<VEC>(
-      dq, params.dq, batch, head, row0, 0, params.q_len, params.head_dim, sum, factor, at);
+  store_rows<VEC>(dq, params.dq, batch, head, row0, params.q_len, params.head_dim, sum, factor, at);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "params.h"
+#include "softmax.h"
 #include "tile.h"
 
 /// The tiles of one query head.
@@ -29,6 +30,28 @@ struct DscoreTiles {
     return float2(p[0], p[8]);
   }
 };
+
+/// Stores a row of tiles, dS^T of 8 keys; what begins beyond the keys or queries has no tile.
+template <int COLS>
+METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
+    thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
+  ORCHARD_UNROLL
+  for (int c = 0; c < COLS; c++) {
+    if (key0 < params.kv_len && row0 + 8 * c < params.q_len) {
+      tiles.store(tiles.tile(key0, row0 + 8 * c), ds.fragments[0][c]);
+    }
+  }
+}
+
+/// dS^T = P^T (dP^T - delta); ds holds dP^T before.
+template <int COLS>
+METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
+    thread const Tile<float, 1, COLS>& p, thread const ColumnStats<COLS>& delta) {
+  ORCHARD_UNROLL
+  for (int c = 0; c < COLS; c++) {
+    ds.fragments[0][c] = p.fragments[0][c] * (ds.fragments[0][c] - delta.pairs[c]);
+  }
+}
 
 /// head counts from the first one of the dispatch.
 METAL_FUNC DscoreTiles dscore_tiles(

@@ -56,11 +56,11 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
   const BlockRange blocks = key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params);
 
   LeftOperand<T, F, R, kDepth, VEC, kKeepQ> q;
-  q.load(device_rows<VEC>(q_rows, row0, 0, at));
+  q.load(device_rows<VEC>(q_rows, row0, at));
   RightOperand<T, F, BK, BD, kThreads, VEC, (BUFFERS > 0)> k;
-  k.start(k_rows, blocks.begin * BK, 0, k_block, thread_index, at);
+  k.start(k_rows, blocks.begin * BK, k_block, thread_index, at);
   RightOperand<T, F, BK, BD, kThreads, VEC, (BUFFERS > 0)> v;
-  v.start(v_rows, blocks.begin * BK, 0, v_block, thread_index, at);
+  v.start(v_rows, blocks.begin * BK, v_block, thread_index, at);
   Tile<float, R, kDepth> o;
   zero(o);
   OnlineSoftmax<R> softmax;
@@ -117,6 +117,5 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
       lse[(int64_t)group.x * params.q_len + row] = softmax.lse(r, total);
     }
   }
-  store_rows<VEC>(
-      out, params.out, batch, head, row0, 0, params.q_len, params.head_dim, o, factor, at);
+  store_rows<VEC>(out, params.out, batch, head, row0, params.q_len, params.head_dim, o, factor, at);
 }

@@ -37,18 +37,17 @@ METAL_FUNC HeadRows<T> head_rows(const device T* tensor, constant TensorStrides&
   return rows;
 }
 
-/// Rows [row0, ...) and columns [col0, ...) of a head, read as fragments from device memory.
+/// Rows [row0, ...) of a head, read as fragments from device memory.
 template <typename T, bool VEC>
 struct DeviceRows {
   HeadRows<T> rows;
   int row0;
-  int col0;
   LanePosition at;
 
   /// Fragment (r, c) as it lies.
   METAL_FUNC vec<T, 2> pair(int r, int c) const {
     const int row = row0 + 8 * r + at.row;
-    const int col = col0 + 8 * c + at.col;
+    const int col = 8 * c + at.col;
     if (VEC) {
       const bool inside = row < rows.length && col < rows.head_dim;
       const device T* p = rows.data + row * rows.row_stride + col;
@@ -60,17 +59,16 @@ struct DeviceRows {
   /// Fragment (c, r) of the transposed rows.
   METAL_FUNC vec<T, 2> transposed(int r, int c) const {
     const int row = row0 + 8 * r + at.col;
-    const int col = col0 + 8 * c + at.row;
+    const int col = 8 * c + at.row;
     return vec<T, 2>(rows.at(row, col), rows.at(row + 1, col));
   }
 };
 
 template <bool VEC, typename T>
-METAL_FUNC DeviceRows<T, VEC> device_rows(HeadRows<T> rows, int row0, int col0, LanePosition at) {
+METAL_FUNC DeviceRows<T, VEC> device_rows(HeadRows<T> rows, int row0, LanePosition at) {
   DeviceRows<T, VEC> x;
   x.rows = rows;
   x.row0 = row0;
-  x.col0 = col0;
   x.at = at;
   return x;
 }
@@ -203,14 +201,12 @@ struct RightOperand {
   SharedBlock<F, StagedRow<F, BD>::kLength> staged;
   DeviceRows<T, VEC> direct;
 
-  /// Fragments start at column col0.
-  METAL_FUNC void start(HeadRows<T> rows, int row0, int col0, threadgroup F* storage,
-      uint thread_index, LanePosition at) {
+  METAL_FUNC void start(
+      HeadRows<T> rows, int row0, threadgroup F* storage, uint thread_index, LanePosition at) {
     loader.start(rows, row0, thread_index);
     block = storage;
-    staged.rows = storage + col0;
-    staged.at = at;
-    direct = device_rows<VEC>(rows, row0, col0, at);
+    staged = shared_block<StagedRow<F, BD>::kLength>(storage, at);
+    direct = device_rows<VEC>(rows, row0, at);
   }
 
   METAL_FUNC void fetch() {
@@ -243,11 +239,10 @@ struct RightOperand {
 /// Left operands stay in registers while they and the sums take at most so many of a thread's 128.
 #define ORCHARD_OPERAND_REGISTERS 96
 
-/// Writes x * factor[row] to rows [row0, ...) and columns [col0, ...) of one head of an output
-/// (columns adjacent).
+/// Writes x * factor[row] to rows [row0, ...) of one head of an output (columns adjacent).
 template <bool VEC, typename T, int ROWS, int COLS>
 METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, int batch, int head,
-    int row0, int col0, int length, int head_dim, thread const Tile<float, ROWS, COLS>& x,
+    int row0, int length, int head_dim, thread const Tile<float, ROWS, COLS>& x,
     thread const float* factor, LanePosition at) {
   device T* rows = tensor + batch * strides.batch + head * strides.head;
   ORCHARD_UNROLL
@@ -258,7 +253,7 @@ METAL_FUNC void store_rows(device T* tensor, constant TensorStrides& strides, in
     }
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      const int col = col0 + 8 * c + at.col;
+      const int col = 8 * c + at.col;
       const float2 elements = x.fragments[r][c] * factor[r];
       device T* p = rows + row * strides.row + col;
       if (VEC) {

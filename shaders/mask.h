@@ -11,9 +11,11 @@ struct BlockRange {
 };
 
 METAL_FUNC BlockRange block_range(int first, int last, int length, int block) {
+  const int from = max(first, 0);
+  const int to = min(last, length - 1);
   BlockRange range;
-  range.begin = max(first, 0) / block;
-  range.end = (min(last, length - 1) + block) / block;  // last may be negative: end <= begin
+  range.begin = from / block;
+  range.end = from <= to ? to / block + 1 : range.begin;
   return range;
 }
 

@@ -79,3 +79,29 @@ METAL_FUNC void weights(thread Tile<float, ROWS, COLS>& s, thread const float* l
     }
   }
 }
+
+/// lse or delta of the queries in a transposed tile's columns, from row0 on; beyond the rows the
+/// last one's.
+template <int COLS>
+struct ColumnStats {
+  float2 pairs[COLS];
+
+  METAL_FUNC void load(const device float* stats, int row0, int length, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      const int row = row0 + 8 * c + at.col;
+      pairs[c] = float2(stats[min(row, length - 1)], stats[min(row + 1, length - 1)]);
+    }
+  }
+};
+
+/// p = exp(s - lse) of a transposed tile, (keys, queries).
+template <int COLS>
+METAL_FUNC void weights_transposed(
+    thread Tile<float, 1, COLS>& s, thread const ColumnStats<COLS>& lse) {
+  ORCHARD_UNROLL
+  for (int c = 0; c < COLS; c++) {
+    s.fragments[0][c].x = weight(s.fragments[0][c].x, finite_lse(lse.pairs[c].x));
+    s.fragments[0][c].y = weight(s.fragments[0][c].y, finite_lse(lse.pairs[c].y));
+  }
+}

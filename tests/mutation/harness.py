@@ -27,8 +27,9 @@ from simulator import engine
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-FORWARD, DELTA, DKV, DQ, DQ_FROM_DS = FAMILIES = (
+FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_forward", "attention_backward_delta", "attention_backward_dkv",
+    "attention_backward_dkv_pairs",
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}

@@ -29,6 +29,7 @@ from orchard_ops.testing import MathResult, assert_attention_close
 from .harness import (
     DELTA,
     DKV,
+    DKV_PAIRS,
     DQ,
     DQ_FROM_DS,
     DTYPE_NUMBERS,
@@ -44,6 +45,7 @@ from .harness import (
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+KEYS_SIDE = (DKV, DKV_PAIRS)  # the same arguments; the plan's choice is by the width
 
 
 # ---- one kernel on one problem
@@ -149,7 +151,7 @@ class Attention:
         elif self.family == DQ:
             inputs = {"query": x["query"], "lse": lse, "delta": delta} | key | value | dout
             results = {"dq": _empty(q, self.layouts[0])}
-        elif self.family == DKV:
+        elif self.family in KEYS_SIDE:
             inputs = {"query": x["query"], "lse": lse, "delta": delta} | key | value | dout
             results = {"dk": _empty(k, self.layouts[1]), "dv": _empty(v, self.layouts[2])}
             if self.store_ds:
@@ -219,7 +221,7 @@ class Attention:
             )
         )  # fmt: skip
         assert not plan["refusal"], plan["refusal"]
-        (kernel,) = (k for k in plan["kernels"] if k["family"] == self.family)
+        kernel = kernel_of(plan, self.family, case.kv_len)
         if self.tile:
             self._retile(kernel)
         if self.kv_heads:
@@ -236,9 +238,7 @@ class Attention:
         name = f"{kernel['name']}_tile_{'_'.join(map(str, self.tile))}"
         kernel["instantiation"] = line.replace(kernel["name"], name)
         kernel["name"] = name
-        if self.family == DKV:
-            kernel["groups"][1] = -(-self.case.kv_len * self.tile[1] // 32)
-        else:
+        if self.family not in KEYS_SIDE:
             kernel["groups"][1] = -(-self.case.q_len // (32 * self.tile[0]))
 
     def _compare(self, given: Reference, results: dict[str, Tensor]) -> None:
@@ -293,10 +293,10 @@ class Attention:
             return 0
         seen = reference(case, self.dlse, self.shifts).visible
         width = int(arguments[2]) // 8
-        if self.family == DKV:
-            block, split = int(arguments[3]), int(arguments[4])
-            blocks = sum(_span(part.any(1), block) for part in seen.split(32 // split, dim=1))
-            products = 4 * (block // 8) * width // split
+        if self.family in KEYS_SIDE:
+            block, keys = int(arguments[3]), keys_of_group(self.family)
+            blocks = sum(_span(part.any(1), block) for part in seen.split(keys, dim=1))
+            products = 4 * (block // 8) * width * keys // 32
         else:
             r, block = int(arguments[3]), int(arguments[4])
             blocks = sum(_span(part.any(0), block) for part in seen.split(32 * r))
@@ -311,12 +311,30 @@ class Attention:
         if self.family == DELTA:
             return 0
         row = int(arguments[2]) * (2 if arguments[1] == "half" else 4) + 16
-        if self.family == DKV:
-            rows, split = int(arguments[3]), int(arguments[4])
-            exchanged = 2 * 4 * (rows // 8) * 32 * 8 if split > 1 else 0
-            return 2 * rows * row + exchanged
+        if self.family in KEYS_SIDE:
+            rows = int(arguments[3])
+            handed_over = 2 * (rows // 8) * 32 * 8 if self.family == DKV_PAIRS else 0
+            return 2 * rows * row + handed_over
         buffers = {FORWARD: int(arguments[5]), DQ: 2, DQ_FROM_DS: 1}[self.family]
         return max(buffers * int(arguments[4]) * row, 16)
+
+
+def keys_of_group(family: str) -> int:
+    return {DKV: 32, DKV_PAIRS: 16}[family]
+
+
+def kernel_of(plan: dict, family: str, kv_len: int) -> dict:
+    """The plan's kernel of the family; of the two for the key's side, either can be made of the
+    other."""
+    if family not in KEYS_SIDE:
+        (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+        return dict(kernel)
+    (kernel,) = (k for k in plan["kernels"] if k["family"] in KEYS_SIDE)
+    for name in ("name", "instantiation"):
+        text = kernel[name].replace(DKV_PAIRS, DKV)
+        kernel = kernel | {name: text.replace(DKV, family)}
+    groups = [kernel["groups"][0], -(-kv_len // keys_of_group(family))]
+    return kernel | {"family": family, "groups": groups}
 
 
 def _span(seen: Tensor, block: int) -> int:
@@ -431,7 +449,7 @@ def _attention() -> Iterator[Attention]:
             wide = case.but(head_dim=case.head_dim + 48 * (case.head_dim < 64))
             if family != DQ_FROM_DS:
                 yield Attention(f"{family}: {name}", family, case, **options)
-            if family == DKV:
+            if family in KEYS_SIDE:
                 yield Attention(f"{family}, storing: {name}", family, wide, store_ds=True,
                                 **options)  # fmt: skip
             elif family == DQ_FROM_DS:
@@ -472,22 +490,20 @@ def _attention() -> Iterator[Attention]:
     yield from each("negative scale", Case(40, 64, 16, dtype=F32, scale=-0.7))
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
+    storing = {"store_ds": True}
     for family, tile, more in (
         (FORWARD, (4, 8, 2), {}), (FORWARD, (2, 32, 1), {}), (FORWARD, (1, 16, 0), {}),
-        (DQ, (4, 32), {}), (DKV, (32, 1, "false"), {}), (DKV, (16, 2, "false"), {}),
-        (DKV, (8, 4, "false"), {}), (DKV, (32, 2, "true"), {"store_ds": True}),
-        (DKV, (16, 4, "true"), {"store_ds": True}), (DQ_FROM_DS, (1, 8), {}),
+        (DQ, (4, 32), {}), (DKV, (32, "false"), {}), (DKV_PAIRS, (16, "false"), {}),
+        (DKV, (8, "true"), storing), (DKV_PAIRS, (32, "true"), storing), (DQ_FROM_DS, (1, 8), {}),
     ):  # fmt: skip
-        width = {4: 32, 2: 48}.get(tile[1], 24) if family == DKV else 24
-        case = _tall.but(head_dim=80 if more or family == DQ_FROM_DS else width)
-        case = case.but(head_dim=96) if more and tile[1] == 4 else case
+        case = _tall.but(head_dim=80 if more or family == DQ_FROM_DS else 24)
         label = f"{family}: tile {'_'.join(map(str, tile))}"
         larger = functools.partial(Attention, family=family, tile=tile, **more)
         yield larger(label, case=case)
         # Scores of one row say nothing about the next.
         yield larger(f"{label}, large scores", case=case.but(scale=40.0))
         yield larger(f"{label}, checked", case=case, check=True)
-    for family, more in ((DKV, {"store_ds": True}), (DQ_FROM_DS, {})):
+    for family, more in ((DKV, storing), (DKV_PAIRS, storing), (DQ_FROM_DS, {})):
         grouped = Case(40, 52, 64, batch=2, num_heads=6, num_kv_heads=3, dtype=F32, window_right=7)
         for heads in ((0, 2), (2, 5), (5, 6)):
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
@@ -555,7 +571,9 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
 
 
-def divided_keys(sources: Sources, note: Callable[[str], None], check: bool = False) -> None:
+def divided_keys(
+    sources: Sources, note: Callable[[str], None], keys_side: str, check: bool = False
+) -> None:
     """The two kernels in turn over thirds of the keys, for one key/value head of two."""
     case = Case(70, 150, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
                 window_left=90, window_right=60, diagonal=20)  # fmt: skip
@@ -571,7 +589,6 @@ def divided_keys(sources: Sources, note: Callable[[str], None], check: bool = Fa
         layouts, 2, True, dropout_p=0.2, scale=0.125, window_left=90, window_right=60,
         diagonal=20, scratch_bytes=1 << 30,
     ))  # fmt: skip
-    kernels = {k["family"]: k for k in plan["kernels"]}
     x["lse"] = Guarded.like(given.lse[None], "dense")
     x["delta"] = Guarded.like(given.delta.float()[None], "dense")
     tiles = 2 * 8 * 9 * 64  # heads, key blocks, query blocks
@@ -586,14 +603,13 @@ def divided_keys(sources: Sources, note: Callable[[str], None], check: bool = Fa
             params, first_kv_head=1, key_begin=begin, key_end=end, dq_sums=tiles, **own
         )
         for family, inputs, outputs in (
-            (DKV, ("query", "key", "value", "dout", "lse", "delta"), ("dk", "dv")),
+            (keys_side, ("query", "key", "value", "dout", "lse", "delta"), ("dk", "dv")),
             (DQ_FROM_DS, ("key",), ("dq",)),
         ):
-            kernel = dict(kernels[family])
+            kernel = kernel_of(plan, family, end - begin)
             library = compile_kernel(sources, family, kernel, check)
             note("compiled")
-            groups = -(-(end - begin) // 32) if family == DKV else kernel["groups"][1]
-            kernel["groups"] = [1 if family == DKV else 2, groups]
+            kernel["groups"][0] = 1 if family == keys_side else 2
             written = {name: results[name] for name in outputs} | {"ds": scratch}
             launch(library, kernel, sources.buffers, block, {n: x[n] for n in inputs}, written,
                    workers=1)  # fmt: skip
@@ -640,12 +656,12 @@ def infinite_scores_dq(sources: Sources, note: Callable[[str], None]) -> None:
     assert got["dq"].abs().max() < 1e-4  # delta = dP in the others
 
 
-def infinite_scores_dkv(sources: Sources, note: Callable[[str], None]) -> None:
+def infinite_scores_dkv(sources: Sources, note: Callable[[str], None], family: str) -> None:
     case, x = _infinite_rows()
     shapes = {"dk": (1, 1, 32, 16), "dv": (1, 1, 32, 16)}
     delta = (x["dout"] * x["out"]).sum(-1)
     inputs = {name: x[name] for name in ("query", "key", "value", "dout", "lse")}
-    got = Given("", DKV, case).results(sources, note, {**inputs, "delta": delta}, shapes)
+    got = Given("", family, case).results(sources, note, {**inputs, "delta": delta}, shapes)
     torch.testing.assert_close(got["dv"], torch.full((1, 1, 32, 16), 8 / 32))
 
 
@@ -674,7 +690,7 @@ def _edges() -> Iterator[Attention]:
     p = _edge_probability()
     for name, threshold in (("is a draw", p), ("is one above a draw", p + 2.0**-16)):
         case = Case(64, 64, 16, dtype=F32, dropout_p=threshold)
-        for family in (FORWARD, DKV, DQ):
+        for family in (FORWARD, *KEYS_SIDE, DQ):
             yield Attention(f"{family}: the threshold {name}", family, case)
 
 
@@ -721,7 +737,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
     plan, params = sources.plan(request(
         layouts, 2, family != FORWARD, scale=1.0, window_left=8, window_right=8
     ))  # fmt: skip
-    (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+    kernel = kernel_of(plan, family, 2)
     library = compile_kernel(sources, family, kernel)
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("out", "dq", "dk", "dv")}
@@ -732,7 +748,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
     groups = (kernel["groups"][0] * kernel["threads"], 1, 1)
     library.launch(kernel["name"], groups, (kernel["threads"], 1, 1), buffers, workers=1)
-    wanted = {FORWARD: ("out", "lse"), DELTA: ("delta",), DQ: ("dq",), DKV: ("dk", "dv")}[family]
+    wanted = {FORWARD: ("out", "lse"), DELTA: ("delta",), DQ: ("dq",)}.get(family, ("dk", "dv"))
     return {name: x[name].tensor.clone() for name in wanted}
 
 
@@ -774,7 +790,7 @@ def _far_ds(
     plan, params = sources.plan(request(
         layouts, 2, True, scale=1.0, window_left=8, window_right=8, scratch_bytes=1 << 60
     ))  # fmt: skip
-    (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+    kernel = kernel_of(plan, family, 16)
     library = compile_kernel(sources, family, kernel)
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
@@ -785,10 +801,10 @@ def _far_ds(
     buffers = {numbers[name]: y.buffer for name, y in x.items()}
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
     threads = kernel["threads"]
-    rows = kernel["groups"][1] if family == DKV else 1  # the first rows alone see a key
+    rows = kernel["groups"][1] if family in KEYS_SIDE else 1  # the first rows alone see a key
     groups = (kernel["groups"][0] * threads, rows, 1)
     library.launch(kernel["name"], groups, (threads, 1, 1), buffers, workers=1)
-    wanted = {DKV: ("dk", "dv", "ds"), DQ_FROM_DS: ("dq",)}[family]
+    wanted = ("dk", "dv", "ds") if family in KEYS_SIDE else ("dq",)
     return {name: x[name].tensor.clone() for name in wanted}
 
 
@@ -804,12 +820,12 @@ def _far() -> Iterator[Property]:
         ("rows", 32, (0, 0, (1 << 31) + 6, 1)),
         ("columns", 32, (0, 0, 1, (1 << 31) + 6)),
     ):
-        for family in (FORWARD, DELTA, DKV, DQ):
+        for family in (FORWARD, DELTA, *KEYS_SIDE, DQ):
             test = functools.partial(
                 positions_beyond_32_bits, family=family, q_len=q_len, strides=strides
             )
             yield Property(f"{family}: {name} beyond 32 bits", family, test)
-    for family in (DKV, DQ_FROM_DS):
+    for family in (*KEYS_SIDE, DQ_FROM_DS):
         test = functools.partial(ds_beyond_32_bits, family=family)
         yield Property(f"{family}: dS beyond 32 bits", family, test)
 
@@ -817,14 +833,14 @@ def _far() -> Iterator[Property]:
 # ---- the plan
 
 _TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq from dS
-    2: {64: ("r1_k32_b2", "q16_s1", "r1_k16", "r2_k32"),
-        96: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k16"),
-        128: ("r1_k32_b1", "q16_s2", "r1_k16", "r2_k16"),
-        256: ("r1_k8_b2", "q8_s2", "r1_k8", "r1_k8")},
-    4: {64: ("r1_k32_b1", "q16_s1", "r1_k16", "r2_k32"),
-        80: ("r1_k16_b1", "q8_s1", "r1_k8", "r2_k16"),
-        128: ("r1_k16_b1", "q8_s2", "r1_k8", "r2_k16"),
-        256: ("r1_k8_b1", "q8_s4", "r1_k8", "r1_k8")},
+    2: {64: ("r1_k32_b2", "q16", "r1_k16", "r2_k32"),
+        96: ("r1_k32_b1", "q16", "r1_k16", "r2_k16"),
+        128: ("r1_k32_b1", "q16_pairs", "r1_k16", "r2_k16"),
+        256: ("r1_k8_b2", "q8_pairs", "r1_k8", "r1_k8")},
+    4: {64: ("r1_k32_b1", "q16", "r1_k16", "r2_k32"),
+        80: ("r1_k16_b1", "q8", "r1_k8", "r2_k16"),
+        128: ("r1_k16_b1", "q8_pairs", "r1_k8", "r2_k16"),
+        256: ("r1_k8_b1", "q8_pairs", "r1_k8", "r1_k8")},
 }  # fmt: skip
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _TYPES = {
@@ -852,16 +868,14 @@ def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, fla
     name = "_".join(filter(None, (family, torch_name, f"d{width}", tile, flags)))
     numbers = re.findall(r"\d+", tile)
     arguments = [metal, *([] if family == DELTA else [operand]), str(width), *numbers]
-    if family == DKV:
+    if family in KEYS_SIDE:
         arguments.append(str(tile.endswith("_ds")).lower())
     arguments += ["4", str("chunks" in flags).lower()]
     arguments += [str("dropout" in flags).lower()] if with_dropout else []
     call = f"{family}<{', '.join(arguments)}>"
     sizes = ""
-    if family == DKV:
-        split = int(numbers[1])
-        sizes = f"BK {32 // split}, BQ {numbers[0]}"
-        sizes += f", columns split over {split} simdgroups" if split > 1 else ""
+    if family in KEYS_SIDE:
+        sizes = f"BK {keys_of_group(family)}, BQ {numbers[0]}"
         sizes += ", dS stored" if tile.endswith("_ds") else ""
     elif family != DELTA:
         sizes = f"BQ {32 * int(numbers[0])}, BK {numbers[1]}"
@@ -895,17 +909,19 @@ def plan_of_every_width(sources: Sources) -> None:
         flags = ("chunks" if chunks else "elements") + ("_dropout" if p else "")
         layouts = _dense_layouts(d=d)
         number = DTYPE_NUMBERS[dtype]
-        keys = -(-70 // (32 // int(dkv[-1])))
+        keys_side = DKV_PAIRS if dkv.endswith("pairs") else DKV
+        dkv = dkv.removesuffix("_pairs")
+        keys = -(-70 // keys_of_group(keys_side))
 
         def expected(family: str, tile: str, groups: list[int]) -> dict:
             return _expected_kernel(family, dtype, width, tile, flags, groups)  # noqa: B023
 
         delta = expected(DELTA, "", [8, 2])
-        plain = [delta, expected(DKV, dkv, [4, keys]), expected(DQ, dq, [8, 2])]
+        plain = [delta, expected(keys_side, dkv, [4, keys]), expected(DQ, dq, [8, 2])]
         storing = plain
         if width >= 64:
             rows = 2 if dq_from_ds.startswith("r1") else 1
-            storing = [delta, expected(DKV, f"{dkv}_ds", [4, keys]),
+            storing = [delta, expected(keys_side, f"{dkv}_ds", [4, keys]),
                        expected(DQ_FROM_DS, dq_from_ds, [8, rows])]  # fmt: skip
         for backward, scratch, kernels in (
             (False, 0, [expected(FORWARD, forward_tile, [8, 2])]),
@@ -959,7 +975,7 @@ def plan_of_scratch(sources: Sources) -> None:
 
 def plan_of_divided_keys(sources: Sources) -> None:
     """Where one head's dS does not fit, chunks of its keys that fill a GPU, or nothing."""
-    for d, split, dtype in ((64, 1, 0), (128, 2, 0), (64, 1, 2), (256, 4, 2)):
+    for d, split, dtype in ((64, 1, 0), (128, 2, 0), (64, 1, 2), (256, 2, 2)):
         layouts = _dense_layouts(b=1, h=4, hk=2, l=41, s=9000, d=d)
         row = 4 * 2 * 6 * 8  # bytes of one key's dS: two query heads, six blocks of rows
         sums = 4 * 2 * 41 * d
@@ -1037,7 +1053,7 @@ def plan_of_threadgroups(sources: Sources) -> None:
             plan, _ = sources.plan(request(layouts, 0, backward, scratch_bytes=scratch))
             for kernel in plan["kernels"]:
                 rows = 64 if kernel["family"] == DQ_FROM_DS else 32
-                keys = kernel["family"] == DKV
+                keys = kernel["family"] in KEYS_SIDE
                 expected = [6, -(-s // 32)] if keys else [18, -(-l // rows)]
                 assert kernel["groups"] == expected and kernel["threads"] == 128
 
@@ -1196,18 +1212,32 @@ def killers() -> tuple[Attention | Property, ...]:
     ]  # fmt: skip
     plain = [k for k in _attention() if not k.check]
     checked: list[Any] = [k for k in _attention() if k.check]
-    both = (DKV, DQ_FROM_DS)
+    both = ((DKV, DKV), (DKV_PAIRS, DKV_PAIRS), (DQ_FROM_DS, DKV))
     properties: list[Any] = [
         Property(f"{FORWARD}: lse is rounded once", FORWARD, lse_is_rounded_once),
         Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
         Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
-        Property(f"{DKV}: scores of -inf", DKV, infinite_scores_dkv),
-        *(Property(f"{family}: divided keys", family, divided_keys) for family in both),
+        *(
+            Property(
+                f"{family}: scores of -inf",
+                family,
+                functools.partial(infinite_scores_dkv, family=family),
+            )
+            for family in KEYS_SIDE
+        ),
+        *(
+            Property(
+                f"{family}: divided keys",
+                family,
+                functools.partial(divided_keys, keys_side=keys_side),
+            )
+            for family, keys_side in both
+        ),
     ]
     checked += [
         Property(f"{family}: divided keys, checked", family,
-                 functools.partial(divided_keys, check=True))
-        for family in both
+                 functools.partial(divided_keys, keys_side=keys_side, check=True))
+        for family, keys_side in both
     ]  # fmt: skip
     return (*plan, *plain, *_edges(), *properties, *_far(), *checked)
 

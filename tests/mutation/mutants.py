@@ -14,8 +14,8 @@ from .operators import OPERATORS
 from .sites import Code
 
 FILES = (
-    "shaders/backward_delta.h", "shaders/dscore.h",
-    "shaders/backward_dkv.h", "shaders/backward_dq.h", "shaders/dropout.h", "shaders/forward.h",
+    "shaders/backward_delta.h", "shaders/backward_dkv.h", "shaders/backward_dkv_pairs.h",
+    "shaders/backward_dq.h", "shaders/dropout.h", "shaders/dscore.h", "shaders/forward.h",
     "shaders/loader.h", "shaders/mask.h", "shaders/params.h", "shaders/philox.h",
     "shaders/score.h", "shaders/softmax.h", "shaders/tile.h", "native/plan.cpp",
 )  # fmt: skip
