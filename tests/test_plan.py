@@ -42,9 +42,9 @@ def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
             continue
         tile = re.search(r"_d\d+_(.*)_chunks", name)[1]
         sizes = {part[0]: int(part[1:]) for part in tile.removesuffix("_ds").split("_")}
-        if "q" in sizes:  # dk, dv: two blocks, and S and dP in parts
-            parts = 2 * 4 * 32 * 8 * sizes["q"] // 8 if sizes["s"] > 1 else 0
-            assert 2 * sizes["q"] * row + parts <= 32 * 1024
+        if "q" in sizes:  # dk, dv: two blocks, and P handed over from one of a pair to the other
+            handed_over = 2 * 32 * 8 * sizes["q"] // 8 if "pairs" in name else 0
+            assert 2 * sizes["q"] * row + handed_over <= 32 * 1024
         else:
             blocks = sizes.get("b", 1 if "from_ds" in name else 2)
             assert blocks * sizes["k"] * row <= 32 * 1024

@@ -14,7 +14,7 @@ from dialect import check, vocabulary
 from dialect.rules import RULES, threadgroup_bytes
 from dialect.text import Text
 from dialect.variants import variants
-from mutation.harness import DELTA, DQ_FROM_DS, FAMILIES, ROOT, Sources
+from mutation.harness import DELTA, DKV, DKV_PAIRS, DQ_FROM_DS, FAMILIES, ROOT, Params, Sources
 from simulator import engine
 from simulator.engine import arrays, compiler
 
@@ -52,10 +52,13 @@ def _sampled(family: str) -> list[dict]:
     """Variants that together use all of the source."""
     kernels = variants()[family]
     wanted = ("half", "bfloat", "float")
+    widths = {DKV: ("_d64_", "_d64_", "_d80_"), DKV_PAIRS: ("_d128_", "_d128_", "_d256_")}.get(
+        family, ("_d64_", "_d128_", "_d256_")
+    )
     return [next(k for k in reversed(kernels)
                  if f"<{t}," in k["instantiation"] and word in k["name"]
                  and ("dropout" in k["name"] or family in (DELTA, DQ_FROM_DS)))
-            for t, word in zip(wanted, ("_d64_", "_d128_", "_d256_"))]  # fmt: skip
+            for t, word in zip(wanted, widths)]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,8 +91,8 @@ def test_threadgroup_memory_is_what_a_launch_takes():
     source = _source(family)
     size = threadgroup_bytes(source, [kernel["instantiation"]])[kernel["name"]]
     library = engine.compile(source + kernel["instantiation"])
-    params = np.zeros(320, np.uint8)  # q_len and kv_len 0, one head: nothing else is read
-    params[256:264] = (1, 0, 0, 0) * 2
+    params = Params(num_heads=1, num_kv_heads=1)  # q_len and kv_len 0: nothing else is read
+    params = np.frombuffer(bytes(params), np.uint8)
     none = {n: np.zeros(64, np.uint8) for n in range(12)}
     threads = (kernel["threads"], 1, 1)
     counters = arrays.launch(library, kernel["name"], threads, threads, {**none, 12: params})
