@@ -20,19 +20,31 @@ from benchmarks.apple_model.ensemble import ENSEMBLE, Spread, ensemble  # noqa: 
 from benchmarks.apple_model.issue_model import issue  # noqa: E402
 from benchmarks.apple_model.peers import prefill  # noqa: E402
 from benchmarks.apple_model.predictions import published_row, result  # noqa: E402
-from benchmarks.apple_model.structures import BackwardDkv, BackwardDqStored, Forward  # noqa: E402
+from benchmarks.apple_model.structures import (  # noqa: E402
+    BackwardDkv,
+    BackwardDkvPairs,
+    BackwardDqStored,
+    Forward,
+)
 
 FITTED = json.loads(ENSEMBLE.read_text())
 PREDICTIONS = ROOT / "benchmarks" / "results" / "apple_model" / "predictions.json"
 needs_prefill = pytest.mark.skipif(
     not counts.PREFILL_HEADER.exists(), reason="this torch has no Metal prefill kernel"
 )
+PAIRS = (kernels.DKV_PAIRS, kernels.DKV_PAIRS_STORING)
+NARROW = tuple(x for x in kernels.FAMILIES if x not in PAIRS)
+WIDE = tuple(x for x in kernels.FAMILIES if x not in (kernels.DKV, kernels.DKV_STORING))
 CASES = [
-    *((family, dtype, 64) for family in kernels.FAMILIES for dtype in counts.DTYPES),
-    *((family, "float16", head_dim) for family in kernels.FAMILIES for head_dim in (80, 128, 256)),
+    *((family, dtype, 64) for family in NARROW for dtype in counts.DTYPES),
+    *((family, dtype, 128) for family in PAIRS for dtype in counts.DTYPES),
+    *((family, "float16", head_dim) for family in NARROW for head_dim in (80, 96)),
+    *((family, "float16", head_dim) for family in WIDE for head_dim in (128, 256)),
     (kernels.FORWARD, "bfloat16", 256),
     (kernels.DKV, "float32", 32),
-    (kernels.DKV_STORING, "bfloat16", 128),
+    (kernels.DKV_STORING, "bfloat16", 80),
+    (kernels.DKV_PAIRS, "float32", 96),
+    (kernels.DKV_PAIRS_STORING, "bfloat16", 256),
     (kernels.DQ, "float32", 256),
     (kernels.PREFILL, "float32", 96),
     (kernels.PREFILL, "bfloat16", 32),
@@ -99,6 +111,31 @@ def test_threadgroup_port_is_shared():
         for _ in range(64):
             t.mma("half", t.read_shared(nbytes))
         assert simulate(t, 4, 4).cycles == pytest.approx(cycles, rel=0.08)
+
+
+def test_pairs_play_two_bodies():
+    """Of two simdgroups that multiply as much, one has scalar work besides: the first waits for it
+    at the barrier, although it has a scheduler of its own."""
+
+    def pair(cycles: float) -> Trace:
+        second = Trace(PLAIN)
+        first = Trace(PLAIN, partner=second)
+        for t in (first, second):
+            for _ in range(16):
+                t.mma("half")
+        second.alu(cycles)
+        for t in (first, second):
+            t.barrier()
+        return first
+
+    def block(cycles: float) -> float:
+        return simulate(pair(cycles), 1, 4).cycles * 16
+
+    assert block(500) - block(0) == pytest.approx(500, abs=20)
+    uneven = pair(0)
+    uneven.partner.mma("half")
+    with pytest.raises(ValueError, match="as many products"):
+        simulate(uneven, 1, 4)
 
 
 def test_barrier_costs_once_a_block():
@@ -211,22 +248,26 @@ def test_structures_say_what_their_parameters_mean():
     def said(x, name):
         return x.trace(PLAIN).counts[name]
 
-    whole = BackwardDkv(**common)
-    for split, reads in ((2, 1), (4, 4)):
-        part = BackwardDkv(**common, split=split)
-        assert split * said(part, "mma_half") == said(whole, "mma_half")
-        assert split * said(part, "mma_float") == said(whole, "mma_float")
-        assert part.register_estimate < whole.register_estimate
-        assert said(part, "barrier") == said(whole, "barrier") + 1
-        # Of 4 simdgroups, partial S and dP of 2 fragments go out once as float32 and come in.
-        tiles = 2 * 2 * 256
-        assert part.threadgroup_bytes() == whole.threadgroup_bytes() + 4 * tiles
-        own = said(whole, "threadgroup_bytes_read") / split
-        assert said(part, "threadgroup_bytes_read") == own + reads * tiles
+    whole = BackwardDkv(**common | dict(value_operand="float"))
+    pairs = BackwardDkvPairs(**common | dict(value_operand="float"))
+    assert pairs.keys == whole.keys // 2
+    assert pairs.register_estimate < whole.register_estimate
+    assert pairs.trace(PLAIN).products == whole.trace(PLAIN).products / 2
+    assert said(pairs, "mma_half") == said(whole, "mma_half") / 2
+    assert said(pairs, "barrier") == said(whole, "barrier") + 1
+    # Of 2 keys' blocks, P of 2 fragments waits as float32: the first writes it, the second reads it
+    # and alone asks for no exponentials.
+    tiles = 2 * 256
+    assert pairs.threadgroup_bytes() == whole.threadgroup_bytes() + 2 * tiles
+    first, second = pairs.trace(PLAIN).roles
+    same = (first.counts - second.counts) + (second.counts - first.counts)
+    assert same == dict(exp2=4, threadgroup_bytes_read=tiles, threadgroup_bytes_written=tiles)
     # dS of 8 keys x 16 queries as float32
-    stored = BackwardDkv(**common, store=True)
-    extra = said(stored, "device_bytes_written") - said(whole, "device_bytes_written")
-    assert extra == 8 * 16 * 4
+    for kind, plain, writers in ((BackwardDkv, whole, 1), (BackwardDkvPairs, pairs, 2)):
+        stored = kind(**vars(plain) | dict(store=True)).trace(PLAIN).mean_counts
+        unstored = plain.trace(PLAIN).mean_counts
+        extra = stored["device_bytes_written"] - unstored.get("device_bytes_written", 0)
+        assert extra == 8 * 16 * 4 / writers
     reader = BackwardDqStored(**common, rows=1, bk=32)
     assert said(reader, "device_bytes_read") == 8 * 32 * 4 + 32 * 128 * 2 / 4
     # bfloat16 is widened when it is staged: K and V of 4 simdgroups, two elements a conversion
@@ -240,15 +281,45 @@ def test_structures_say_what_their_parameters_mean():
 
 
 def test_backward_as_the_plan_launches_it():
-    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so not at all."""
+    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so that its keys
+    are divided between dispatches."""
     from benchmarks.apple_model import predictions
 
+    def launches(length, scratch, head_dim=64):
+        return counts.backward_launches("float16", head_dim, length, 16, scratch)
+
     with_ds, without = predictions.SCRATCH
-    four = counts.backward_launches("float16", 64, 4096, 16, with_ds)
-    assert four == ((counts.DELTA, 16), *(((counts.DKV_STORING, 4), (counts.DQ_FROM_DS, 4)) * 4))
-    seven = ((counts.DELTA, 16), (counts.DKV, 16), (counts.DQ, 16))
-    assert counts.backward_launches("float16", 64, 16384, 16, with_ds) == seven
-    assert counts.backward_launches("float16", 64, 4096, 16, without) == seven
+    delta, *four = launches(4096, with_ds)
+    assert (delta.family, delta.heads) == (counts.DELTA, 16)
+    assert [(x.family, x.heads) for x in four] == 4 * [
+        (counts.DKV_STORING, 4),
+        (counts.DQ_FROM_DS, 4),
+    ]
+    assert {(x.key_begin, x.key_end) for x in four} == {(0, 4096)}
+    seven = [(counts.DELTA, 16), (counts.DKV, 16), (counts.DQ, 16)]
+    assert [(x.family, x.heads) for x in launches(4096, without)] == seven
+    assert launches(4096, with_ds, head_dim=128)[1].family == counts.DKV_PAIRS_STORING
+    of_head = launches(16384, with_ds)[1:]
+    of_head = of_head[: len(of_head) // 16]
+    assert of_head[0].key_begin == 0 and of_head[-1].key_end == 16384 > of_head[0].key_end
+    for causal in (True, False):
+        problem = problems.Problem(16384, 1, causal)
+        for family in (counts.DKV_STORING, counts.DQ_FROM_DS):
+            # Together, the dispatches are the undivided kernel.
+            kernel = kernels.structure(family, "float16", 64)
+            of_family = [x for x in of_head if x.family == family]
+            parts = [problems.blocks(kernel, problem, (x.key_begin, x.key_end)) for x in of_family]
+            assert [len(x) for x in parts] == [x.blocks for x in of_family]
+            assert sum(map(sum, parts)) == sum(problems.blocks(kernel, problem))
+    divided = predictions.backward_row("float16", 64, problems.Problem(16384), with_ds, step=40)
+    assert divided["products"] == 5 and divided["key_parts"] == len(of_head) // 2
+    # dq's sums in float, behind dS: all dispatches but the last write them, all but the first read.
+    first, *_, last = (x for x in of_head if x.family == counts.DQ_FROM_DS)
+    for x in (first, last):
+        keys = x.key_end - x.key_begin
+        moved = 4 * (16384 * keys + 16384 * 64) / predictions.MEMORY_BANDWIDTH * 1e3
+        dense = problems.Problem(16384, causal=False)
+        assert predictions.ds_milliseconds(x, 64, dense) == pytest.approx(moved)
     problem = problems.Problem(2048)
     row = predictions.backward_row("float16", 64, problem, with_ds, step=40)
     assert row["products"] == 5

@@ -21,7 +21,9 @@ NAMES = {
     kernels.FORWARD: "forward",
     kernels.DQ: "dq",
     kernels.DKV: "dk/dv",
+    kernels.DKV_PAIRS: "dk/dv by pairs",
     kernels.DKV_STORING: "dk/dv storing dS",
+    kernels.DKV_PAIRS_STORING: "dk/dv by pairs, storing dS",
     kernels.DQ_FROM_DS: "dq from dS",
 }
 
@@ -54,15 +56,16 @@ def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def backward_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = [
-        "dtype", "D", "mask", "L", "products", "ms [p10..p90]", "pess.", "not hidden", "tails",
-        "unfused ms", "x", "x worst",
+        "dtype", "D", "mask", "L", "products", "key parts", "launches", "ms [p10..p90]",
+        "pess.", "not hidden", "tails", "unfused ms", "x", "x worst",
     ]  # fmt: skip
     rows = []
     for b in content["backward"]:
         rows.append(
             [
                 b["dtype"], str(b["head_dim"]), "causal" if b["causal"] else "dense",
-                str(b["length"]), str(b["products"]), _spread(b["milliseconds"], 2),
+                str(b["length"]), str(b["products"]), str(b["key_parts"]),
+                str(b["launches"]), _spread(b["milliseconds"], 2),
                 f"{b['pessimistic_milliseconds']:.2f}", f"{b['exposed_milliseconds']:.2f}",
                 f"{b['tail_milliseconds']:.2f}", f"{b['unfused_milliseconds']:.2f}",
                 _spread(b["speedup"], 2), f"{b['worst_speedup']:.2f}",
@@ -96,9 +99,10 @@ KERNEL_NOTE = (
     "parameters; A x the same by model A. regs: estimated."
 )
 BACKWARD_NOTE = (
-    "The launches of the plan together, model B, B*H 16: five products with dS in memory (256 MiB "
-    "for it; where one head needs more, seven), and seven without. not hidden: dS's way through "
-    "memory at 400 GB/s comes on top instead of beside; tails: what launch order leaves idle at "
+    "The launches of the plan together, model B, B*H 16: five products with dS in memory "
+    "(256 MiB for it; where one head needs more, its keys are divided between dispatches), and "
+    "seven without. not hidden: dS's way through memory (and that of dq's sums where keys are "
+    "divided) at 400 GB/s comes on top instead of beside; tails: what launch order leaves idle at "
     "most, each launch waiting for the one before; unfused: 4 GEMMs at the ceiling plus 8 passes "
     "over the pairs at 400 GB/s; x: unfused / ours, worst by the worst of the columns between."
 )

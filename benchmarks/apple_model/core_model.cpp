@@ -1,10 +1,10 @@
 // Discrete-event model of one Apple7/Apple8 GPU core: four schedulers, in-order simdgroups, a port
 // to threadgroup memory and one to device memory that all share, threadgroup barriers.
 //
-// Every simdgroup repeats the same list of instructions, one block of the kernel's loop. An
-// instruction waits for its operands (up to three earlier instructions, by distance), for its
-// scheduler and for its unit; among the simdgroups of a scheduler the one served longest ago goes
-// first.
+// Every simdgroup repeats a list of instructions, one block of the kernel's loop: all the same one,
+// or those of a pair one each. An instruction waits for its operands (up to three earlier
+// instructions, by distance), for its scheduler and for its unit; among the simdgroups of a
+// scheduler the one served longest ago goes first.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -28,6 +28,8 @@ struct Instruction {
 namespace {
 
 struct Simdgroup {
+  const Instruction* body;
+  int length;
   int threadgroup, scheduler;
   int position = 0, block = 0;
   double issue = 0;  // earliest cycle of the next issue
@@ -45,8 +47,6 @@ struct Threadgroup {
 };
 
 struct Core {
-  const Instruction* body;
-  int length;
   std::vector<Simdgroup> simdgroups;
   std::vector<Threadgroup> threadgroups;
   double scheduler_free[kSchedulers] = {}, pipe_free[kSchedulers] = {}, exp_free[kSchedulers] = {};
@@ -56,12 +56,12 @@ struct Core {
 
   /// Finds out what x's next instruction waits for.
   void prepare(Simdgroup& x) {
-    const Instruction& next = body[x.position];
+    const Instruction& next = x.body[x.position];
     x.ready = x.issue;
     for (int distance : next.after) {
       const int index = x.position - distance;
       if (distance == 0 || (index < 0 && x.block == 0)) continue;
-      x.ready = std::max(x.ready, x.finished[index < 0 ? index + length : index]);
+      x.ready = std::max(x.ready, x.finished[index < 0 ? index + x.length : index]);
     }
     if (next.unit == kBarrier) x.ready = std::max(x.ready, x.last_store);
     x.unit_free = next.unit == kAlu || next.unit == kMatrix ? &pipe_free[x.scheduler]
@@ -71,7 +71,7 @@ struct Core {
 
   /// Issues x's next instruction at `start`; returns when its result is there.
   double issue(Simdgroup& x, double start, int simdgroups_each, double barrier_latency) {
-    const Instruction& i = body[x.position];
+    const Instruction& i = x.body[x.position];
     busy[i.unit] += i.cost;
     scheduler_free[x.scheduler] = start + 1;
     x.issue = start + 1;
@@ -114,24 +114,27 @@ struct Core {
 
 }  // namespace
 
-/// Runs `blocks` repetitions of the body on every simdgroup of `threadgroups` resident
-/// threadgroups, the k-th of which starts k * stagger cycles late. Returns the core's cycles for
-/// one block of one threadgroup in the steady state (after `warm_up` blocks), or -1 on a deadlock.
-/// utilisation: busy shares of the matrix units, the threadgroup port, the device port, the ALUs.
-extern "C" double simulate_core(const Instruction* body, int length, int threadgroups,
-    int simdgroups_each, int blocks, int warm_up, double barrier_latency, double stagger,
-    double* utilisation) {
+/// Runs `blocks` repetitions of a body on every simdgroup of `threadgroups` resident threadgroups:
+/// of `bodies` bodies, one after the other in `instructions`, the s-th simdgroup takes number s %
+/// bodies. Of the threadgroups, the k-th of which starts k * stagger cycles late. Returns the
+/// core's cycles for one block of one threadgroup in the steady state (after `warm_up` blocks), or
+/// -1 on a deadlock. utilisation: busy shares of the matrix units, the threadgroup port, the device
+/// port, the ALUs.
+extern "C" double simulate_core(const Instruction* instructions, const int32_t* lengths, int bodies,
+    int threadgroups, int simdgroups_each, int blocks, int warm_up, double barrier_latency,
+    double stagger, double* utilisation) {
   Core core;
-  core.body = body;
-  core.length = length;
   core.threadgroups.resize(threadgroups);
   for (int t = 0; t < threadgroups; t++) {
     for (int s = 0; s < simdgroups_each; s++) {
       Simdgroup x;
+      x.body = instructions;
+      for (int i = 0; i < s % bodies; i++) x.body += lengths[i];
+      x.length = lengths[s % bodies];
       x.threadgroup = t;
       x.scheduler = (t * simdgroups_each + s) % kSchedulers;
       x.issue = t * stagger;
-      x.finished.assign(length, 0);
+      x.finished.assign(x.length, 0);
       core.simdgroups.push_back(x);
       core.prepare(core.simdgroups.back());
     }
@@ -156,7 +159,7 @@ extern "C" double simulate_core(const Instruction* body, int length, int threadg
     Simdgroup& x = core.simdgroups[chosen];
     core.last_served[x.scheduler] = chosen;
     x.finished[x.position] = core.issue(x, start, simdgroups_each, barrier_latency);
-    if (++x.position == length) {
+    if (++x.position == x.length) {
       x.position = 0;
       x.block++;
       if (chosen % simdgroups_each == 0) {

@@ -91,8 +91,10 @@ def _library() -> ctypes.CDLL:
 class Trace:
     """The instructions of one simdgroup for one block."""
 
-    def __init__(self, parameters: Parameters):
+    def __init__(self, parameters: Parameters, partner: Trace | None = None):
         self.p = parameters
+        #: What every second simdgroup does instead, in as many products and barriers.
+        self.partner = partner
         self.instructions: list[tuple[float, float, int, tuple[int, ...]]] = []
         self.counts: Counter[str] = Counter()
 
@@ -192,6 +194,16 @@ class Trace:
                 use(items[i - ahead], loaded.pop(i - ahead))
 
     @property
+    def roles(self) -> list[Trace]:
+        return [self] if self.partner is None else [self, self.partner]
+
+    @property
+    def mean_counts(self) -> dict[str, float]:
+        """Of a simdgroup, over the roles."""
+        total = sum((Counter(role.counts) for role in self.roles), Counter[str]())
+        return {name: number / len(self.roles) for name, number in total.items()}
+
+    @property
     def products(self) -> float:
         return sum(n for name, n in self.counts.items() if name.startswith("mma_"))
 
@@ -213,9 +225,13 @@ def simulate(
 ) -> Run:  # fmt: skip
     """The mean over `starts` different staggers of the resident threadgroups, each over about
     `window` blocks in which all of them run."""
-    n = len(trace.instructions)
-    body = (_Instruction * n)()
-    for slot, (cost, latency, unit, after) in zip(body, trace.instructions, strict=True):
+    roles = trace.roles
+    if any(x.products != trace.products for x in roles) or simdgroups % len(roles):
+        raise ValueError("the simdgroups of a pair must do as many products each")
+    instructions = [x for role in roles for x in role.instructions]
+    lengths = (ctypes.c_int32 * len(roles))(*(len(role.instructions) for role in roles))
+    body = (_Instruction * len(instructions))()
+    for slot, (cost, latency, unit, after) in zip(body, instructions, strict=True):
         slot.cost, slot.latency, slot.unit, slot.after[:] = cost, latency, unit, after
     utilisation = (ctypes.c_double * 4)()
     total = 0.0
@@ -224,7 +240,7 @@ def simulate(
         stagger = 97.0 + 211 * k
         blocks = warm_up + window + 2 * int(stagger / least)
         cycles = _library().simulate_core(
-            body, n, threadgroups, simdgroups, blocks, warm_up,
+            body, lengths, len(roles), threadgroups, simdgroups, blocks, warm_up,
             ctypes.c_double(trace.p.barrier), ctypes.c_double(stagger), utilisation,
         )  # fmt: skip
         if cycles <= 0:

@@ -30,9 +30,11 @@ from mutation import harness  # noqa: E402
 from simulator import engine  # noqa: E402
 from simulator.engine import arrays  # noqa: E402
 
-FORWARD, DELTA, DKV, DQ, DQ_FROM_DS = harness.FAMILIES
-#: attention_backward_dkv as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
-DKV_STORING = "attention_backward_dkv storing dS"
+FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = harness.FAMILIES
+#: The key's side as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
+STORING = {name: f"{name} storing dS" for name in (DKV, DKV_PAIRS)}
+DKV_STORING, DKV_PAIRS_STORING = STORING.values()
+TEMPLATES = {stored: name for name, stored in STORING.items()}
 PREFILL = "prefill_attention"
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -145,11 +147,22 @@ def _request(
     return harness.request(layouts, number, backward, **fields)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A dispatch of the plan."""
+
+    family: str
+    heads: int  #: key/value heads, or query heads on the query's side
+    blocks: int  #: threadgroups of a head
+    key_begin: int
+    key_end: int
+
+
 @cache
 def backward_launches(
     dtype: str, head_dim: int, length: int, heads: int, scratch_bytes: int
-) -> tuple[tuple[str, int], ...]:
-    """What the plan launches for a dense self-attention: (family, heads) in order."""
+) -> tuple[Launch, ...]:
+    """What the plan launches for a dense self-attention, in order."""
     size = length * head_dim
     layout = ((1, heads, length, head_dim), (heads * size, size, head_dim, 1), 0)
     layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
@@ -158,22 +171,26 @@ def backward_launches(
     plan, _ = _sources().plan(request)
     names = [kernel["family"] for kernel in plan["kernels"]]
     if DQ_FROM_DS in names:
-        names = [DKV_STORING if name == DKV else name for name in names]
-    return tuple((names[kernel], groups) for kernel, groups, _ in plan["launches"])
+        names = [STORING.get(name, name) for name in names]
+    return tuple(
+        Launch(names[kernel], groups_x, groups_y, key_begin, key_end)
+        for kernel, groups_x, groups_y, _, key_begin, key_end in plan["launches"]
+    )
 
 
 class NoVariant(LookupError):
-    """The plan has no such kernel for this head_dim: it never stores dS there."""
+    """The plan has no such kernel for this head_dim: dS is never stored there, or the key's side
+    has its other form."""
 
 
 def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64) -> Variant:
     """The kernel that the plan chooses for a dense problem without a mask."""
-    storing = family in (DKV_STORING, DQ_FROM_DS)
+    storing = family in (*TEMPLATES, DQ_FROM_DS)
     request = _request(
         dtype, head_dim, q_len, kv_len, family != FORWARD, scratch_bytes=(1 << 40) * storing
     )
     plan, params = _sources().plan(request)
-    template = DKV if family == DKV_STORING else family
+    template = TEMPLATES.get(family, family)
     kernels = {k["family"]: k for k in plan["kernels"]}
     if template not in kernels or (storing and DQ_FROM_DS not in kernels):
         raise NoVariant(f"{family} {dtype} head_dim {head_dim}")
@@ -184,7 +201,7 @@ def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int
         tile = dict(BQ=threads // 32 * 8, BK=0)
     return Variant(
         template, kernel["name"], kernel["instantiation"], tile["BQ"], tile["BK"],
-        threads, harness.with_seed(params), tuple(_sources().buffers.items()),
+        threads, harness.with_seed(params, key_end=kv_len), tuple(_sources().buffers.items()),
     )  # fmt: skip
 
 
@@ -244,7 +261,7 @@ def count(family: str, dtype: str, head_dim: int) -> Counts:
         return _counts(only, only, v.simdgroups, (0, 1))
     results = []
     for blocks in (SHORT, LONG):
-        lengths = (v.bq * blocks, v.bk) if v.family == DKV else (v.bq, v.bk * blocks)
+        lengths = (v.bq * blocks, v.bk) if v.family in STORING else (v.bq, v.bk * blocks)
         results.append(launch(*lengths))
     return _counts(*results, v.simdgroups, (SHORT, LONG))
 

@@ -8,6 +8,8 @@ from typing import Any
 from .core_model import Parameters
 from .counts import (
     DKV,
+    DKV_PAIRS,
+    DKV_PAIRS_STORING,
     DKV_STORING,
     DQ,
     DQ_FROM_DS,
@@ -23,6 +25,7 @@ from .peers import prefill
 from .structures import (
     METAL,
     BackwardDkv,
+    BackwardDkvPairs,
     BackwardDq,
     BackwardDqStored,
     Forward,
@@ -30,7 +33,7 @@ from .structures import (
     keeps,
 )
 
-BACKWARD = (DKV, DKV_STORING, DQ, DQ_FROM_DS)  #: that have a loop
+BACKWARD = (DKV, DKV_PAIRS, DKV_STORING, DKV_PAIRS_STORING, DQ, DQ_FROM_DS)  #: that have a loop
 FAMILIES = (PREFILL, FORWARD, *BACKWARD)
 
 #: What a trace and the engine's counts must agree on exactly.
@@ -63,9 +66,11 @@ def structure_of(v: Variant, address_cycles: float = 20.0) -> Structure:
         return BackwardDq(**common, rows=rows, bk=v.bk, keep=keeps(1, 2, rows, head_dim, operand))
     if v.family == DQ_FROM_DS:
         return BackwardDqStored(**common, rows=int(a[3]), bk=v.bk)
-    split = int(a[4])
-    keep = keeps(2, 2, 1, head_dim // split, operand)
-    return BackwardDkv(**common, bq=v.bq, split=split, keep=keep, store=a[5] == "true")
+    key_side = dict(bq=v.bq, store=a[4] == "true")
+    if v.family == DKV_PAIRS:
+        common["value_operand"] = "float"
+        return BackwardDkvPairs(**common, **key_side, keep=keeps(1, 1, 1, head_dim, operand))
+    return BackwardDkv(**common, **key_side, keep=keeps(2, 2, 1, head_dim, operand))
 
 
 #: A block of PyTorch's kernel takes so many of Parameters.address (peers.py).
@@ -94,8 +99,8 @@ def structure(family: str, dtype: str, head_dim: int) -> Any:
 
 def disagreements(kernel: Any, counts: Counts) -> dict[str, tuple[float, float]]:
     """What the trace says and what the engine counted, where they differ."""
-    trace = kernel.trace(Parameters())
-    said = {name: float(trace.counts.get(name, 0)) for name in CHECKED}
+    counted = kernel.trace(Parameters()).mean_counts
+    said = {name: float(counted.get(name, 0)) for name in CHECKED}
     found = {name: counts.steady.get(name, 0.0) for name in CHECKED}
     said["threadgroup_memory"] = float(kernel.threadgroup_bytes())
     found["threadgroup_memory"] = float(counts.threadgroup_bytes)

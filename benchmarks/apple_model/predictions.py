@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from .core_model import CEILING, MAX_REGISTERS, Parameters
 from .ensemble import ENSEMBLE, Spread, ensemble, evaluate, pessimism, registers_of
 from .fit import PUBLISHED, milliseconds
 from .issue_model import issue
-from .problems import Problem, products, tail
+from .problems import Keys, Problem, blocks, products, tail
 from .structures import METAL, SIZES, Structure
 
 DTYPES = tuple(counts.DTYPES)
@@ -42,9 +43,11 @@ class Result:
     residents: tuple[int, ...]
     products: float  #: of a simdgroup and block
 
-    def times(self, problem: Problem, pessimistic: bool = False) -> list[float]:
+    def times(
+        self, problem: Problem, pessimistic: bool = False, keys: Keys | None = None
+    ) -> list[float]:
         """Milliseconds on the published device, of every parameter set."""
-        n = products(self.kernel, self.products, problem)
+        n = products(self.kernel, self.products, problem, keys)
         values = self.pessimistic if pessimistic else self.cycles
         return [milliseconds(c, n, 1) for c in values]
 
@@ -112,7 +115,7 @@ def kernel_row(family: str, dtype: str, head_dim: int, step: int = 1) -> dict[st
 
 def _tile(kernel: Structure) -> dict[str, Any]:
     names = (
-        "rows", "bq", "bk", "keys", "keep_q", "keep", "split", "buffers", "score_operand",
+        "rows", "bq", "bk", "keys", "keep_q", "keep", "buffers", "score_operand",
         "value_operand", "ds_operand", "store",
     )  # fmt: skip
     return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
@@ -132,10 +135,14 @@ def _delta_milliseconds(dtype: str, head_dim: int, problem: Problem) -> float:
     return 1e3 * 2 * problem.length * problem.heads * head_dim * size / MEMORY_BANDWIDTH
 
 
-def ds_milliseconds(problem: Problem) -> float:
-    """dS once through memory, of the blocks that are not skipped."""
-    pairs = problem.length**2 * problem.heads / (2 if problem.causal else 1)
-    return 1e3 * SIZES["float"] * pairs / MEMORY_BANDWIDTH
+def ds_milliseconds(launch: counts.Launch, head_dim: int, problem: Problem) -> float:
+    """dS of the dispatch once through memory, of the blocks that are not skipped; on the query's
+    side also the sums of dq, from the dispatch before and to the next."""
+    first, last, n = launch.key_begin, launch.key_end, problem.length
+    elements = (last - first) * (n - (first + last) / 2 if problem.causal else n)
+    if launch.family == kernels.DQ_FROM_DS:
+        elements += n * head_dim * ((first > 0) + (last < n))
+    return 1e3 * SIZES["float"] * elements * launch.heads / MEMORY_BANDWIDTH
 
 
 def backward_row(
@@ -146,23 +153,27 @@ def backward_row(
     launches = counts.backward_launches(
         dtype, head_dim, problem.length, problem.heads, scratch_bytes
     )
-    loops = [(family, heads) for family, heads in launches if family != counts.DELTA]
-    stores = any(family == kernels.DQ_FROM_DS for family, _ in loops)
+    loops = Counter(launch for launch in launches if launch.family != counts.DELTA)
+    stores = any(launch.family == kernels.DQ_FROM_DS for launch in loops)
     delta = _delta_milliseconds(dtype, head_dim, problem)
     total = [delta] * len(ensemble(step))
     pessimistic, exposed, with_tails = list(total), list(total), list(total)
     tails = []
-    for family, heads in loops:
-        part = Problem(problem.length, heads, problem.causal)
-        r = result(family, dtype, head_dim, step)
-        moved = ds_milliseconds(part) if stores else 0.0
+    for launch, number in loops.items():
+        part = Problem(problem.length, launch.heads, problem.causal)
+        keys = (launch.key_begin, launch.key_end)
+        r = result(launch.family, dtype, head_dim, step)
+        if len(blocks(r.kernel, part, keys)) != launch.blocks:
+            raise RuntimeError(f"{launch} has other threadgroups than its structure")
+        moved = ds_milliseconds(launch, head_dim, problem) if stores else 0.0
         slots = PUBLISHED["cores"] * int(statistics.median(r.residents)) // r.kernel.simdgroups
-        tails.append(tail(r.kernel, part, slots))
-        for i, (ms, worse) in enumerate(zip(r.times(part), r.times(part, True), strict=True)):
-            total[i] += max(ms, moved)
-            pessimistic[i] += max(worse, moved)
-            exposed[i] += ms + moved
-            with_tails[i] += max(ms * tails[-1], moved)
+        tails.append(tail(r.kernel, part, slots, keys))
+        times = zip(r.times(part, keys=keys), r.times(part, True, keys), strict=True)
+        for i, (ms, worse) in enumerate(times):
+            total[i] += number * max(ms, moved)
+            pessimistic[i] += number * max(worse, moved)
+            exposed[i] += number * (ms + moved)
+            with_tails[i] += number * max(ms * tails[-1], moved)
     unfused = unfused_backward(dtype, head_dim, problem)
     return dict(
         dtype=dtype,
@@ -177,6 +188,7 @@ def backward_row(
         exposed_milliseconds=round(statistics.median(exposed), 4),
         tail_milliseconds=round(statistics.median(with_tails), 4),
         tail=[round(x, 3) for x in tails],
+        key_parts=len({launch.key_begin for launch in loops}),
         unfused_milliseconds=round(unfused, 4),
         speedup=_spread([unfused / x for x in total]),
         worst_speedup=round(

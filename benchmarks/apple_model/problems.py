@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass
 from typing import Any
 
-from .structures import BackwardDkv
+from .structures import BackwardDkv, BackwardDkvPairs
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,35 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def blocks(kernel: Any, problem: Problem) -> list[int]:
-    """Blocks of each threadgroup of one head, in launch order (heaviest first where causal)."""
+Keys = tuple[int, int]  #: half-open, of one dispatch
+
+
+def blocks(kernel: Any, problem: Problem, keys: Keys | None = None) -> list[int]:
+    """Blocks of each threadgroup of one head, in launch order (heaviest first where causal); of a
+    dispatch for these keys alone."""
     n = problem.length
-    if isinstance(kernel, BackwardDkv):
+    first, last = keys or (0, n)
+    if isinstance(kernel, BackwardDkv | BackwardDkvPairs):
         every = _ceil(n, kernel.bq)
-        begins = range(0, n, kernel.keys)
+        begins = range(first, last, kernel.keys)
         return [every - (key // kernel.bq if problem.causal else 0) for key in begins]
-    ends = [min(row + kernel.bq, n) for row in range(0, n, kernel.bq)]
-    return [_ceil(end if problem.causal else n, kernel.bk) for end in reversed(ends)]
+    rows = [min(row + kernel.bq, n) for row in range(0, n, kernel.bq)]
+    ends = [min(row if problem.causal else n, last) for row in reversed(rows)]
+    return [max(0, _ceil(end, kernel.bk) - first // kernel.bk) for end in ends]
 
 
-def products(kernel: Any, products_of_block: float, problem: Problem) -> float:
+def products(
+    kernel: Any, products_of_block: float, problem: Problem, keys: Keys | None = None
+) -> float:
     """8x8x8 products of the whole problem; products_of_block are those of one simdgroup."""
-    return sum(blocks(kernel, problem)) * products_of_block * kernel.simdgroups * problem.heads
+    of_head = sum(blocks(kernel, problem, keys)) * products_of_block * kernel.simdgroups
+    return of_head * problem.heads
 
 
-def tail(kernel: Any, problem: Problem, slots: int) -> float:
+def tail(kernel: Any, problem: Problem, slots: int, keys: Keys | None = None) -> float:
     """Time of `slots` resident threadgroups, filled in launch order (heads run fastest), over that
     of evenly spread work. An upper bound: the last threadgroups of a core run faster alone."""
-    work = [n for n in blocks(kernel, problem) for _ in range(problem.heads)]
+    work = [n for n in blocks(kernel, problem, keys) for _ in range(problem.heads)]
     free = [0.0] * slots
     for n in work:
         heapq.heappush(free, heapq.heappop(free) + n)

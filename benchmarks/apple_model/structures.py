@@ -43,7 +43,6 @@ class Structure:
     value_operand: str  #: operand type of the products with P (forward, dv)
     ds_operand: str = "float"  #: operand type of the products with dS
     simdgroups: int = 4
-    split: int = 1  #: simdgroups that share rows, each with its part of head_dim
     #: The depth of S is summed in this many chains, one after the other.
     chains: int = 1
     #: Cycles for addresses and branches of a block, in units of Parameters.address.
@@ -60,8 +59,8 @@ class Structure:
 
     @property
     def depth(self) -> int:
-        """Fragments along the simdgroup's part of head_dim."""
-        return self.head_dim // 8 // self.split
+        """Fragments along head_dim."""
+        return self.head_dim // 8
 
     @property
     def row_bytes(self) -> int:
@@ -183,26 +182,6 @@ class Structure:
         items = [(k, c) for k in range(depth) for c in range(self.depth)]
         t.pipelined(items, lambda _: self.read_pair(t, direct), use, self.ahead)
 
-    def exchange(self, t: Trace, fragments: list[Handle]) -> list[Handle]:
-        """Sums partial fragments of the simdgroups that share rows: two keep their own, more add
-        all in a fixed order."""
-        if self.split == 1:
-            return fragments
-        for x in fragments:
-            t.write_shared(256, x)
-        t.barrier()
-        result = []
-        for x in fragments:
-            if self.split > 2:
-                x = t.read_shared(256)
-            for _ in range(self.split - 1):
-                x = t.alu(2, x, t.read_shared(256))
-            result.append(x)
-        return result
-
-    def exchange_bytes(self, fragments: int) -> int:
-        return 0 if self.split == 1 else self.simdgroups * fragments * 256
-
     def spill(self, t: Trace) -> None:
         """Registers beyond the thread's limit go out and in once for each block."""
         for _ in range(math.ceil(self.spilled)):
@@ -213,6 +192,14 @@ def _last(handles: list[Handle], number: int = 3) -> list[Handle]:
     return handles[-number:]
 
 
+def read_statistics(t: Trace, columns: int) -> Handle:
+    """lse or delta of two query rows for each fragment, one load each: a line serves all lanes."""
+    last = None
+    for _ in range(2 * columns):
+        last = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
+    return last
+
+
 def keeps(sums: int, operands: int, rows: int, columns: int, operand: str) -> bool:
     """Whether the kernels hold so many left operands of rows x columns in registers beside so many
     sums."""
@@ -221,7 +208,7 @@ def keeps(sums: int, operands: int, rows: int, columns: int, operand: str) -> bo
 
 @dataclass(frozen=True, kw_only=True)
 class Forward(Structure):
-    """Forward: 8 R rows of queries for each simdgroup (or `split` of them), BK keys a block."""
+    """Forward: 8 R rows of queries for each simdgroup, BK keys a block."""
 
     rows: int = 1  #: R
     bk: int = 32
@@ -233,7 +220,7 @@ class Forward(Structure):
 
     @property
     def bq(self) -> int:
-        return 8 * self.rows * self.simdgroups // self.split
+        return 8 * self.rows * self.simdgroups
 
     def registers(self) -> dict[str, float]:
         columns, words = self.bk // 8, _words(self.score_operand)
@@ -251,8 +238,7 @@ class Forward(Structure):
         return base
 
     def threadgroup_bytes(self) -> int:
-        exchange = self.exchange_bytes(self.rows * self.bk // 8)
-        return self.buffers * self.bk * self.row_bytes + exchange if self.buffers else CHUNK
+        return self.buffers * self.bk * self.row_bytes if self.buffers else CHUNK
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
@@ -260,7 +246,6 @@ class Forward(Structure):
         if not direct:
             self.stage(t, self.bk, self.buffers)
         s = self.product_ABt(t, self.rows, columns, not self.keep_q, direct)
-        s = self.exchange(t, s)
         if self.buffers == 1:
             v = self.fetch(t, self.bk)
             t.barrier()
@@ -297,7 +282,7 @@ class BackwardDq(Structure):
 
     @property
     def bq(self) -> int:
-        return 8 * self.rows * self.simdgroups // self.split
+        return 8 * self.rows * self.simdgroups
 
     def registers(self) -> dict[str, float]:
         columns, words = self.bk // 8, _words(self.score_operand)
@@ -312,8 +297,7 @@ class BackwardDq(Structure):
         )
 
     def threadgroup_bytes(self) -> int:
-        exchange = self.exchange_bytes(2 * self.rows * self.bk // 8)
-        return 2 * self.bk * self.row_bytes + exchange
+        return 2 * self.bk * self.row_bytes
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
@@ -321,8 +305,6 @@ class BackwardDq(Structure):
         self.stage(t, self.bk, 2)
         s = self.product_ABt(t, self.rows, columns, not self.keep)
         dp = self.product_ABt(t, self.rows, columns, not self.keep)
-        both = self.exchange(t, s + dp)
-        s, dp = both[: len(s)], both[len(s) :]
         self.spill(t)
         ds = []
         for a, b in zip(s, dp, strict=True):
@@ -335,7 +317,7 @@ class BackwardDq(Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardDkv(Structure):
-    """dk and dv: 8 keys for each simdgroup (or `split` of them), BQ queries a block, four products;
+    """dk and dv: 8 keys for each simdgroup, BQ queries a block, four products;
     transposed, so that P^T and dS^T are left operands."""
 
     rows: int = 1
@@ -346,48 +328,101 @@ class BackwardDkv(Structure):
 
     @property
     def keys(self) -> int:
-        return 8 * self.rows * self.simdgroups // self.split
+        return 8 * self.rows * self.simdgroups
 
     def registers(self) -> dict[str, float]:
         columns, words = self.bq // 8, _words(self.score_operand)
         return dict(
             dk_and_dv=4 * self.depth * self.rows,
             k_and_v=2 * self.rows * words * (self.depth if self.keep else 2),
-            s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
-            p=columns * self.rows * _words(self.value_operand),
+            # delta stays beside S and dP; lse goes before dP comes, P as operand comes after them.
+            s_dp_and_delta=(6 if self.chains == 1 else 8) * columns * self.rows,
             loads=4 * max(words, _words(self.ds_operand)),
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
         )
 
     def threadgroup_bytes(self) -> int:
-        exchange = self.exchange_bytes(2 * self.rows * self.bq // 8)
-        return 2 * self.bq * self.row_bytes + exchange
+        return 2 * self.bq * self.row_bytes
 
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bq // 8
+        lse, delta = (read_statistics(t, columns) for _ in range(2))
         self.stage(t, self.bq, 2)
         s = self.product_ABt(t, self.rows, columns, not self.keep)
         dp = self.product_ABt(t, self.rows, columns, not self.keep)
-        both = self.exchange(t, s + dp)
-        s, dp = both[: len(s)], both[len(s) :]
         self.spill(t)
-        # lse and delta of two query rows for each fragment, one load each: a line serves all lanes.
-        for _ in range(4 * columns):
-            statistics = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
         scaled = 2 if self.value_operand == "half" else 0  # P goes up in half's range
         weights, ds = [], []
         for a, b in zip(s, dp, strict=True):
-            x = t.exp2(2, t.alu(self.score_cycles, a, statistics))
+            x = t.exp2(2, t.alu(self.score_cycles, a, lse))
             weights.append(t.convert(1, "float", self.value_operand, t.alu(scaled, x)))
-            y = t.alu(4, x, b)
+            y = t.alu(4, x, b, delta)
             ds.append(t.convert(1, "float", self.ds_operand, y))
             if self.store:
-                t.write_device(256 / self.split, y, lines=2 / self.split)
+                t.write_device(256, y, lines=2)
         first = t.alu(self.address_cycles * p.address, *_last(weights), *_last(ds, 1)) or ds[-1]
         self.product_AB(t, self.value_operand, self.rows, columns, first)
         self.product_AB(t, self.ds_operand, self.rows, columns, first)
+        return t
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardDkvPairs(Structure):
+    """dk and dv: 8 keys for each two simdgroups, BQ queries a block, two products each. The first
+    does S, P and dV, the second dP, dS and dK; P goes over in threadgroup memory as floats."""
+
+    bq: int = 16
+    keep: bool = True  #: K, or V, in registers
+    store: bool = False  #: dS^T goes to device memory for BackwardDqStored, as floats
+    score_cycles: int = 6
+
+    @property
+    def keys(self) -> int:
+        return 8 * self.simdgroups // 2
+
+    def registers(self) -> dict[str, float]:
+        columns, words = self.bq // 8, _words(self.score_operand)
+        return dict(
+            dk_or_dv=2 * self.depth,
+            k_or_v=words * (self.depth if self.keep else 2),
+            # The second: chains are added up before P is read.
+            dp_p_and_delta=6 * columns,
+            loads=4 * max(words, _words(self.ds_operand)),
+            staging=4,
+            miscellaneous=MISCELLANEOUS_REGISTERS,
+        )
+
+    def threadgroup_bytes(self) -> int:
+        handed_over = self.simdgroups // 2 * self.bq // 8 * 256
+        return 2 * self.bq * self.row_bytes + handed_over
+
+    def trace(self, p: Parameters) -> Trace:
+        return self._role(Trace(p, partner=self._role(Trace(p), second=True)), second=False)
+
+    def _role(self, t: Trace, second: bool) -> Trace:
+        columns = self.bq // 8
+        statistics = read_statistics(t, columns)  # lse or delta
+        self.stage(t, self.bq, 2)
+        sums = self.product_ABt(t, 1, columns, not self.keep)  # S or dP
+        self.spill(t)
+        left = []
+        if second:
+            t.barrier()
+            for b in sums:
+                y = t.alu(4, t.read_shared(256), b, statistics)
+                left.append(y)
+                if self.store:
+                    t.write_device(256, y, lines=2)
+        else:
+            for a in sums:
+                x = t.exp2(2, t.alu(self.score_cycles, a, statistics))
+                t.write_shared(256, x)
+                left.append(x)
+            t.barrier()
+        first = t.alu(self.address_cycles * t.p.address, *_last(left)) or left[-1]
+        self.product_AB(t, self.ds_operand, 1, columns, first)
         return t
 
 
@@ -400,7 +435,7 @@ class BackwardDqStored(Structure):
 
     @property
     def bq(self) -> int:
-        return 8 * self.rows * self.simdgroups // self.split
+        return 8 * self.rows * self.simdgroups
 
     def registers(self) -> dict[str, float]:
         words = _words(self.ds_operand)

@@ -1,9 +1,11 @@
-"""python -m benchmarks.apple_model.sweep forward|dq|dkv|dqs|backward --dtype float16 --head-dim 64
+"""python -m benchmarks.apple_model.sweep KERNEL [--dtype float16] [--head-dim 64]
+
+KERNEL: forward, dq, dkv, pairs (dkv by pairs), dqs (dq from dS), backward.
 
 Model B on structures that need not exist as kernels: every combination of the parameters given
 (several values each), the fastest first. Without a value the options' defaults are swept.
 `backward` takes the fastest of each kernel that does not spill and compares seven products
-(dq, dkv) with five (dkv that stores dS, dqs), in milliseconds.
+(dq, dkv or pairs) with five (dkv or pairs that store dS, dqs), in milliseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,22 +25,37 @@ from .core_model import CEILING, MAX_REGISTERS
 from .ensemble import Prediction, Spread, predict, prefill_cycles
 from .predictions import MEMORY_BANDWIDTH, Result, simulate, unfused_backward
 from .problems import Problem
-from .structures import METAL, SIZES, BackwardDkv, BackwardDq, BackwardDqStored, Forward, Structure
+from .structures import (
+    METAL,
+    SIZES,
+    BackwardDkv,
+    BackwardDkvPairs,
+    BackwardDq,
+    BackwardDqStored,
+    Forward,
+    Structure,
+)
+
+KEY_SIDE = BackwardDkv | BackwardDkvPairs
 
 KERNELS: dict[str, tuple[type[Structure], dict[str, list[Any]]]] = {
     "forward": (
         Forward,
-        dict(rows=[1, 2], bk=[8, 16, 32], buffers=[0, 1, 2], keep_q=[True, False], split=[1]),
+        dict(rows=[1, 2], bk=[8, 16, 32], buffers=[0, 1, 2], keep_q=[True, False]),
     ),
     "dq": (
         BackwardDq,
-        dict(rows=[1, 2], bk=[8, 16, 32], keep=[True, False], split=[1, 2, 4]),
+        dict(rows=[1, 2], bk=[8, 16, 32], keep=[True, False]),
     ),
     "dkv": (
         BackwardDkv,
-        dict(bq=[8, 16, 32], keep=[True, False], split=[1, 2, 4], store=[False, True]),
+        dict(bq=[8, 16, 32], keep=[True, False], store=[False, True]),
     ),
-    "dqs": (BackwardDqStored, dict(rows=[1, 2, 4], bk=[8, 16, 32], split=[1])),
+    "pairs": (
+        BackwardDkvPairs,
+        dict(bq=[8, 16, 32], keep=[True, False], store=[False, True]),
+    ),
+    "dqs": (BackwardDqStored, dict(rows=[1, 2, 4], bk=[8, 16, 32])),
 }  # fmt: skip
 SHARED_LIMIT = 32 * 1024  #: threadgroup memory that Metal allows a threadgroup
 
@@ -48,7 +66,7 @@ def structures(kernel: str, args: argparse.Namespace) -> list[Structure]:
     native = "half" if dtype == "half" else "float"
     axes = dict(
         score_operand=args.score_operand or [native],
-        value_operand=args.value_operand or [native],
+        value_operand=["float"] if kernel == "pairs" else args.value_operand or [native],
         simdgroups=args.simdgroups or [4],
         **{name: getattr(args, name, None) or values for name, values in swept.items()},
     )
@@ -57,7 +75,7 @@ def structures(kernel: str, args: argparse.Namespace) -> list[Structure]:
     for values in itertools.product(*axes.values()):
         x = kind(dtype=dtype, head_dim=args.head_dim, **dict(zip(axes, values, strict=True)))
         columns = args.head_dim // 8
-        if columns % x.split or columns // x.split < x.chains or x.simdgroups % x.split:
+        if columns < x.chains or (kernel == "pairs" and x.simdgroups % 2):
             continue
         if x.threadgroup_bytes() > SHARED_LIMIT or x.register_estimate > args.most_registers:
             continue
@@ -65,8 +83,8 @@ def structures(kernel: str, args: argparse.Namespace) -> list[Structure]:
     return result
 
 
-def fastest(kernel: str, args: argparse.Namespace, problem: Problem) -> Result:
-    candidates = [x for x in structures(kernel, args) if not x.spilled]
+def fastest(names: Sequence[str], args: argparse.Namespace, problem: Problem) -> Result:
+    candidates = [x for name in names for x in structures(name, args) if not x.spilled]
     results = [simulate(x, args.step) for x in candidates]
     return min(results, key=lambda r: statistics.median(r.times(problem)))
 
@@ -82,8 +100,8 @@ def backward(args: argparse.Namespace) -> Table:
         pairs = problem.length**2 * problem.heads / (2 if causal else 1)
         for number in (7, 5):
             args.store = [number == 5]
-            dkv = fastest("dkv", args, problem)
-            dq = fastest("dq" if number == 7 else "dqs", args, problem)
+            dkv = fastest(("dkv", "pairs"), args, problem)
+            dq = fastest(("dq",) if number == 7 else ("dqs",), args, problem)
             ms = Spread.of(
                 [a + b for a, b in zip(dkv.times(problem), dq.times(problem), strict=True)]
             )
@@ -106,16 +124,16 @@ def describe(x: Structure) -> str:
     if isinstance(x, BackwardDqStored):
         words = [f"K {x.staged}"]
     words.append(f"R{getattr(x, 'rows', 1)}")
-    words.append(f"BQ{x.bq}" if isinstance(x, BackwardDkv) else f"BK{getattr(x, 'bk', 0)}")
+    words.append(f"BQ{x.bq}" if isinstance(x, KEY_SIDE) else f"BK{getattr(x, 'bk', 0)}")
     if x.simdgroups != 4:
         words.append(f"{x.simdgroups}sg")
-    if x.split > 1:
-        words.append(f"SPLIT{x.split}")
+    if isinstance(x, BackwardDkvPairs):
+        words.append("pairs")
     if isinstance(x, Forward):
         words.append(("direct", "one buffer", "two buffers")[x.buffers])
     if not getattr(x, "keep_q", True) or not getattr(x, "keep", True):
         words.append("streamed")
-    if isinstance(x, BackwardDkv) and x.store:
+    if isinstance(x, KEY_SIDE) and x.store:
         words.append("stores dS")
     return " ".join(words)
 
@@ -183,13 +201,12 @@ def main() -> None:
     parser.add_argument("--rows", "-R", nargs="+", type=int)
     parser.add_argument("--bk", nargs="+", type=int)
     parser.add_argument("--bq", nargs="+", type=int)
-    parser.add_argument("--split", nargs="+", type=int)
     parser.add_argument("--simdgroups", nargs="+", type=int)
     parser.add_argument("--chains", nargs="+", type=int, help="of a float32 sum over head_dim")
     parser.add_argument("--buffers", nargs="+", type=int, help="forward: K and V staged in so many")
     parser.add_argument("--keep-q", **flag, help="forward: Q in registers")
     parser.add_argument("--keep", **flag, help="backward: both left operands in registers")
-    parser.add_argument("--store", **flag, help="dkv: dS to memory")
+    parser.add_argument("--store", **flag, help="dkv, pairs: dS to memory")
     parser.add_argument("--most-registers", type=int, default=160)
     parser.add_argument(
         "--more-registers", type=float, default=0, help="than estimated, for the residency"
