@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orchard_ops.layout import empty_in_order_of
 
-from .driver import Kernels
+from .driver import Kernels, Launch
 from .plans import Kernel, Params, Planner, Scoring
 
 # AttentionBuffer of shaders/params.h
@@ -49,7 +49,7 @@ class Guarded:
 
 
 class Attention:
-    """Remembers which kernels ran, in ``ran``. ``disturb`` may spoil the parameters of each."""
+    """Remembers which kernels ran, in ``ran``. ``disturb`` may spoil the parameters of a call."""
 
     def __init__(self, kernels: Kernels, planner: Planner):
         self._kernels = kernels
@@ -61,9 +61,7 @@ class Attention:
         """out, lse"""
         guarded = Guarded()
         out, lse = guarded.in_order_of(q), guarded.row_stats(q)
-        (kernel,), params = self._planner.forward(q, k, v, out, s)
-        _set_seed(params, s.dropout_seed)
-        self._dispatch(kernel, params, q=q, k=k, v=v, out=out, lse=lse)
+        self.run(self.prepare_forward(q, k, v, out, lse, s))
         guarded.assert_margins_untouched()
         return out, lse
 
@@ -75,26 +73,48 @@ class Attention:
         guarded = Guarded()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
         delta = guarded.row_stats(q)
-        (dq_kernel, dkv_kernel), params = self._planner.backward(q, k, v, out, dout, s)
+        self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, s))
+        guarded.assert_margins_untouched()
+        return dq, dk, dv
+
+    def prepare_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Scoring
+    ) -> list[Launch]:
+        """The kernels of the plan in order; they write out and lse."""
+        kernels, params = self._planner.forward(q, k, v, out, s)
+        _set_seed(params, s.dropout_seed)
+        return self._prepare(kernels, params, q=q, k=k, v=v, out=out, lse=lse)
+
+    def prepare_backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
+    ) -> list[Launch]:  # fmt: skip
+        """The kernels of the plan in order; they write delta, dq, dk and dv."""
+        kernels, params = self._planner.backward(q, k, v, out, dout, s)
         _set_seed(params, s.dropout_seed)
         for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
             params.set_strides(name, x)
         params.has_dlse = dlse is not None
-        common = {"q": q, "k": k, "v": v, "lse": lse, "dout": dout, "delta": delta}
-        dlse = lse if dlse is None else dlse
-        self._dispatch(dq_kernel, params, **common, out=out, dlse=dlse, dq=dq)
-        self._dispatch(dkv_kernel, params, **common, dk=dk, dv=dv)
-        guarded.assert_margins_untouched()
-        return dq, dk, dv
+        return self._prepare(
+            kernels, params, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
+            dlse=lse if dlse is None else dlse, delta=delta, dq=dq, dk=dk, dv=dv,
+        )  # fmt: skip
 
-    def _dispatch(self, kernel: Kernel, params: Params, **tensors: Tensor) -> None:
+    def run(self, launches: list[Launch]) -> None:
+        for launch in launches:
+            launch.start()
+            self.ran[launch.name] = self.ran.get(launch.name, 0) + 1
+
+    def _prepare(self, kernels: list[Kernel], params: Params, **tensors: Tensor) -> list[Launch]:
+        """Every tensor is bound to every kernel, which takes those it declares."""
         if self.disturb is not None:
             self.disturb(params)
         buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
-        self._kernels.launch(
-            kernel.name, kernel.groups, kernel.threads, buffers, (_INDEX["params"], params)
-        )
-        self.ran[kernel.name] = self.ran.get(kernel.name, 0) + 1
+        at = _INDEX["params"]
+        return [
+            self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, (at, params))
+            for x in kernels
+        ]
 
 
 def _set_seed(params: Params, seed: int) -> None:

@@ -2,6 +2,9 @@
 
 Needs clang 19, as the simulator does, but no GPU and nothing of NVIDIA's. Writes build/nvidia/: the
 PTX of all variants in one archive, and native/plan.cpp as a library. prove.py needs nothing else.
+
+With --speed it writes build/nvidia/speed/ instead, for speed.py: only the kernels that are timed
+and PyTorch's own, an archive for each mode.
 """
 
 from __future__ import annotations
@@ -15,10 +18,20 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .paths import BUILD, KERNELS, PLANNER, ROOT, SOURCES
+from . import peer, workloads
+from .paths import (
+    KERNELS,
+    PLANNER,
+    ROOT,
+    SOURCES,
+    SPEED_KERNELS,
+    SPEED_PLANNER,
+    SPEED_SOURCES,
+)
 from .plans import Kernel, Planner, every_variant
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "native")]
@@ -46,24 +59,62 @@ def source_of(kernel: Kernel) -> str:
     return f"{family_text(kernel.family)}\n{kernel.instantiation}"
 
 
-def build_kernels(variants: dict[str, Kernel], arch: str, jobs: int) -> None:
-    def compile_one(kernel: Kernel) -> tuple[str, str]:
-        return kernel.name, ptx.compile(source_of(kernel), arch=arch)
-
-    temporary = KERNELS.with_suffix(".part")
-    started = time.monotonic()
-    with (
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        for done, (name, text) in enumerate(pool.map(compile_one, variants.values()), 1):
+def write_archive(path: Path, texts: Iterable[tuple[str, str]]) -> None:
+    """One member for each (name, PTX)."""
+    temporary = path.with_suffix(".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
+        for name, text in texts:
             archive.writestr(f"{name}.ptx", text)
-            if done % 24 == 0 or done == len(variants):
-                print(f"{done} of {len(variants)}, {time.monotonic() - started:.0f} s", flush=True)
-    temporary.replace(KERNELS)
+    temporary.replace(path)
 
 
-def write_sources() -> None:
+def build_kernels(variants: dict[str, Kernel], arch: str, jobs: int) -> None:
+    started = time.monotonic()
+
+    def compile_all() -> Iterator[tuple[str, str]]:
+        with ThreadPoolExecutor(jobs) as pool:
+            sources = (source_of(kernel) for kernel in variants.values())
+            texts = pool.map(lambda source: ptx.compile(source, arch=arch), sources)
+            for done, text in enumerate(zip(variants, texts), 1):
+                yield text
+                if done % 24 == 0 or done == len(variants):
+                    seconds = time.monotonic() - started
+                    print(f"{done} of {len(variants)}, {seconds:.0f} s", flush=True)
+
+    write_archive(KERNELS, compile_all())
+
+
+def in_both_modes(compile_mode: Callable[[bool], str]) -> dict[str, str]:
+    """The PTX by mode. compile_mode(equal_rate) makes no difference without tensor cores."""
+    native = compile_mode(False)
+    return {"native": native, "equal-rate": compile_mode(True) if "mma.sync" in native else native}
+
+
+def build_speed_kernels(
+    planner: Planner, dtypes: list[str], head_dims: list[int], backward: bool, arch: str, jobs: int
+) -> int:
+    """Writes the archives of both modes; gives the number of kernels."""
+    chosen = list(workloads.workloads(dtypes, head_dims))
+    ours = {kernel.name: kernel for work in chosen for kernel in work.plan(planner, backward)}
+    theirs = sorted({work.prefill().name for work in chosen})
+
+    def compile_ours(kernel: Kernel) -> dict[str, str]:
+        source = source_of(kernel)
+        return in_both_modes(lambda equal: ptx.compile(source, arch=arch, equal_rate=equal))
+
+    def compile_theirs(name: str) -> dict[str, str]:
+        options = {"arch": arch, "include_dirs": [peer.INCLUDE], "only": [name]}
+        return in_both_modes(lambda equal: ptx.compile(peer.SOURCE, equal_rate=equal, **options))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        texts = dict(zip(theirs, pool.map(compile_theirs, theirs)))
+        texts |= zip(ours, pool.map(compile_ours, ours.values()))
+    for mode, path in SPEED_KERNELS.items():
+        write_archive(path, ((name, modes[mode]) for name, modes in texts.items()))
+    return len(texts)
+
+
+def write_sources(path: Path, **more: str) -> None:
     """What the kernels are made from, for the result."""
     paths = ["shaders", "native/plan.cpp", "native/plan.h"]
 
@@ -78,8 +129,9 @@ def write_sources() -> None:
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
         "edited": bool(git("status", "--porcelain", "--", *paths)),
         "digest": digest.hexdigest()[:12],
+        **more,
     }
-    SOURCES.write_text(json.dumps(sources) + "\n")
+    path.write_text(json.dumps(sources) + "\n")
 
 
 def main() -> None:
@@ -87,10 +139,26 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90", help="the GPU's architecture or an older one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument(
+        "--speed", action="store_true", help="for speed.py; --only forward leaves out the backward"
+    )
+    workloads.add_options(parser)
     options = parser.parse_args()
-    BUILD.mkdir(parents=True, exist_ok=True)
+    if options.speed:
+        if options.only not in ("", "forward"):
+            parser.error("with --speed, --only must be forward")
+        SPEED_PLANNER.parent.mkdir(parents=True, exist_ok=True)
+        write_sources(SPEED_SOURCES, peer=peer.check_header())
+        started = time.monotonic()
+        count = build_speed_kernels(
+            build_planner(SPEED_PLANNER), options.dtypes, options.head_dims,
+            options.only != "forward", options.arch, options.jobs,
+        )  # fmt: skip
+        print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+        return
+    PLANNER.parent.mkdir(parents=True, exist_ok=True)
     variants = every_variant(build_planner(PLANNER))
-    write_sources()
+    write_sources(SOURCES)
     chosen = {name: kernel for name, kernel in variants.items() if options.only in name}
     build_kernels(chosen, options.arch, options.jobs)
     print(f"{KERNELS}: {len(chosen)} kernels, {KERNELS.stat().st_size / 2**20:.1f} MiB")

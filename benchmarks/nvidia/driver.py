@@ -5,12 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +34,18 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+def _three(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (*sizes, 1, 1)[:3]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments, which it keeps alive. Runs on the current stream."""
+
+    name: str
+    start: Callable[[], None]
+
+
 class Kernels:
     """The kernels of an archive, assembled in the background and loaded when first launched.
 
@@ -44,7 +58,7 @@ class Kernels:
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._archive = zipfile.ZipFile(archive)
         self._mutate = mutate
-        self._cache = archive.with_suffix("")
+        self._cache = archive.parent / "machine-code"
         self.names = [name.removesuffix(".ptx") for name in self._archive.namelist()]
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -54,37 +68,46 @@ class Kernels:
         """Begins to assemble these, in this order."""
         for name in names:
             if name not in self._images:
-                text = self._mutate(self._archive.read(f"{name}.ptx"))
+                text = self._mutate(self.text(name))
                 self._images[name] = self._pool.submit(_assemble, text, self._cache)
 
-    def launch(
+    def text(self, name: str) -> bytes:
+        """The PTX."""
+        if name not in self.names:
+            raise KeyError(f"{self._archive.filename} has no {name}: what was build.py asked for?")
+        return self._archive.read(f"{name}.ptx")
+
+    def prepare(
         self,
         name: str,
-        groups: tuple[int, int],
-        threads: int,
+        groups: Sequence[int],
+        threads: Sequence[int],
         buffers: Mapping[int, Tensor],
         params: tuple[int, ctypes.Structure],
-    ) -> None:
-        """Runs ``groups`` threadgroups of ``threads`` on the current stream.
+    ) -> Launch:
+        """A launch of ``groups`` threadgroups of ``threads``, each of up to three dimensions.
 
         ``params`` is a buffer index and what it holds by value.
         """
         arguments = _Arguments()
-        arguments.groups[:] = (*groups, 1)
-        arguments.group[:] = (threads, 1, 1)
+        arguments.groups[:] = _three(groups)
+        arguments.group[:] = _three(threads)
         for index, tensor in buffers.items():
             arguments.buffers[index] = tensor.data_ptr()
         copy = torch.frombuffer(bytearray(params[1]), dtype=torch.uint8).cuda()
         arguments.buffers[params[0]] = copy.data_ptr()
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(
-            self._cuda.cuLaunchKernel(
-                self._function(name), *groups, 1, threads, 1, 1, 0, stream, pointers, None
-            ),
-            f"launching {name}",
-        )
-        copy.record_stream(torch.cuda.current_stream())
+        function = self._function(name)
+        shape = (*_three(groups), math.prod(threads), 1, 1)  # a block has one dimension
+        alive = (arguments, copy, *buffers.values())
+
+        def start(_alive: object = alive) -> None:
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            code = self._cuda.cuLaunchKernel(function, *shape, 0, stream, pointers, None)
+            self._check(code, f"launching {name}")
+            copy.record_stream(torch.cuda.current_stream())
+
+        return Launch(name, start)
 
     def attributes(self, name: str) -> dict[str, int]:
         """Registers of a thread, shared memory of a threadgroup, spilled bytes of a thread."""

@@ -1,4 +1,4 @@
-"""Where build.py leaves what prove.py needs."""
+"""Where build.py leaves what prove.py and speed.py need."""
 
 from pathlib import Path
 
@@ -7,4 +7,10 @@ BUILD = ROOT / "build" / "nvidia"
 KERNELS = BUILD / "kernels.zip"
 PLANNER = BUILD / "libplanner.so"
 SOURCES = BUILD / "sources.json"
+
+SPEED = BUILD / "speed"
+SPEED_KERNELS = {mode: SPEED / f"{mode}.zip" for mode in ("native", "equal-rate")}
+SPEED_PLANNER = SPEED / "libplanner.so"
+SPEED_SOURCES = SPEED / "sources.json"
+
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

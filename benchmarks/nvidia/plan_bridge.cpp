@@ -27,11 +27,13 @@ struct BridgeKernel {
   uint64_t threads;
 };
 
+constexpr size_t kMaxKernels = 8;
+
 struct BridgePlan {
   char refusal[256];
   AttentionParams params;
   int64_t kernel_count;
-  BridgeKernel kernels[2];
+  BridgeKernel kernels[kMaxKernels];
 };
 }
 
@@ -58,6 +60,7 @@ orchard::Problem problem_of(const BridgeCall& call) {
 }
 
 void write(const orchard::Plan& plan, BridgePlan* result) {
+  if (plan.kernels.size() > kMaxKernels) throw std::length_error("kernels");
   copy(result->refusal, plan.refusal);
   result->params = plan.params;
   result->kernel_count = static_cast<int64_t>(plan.kernels.size());

@@ -90,7 +90,7 @@ class _Plan(ctypes.Structure):
         ("refusal", ctypes.c_char * 256),
         ("params", Params),
         ("kernel_count", _int64),
-        ("kernels", _Kernel * 2),
+        ("kernels", _Kernel * 8),
     ]
 
 

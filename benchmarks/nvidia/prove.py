@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -20,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -35,6 +33,7 @@ from orchard_ops.testing import MathResult, assert_attention_close
 from . import cases, controls, far, reference
 from .attention import Attention
 from .driver import Kernels
+from .environment import describe
 from .plans import Params, Planner
 from .report import table
 
@@ -215,19 +214,6 @@ class Prover:
         self.attempt("every variant", "all kernels of the archive have run", work)
 
 
-def _environment() -> dict[str, object]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "sources": json.loads(SOURCES.read_text()),
-    }
-
-
 def _json_lines(result: dict) -> str:
     """JSON with a line for each problem and each kernel."""
     records = ",\n".join(json.dumps(record) for record in result["records"])
@@ -242,7 +228,7 @@ def _json_lines(result: dict) -> str:
 def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     result = {
-        "environment": _environment(),
+        "environment": describe(SOURCES),
         "records": [asdict(record) for record in prover.records],
         "kernels": registers,
     }

@@ -1,4 +1,4 @@
-"""Attention and its gradients on the GPU by blocks of rows: float64, and the same-dtype measure.
+"""Attention and its gradients, on the GPU, by blocks of rows: float64, and the same-dtype measure.
 
 The formulas of orchard_ops.testing.math_attention, without an L x S matrix, so that long sequences
 fit. float32 products are exact ones (no TF32).
@@ -23,8 +23,8 @@ def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
     """(rows, S) bool, True where the window hides a key."""
     if s.window_left < 0 and s.window_right < 0:
         return None
-    distance = torch.arange(kv_len, device="cuda") - rows.unsqueeze(1) - s.diagonal
-    hidden = torch.zeros(1, 1, dtype=torch.bool, device="cuda")
+    distance = torch.arange(kv_len, device=rows.device) - rows.unsqueeze(1) - s.diagonal
+    hidden = torch.zeros(1, 1, dtype=torch.bool, device=rows.device)
     if s.window_left >= 0:
         hidden = hidden | (distance < -s.window_left)
     if s.window_right >= 0:
@@ -49,7 +49,7 @@ def attention(
     kv_len = k.shape[2]
     out, dq = torch.zeros_like(q), torch.zeros_like(q)
     dk, dv, dk_size = (torch.zeros_like(k_all) for _ in range(3))
-    lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device="cuda")
+    lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
     dq_cancelled = score_size = 0.0
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
@@ -60,7 +60,7 @@ def attention(
         score_size = max(score_size, _largest(sizes))
         del sizes
         scores = torch.matmul(q[:, :, rows], k_all.transpose(-1, -2)) * s.scale
-        hidden = _hidden(torch.arange(row0, row1, device="cuda"), kv_len, s)
+        hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         row_lse = torch.logsumexp(scores, dim=-1)
@@ -71,7 +71,7 @@ def attention(
         kept = weights
         if has_dropout:
             keep = dropout.keep_block(
-                s.dropout_seed, s.dropout_p, b, h, (row0, row1), (0, kv_len), "cuda"
+                s.dropout_seed, s.dropout_p, b, h, (row0, row1), (0, kv_len), q.device
             )
             factor = keep.to(compute) * dropout.rescale(s.dropout_p)
             kept = weights * factor

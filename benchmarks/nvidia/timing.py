@@ -1,0 +1,65 @@
+"""Times of several works that take turns, so that a GPU's changing clock meets all alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Work = Callable[[], None]
+#: Runs a work some times in a row; milliseconds for each.
+Clock = Callable[[Work, int], float]
+
+_WARM_UP = 2
+_SHORTEST = 2.0  # milliseconds of one measurement
+_ROUNDS = (7, 51)
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        p20, median, p80 = np.percentile(samples, (20, 50, 80))
+        return cls(float(median), float(p20), float(p80), len(samples))
+
+
+def events(work: Work, repeats: int) -> float:
+    """The GPU's own clock; the host waits before and after."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def take_turns(
+    works: Mapping[str, Work], seconds: float, clock: Clock = events
+) -> dict[str, list[float]]:
+    """Milliseconds of each work in each round; every second round runs them backwards.
+
+    As many rounds as fit into ``seconds``, within limits. Round i of all works belongs together.
+    """
+    repeats, length = {}, 0.0
+    for name, work in works.items():
+        for _ in range(_WARM_UP):
+            once = clock(work, 1)
+        repeats[name] = max(1, math.ceil(_SHORTEST / once))
+        length += once * repeats[name]
+    rounds = min(max(int(1e3 * seconds / length), _ROUNDS[0]), _ROUNDS[1])
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(rounds):
+        for name in list(works)[:: -1 if i % 2 else 1]:
+            samples[name].append(clock(works[name], repeats[name]))
+    return samples
