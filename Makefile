@@ -4,7 +4,7 @@
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
 #   make abi    which torch releases that wheel's library loads into, and why
 # The instruments of docs/proof.md; what is fast enough is part of `make test`:
-#   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest
+#   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -30,7 +30,7 @@ WHEEL := tools/macos/pack_wheel.py
 endif
 
 .PHONY: demo test lint format native wheel abi tools clean
-.PHONY: engine dialect mutants nvidia inductor faults fuzz selftest
+.PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -64,6 +64,10 @@ faults: $(VENV)/dev tools $(PLUGIN)
 
 fuzz: $(VENV)/dev tools $(PLUGIN)
 	PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m fuzz $(ARGS)
+
+# Predicted speed on Apple GPUs (docs/apple-model.md); refreshes benchmarks/results/apple_model.
+model: $(VENV)/dev tools $(PLUGIN)
+	$(PY) -m benchmarks.apple_model $(ARGS)
 
 selftest: $(VENV)/ready tools $(PLUGIN)
 	$(ON_MPS) -m orchard_ops selftest $(ARGS)

@@ -70,8 +70,34 @@ def test_matrix_product(dtype, check):
     counters = launch(MATRIX, f"multiply_{dtype}", grid, group, arguments, check=check)
     assert np.abs(c - a.astype(np.float64) @ b.T.astype(np.float64)).max() < 1e-5
     assert counters.mma == (m // 8) * (n // 8) * (k // 8)
+    assert (counters.mma_half, counters.mma_float) == (
+        (counters.mma, 0) if dtype == "half" else (0, counters.mma)
+    )
     assert counters.threadgroups == (n // 16) * (m // 8)
     assert (counters.device_bytes_written == m * n * 4) if check else True
+
+
+def test_operand_types_of_products():
+    source = """
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+kernel void k(device float* o [[buffer(0)]]) {
+  auto h = make_filled_simdgroup_matrix<half, 8, 8>(half(1));
+  auto b = make_filled_simdgroup_matrix<bfloat, 8, 8>(bfloat(1));
+  auto f = make_filled_simdgroup_matrix<float, 8, 8>(1.0f);
+  simdgroup_float8x8 c = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  for (int i = 0; i < 2; i++) simdgroup_multiply_accumulate(c, h, h, c);
+  for (int i = 0; i < 3; i++) simdgroup_multiply_accumulate(c, b, b, c);
+  simdgroup_multiply_accumulate(c, h, f, c);
+  simdgroup_multiply_accumulate(c, f, f, c);
+  simdgroup_store(c, o, 8);
+}"""
+    out = np.zeros(64, np.float32)
+    counters = launch(source, "k", (64, 1, 1), (32, 1, 1), {0: out})
+    assert set(out) == {7 * 8}
+    assert (counters.mma_half, counters.mma_bfloat, counters.mma_float) == (4, 6, 4)
+    assert counters.mma == 14
 
 
 FEATURES = """
@@ -312,9 +338,35 @@ kernel void k(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]])
     assert mix["fma"] == 64 * 10
     assert mix["store_device"] == counters.device_writes == 64
     assert mix["load_device"] == counters.device_reads
+    assert mix["load_device:4"] == mix["load_device"]
     plain = engine.compile(source)
     with pytest.raises(ValueError, match="check=True"):
         plain.instruction_mix("k", (64, 1, 1), (32, 1, 1), arguments)
+
+
+def test_accesses_by_width():
+    source = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void k(const device uint4* a [[buffer(0)]], device half* o [[buffer(1)]],
+              uint t [[thread_index_in_threadgroup]]) {
+  threadgroup uint4 shared[32];
+  shared[t] = a[t];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup half2* pairs = reinterpret_cast<threadgroup half2*>(shared);
+  half2 pair = pairs[127 - 4 * t] + pairs[4 * (31 - t)];
+  o[t] = pair.x + pair.y;
+}"""
+    library = engine.compile(source, check=True)
+    a, out = np.zeros((32, 4), np.uint32), np.zeros(32, np.float16)
+    arguments = {i: engine.Buffer(x.ctypes.data, x.nbytes) for i, x in enumerate((a, out))}
+    counters, mix = library.instruction_mix("k", (32, 1, 1), (32, 1, 1), arguments)
+    by_width = {name: n for name, n in mix.items() if ":" in name}
+    assert by_width == {
+        "load_device:16": 32, "store_threadgroup:16": 32,
+        "load_threadgroup:4": 64, "store_device:2": 32,
+    }  # fmt: skip
+    assert counters.threadgroup_bytes_read == 256
 
 
 def test_two_python_threads_launch_at_once():

@@ -1,10 +1,10 @@
 """Launching kernels on numpy arrays, for tests and experiments."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
-from .counters import Counters
 from .library import Buffer, Library
 
 
@@ -16,11 +16,13 @@ def launch(
     arguments: Mapping[int, np.ndarray | bytes],
     *,
     writable: Collection[int] | None = None,
+    mix: bool = False,
     **options,
-) -> Counters:
+) -> Any:
     """Binds contiguous arrays in place and bytes by value; the rest as in Library.launch.
 
-    ``writable`` lists the buffers that the kernel may write, by default all arrays.
+    ``writable`` lists the buffers that the kernel may write, by default all arrays.  With ``mix``
+    the result is that of Library.instruction_mix.
     """
     buffers, alive = {}, []
     for index, argument in arguments.items():
@@ -36,4 +38,5 @@ def launch(
         may_write = isinstance(argument, np.ndarray) if writable is None else index in writable
         buffers[index] = Buffer(array.ctypes.data, array.nbytes, may_write)
         alive.append(array)
-    return library.launch(name, threads, group, buffers, **options)
+    launch_or_mix = library.instruction_mix if mix else library.launch
+    return launch_or_mix(name, threads, group, buffers, **options)

@@ -14,6 +14,10 @@ class Counters:
 
     #: 8x8x8 matrix products (one for all 32 lanes of a simdgroup)
     mma: int
+    #: of these, with two half operands (mixed ones are multiplied as float)
+    mma_half: int
+    #: of these, with two bfloat operands
+    mma_bfloat: int
     #: shuffles and reductions, one for each lane
     simd_ops: int
     #: simdgroup_barrier calls, one for each lane
@@ -43,3 +47,8 @@ class Counters:
     switches: int
     #: largest threadgroup memory of a threadgroup in bytes, static and dynamic
     threadgroup_memory: int
+
+    @property
+    def mma_float(self) -> int:
+        """8x8x8 products with a float operand, or with operands of two types."""
+        return self.mma - self.mma_half - self.mma_bfloat

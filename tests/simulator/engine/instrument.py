@@ -45,7 +45,8 @@ def size_of(type_: str) -> int:
 
 
 def instrument(ir: str) -> tuple[str, list[dict[str, int]]]:
-    """The IR with calls, and for each basic block the instructions of each class in it."""
+    """The IR with calls, and for each basic block the instructions of each class in it, loads and
+    stores also by their bytes."""
     writer = _Writer()
     for line in ir.split("\n"):
         writer.line(line)
@@ -81,15 +82,22 @@ class _Writer:
         if self.counted and not self.at_block_start:
             found = classify(line)
             if found:
-                block = self.blocks[-1]
-                block[found[0]] = block.get(found[0], 0) + found[1]
+                self.count(*found)
         if "addrspace(" in line:
             self.access(line)
+
+    def count(self, class_: str, number: int) -> None:
+        block = self.blocks[-1]
+        block[class_] = block.get(class_, 0) + number
 
     def access(self, line: str) -> None:
         load = _LOAD.match(line)
         m = load or _STORE.match(line)
         if m:
+            if self.counted and not self.at_block_start:
+                kind = classify(line)
+                assert kind
+                self.count(f"{kind[0]}:{size_of(m['type'])}", 1)
             # A program-scope constant by name needs no check.
             if not (m["space"] == "2" and m["value"].startswith("@")):
                 name = f"msl_{'load' if load else 'store'}_{m['space']}"

@@ -139,6 +139,7 @@ class Library:
     def instruction_mix(self, *args, **kwargs) -> tuple[Counters, dict[str, int]]:
         """Launches like launch(), and counts the executed LLVM instructions by class.
 
+        Loads and stores are counted by width as well: "load_threadgroup:4" are those of 4 bytes.
         Needs a library compiled with check=True.
         """
         if not self.check:
@@ -197,7 +198,8 @@ class Library:
             lines = text.value.decode(errors="replace").splitlines()
             raise KernelError(resolve_reports(self.path, name, lines))
         values = dict(zip(_COUNTED, launch.counters, strict=True))
-        values["mma"] //= 32
+        for product in ("mma", "mma_half", "mma_bfloat"):
+            values[product] //= 32
         return Counters(**values, threadgroup_memory=launch.memory_bytes)
 
 

@@ -201,6 +201,8 @@ __attribute__((noinline)) MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b,
   Simdgroup* s = l->simdgroup;
   uint f = l->fragment;
   MSL_COUNT(mma);
+  if (metal::is_same_v<A, vec<half, 2>> && metal::is_same_v<B, A>) MSL_COUNT(mma_half);
+  if (metal::is_same_v<A, vec<bfloat, 2>> && metal::is_same_v<B, A>) MSL_COUNT(mma_bfloat);
   for (int i = 0; i < 2; i++) {
     s->a[f + i] = a[i];
     s->b[f + i] = b[i];

@@ -24,7 +24,8 @@ enum : unsigned { kMemDevice = 1, kMemThreadgroup = 2 };
 // Dynamic counts of a launch.  Python reads this struct: library.py lists the same fields in order.
 // Loads and stores are counted in check mode only.
 struct Counters {
-  unsigned long mma;  // counted once per lane
+  unsigned long mma;                   // counted once per lane
+  unsigned long mma_half, mma_bfloat;  // of these, both operands half or bfloat
   unsigned long simd_ops, simd_barriers, threadgroup_barriers;
   unsigned long divergent_simd_ops;
   unsigned long exps, logs;

@@ -1,0 +1,169 @@
+"""python -m benchmarks.apple_model: predictions of both models for every kernel of the plan.
+
+Writes predictions.json, predictions.md and the gate's counts.json to
+benchmarks/results/apple_model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import gate, kernels
+from .predictions import everything
+
+NAMES = {
+    kernels.PREFILL: "PyTorch prefill",
+    kernels.FORWARD: "forward",
+    kernels.DQ: "dq",
+    kernels.DKV: "dk/dv",
+}
+
+
+def _spread(x: list[float], digits: int) -> str:
+    return f"{x[0]:.{digits}f} [{x[1]:.{digits}f}..{x[2]:.{digits}f}]"
+
+
+def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "kernel", "dtype", "D", "A", "B [p10..p90]", "B pess.", "of ceiling", "x PyTorch",
+        "x pess.", "A x", "regs", "tg bytes", "sg/core",
+    ]  # fmt: skip
+    rows = []
+    for k in content["kernels"]:
+        ratios = ["", "", ""]
+        if "ratio" in k:
+            pessimistic = _spread(k["pessimistic_ratio"], 2)
+            ratios = [_spread(k["ratio"], 2), pessimistic, f"{k['a_ratio']:.2f}"]
+        rows.append(
+            [
+                NAMES[k["family"]], k["dtype"], str(k["head_dim"]), f"{k['a_cycles']:.1f}",
+                _spread(k["b_cycles"], 1), f"{k['b_pessimistic']:.1f}", f"{k['of_ceiling']:.0%}",
+                *ratios, f"{k['registers']:.0f}{' spills' if k['spills'] else ''}",
+                str(k["threadgroup_bytes"]), f"{k['simdgroups_per_core']:.0f}",
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def backward_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["dtype", "D", "mask", "L", "ms [p10..p90]", "ms pess.", "tail", "unfused ms", "x"]
+    rows = []
+    for b in content["backward"]:
+        rows.append(
+            [
+                b["dtype"], str(b["head_dim"]), "causal" if b["causal"] else "dense",
+                str(b["length"]), _spread(b["milliseconds"], 2),
+                f"{b['pessimistic_milliseconds']:.2f}", f"{max(b['tail']):.2f}",
+                f"{b['unfused_milliseconds']:.2f}", _spread(b["speedup"], 2),
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def published_lines(content: dict[str, Any]) -> list[str]:
+    p = content["published"]
+    published = ", ".join(f"{name} {ms}" for name, ms in p["published"].items())
+    lines = [
+        "PyTorch's prefill kernel, float16, head_dim 128, causal, B4 Hq16 Hkv8 L4096, on "
+        f"{content['device']}: model A {p['a_milliseconds']:.1f} ms, model B "
+        f"{_spread(p['b_milliseconds'], 1)} ms; published (ms): {published}."
+    ]
+    worst = max(content["leave_one_out"], key=lambda x: abs(x["median"] - 1))
+    errors = sorted(abs(x["median"] - 1) for x in content["leave_one_out"])
+    lines.append(
+        "Leave-one-out error of model B (predicted / measured when a published point is kept from "
+        f"the fit): median {errors[len(errors) // 2]:.0%}, worst {worst['median'] - 1:+.0%} "
+        f"({worst['point']})."
+    )
+    return lines
+
+
+KERNEL_NOTE = (
+    "A, B: cycles of one scheduler for each 8x8x8 product. pess.: with the unexplained cost of "
+    "PyTorch's kernel beyond 64 products a block. Ceiling: 101.7 of 128 FMA, 20.1 cycles. x "
+    "PyTorch: time over that of its prefill kernel, B*H 16, L 4096, causal, under the same "
+    "parameters; A x the same by model A. regs: estimated."
+)
+BACKWARD_NOTE = (
+    "dq and dk/dv together, model B, B*H 16; tail: what launch order leaves idle at most, not in "
+    "the times; unfused: 4 GEMMs at the ceiling plus 16 bytes a pair at 400 GB/s; x: unfused / "
+    "ours."
+)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    def table(header: list[str], rows: list[list[str]]) -> list[str]:
+        return [
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+
+    leave_one_out = [
+        [x["point"], _spread([x["median"], x["low"], x["high"]], 2)]
+        for x in content["leave_one_out"]
+    ]
+    return "\n".join(
+        [
+            "# Predictions for Apple GPUs",
+            "",
+            f"Made by `{content['made_by']}`; {content['ran_on']}. Device of the model: "
+            f"{content['device']}. Model B: {content['parameter_sets']} parameter sets, median "
+            "and the range of the middle 80 %. What it leaves out: docs/apple-model.md.",
+            "",
+            *(f"{line}\n" for line in published_lines(content)),
+            "## Kernels",
+            "",
+            KERNEL_NOTE,
+            "",
+            *table(*kernel_rows(content)),
+            "",
+            "## Backward against an unfused one",
+            "",
+            BACKWARD_NOTE,
+            "",
+            *table(*backward_rows(content)),
+            "",
+            "## Each published point, kept from the fit",
+            "",
+            *table(["point", "predicted / measured"], leave_one_out),
+            "",
+        ]
+    )
+
+
+def show(console: Console, title: str, note: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, caption=note)
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", type=int, default=1, help="use every n-th parameter set")
+    parser.add_argument("--no-write", action="store_true")
+    args = parser.parse_args()
+    console = Console(width=180)
+    with console.status("counting and simulating"):
+        content = everything(args.step)
+    show(console, "Kernels", KERNEL_NOTE, *kernel_rows(content))
+    show(console, "Backward against an unfused one", BACKWARD_NOTE, *backward_rows(content))
+    for line in published_lines(content):
+        console.print(line)
+    if args.no_write or args.step != 1:
+        return
+    gate.write(gate.measure())
+    (gate.RESULTS / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
+    (gate.RESULTS / "predictions.md").write_text(markdown(content))
+
+
+if __name__ == "__main__":
+    main()

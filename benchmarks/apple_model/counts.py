@@ -1,0 +1,257 @@
+"""Exact dynamic counts of kernels in the steady state, from the simulator's engine.
+
+A kernel runs on one threadgroup with two lengths along its loop; the difference is what whole,
+unmasked blocks cost, the rest is what a threadgroup does once. No clock is involved: the same text
+and compiler give the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .peers import prefill
+from .structures import METAL
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "tests") not in sys.path:
+    sys.path.insert(0, str(ROOT / "tests"))
+
+from mutation import harness  # noqa: E402
+from simulator import engine  # noqa: E402
+from simulator.engine import arrays  # noqa: E402
+
+FORWARD, DQ, DKV = harness.FAMILIES
+PREFILL = "prefill_attention"
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHORT, LONG = 2, 4  #: blocks of the two launches
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of the plan."""
+
+    family: str
+    name: str
+    instantiation: str
+    bq: int
+    bk: int
+    threads: int
+    params: bytes
+    numbers: tuple[tuple[str, int], ...]  #: buffer indices
+
+    @property
+    def simdgroups(self) -> int:
+        return self.threads // 32
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the template."""
+        inside = re.search(rf"decltype\({self.family}<([^>]*)>", self.instantiation)
+        assert inside, self.instantiation
+        return [x.strip() for x in inside[1].split(",")]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one simdgroup: products as such, everything else for each lane; bytes of all lanes.
+
+    steady is for one block of the loop, once for a threadgroup's beginning and end."""
+
+    simdgroups: int
+    threadgroup_bytes: int
+    steady: dict[str, float]
+    once: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ---- from the engine's numbers
+
+
+def _flatten(counters: engine.Counters, mix: dict[str, int]) -> dict[str, float]:
+    """Instructions for each lane, products for each simdgroup, bytes of all lanes."""
+    lanes = 32
+    flat: dict[str, float] = {
+        "mma_half": counters.mma_half,
+        "mma_bfloat": counters.mma_bfloat,
+        "mma_float": counters.mma_float,
+        "exp2": counters.exps / lanes,
+        "log2": counters.logs / lanes,
+        "shuffle": counters.simd_ops / lanes,
+        "barrier": counters.threadgroup_barriers / lanes,
+        "simdgroup_barrier": counters.simd_barriers / lanes,
+        "device_bytes_read": counters.device_bytes_read,
+        "device_bytes_written": counters.device_bytes_written,
+        "threadgroup_bytes_read": counters.threadgroup_bytes_read,
+        "threadgroup_bytes_written": counters.threadgroup_bytes_written,
+    }
+    for name, number in mix.items():
+        # Spills of this machine's compiler to a lane's stack say nothing about a GPU's.
+        if name != "private":
+            flat[name] = number / lanes
+    return flat
+
+
+def _counts(
+    short: tuple[engine.Counters, dict], long: tuple[engine.Counters, dict], simdgroups: int,
+    blocks: tuple[int, int],
+) -> Counts:  # fmt: skip
+    a, b = _flatten(*short), _flatten(*long)
+    names = sorted(a.keys() | b.keys())
+    extra = blocks[1] - blocks[0]
+    steady = {x: (b.get(x, 0) - a.get(x, 0)) / extra for x in names}
+    once = {x: a.get(x, 0) - blocks[0] * steady[x] for x in names}
+
+    def per_simdgroup(values: dict[str, float]) -> dict[str, float]:
+        return {x: round(n / simdgroups, 4) for x, n in values.items() if n}
+
+    memory = long[0].threadgroup_memory
+    return Counts(simdgroups, memory, per_simdgroup(steady), per_simdgroup(once))
+
+
+# ---- our kernels
+
+
+@cache
+def _sources() -> harness.Sources:
+    return harness.Sources().compile_plan()
+
+
+def _request(dtype: str, head_dim: int, q_len: int, kv_len: int, backward: bool) -> Any:
+    def dense(length: int) -> tuple[Sequence[int], Sequence[int], int]:
+        size = length * head_dim
+        return (1, 1, length, head_dim), (size, size, head_dim, 1), 0
+
+    layouts = {x: dense(q_len) for x in ("q", "out", "dout")}
+    layouts |= {x: dense(kv_len) for x in ("k", "v")}
+    number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
+    return harness.request(layouts, number, backward, scale=head_dim**-0.5)
+
+
+def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64) -> Variant:
+    """The kernel that the plan chooses for a dense problem without a mask."""
+    request = _request(dtype, head_dim, q_len, kv_len, family != FORWARD)
+    plan, params = _sources().plan(request)
+    kernel = next(k for k in plan["kernels"] if k["family"] == family)
+    tile = {name: int(n) for name, n in re.findall(r"\b(BQ|BK) (\d+)", kernel["tile"])}
+    return Variant(
+        family, kernel["name"], kernel["instantiation"], tile["BQ"], tile["BK"],
+        kernel["threads"], harness.with_seed(params), tuple(_sources().buffers.items()),
+    )  # fmt: skip
+
+
+def _program(v: Variant) -> str:
+    return _sources().text(v.family) + v.instantiation
+
+
+def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> tuple:
+    """One threadgroup."""
+    library = engine.compile(_program(v), check=True)
+    v = variant(v.family, dtype, head_dim, q_len, kv_len)
+    numbers = dict(v.numbers)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn((1, 1, n, head_dim), generator=generator).to(DTYPES[dtype])  # noqa: E731
+    q, out, dout, dq = (draw(q_len) for _ in range(4))
+    k, v_, dk, dv = (draw(kv_len) for _ in range(4))
+    lse, delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(3))
+    tensors = dict(
+        query=q, key=k, value=v_, out=out, lse=lse, dout=dout, dlse=dlse, delta=delta,
+        dq=dq, dk=dk, dv=dv,
+    )  # fmt: skip
+    block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
+    buffers = {
+        numbers[name]: engine.Buffer(x.data_ptr(), x.numel() * x.element_size())
+        for name, x in tensors.items()
+    }
+    buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(v.params), False)
+    grid = (v.threads, 1, 1)
+    return library.instruction_mix(v.name, grid, (v.threads, 1, 1), buffers, workers=1)
+
+
+@cache
+def count(family: str, dtype: str, head_dim: int) -> Counts:
+    """A forward, dq or dk/dv kernel of ours, or PyTorch's prefill kernel (causal, as published)."""
+    if family == PREFILL:
+        return _count_prefill(dtype, head_dim)
+    v = variant(family, dtype, head_dim)
+    results = []
+    for blocks in (SHORT, LONG):
+        lengths = (v.bq * blocks, v.bk) if family == DKV else (v.bq, v.bk * blocks)
+        results.append(_launch(v, dtype, head_dim, *lengths))
+    return _counts(*results, v.simdgroups, (SHORT, LONG))
+
+
+def compile_all(cases: Sequence[tuple[str, str, int]], jobs: int = 2) -> None:
+    """Fills the engine's cache from several processes."""
+    ours = [_program(variant(*case)) for case in cases if case[0] != PREFILL]
+    for error in engine.compile_many(ours, check=True, jobs=jobs):
+        if error:
+            raise error
+
+
+# ---- PyTorch's kernel, from the wheel
+
+INCLUDE = Path(torch.__file__).parent / "include"
+PREFILL_HEADER = INCLUDE / "ATen" / "native" / "mps" / "kernels" / "PrefillAttention.h"
+PREFILL_SOURCE = """
+#include <c10/metal/utils.h>
+#include <metal_simdgroup>
+#include <metal_stdlib>
+using namespace metal;
+#include <ATen/native/mps/kernels/PrefillAttention.h>
+"""
+
+
+def _prefill_name(dtype: str, head_dim: int) -> str:
+    tile = prefill(METAL[dtype], head_dim)
+    return (
+        f"prefill_attention_{dtype}_bq{tile.bq}_bk{tile.bk}_bd{head_dim}_wm{tile.simdgroups}_wn1"
+        f"_hm0_dc1_mask{dtype}"
+    )
+
+
+def _count_prefill(dtype: str, head_dim: int) -> Counts:
+    """Causal: a threadgroup of the i-th BQ rows takes (i + 1) BQ / BK blocks, so two threadgroups
+    less twice the first one leave BQ / BK blocks."""
+    tile = prefill(METAL[dtype], head_dim)
+    name = _prefill_name(dtype, head_dim)
+    library = engine.compile(PREFILL_SOURCE, check=True, include_dirs=[INCLUDE], only=[name])
+    results = []
+    for groups in (1, 2):
+        n = groups * tile.bq
+        rng = np.random.default_rng(0)
+        kind = np.float32 if dtype == "float32" else np.uint16
+        q, k, v, out = (
+            (rng.standard_normal((n, head_dim)).astype(np.float16).view(np.uint16))
+            if kind is np.uint16
+            else rng.standard_normal((n, head_dim)).astype(kind)
+            for _ in range(4)
+        )
+        strides = [n * head_dim, n * head_dim, head_dim] * 4
+        parameters = struct.pack("6i2f12i", 1, 1, head_dim, n, n, 1, head_dim**-0.5, 1.0, *strides)
+        arguments = {0: q, 1: k, 2: v, 3: out, 4: parameters}
+        grid, group = (groups * 32, tile.simdgroups, 1), (32, tile.simdgroups, 1)
+        results.append(arrays.launch(library, name, grid, group, arguments, writable=[3], mix=True))
+    a, b = (_flatten(*r) for r in results)
+    per_row_block = tile.bq // tile.bk
+    names = sorted(a.keys() | b.keys())
+    steady = {x: (b.get(x, 0) - 2 * a.get(x, 0)) / per_row_block for x in names}
+    once = {x: a.get(x, 0) - per_row_block * steady[x] for x in names}
+
+    def per_simdgroup(values: dict[str, float]) -> dict[str, float]:
+        return {x: round(n / tile.simdgroups, 4) for x, n in values.items() if n}
+
+    memory = results[0][0].threadgroup_memory
+    return Counts(tile.simdgroups, memory, per_simdgroup(steady), per_simdgroup(once))

@@ -1,0 +1,142 @@
+"""python -m benchmarks.apple_model.gate [--write]: the counts as a performance regression gate.
+
+Totals of a fixed problem, so that tiles may change: one head, dense. They are exact and have no
+noise; a class that grows by more than 2 % is a regression unless the table is refreshed on purpose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import counts, kernels
+from .issue_model import issue
+from .problems import Problem, blocks
+
+RESULTS = counts.ROOT / "benchmarks" / "results" / "apple_model"
+TABLE = RESULTS / "counts.json"
+TOLERANCE = 0.02
+PROBLEM = Problem(1024, heads=1, causal=False)
+Case = tuple[str, str, int]
+CASES: tuple[Case, ...] = tuple(
+    (family, dtype, head_dim)
+    for family in (kernels.FORWARD, kernels.DQ, kernels.DKV)
+    for dtype in counts.DTYPES
+    for head_dim in (64, 128)
+)
+
+#: What is added up. Products of half operands alone are not gated: more of them instead of float
+#: ones is no loss, and all products are.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "products": ("mma_half", "mma_bfloat", "mma_float"),
+    "products of float operands": ("mma_float",),
+    "threadgroup accesses": ("load_threadgroup", "store_threadgroup"),
+    "threadgroup bytes": ("threadgroup_bytes_read", "threadgroup_bytes_written"),
+    "device accesses": ("load_device", "store_device"),
+    "device bytes": ("device_bytes_read", "device_bytes_written"),
+    "conversions": ("fcvt", "icvt"),
+    "integer and address operations": ("int", "icmp", "imul", "idiv", "gep"),
+    "float operations": ("fadd", "fmul", "fma", "fminmax", "fcmp", "fdiv", "select"),
+    "exp2 and log2": ("exp2", "log2"),
+    "shuffles": ("shuffle",),
+    "barriers": ("barrier", "simdgroup_barrier"),
+    "branches": ("branch",),
+}
+
+
+def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
+    """Of the problem, over all simdgroups; instructions are counted once for their 32 lanes."""
+    counted = counts.count(family, dtype, head_dim)
+    kernel = kernels.structure(family, dtype, head_dim)
+    work = blocks(kernel, PROBLEM)
+
+    def total(once: float, steady: float) -> float:
+        return round(kernel.simdgroups * (len(work) * once + sum(work) * steady), 3)
+
+    result = {
+        name: total(
+            sum(counted.once.get(x, 0) for x in members),
+            sum(counted.steady.get(x, 0) for x in members),
+        )
+        for name, members in CLASSES.items()
+    }
+    cycles = [issue(family, counted, once).cycles for once in (True, False)]
+    result["issue cycles (model A)"] = total(*cycles)
+    result["threadgroup memory"] = counted.threadgroup_bytes
+    result["registers (estimate)"] = kernel.register_estimate
+    return result
+
+
+def entry(case: Case) -> dict[str, Any]:
+    counted = counts.count(*case)
+    return dict(
+        family=case[0],
+        dtype=case[1],
+        head_dim=case[2],
+        totals=totals(*case),
+        a_cycles_per_product=round(issue(case[0], counted).per_product, 3),
+        steady=counted.steady,
+        once=counted.once,
+    )
+
+
+def measure(cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
+    counts.compile_all(cases)
+    return [entry(case) for case in cases]
+
+
+def compare(
+    committed: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """What is more than 2 % worse, and what is more than 2 % better, as sentences."""
+    known = {(x["family"], x["dtype"], x["head_dim"]): x["totals"] for x in committed}
+    worse, better = [], []
+    for x in current:
+        case = (x["family"], x["dtype"], x["head_dim"])
+        if case not in known:
+            worse.append(f"{' '.join(map(str, case))} is not in {TABLE.name}")
+            continue
+        for name, now in x["totals"].items():
+            before = known[case].get(name, 0)
+            text = f"{' '.join(map(str, case))}: {name} {before:g} -> {now:g}"
+            if before:
+                text += f" ({now / before - 1:+.1%})"
+            if now > before * (1 + TOLERANCE):
+                worse.append(text)
+            elif now < before * (1 - TOLERANCE):
+                better.append(text)
+    return worse, better
+
+
+def write(table: Sequence[dict[str, Any]]) -> None:
+    content = dict(
+        made_by="python -m benchmarks.apple_model.gate --write",
+        problem=f"{PROBLEM}; counts of the simulator's engine, none of a GPU",
+        kernels=table,
+    )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="refresh the committed table")
+    args = parser.parse_args()
+    current = measure()
+    committed = json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else []
+    worse, better = compare(committed, current)
+    for title, lines in (("worse", worse), ("better", better)):
+        for line in lines:
+            print(f"{title}: {line}")
+    if args.write:
+        write(current)
+    elif better:
+        print("refresh the table: python -m benchmarks.apple_model.gate --write")
+    sys.exit(bool(worse) and not args.write)
+
+
+if __name__ == "__main__":
+    main()

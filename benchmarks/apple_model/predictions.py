@@ -1,0 +1,185 @@
+"""Everything the two models say about the kernels of the plan, beside the error they are known to
+have."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from . import counts, kernels
+from .core_model import CEILING, MAX_REGISTERS, Parameters
+from .ensemble import ENSEMBLE, Spread, ensemble, evaluate, pessimism, registers_of
+from .fit import PUBLISHED, milliseconds
+from .issue_model import issue
+from .problems import Problem, products, tail
+from .structures import Structure
+
+DTYPES = tuple(counts.DTYPES)
+HEAD_DIMS = counts.HEAD_DIMS
+PROBLEM = Problem(4096)  #: of the ratios to PyTorch's kernel
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+#: The unfused backward of a math path, on M1 Max: GEMMs at the matrix unit's published ceiling,
+#: traffic of the (L, L) tensors at the memory's rate, the two one after the other; no skipping of
+#: masked blocks. Optimistic: float32 softmax would move more.
+UNFUSED_GEMMS = 4
+UNFUSED_BYTES = 16  #: for each pair of query and key, float16 S and P
+MEMORY_BANDWIDTH = 400e9
+MMA_FLOPS = 8.44e12
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one kernel: model B's cycles for a product, of every parameter set."""
+
+    kernel: Any
+    cycles: tuple[float, ...]
+    pessimistic: tuple[float, ...]
+    residents: tuple[int, ...]
+    products: float  #: of a simdgroup and block
+
+    def times(self, problem: Problem, pessimistic: bool = False) -> list[float]:
+        """Milliseconds on the published device, of every parameter set."""
+        n = products(self.kernel, self.products, problem)
+        values = self.pessimistic if pessimistic else self.cycles
+        return [milliseconds(c, n, 1) for c in values]
+
+
+@cache
+def result(family: str, dtype: str, head_dim: int, step: int = 1) -> Result:
+    return simulate(kernels.structure(family, dtype, head_dim), step)
+
+
+def simulate(kernel: Any, step: int = 1) -> Result:
+    cycles, pessimistic, residents = [], [], []
+    for p in ensemble(step):
+        run, resident, trace = evaluate(kernel, p)
+        cycles.append(run.cycles)
+        pessimistic.append(run.cycles * pessimism(p, trace.products))
+        residents.append(resident)
+    return Result(kernel, tuple(cycles), tuple(pessimistic), tuple(residents), trace.products)
+
+
+def _divide(a: list[float], b: list[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def _spread(values: Any) -> list[float]:
+    s = Spread.of(list(values))
+    return [round(x, 4) for x in (s.median, s.low, s.high)]
+
+
+def kernel_row(family: str, dtype: str, head_dim: int, step: int = 1) -> dict[str, Any]:
+    r = result(family, dtype, head_dim, step)
+    counted = counts.count(family, dtype, head_dim)
+    wrong = kernels.disagreements(r.kernel, counted)
+    if wrong:
+        raise RuntimeError(f"the trace of {family} {dtype} {head_dim} left its kernel: {wrong}")
+    registers = registers_of(r.kernel, Parameters())
+    row: dict[str, Any] = dict(
+        family=family,
+        dtype=dtype,
+        head_dim=head_dim,
+        a_cycles=round(issue(family, counted).per_product, 3),
+        b_cycles=_spread(r.cycles),
+        b_pessimistic=round(statistics.median(r.pessimistic), 4),
+        of_ceiling=round(CEILING / statistics.median(r.cycles), 4),
+        registers=round(registers, 1),
+        spills=isinstance(r.kernel, Structure) and registers > MAX_REGISTERS,
+        threadgroup_bytes=counted.threadgroup_bytes,
+        simdgroups_per_core=statistics.median(r.residents),
+    )
+    if isinstance(r.kernel, Structure):
+        row["tile"] = _tile(r.kernel)
+    if family == kernels.FORWARD:
+        peer = result(kernels.PREFILL, dtype, head_dim, step)
+        base = peer.times(PROBLEM)
+        row["ratio"] = _spread(_divide(r.times(PROBLEM), base))
+        row["pessimistic_ratio"] = _spread(_divide(r.times(PROBLEM, True), base))
+        row["a_ratio"] = round(
+            row["a_cycles"]
+            / issue(kernels.PREFILL, counts.count(kernels.PREFILL, dtype, head_dim)).per_product
+            * products(r.kernel, r.products, PROBLEM)
+            / products(peer.kernel, peer.products, PROBLEM),
+            4,
+        )
+    return row
+
+
+def _tile(kernel: Structure) -> dict[str, Any]:
+    names = (
+        "rows", "bq", "bk", "keys", "keep_q", "keep", "split", "shared_buffer", "score_operand",
+        "value_operand", "store",
+    )  # fmt: skip
+    return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
+
+
+def unfused_backward(head_dim: int, problem: Problem) -> float:
+    """Milliseconds."""
+    pairs = problem.length**2 * problem.heads
+    gemms = UNFUSED_GEMMS * 2 * pairs * head_dim / MMA_FLOPS
+    return 1e3 * (gemms + UNFUSED_BYTES * pairs / MEMORY_BANDWIDTH)
+
+
+def backward_row(dtype: str, head_dim: int, problem: Problem, step: int = 1) -> dict[str, Any]:
+    parts = [result(f, dtype, head_dim, step) for f in (kernels.DQ, kernels.DKV)]
+    times = [sum(x) for x in zip(*(r.times(problem) for r in parts), strict=True)]
+    pessimistic = [sum(x) for x in zip(*(r.times(problem, True) for r in parts), strict=True)]
+    unfused = unfused_backward(head_dim, problem)
+    tails = [
+        tail(
+            r.kernel,
+            problem,
+            PUBLISHED["cores"] * int(statistics.median(r.residents)) // r.kernel.simdgroups,
+        )
+        for r in parts
+    ]
+    return dict(
+        dtype=dtype,
+        head_dim=head_dim,
+        length=problem.length,
+        heads=problem.heads,
+        causal=problem.causal,
+        milliseconds=_spread(times),
+        pessimistic_milliseconds=round(statistics.median(pessimistic), 4),
+        tail=[round(x, 3) for x in tails],
+        unfused_milliseconds=round(unfused, 4),
+        speedup=_spread([unfused / x for x in times]),
+    )
+
+
+def published_row(step: int = 1) -> dict[str, Any]:
+    """PyTorch's kernel on the problem of its published times: float16, head_dim 128, causal."""
+    r = result(kernels.PREFILL, "float16", 128, step)
+    a = issue(kernels.PREFILL, counts.count(kernels.PREFILL, "float16", 128))
+    blocks = PUBLISHED["points"][0]["blocks"]
+    work = r.products * r.kernel.simdgroups
+    return dict(
+        a_milliseconds=round(milliseconds(a.per_product, work, blocks), 3),
+        b_milliseconds=_spread(milliseconds(c, work, blocks) for c in r.cycles),
+        published=PUBLISHED["totals"],
+    )
+
+
+def everything(step: int = 1) -> dict[str, Any]:
+    cases = [(f, d, n) for f in kernels.FAMILIES for d in DTYPES for n in HEAD_DIMS]
+    counts.compile_all(cases)
+    fitted = json.loads(ENSEMBLE.read_text())
+    return dict(
+        made_by="python -m benchmarks.apple_model",
+        ran_on="no Apple GPU: counts of the simulator, rates and timings published by others",
+        device=PUBLISHED["device"],
+        parameter_sets=len(ensemble(step)),
+        leave_one_out=fitted["leave_one_out"],
+        published=published_row(step),
+        kernels=[kernel_row(*case, step) for case in cases],
+        backward=[
+            backward_row(dtype, head_dim, Problem(length, causal=causal), step)
+            for dtype in ("float16", "bfloat16")
+            for head_dim in (64, 128)
+            for causal in (True, False)
+            for length in LENGTHS
+        ],
+    )
