@@ -325,7 +325,7 @@ library.impl("flash_attn_bwd", _backward_autograd, "Autograd")
 # ---- the short way ------------------------------------------------------------------------------
 
 # As _Formula.record, where no transform is active.
-_record = super(torch.autograd.Function, _FlashAttention).apply  # type: ignore[misc]
+_record = super(torch.autograd.Function, _FlashAttention).apply
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 

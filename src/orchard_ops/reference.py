@@ -101,17 +101,21 @@ def _outside_window(block: _Block, s: Scoring, device: torch.device) -> Tensor |
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a @ b of (B, H, m, k) and (B, H, k, n), without a pass for the factor."""
+    if factor == 0.0:  # BLAS would not look at a and b, which may hold a NaN
+        return torch.matmul(a, b).mul_(factor)
     shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
-    result = torch.baddbmm(
-        a.new_empty(1).expand(shape), a.flatten(0, 1), b.flatten(0, 1), beta=0.0, alpha=factor
-    )
+    nothing = a.new_zeros(1).expand(shape)
+    result = torch.baddbmm(nothing, a.flatten(0, 1), b.flatten(0, 1), beta=0.0, alpha=factor)
     return result.view(*a.shape[:2], *shape[1:])
 
 
 def _add_product(total: Tensor, cols: slice, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """total[:, :, cols] += factor * a @ b, in place; total (B, H, m, n) is contiguous."""
-    part = total.flatten(0, 1)[:, cols]
-    part.baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+    part, a, b = total.flatten(0, 1)[:, cols], a.flatten(0, 1), b.flatten(0, 1)
+    if factor == 0.0:
+        part += torch.bmm(a, b).mul_(factor)
+    else:
+        part.baddbmm_(a, b, alpha=factor)
 
 
 class _Problem:
