@@ -14,6 +14,7 @@
 #include <stdexcept>
 
 #include "plan.h"
+#include "plan_cache.h"
 #include "shader_library.h"
 
 namespace orchard {
@@ -56,9 +57,10 @@ DType dtype_of(const Tensor& x) {
 
 Layout layout_of(const Tensor& x) {
   Layout layout;
+  const auto sizes = x.sizes(), strides = x.strides();
   for (int d = 0; d < 4; d++) {
-    layout.sizes[d] = x.size(d);
-    layout.strides[d] = x.stride(d);
+    layout.sizes[d] = sizes[d];
+    layout.strides[d] = strides[d];
   }
   layout.offset = x.storage_offset();
   return layout;
@@ -73,12 +75,18 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-std::string shape_of(const Tensor& x) {
-  std::ostringstream text;
+/// A shape for a message: becomes text only when the message is written.
+struct Shape {
+  const Tensor& tensor;
+};
+
+Shape shape_of(const Tensor& x) { return {x}; }
+
+std::ostream& operator<<(std::ostream& text, const Shape& shape) {
+  const auto sizes = shape.tensor.sizes();
   text << "(";
-  for (int64_t d = 0; d < x.dim(); d++) text << (d ? ", " : "") << x.size(d);
-  text << ")";
-  return text.str();
+  for (size_t d = 0; d < sizes.size(); d++) text << (d ? ", " : "") << sizes[d];
+  return text << ")";
 }
 
 int32_t device_type_of(const Tensor& x) {
@@ -241,18 +249,19 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
     const Scoring& s, uint64_t seed, const Problem& problem) {
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_row_stats(q);
-  Plan plan = plan_forward(problem, layout_of(out));
-  if (!plan.refusal.empty()) throw MetalError(plan.refusal);
+  const auto plan = cached_plan_forward(problem, layout_of(out));
+  if (!plan->refusal.empty()) throw MetalError(plan->refusal);
   if (out.numel() > 0 && k.size(2) == 0) {  // no keys: nothing to launch
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   } else if (out.numel() > 0) {
-    set_seed(plan.params, seed);
-    log_metal("flash_attn_fwd", plan);
-    dispatch(plan.kernels[0],
+    AttentionParams params = plan->params;
+    set_seed(params, seed);
+    log_metal("flash_attn_fwd", *plan);
+    dispatch(plan->kernels[0],
         {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
             {kBufferLse, lse}},
-        plan.params);
+        params);
   }
   return {out, lse};
 }
@@ -261,8 +270,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
 std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, uint64_t seed,
     const Problem& problem) {
-  Plan plan = plan_backward(problem, layout_of(out), layout_of(dout));
-  if (!plan.refusal.empty()) throw MetalError(plan.refusal);
+  const auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
+  if (!plan->refusal.empty()) throw MetalError(plan->refusal);
   Tensor dq = empty_in_order_of(q, q.size(3));
   Tensor dk = empty_in_order_of(k, k.size(3));
   Tensor dv = empty_in_order_of(v, v.size(3));
@@ -270,22 +279,23 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
     return {dq, dk, dv};
   }
-  set_seed(plan.params, seed);
-  plan.params.dq = strides_of(dq);
-  plan.params.dk = strides_of(dk);
-  plan.params.dv = strides_of(dv);
-  plan.params.has_dlse = dlse.has_value();
-  log_metal("flash_attn_bwd", plan);
+  AttentionParams params = plan->params;
+  set_seed(params, seed);
+  params.dq = strides_of(dq);
+  params.dk = strides_of(dk);
+  params.dv = strides_of(dv);
+  params.has_dlse = dlse.has_value();
+  log_metal("flash_attn_bwd", *plan);
   const Tensor delta = empty_row_stats(q);
-  dispatch(plan.kernels[0],
+  dispatch(plan->kernels[0],
       {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out}, {kBufferLse, lse},
           {kBufferDout, dout}, {kBufferDlse, dlse.value_or(lse)}, {kBufferDelta, delta},
           {kBufferDq, dq}},
-      plan.params);
-  dispatch(plan.kernels[1],
+      params);
+  dispatch(plan->kernels[1],
       {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
           {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv}},
-      plan.params);
+      params);
   return {dq, dk, dv};
 }
 
@@ -296,7 +306,10 @@ Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const 
             x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
       op, ": ", name, " must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
       "); got shape ", shape_of(x));
-  return torch::stable::contiguous(x);
+  const auto strides = x.strides();
+  const bool dense =
+      strides[2] == 1 && strides[1] == q.size(2) && strides[0] == q.size(1) * q.size(2);
+  return dense ? x : torch::stable::contiguous(x);  // the usual case without the dispatcher
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
-SOURCES = ("module.cpp", "attention.cpp", "plan.cpp", "shader_library.cpp")
+SOURCES = ("module.cpp", "attention.cpp", "plan.cpp", "plan_cache.cpp", "shader_library.cpp")
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest supported
 
 sys.path.insert(0, str(NATIVE))

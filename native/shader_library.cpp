@@ -92,7 +92,7 @@ Pipeline& pipeline_of(const KernelPlan& kernel) {
 /// What the command block's callback needs, and what it reports: no exception may cross it.
 struct Launch {
   const KernelPlan& kernel;
-  const Bindings& tensors;
+  Bindings tensors;
   const AttentionParams& params;
   std::string failure;
 };
@@ -107,8 +107,7 @@ void encode(Function function, void* user_data) {
   };
   if (!ok(aoti_torch_mps_start_encoding(function), "starting the encoder")) return;
   for (const auto& [index, tensor] : launch.tensors) {
-    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor.get()), "binding a tensor"))
-      return;
+    if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor), "binding a tensor")) return;
   }
   if (!ok(set_arg_bytes()(function, kBufferParams, &launch.params, sizeof launch.params),
           "passing the parameters")) {
@@ -136,7 +135,7 @@ std::string last_error() {
   return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
-void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params) {
+void dispatch(const KernelPlan& kernel, Bindings tensors, const AttentionParams& params) {
   static const pid_t owner = getpid();
   if (getpid() != owner) {
     throw std::runtime_error(

@@ -3,10 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "plan.h"
 
@@ -22,14 +21,20 @@ struct MetalError : std::runtime_error {
 /// (2.13 and later).
 std::string last_error();
 
-/// Tensors by buffer index.
-using Bindings = std::vector<std::pair<AttentionBuffer, torch::stable::Tensor>>;
+/// A tensor and its buffer index; borrows the tensor for the duration of a dispatch.
+struct Binding {
+  Binding(AttentionBuffer index, const torch::stable::Tensor& tensor)
+      : index(index), tensor(tensor.get()) {}
+  AttentionBuffer index;
+  AtenTensorHandle tensor;
+};
+using Bindings = std::initializer_list<Binding>;
 
 /// Why an earlier call could not compile this variant; empty if it could, or was never asked to.
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder.
 /// Throws MetalError.
-void dispatch(const KernelPlan& kernel, const Bindings& tensors, const AttentionParams& params);
+void dispatch(const KernelPlan& kernel, Bindings tensors, const AttentionParams& params);
 
 }  // namespace orchard

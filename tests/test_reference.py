@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,7 @@ def test_float64_is_exact(case: Case):
 def test_block_size_does_not_matter(block: int, monkeypatch: pytest.MonkeyPatch):
     case = Case(130, 70, 16, dropout_p=0.2, window_left=20, window_right=5)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block * 2 * 70)
+    monkeypatch.setattr(reference, "_MIN_ROWS", 16)
     check_case(case, device="cpu", impl="auto")
 
 
@@ -116,6 +119,16 @@ def test_masks_as_sdpa(kind: str, dtype: torch.dtype):
         torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)
     ):
         torch.testing.assert_close(x, y)
+
+
+def test_a_scale_of_zero_hides_no_nan():
+    q = torch.zeros(1, 1, 4, 8, requires_grad=True)
+    k, v = torch.randn(2, 1, 1, 4, 8)
+    k[0, 0, 2, 3] = math.nan
+    out = orchard_ops.flash_attn(q, k, v, scale=0.0)
+    assert out.isnan().all()
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert dq.isnan().any()
 
 
 def test_memory_is_linear_in_the_length():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn import Parameter
 
 from . import _calls, _native, reference
 from .checks import check_problem, check_scoring
@@ -51,6 +52,8 @@ forward = torch.ops.orchard.flash_attn_fwd.default
 backward = torch.ops.orchard.flash_attn_bwd.default
 
 _NUM_SCORING = 10
+_NUM_TENSORS = 7  # leading arguments of the forward that may be tensors
+_NUM_BACKWARD_TENSORS = 11
 
 
 def _check_forward(op: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
@@ -211,7 +214,11 @@ def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
 
 
 def _needs_grad(args: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 class _Formula(torch.autograd.Function):
@@ -231,16 +238,20 @@ class _Formula(torch.autograd.Function):
 
 
 class _FlashAttention(_Formula):
-    """out, lse of flash_attn_fwd with flash_attn_bwd as the derivative."""
+    """out, lse of flash_attn_fwd with flash_attn_bwd as the derivative.
+
+    What cannot be a tensor comes as one tuple, since autograd spends time on every argument.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, rest = args
         with torch._C._AutoDispatchBelowAutograd():
-            return forward(*args)
+            return forward(*tensors, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, mask, alibi_slopes, sinks, seed, *rest = inputs
+        query, key, value, mask, alibi_slopes, sinks, seed, rest = inputs
         ctx.save_for_backward(query, key, value, *output, mask, alibi_slopes, sinks, seed)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -249,19 +260,27 @@ class _FlashAttention(_Formula):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, mask, alibi_slopes, sinks, seed = ctx.saved_tensors
         *scoring, impl = ctx.rest
-        if ctx.needs_input_grad[4]:
+        needed = ctx.needs_input_grad
+        if needed[4]:
             raise NotImplementedError(
                 "orchard::flash_attn: alibi_slopes has no gradient; detach it"
             )
         if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        dq, dk, dv, dmask, dsinks = backward(
+            return (None,) * len(needed)
+        dq, dk, dv, dmask, dsinks = differentiate(
             torch.zeros_like(out) if dout is None else dout, dlse, query, key, value, out, lse,
-            mask, alibi_slopes, sinks, seed, *scoring, ctx.needs_input_grad[3], impl,
+            mask, alibi_slopes, sinks, seed, *scoring, needed[3], impl,
         )  # fmt: skip
-        wanted = (dq, dk, dv, dmask, None, dsinks)
-        grads = [g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)]
-        return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+        return (
+            dq if needed[0] else None,
+            dk if needed[1] else None,
+            dv if needed[2] else None,
+            dmask if needed[3] else None,
+            None,
+            dsinks if needed[5] else None,
+            None,
+            None,
+        )
 
 
 class _FlashAttentionBackward(_Formula):
@@ -288,7 +307,8 @@ class _FlashAttentionBackward(_Formula):
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     args = _with_impl(args, 3 + _NUM_SCORING)
     _refuse_tangents("flash_attn_fwd", args)
-    return (_FlashAttention.record if _needs_grad(args) else _FlashAttention.forward)(*args)
+    formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
+    return formula(*args[:_NUM_TENSORS], args[_NUM_TENSORS:])
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
@@ -300,3 +320,55 @@ def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
 
 library.impl("flash_attn_fwd", _forward_autograd, "Autograd")
 library.impl("flash_attn_bwd", _backward_autograd, "Autograd")
+
+
+# ---- the short way ------------------------------------------------------------------------------
+
+# As _Formula.record, where no transform is active.
+_record = super(torch.autograd.Function, _FlashAttention).apply
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+def _nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call of an op would go straight to its autograd kernel above.
+
+    That is so in eager PyTorch with plain tensors: no subclass, mode, transform, tracer, compiler
+    or forward-mode level that has to see the op first.
+    """
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and _PLAIN.issuperset(map(type, tensors))
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """`forward`; in the usual case without the dispatcher's way round to `_forward_autograd`."""
+    tensors = (query, key, value, mask, alibi_slopes, sinks, seed)
+    if not _nothing_between(tensors):
+        return forward(*tensors, *rest)
+    if _needs_grad(tensors):
+        return _record(*tensors, rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward(*tensors, *rest)
+
+
+def differentiate(*args: Any) -> tuple[Tensor, ...]:
+    """`backward`, as `attend`."""
+    if torch.is_grad_enabled() or not _nothing_between(args[:_NUM_BACKWARD_TENSORS]):
+        return backward(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return backward(*args)

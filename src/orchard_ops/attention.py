@@ -7,8 +7,7 @@ drawn seed, and causality as a window that ends at a diagonal.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from . import _ops, checks
 _OP = "orchard::flash_attn"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call in the form of ``orchard::flash_attn_fwd``, and the shape its results go back to."""
 
     operands: tuple[Tensor, Tensor, Tensor]
@@ -28,9 +26,9 @@ class Call:
 
     def restore(self, x: Tensor) -> Tensor:
         """(B, ...) -> (*batch_shape, ...)."""
-        if len(self.batch_shape) == 0:
-            return x.squeeze(0)
-        return x if len(self.batch_shape) == 1 else x.reshape(*self.batch_shape, *x.shape[1:])
+        if len(self.batch_shape) == 1:
+            return x
+        return x.reshape(*self.batch_shape, *x.shape[1:]) if self.batch_shape else x.squeeze(0)
 
 
 def _to_4d(x: Tensor) -> Tensor:
@@ -68,6 +66,38 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in lower else t for t in tensors)
 
 
+def _draw_seed(dropout_p: float) -> Tensor | None:
+    """A seed if there is dropout; a probability outside [0, 1) is left to the checks."""
+    if not 0.0 < dropout_p < 1.0:
+        return None
+    # The cpu generator: activation checkpointing restores its state, not that of mps.
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True only for operands that `prepare` would find right and leave as they are."""
+    return (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.is_mps
+        and checks.plainly_right(query, key, value)
+        and (not torch.is_autocast_enabled("mps") or query.dtype == torch.get_autocast_dtype("mps"))
+    )
+
+
+def _check_any_rank(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    """The batch dimensions of operands that have any number of them."""
+    checks.check_inputs(_OP, query, key, value)
+    batch_shape = query.shape[:-3]
+    if key.shape[:-3] != batch_shape or value.shape[:-3] != batch_shape:
+        raise ValueError(
+            f"{_OP}: query, key and value must have the same batch dimensions; got "
+            f"{tuple(batch_shape)}, {tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
+        )
+    return batch_shape
+
+
 def prepare(
     query: Tensor,
     key: Tensor,
@@ -86,21 +116,15 @@ def prepare(
     """Checks a call of `flash_attn` and brings it into the functional ops' form. Draws the seed."""
     checks.check_tensors(_OP, query, key, value)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    checks.check_inputs(_OP, query, key, value)
-    if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
-        raise ValueError(
-            f"{_OP}: query, key and value must have the same batch dimensions; got "
-            f"{tuple(query.shape[:-3])}, {tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
-        )
-    batch_shape = query.shape[:-3]
-    query, key, value = _to_4d(query), _to_4d(key), _to_4d(value)
+    if checks.plainly_right(query, key, value):
+        batch_shape = query.shape[:1]
+    else:
+        batch_shape = _check_any_rank(query, key, value)
+        query, key, value = _to_4d(query), _to_4d(key), _to_4d(value)
+        checks.check_problem(_OP, query, key, value)
     if attn_mask is not None:
         attn_mask = _mask_to_4d(attn_mask, batch_shape)
-    checks.check_problem(_OP, query, key, value)
-    seed = None
-    if 0.0 < dropout_p < 1.0:
-        # The cpu generator: activation checkpointing restores its state, not that of mps.
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    seed = _draw_seed(dropout_p)
     checks.check_scoring(
         _OP, query, key, attn_mask, alibi_slopes, sinks, seed, dropout_p,
         window_left, window_right, 0, softcap, impl,
@@ -174,11 +198,23 @@ def flash_attn(
     Reference: T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
     Partitioning", https://arxiv.org/abs/2307.08691.
     """
+    if (
+        (attn_mask is None and alibi_slopes is None and sinks is None and impl is None)
+        and (0.0 <= dropout_p < 1.0 and softcap == 0.0)
+        and (window_left >= -1 and window_right >= -1)
+        and _is_usual(query, key, value)
+    ):  # as `prepare` would bring it, in less time
+        out, lse = _ops.attend(
+            query, key, value, None, None, None, _draw_seed(dropout_p), dropout_p,
+            1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            window_left, 0 if is_causal else window_right, 0, 0.0, "auto",
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     call = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale,
         window_left, window_right, softcap, alibi_slopes, sinks, impl or "auto",
     )  # fmt: skip
-    out, lse = _ops.forward(*call.operands, *call.scoring)
+    out, lse = _ops.attend(*call.operands, *call.scoring)
     return (call.restore(out), call.restore(lse)) if return_lse else call.restore(out)
 
 

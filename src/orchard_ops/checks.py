@@ -22,8 +22,38 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
+def plainly_right(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True only for 4-D q, k, v with which `check_problem` finds no fault.
+
+    The common call is recognised by one expression, since those take longer than everything else
+    that Python does for a call. False means nothing: the checks decide, and word the error.
+    """
+    shape, kv_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
+    return (
+        len(shape) == 4
+        and kv_shape == value.shape
+        and (kv_shape == shape or _may_group(shape, kv_shape))
+        and shape[3] > 0
+        and dtype in DTYPES
+        and key.dtype == dtype == value.dtype
+        and key.device == device == value.device
+    )
+
+
+def _may_group(shape: torch.Size, kv_shape: torch.Size) -> bool:
+    """Whether q and k of these shapes, 4-D the first, differ in heads and length as they may."""
+    return (
+        len(kv_shape) == 4
+        and kv_shape[0] == shape[0]
+        and kv_shape[3] == shape[3]
+        and (kv_shape[1] == shape[1] or (kv_shape[1] > 0 and shape[1] % kv_shape[1] == 0))
+    )
+
+
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """That q, k and v are tensors at all."""
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
+        return
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
@@ -106,7 +136,6 @@ def check_scoring(
     impl: str,
 ) -> None:
     """Everything but q, k and v of a 4-D problem that `check_problem` has accepted."""
-    batch, num_heads, q_len, _ = query.shape
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
     if dropout_p > 0.0:
@@ -123,13 +152,17 @@ def check_scoring(
             )
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap must be 0 (none) or positive and finite; got {softcap}")
-    for name, window in (("window_left", window_left), ("window_right", window_right)):
-        if window < -1:
-            raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
+    if window_left < -1 or window_right < -1:
+        name = "window_left" if window_left < -1 else "window_right"
+        window = window_left if window_left < -1 else window_right
+        raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
     if abs(diagonal) > MAX_DIAGONAL:
         raise ValueError(f"{op}: diagonal must be within +-2^40; got {diagonal}")
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if attn_mask is None and alibi_slopes is None and sinks is None:
+        return
+    batch, num_heads, q_len, _ = query.shape
     if attn_mask is not None:
         if attn_mask.device != query.device:
             raise ValueError(

@@ -20,8 +20,11 @@ from torch import Tensor
 from . import dropout
 from .layout import empty_in_order_of
 
-_BLOCK_ELEMENTS = 1 << 21
-"""Scores held at once, over all batches and heads: 8 MiB in float32."""
+_BLOCK_ELEMENTS = 1 << 20
+"""Scores held at once, over all batches and heads: 4 MiB in float32."""
+_MIN_ROWS = 64
+"""Fewer rows would read and write all of dk and dv too often. The scores then take as much memory
+as a key with a head_dim of 64."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def _blocks(batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring) -> 
     if batch * num_heads == 0:
         return
     step = _BLOCK_ELEMENTS // max(1, batch * num_heads * kv_len)
-    step = max(dropout.GROUP, step // dropout.GROUP * dropout.GROUP)
+    step = max(_MIN_ROWS, step // dropout.GROUP * dropout.GROUP)
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         col0, col1 = 0, kv_len
@@ -94,6 +97,25 @@ def _outside_window(block: _Block, s: Scoring, device: torch.device) -> Tensor |
     if s.window_right >= 0:
         hidden = hidden | (j > i + s.window_right)
     return hidden
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor * a @ b of (B, H, m, k) and (B, H, k, n), without a pass for the factor."""
+    if factor == 0.0:  # BLAS would not look at a and b, which may hold a NaN
+        return torch.matmul(a, b).mul_(factor)
+    shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
+    nothing = a.new_zeros(1).expand(shape)
+    result = torch.baddbmm(nothing, a.flatten(0, 1), b.flatten(0, 1), beta=0.0, alpha=factor)
+    return result.view(*a.shape[:2], *shape[1:])
+
+
+def _add_product(total: Tensor, cols: slice, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """total[:, :, cols] += factor * a @ b, in place; total (B, H, m, n) is contiguous."""
+    part, a, b = total.flatten(0, 1)[:, cols], a.flatten(0, 1), b.flatten(0, 1)
+    if factor == 0.0:
+        part += torch.bmm(a, b).mul_(factor)
+    else:
+        part.baddbmm_(a, b, alpha=factor)
 
 
 class _Problem:
@@ -135,8 +157,8 @@ class _Problem:
         """Rows of q as (B, Hkv, G * rows, D); scores (B, Hq, rows, cols); softcap's derivative."""
         s = self.scoring
         q = self.rows_by_kv_head(self.query, block)
-        raw = torch.matmul(q, self.key[:, :, block.cols].transpose(-1, -2))
-        x = self.rows_by_head(raw, block).mul_(s.scale)
+        raw = _product(q, self.key[:, :, block.cols].transpose(-1, -2), s.scale)
+        x = self.rows_by_head(raw, block)
         slope = None
         if s.softcap > 0.0:
             t = torch.tanh(x.div_(s.softcap))
@@ -229,7 +251,7 @@ def backward(
     p = _Problem(query, key, value, scoring)
     mask, sinks = scoring.attn_mask, scoring.sinks
     dq = empty_in_order_of(query)
-    dk, dv = torch.zeros_like(p.key), torch.zeros_like(p.value)
+    dk, dv = (torch.zeros(x.shape, dtype=p.dtype, device=p.device) for x in (p.key, p.value))
     dmask = query.new_empty(0)
     if mask_grad and mask is not None:
         dmask = torch.zeros(mask.shape, dtype=p.dtype, device=p.device)
@@ -253,7 +275,7 @@ def backward(
         do = p.rows_by_kv_head(dout, block)
         keep = p.keep(block)
         dropped = weights if keep is None else weights * keep
-        dv[:, :, block.cols] += torch.matmul(dropped.view(kv_shape).transpose(-1, -2), do)
+        _add_product(dv, block.cols, dropped.view(kv_shape).transpose(-1, -2), do)
         dp = torch.matmul(do, p.value[:, :, block.cols].transpose(-1, -2))
         dp = p.rows_by_head(dp, block)
         if keep is not None:
@@ -263,9 +285,10 @@ def backward(
             _mask_gradient(dx, mask, dmask, block)
         if slope is not None:
             dx = dx.mul_(slope)
-        dx = dx.mul_(scoring.scale).view(kv_shape)
-        dq[:, :, block.rows] = p.rows_by_head(torch.matmul(dx, p.key[:, :, block.cols]), block)
-        dk[:, :, block.cols] += torch.matmul(dx.transpose(-1, -2), q)
+        dx = dx.view(kv_shape)
+        dq_rows = _product(dx, p.key[:, :, block.cols], scoring.scale)
+        dq[:, :, block.rows] = p.rows_by_head(dq_rows, block)
+        _add_product(dk, block.cols, dx.transpose(-1, -2), q, scoring.scale)
     grad_k, grad_v = empty_in_order_of(key), empty_in_order_of(value)
     grad_k.copy_(dk)
     grad_v.copy_(dv)

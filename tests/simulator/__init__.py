@@ -32,6 +32,7 @@ __all__ = [
     "Argument",
     "Launch",
     "Memory",
+    "Waits",
     "check",
     "checking",
     "clear_launches",
@@ -46,6 +47,7 @@ __all__ = [
     "reset_peak",
     "schedule_seed",
     "strict",
+    "waits",
 ]
 
 _bridge: EngineBridge | None = None
@@ -139,6 +141,25 @@ def memory() -> Memory:
 def reset_peak() -> None:
     """Makes the memory allocated now the peak."""
     library.get().simulator_reset_peak()
+
+
+@dataclasses.dataclass(frozen=True)
+class Waits:
+    """How often the CPU of a Mac would have waited for the GPU in this process."""
+
+    synchronize: int  # synchronize() of the device, a stream or an event
+    copy: int  # blocking copies between cpu and mps
+    read: int  # operators that need data for a number or a size: .item(), nonzero, equal
+
+    @property
+    def total(self) -> int:
+        return self.synchronize + self.copy + self.read
+
+
+def waits() -> Waits:
+    values = [ctypes.c_int64() for _ in range(3)]
+    library.get().simulator_waits(*map(ctypes.byref, values))
+    return Waits(*(value.value for value in values))
 
 
 def fallback_ops() -> dict[str, int]:

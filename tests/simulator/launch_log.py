@@ -8,6 +8,8 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 
+from . import library
+
 # Enough for the longest test; a training run of any length keeps the last ones only.
 MAX_LAUNCHES = 10_000
 
@@ -23,13 +25,13 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One dispatch that ran to its end."""
+    """One dispatch that ran to its end, or was only recorded."""
 
     kernel: str
     threads: tuple[int, int, int]  # the whole grid, in threads
     group: tuple[int, int, int]  # threads of one threadgroup
     arguments: tuple[Argument, ...]
-    counters: object  # the engine's Counters
+    counters: object  # the engine's Counters; None if it was only recorded
     seconds: float
 
 
@@ -57,14 +59,22 @@ def clear_launches() -> None:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(execute: bool = True) -> Iterator[list[Launch]]:
     """Collects the launches of the block, of all threads, and leaves launches() alone.
+
+    execute=False is the recording engine: kernels are written down and not run, so that only the
+    host's work is left to measure. Results are then whatever lay in memory, the list fills at the
+    end of the block (with the last 10 000 launches), and such blocks do not nest.
 
     >>> with simulator.recording() as launches:
     ...     model(x)
     >>> [launch.kernel for launch in launches]
     """
-    mine: list[Launch] = []
+    if not execute:
+        with _unexecuted() as mine:
+            yield mine
+        return
+    mine = []
     with _lock:
         _recordings.append(mine)
     try:
@@ -73,3 +83,39 @@ def recording() -> Iterator[list[Launch]]:
         with _lock:
             # By identity: two recordings with equal contents are equal lists.
             _recordings[:] = [other for other in _recordings if other is not mine]
+
+
+_only_recording = threading.Lock()
+
+
+@contextlib.contextmanager
+def _unexecuted() -> Iterator[list[Launch]]:
+    device = library.get()
+    if not _only_recording.acquire(blocking=False):
+        raise RuntimeError("simulator: recording(execute=False) inside another one")
+    mine: list[Launch] = []
+    device.simulator_set_only_recording(1)
+    try:
+        yield mine
+    finally:
+        device.simulator_set_only_recording(0)
+        lines = device.simulator_take_recorded().decode().splitlines()
+        mine.extend(_parsed(line) for line in lines)
+        _only_recording.release()
+
+
+def _parsed(line: str) -> Launch:
+    """A line of device/unexecuted.cpp: kernel, grid, threadgroup, index:nbytes:is_tensor ..."""
+    kernel, *words = line.split(" ")
+    sizes = tuple(map(int, words[:6]))
+    arguments = (tuple(map(int, word.split(":"))) for word in words[6:])
+    return Launch(
+        kernel=kernel,
+        threads=sizes[:3],
+        group=sizes[3:],
+        arguments=tuple(
+            Argument(index, nbytes, bool(tensor)) for index, nbytes, tensor in arguments
+        ),
+        counters=None,
+        seconds=0.0,
+    )

@@ -77,6 +77,11 @@ _PROTOTYPES = {
     # device/fallback.cpp
     "simulator_set_strict": (None, [c_char_p]),
     "simulator_fallback_ops": (c_char_p, []),
+    # device/unexecuted.cpp
+    "simulator_set_only_recording": (None, [c_int32]),
+    "simulator_take_recorded": (c_char_p, []),
+    # device/waits.cpp
+    "simulator_waits": (None, [POINTER(c_int64)] * 3),
     # device/python_shaders.cpp
     "simulator_last_error": (c_char_p, []),
     "simulator_create_library": (c_int, [c_char_p, POINTER(c_void_p)]),

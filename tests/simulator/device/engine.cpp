@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "faults.h"
+#include "unexecuted.h"
 
 namespace simulator {
 namespace {
@@ -75,6 +76,7 @@ void execute(const SimulatorDispatch& dispatch) {
   TORCH_CHECK(!fault_is_due(Fault::kDispatch),
       "MPS: command buffer exited with error status, while running ", dispatch.kernel,
       ": Internal Error (0000000e:Internal Error) (simulator: injected fault)");
+  if (only_recording()) return record(dispatch);
   SimulatorDispatch order = dispatch;
   order.corrupt = fault_is_due(Fault::kCorruptDispatch) ? 1 : 0;
   std::string reply;

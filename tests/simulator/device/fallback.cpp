@@ -16,6 +16,7 @@
 #include "command_block.h"
 #include "cpu_alias.h"
 #include "generator.h"
+#include "waits.h"
 
 namespace simulator {
 namespace {
@@ -140,6 +141,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         "' is not currently implemented for the MPS device. "
         "(simulator: strict mode)");
   }
+  if (reads_data(full_name)) count_wait(Wait::kRead);
   {
     std::lock_guard<std::mutex> lock(calls_mutex);
     ++calls[full_name];

@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "memory.h"
+#include "waits.h"
 
 namespace simulator {
 namespace {
@@ -26,14 +27,14 @@ struct MpsGuard final : c10::impl::DeviceGuardImplInterface {
   }
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void synchronizeDevice(c10::DeviceIndex) const override { count_wait(Wait::kSynchronize); }
 
   c10::Stream getStream(c10::Device) const override { return the_stream(); }
   c10::Stream getNewStream(c10::Device, int) const override { return the_stream(); }
   c10::Stream getDefaultStream(c10::Device) const override { return the_stream(); }
   c10::Stream exchangeStream(c10::Stream) const override { return the_stream(); }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeStream(const c10::Stream&) const override { count_wait(Wait::kSynchronize); }
 
   void record(void** event, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {
     if (!*event) *event = new EventTime();
@@ -41,7 +42,7 @@ struct MpsGuard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
+  void synchronizeEvent(void*) const override { count_wait(Wait::kSynchronize); }
   void destroyEvent(void* event, c10::DeviceIndex) const noexcept override {
     delete static_cast<EventTime*>(event);
   }

@@ -7,6 +7,7 @@
 
 #include "generator.h"
 #include "memory.h"
+#include "waits.h"
 
 namespace at {
 
@@ -44,7 +45,7 @@ struct MPSHooks final : MPSHooksInterface {
   size_t getMaxBufferLength() const override { return size_t(8) << 30; }
 
   // Every operation is synchronous, so there is nothing to wait for or to time.
-  void deviceSynchronize() const override {}
+  void deviceSynchronize() const override { simulator::count_wait(simulator::Wait::kSynchronize); }
   void commitStream() const override {}
   uint32_t acquireEvent(bool) const override {
     static std::atomic<uint32_t> next{1};
@@ -53,7 +54,9 @@ struct MPSHooks final : MPSHooksInterface {
   void releaseEvent(uint32_t) const override {}
   void recordEvent(uint32_t) const override {}
   void waitForEvent(uint32_t) const override {}
-  void synchronizeEvent(uint32_t) const override {}
+  void synchronizeEvent(uint32_t) const override {
+    simulator::count_wait(simulator::Wait::kSynchronize);
+  }
   bool queryEvent(uint32_t) const override { return true; }
   double elapsedTimeOfEvents(uint32_t, uint32_t) const override { return 0.0; }
   void profilerStartTrace(const std::string&, bool) const override {}

@@ -8,9 +8,11 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "faults.h"
 #include "handle.h"
+#include "unexecuted.h"
 
 namespace simulator {
 namespace {
@@ -36,10 +38,30 @@ void count_allocation(int64_t nbytes) {
   }
 }
 
+// The recording engine measures the host's time, and a Mac's allocator answers from a cache.
+std::mutex spare_mutex;
+std::unordered_map<size_t, std::vector<void*>> spare;  // by rounded size
+
+void* take_spare(size_t rounded) {
+  std::lock_guard<std::mutex> lock(spare_mutex);
+  auto& memory = spare[rounded];
+  if (memory.empty()) return nullptr;
+  void* host = memory.back();
+  memory.pop_back();
+  return host;
+}
+
+size_t rounded_size(size_t nbytes) { return (nbytes + kAlignment - 1) / kAlignment * kAlignment; }
+
 void delete_block(void* context) {
   auto* block = static_cast<Block*>(context);
   allocated -= static_cast<int64_t>(block->nbytes);
-  if (block->owned) std::free(block->host);
+  if (block->owned && only_recording()) {
+    std::lock_guard<std::mutex> lock(spare_mutex);
+    spare[rounded_size(block->nbytes)].push_back(block->host);
+  } else if (block->owned) {
+    std::free(block->host);
+  }
   delete block;
 }
 
@@ -63,9 +85,12 @@ struct DeviceMemory final : c10::DeviceAllocator {
     if (nbytes == 0) return {nullptr, nullptr, &c10::detail::deleteNothing, mps_device()};
     check_memory(!fault_is_due(Fault::kAllocate), nbytes);
     auto block = std::make_unique<Block>();
-    const size_t rounded = (nbytes + kAlignment - 1) / kAlignment * kAlignment;
-    check_memory(posix_memalign(&block->host, kAlignment, rounded) == 0, nbytes);
-    std::memset(block->host, kPoisonByte, rounded);
+    const size_t rounded = rounded_size(nbytes);
+    if (only_recording()) block->host = take_spare(rounded);
+    if (!block->host) {
+      check_memory(posix_memalign(&block->host, kAlignment, rounded) == 0, nbytes);
+    }
+    if (!only_recording()) std::memset(block->host, kPoisonByte, rounded);
     block->nbytes = nbytes;
     block->owned = true;
     return data_ptr_of(block.release());

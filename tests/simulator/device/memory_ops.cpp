@@ -18,6 +18,7 @@
 #include "cpu_alias.h"
 #include "handle.h"
 #include "memory.h"
+#include "waits.h"
 
 namespace simulator {
 namespace {
@@ -122,6 +123,10 @@ at::Tensor& set_empty(at::Tensor& self) {
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   TORCH_CHECK(!in_command_block(), "simulator: copy_() of an mps tensor inside runCommandBlock()");
   TORCH_CHECK(self.is_mps() || self.is_cpu(), "simulator: copy_() to device ", self.device());
+  // On a Mac a copy from the device waits even if it is non_blocking (to pageable memory).
+  if (self.is_mps() != source.is_mps() && !(self.is_mps() && non_blocking)) {
+    count_wait(Wait::kCopy);
+  }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   CpuAliases aliases;
   auto to = self.is_mps() ? aliases.to_cpu(self) : self;

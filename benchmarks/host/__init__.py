@@ -1,0 +1,1 @@
+"""What a call costs the host: `python -m simulator -m benchmarks.host.measure`."""

@@ -1,0 +1,249 @@
+"""The reference on the CPU against the mathematics of F.scaled_dot_product_attention.
+
+    python -m benchmarks.reference_cost
+
+Both run in turns, so that what else the machine does hits both alike; the ratio is that of the
+fastest runs, beside it the median of the ratios of neighbouring runs. Memory is the most that a
+process of its own held during one forward and backward, above what it held before. Writes
+benchmarks/results/reference_cost.json and prints the tables of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import orchard_ops
+
+RESULT = Path(__file__).resolve().parent / "results" / "reference_cost.json"
+BATCH, HEADS = 1, 8
+LENGTHS = (512, 1024, 2048, 4096)
+HALF_LENGTHS = (512, 1024)  # matmul is slow in half precision on many CPUs, for both sides
+HEAD_DIMS = (64, 128)
+MEMORY_LENGTHS = (512, 1024, 2048, 4096, 8192)
+LONG = 4096  # runs of many seconds: once, without warm-up
+LIMIT = 1.3
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def math_path(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    return orchard_ops.flash_attn(q, k, v, is_causal=is_causal)
+
+
+def operands(length: int, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k, v that require grad, and dout, all (1, 8, length, head_dim)."""
+    shape = (BATCH, HEADS, length, head_dim)
+    q, k, v, dout = (torch.randn(shape).to(dtype) for _ in range(4))
+    return [x.requires_grad_() for x in (q, k, v)], dout
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def compare(
+    length: int, head_dim: int, dtype: torch.dtype, is_causal: bool, budget_s: float
+) -> list[dict]:
+    """A record for the forward and one for the forward and backward."""
+    leaves, dout = operands(length, head_dim, dtype)
+    inputs = [x.detach() for x in leaves]
+
+    def calls(attention: Callable[..., Tensor]) -> tuple[Callable[[], object], ...]:
+        return (
+            lambda: attention(*inputs, is_causal),
+            lambda: torch.autograd.grad(attention(*leaves, is_causal), leaves, dout),
+        )
+
+    records = []
+    for passes, ours, theirs in zip(
+        ("forward", "forward + backward"), calls(reference), calls(math_path)
+    ):
+        if length < LONG:
+            ours(), theirs()  # warm-up
+        times: list[tuple[float, float]] = []
+        started = time.perf_counter()
+        while len(times) < (5 if length < LONG else 1) or (
+            time.perf_counter() - started < budget_s and len(times) < 200
+        ):
+            times.append((seconds(ours), seconds(theirs)))
+        fastest = [min(column) for column in zip(*times)]
+        records.append(
+            {
+                "length": length,
+                "head_dim": head_dim,
+                "dtype": str(dtype).removeprefix("torch."),
+                "causal": is_causal,
+                "passes": passes,
+                "repeats": len(times),
+                "reference_ms": round(fastest[0] * 1e3, 2),
+                "math_ms": round(fastest[1] * 1e3, 2),
+                "ratio": round(fastest[0] / fastest[1], 3),
+                "median_ratio": round(statistics.median(a / b for a, b in times), 3),
+            }
+        )
+    return records
+
+
+def peak_extra_bytes(attention: Callable[..., Tensor], length: int, is_causal: bool) -> int:
+    """Of one forward and backward in this process, which must be new."""
+    warm, warm_dout = operands(16, 64, torch.float32)
+    torch.autograd.grad(attention(*warm, is_causal), warm, warm_dout)
+    leaves, dout = operands(length, 64, torch.float32)
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
+    before = status("VmRSS")
+    torch.autograd.grad(attention(*leaves, is_causal), leaves, dout)
+    return status("VmHWM") - before
+
+
+def measure_memory() -> list[dict]:
+    records = []
+    for name in ("reference", "math_path"):
+        # The math path holds L x S matrices: 8192 would take many GB.
+        for length in MEMORY_LENGTHS if name == "reference" else MEMORY_LENGTHS[:-1]:
+            for is_causal in (False, True):
+                command = [
+                    sys.executable, "-m", "benchmarks.reference_cost",
+                    "--memory-of", name, str(length), str(int(is_causal)),
+                ]  # fmt: skip
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                records.append(
+                    {
+                        "attention": name,
+                        "length": length,
+                        "causal": is_causal,
+                        "peak_extra_mib": round(int(done.stdout) / 2**20, 1),
+                    }
+                )
+    return records
+
+
+def speed_table(records: list[dict], threads: int, dtype: str) -> str:
+    lines = [
+        f"{dtype}, {threads} thread(s):",
+        "",
+        "| L | D | forward | forward, causal | forward + backward | forward + backward, causal |",
+        "|---|---|---|---|---|---|",
+    ]
+    columns = [(p, c) for p in ("forward", "forward + backward") for c in (False, True)]
+    for length in LENGTHS:
+        for head_dim in HEAD_DIMS:
+            row = {
+                (r["passes"], r["causal"]): f"{r['ratio']:.2f} ({r['median_ratio']:.2f})"
+                for r in records
+                if (r["length"], r["head_dim"], r["threads"], r["dtype"])
+                == (length, head_dim, threads, dtype)
+            }
+            if row:
+                cells = " | ".join(row.get(column, "not run") for column in columns)
+                lines.append(f"| {length} | {head_dim} | {cells} |")
+    return "\n".join(lines)
+
+
+def memory_table(records: list[dict]) -> str:
+    lines = [
+        "| MiB | " + " | ".join(f"L {length}" for length in MEMORY_LENGTHS) + " |",
+        "|---|" + "---|" * len(MEMORY_LENGTHS),
+    ]
+    names = {"reference": "reference", "math_path": "SDPA's math path"}
+    for name, words in names.items():
+        for is_causal in (False, True):
+            found = {
+                r["length"]: f"{r['peak_extra_mib']:.0f}"
+                for r in records
+                if (r["attention"], r["causal"]) == (name, is_causal)
+            }
+            cells = " | ".join(found.get(length, "not run") for length in MEMORY_LENGTHS)
+            lines.append(f"| {words}, {'causal' if is_causal else 'dense'} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        name, length, is_causal = arguments.memory_of
+        print(peak_extra_bytes(globals()[name], int(length), bool(int(is_causal))))
+        return
+    result: dict = {
+        "environment": {
+            "cpu": cpu_model(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "batch": BATCH,
+            "heads": HEADS,
+        },
+        "limit": LIMIT,
+        "memory": measure_memory(),
+        "speed": [],
+    }
+    speed: list[dict] = result["speed"]
+    todo = [
+        (length, threads, dtype)
+        for length in arguments.lengths
+        for threads in arguments.threads
+        for dtype in arguments.dtypes
+        if dtype == "float32" or length in HALF_LENGTHS
+    ]
+    for length, threads, dtype in todo:
+        torch.set_num_threads(threads)
+        for head_dim in HEAD_DIMS:
+            for is_causal in (False, True):
+                compared = compare(
+                    length, head_dim, getattr(torch, dtype), is_causal, arguments.budget
+                )
+                for record in compared:
+                    speed.append({"threads": threads, "load": os.getloadavg()[0], **record})
+                    print(speed[-1], file=sys.stderr, flush=True)
+                result["worst_ratio"] = max(record["ratio"] for record in speed)
+                arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+
+
+def tables(result: dict) -> str:
+    """Markdown: memory, then speed by dtype and threads."""
+    parts = [memory_table(result["memory"])]
+    measured = dict.fromkeys((r["dtype"], r["threads"]) for r in result["speed"])
+    parts += [speed_table(result["speed"], threads, dtype) for dtype, threads in sorted(measured)]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
