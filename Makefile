@@ -1,10 +1,11 @@
 # One command each; every target does its own set-up.
 #   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
 #   make test   the whole suite
+#   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
 #   make abi    which torch releases that wheel's library loads into, and why
 # The instruments of docs/proof.md; what is fast enough is part of `make test`:
-#   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model
+#   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model | memory
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -29,7 +30,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test lint format native wheel abi tools clean
+.PHONY: demo test bench memory lint format native wheel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -40,6 +41,12 @@ demo: $(VENV)/ready
 	  echo "Without a simulated device the demo runs the reference kernels on the CPU."; \
 	  $(PY) -m orchard_ops demo $(ARGS); \
 	fi
+
+bench: $(VENV)/ready
+	$(PY) -m orchard_ops bench $(ARGS)
+
+memory: $(VENV)/dev tools $(PLUGIN)
+	$(PY) -m benchmarks.memory $(ARGS)
 
 test: $(VENV)/dev tools lint $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)

@@ -51,6 +51,9 @@ class Guarded:
 class Attention:
     """Remembers which kernels ran, in ``ran``. ``disturb`` may spoil the parameters of a call."""
 
+    outputs: type[Guarded] = Guarded
+    """Allocates what a call writes."""
+
     def __init__(self, kernels: Kernels, planner: Planner):
         self._kernels = kernels
         self._planner = planner
@@ -59,7 +62,7 @@ class Attention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
         """out, lse"""
-        guarded = Guarded()
+        guarded = self.outputs()
         out, lse = guarded.in_order_of(q), guarded.row_stats(q)
         self.run(self.prepare_forward(q, k, v, out, lse, s))
         guarded.assert_margins_untouched()
@@ -70,7 +73,7 @@ class Attention:
         lse: Tensor, s: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk, dv"""
-        guarded = Guarded()
+        guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
         delta = guarded.row_stats(q)
         self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, s))

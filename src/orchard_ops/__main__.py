@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(args)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
 
@@ -30,11 +36,78 @@ def _positive(text: str) -> int:
 _positive.__name__ = "positive integer"
 
 
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise ValueError(text)
+    return number
+
+
+_seconds.__name__ = "positive number"
+
+
+def _heads(text: str) -> tuple[int, int]:
+    """ "32/8": query and key/value heads; "12": 12 of each."""
+    num_heads, _, num_kv_heads = text.partition("/")
+    heads, kv_heads = _positive(num_heads), _positive(num_kv_heads or num_heads)
+    if heads % kv_heads:
+        raise ValueError(text)
+    return heads, kv_heads
+
+
+_heads.__name__ = "HEADS or HEADS/KV_HEADS"
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "mps", "cpu"), default="auto",
         help="auto: mps where there is one, else the reference on the cpu",
     )  # fmt: skip
+
+
+def _add_bench(commands: Any) -> None:
+    from .bench.cases import DTYPES, MASKS, MODES, PRESETS
+    from .bench.contenders import SDPA, SDPA_MATH
+
+    parser = commands.add_parser(
+        "bench",
+        help="time and memory of the op beside SDPA on this machine",
+        description="Measures forward and training (forward and backward) through the op and "
+        "through F.scaled_dot_product_attention in turns, after the op's result has passed against "
+        "float64. Writes CSV, JSON and plots. Exit status 0: measured; 1: a result is wrong or a "
+        "call failed; 2: it cannot run here.",
+    )
+    _add_device(parser)
+    parser.add_argument("--quick", action="store_true", help="one series, two lengths, few rounds")
+    parser.add_argument(
+        "--cases", nargs="+", choices=tuple(PRESETS), metavar="NAME",
+        help="; ".join(p.series.rsplit(" ", 1)[0] for p in PRESETS.values()),
+    )  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=_positive, metavar="L")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
+    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument(
+        "--heads", nargs="+", type=_heads, metavar="H/HKV", help="instead of the case's: 12 or 32/8"
+    )
+    parser.add_argument("--head-dims", nargs="+", type=_positive, metavar="D")
+    parser.add_argument("--masks", nargs="+", choices=MASKS)
+    parser.add_argument("--batch", type=_positive, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--against", nargs="+", choices=(SDPA, SDPA_MATH), default=(SDPA,),
+        help=f"{SDPA}: whatever PyTorch chooses; {SDPA_MATH}: its unfused math path "
+        f"(default: {SDPA})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=_seconds, help="time budget of a case (default: 3; 0.5 with --quick)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR",
+        help="folder for the files, named after the machine (default: bench-output)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", metavar="FILE", help="measure nothing, make the plots of this JSON file again"
+    )
+    parser.set_defaults(command=_bench)
 
 
 def _add_demo(commands: Any) -> None:
@@ -84,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
     )
     commands = parser.add_subparsers(title="commands")
-    for add in (_add_demo, _add_selftest):
+    for add in (_add_bench, _add_demo, _add_selftest):
         add(commands)
     return parser
 

@@ -130,10 +130,11 @@ class Memory:
     allocated: int
     peak: int  # since reset_peak()
     allocations: int  # how many there have been in all
+    total: int  # the bytes of all of them
 
 
 def memory() -> Memory:
-    values = [ctypes.c_int64() for _ in range(3)]
+    values = [ctypes.c_int64() for _ in range(4)]
     library.get().simulator_memory(*map(ctypes.byref, values))
     return Memory(*(value.value for value in values))
 

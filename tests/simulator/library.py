@@ -72,7 +72,7 @@ _PROTOTYPES = {
     "simulator_arm_fault": (c_int64, [c_int32, c_int64]),
     "simulator_disarm_fault": (None, [c_int64]),
     # device/memory.cpp
-    "simulator_memory": (None, [POINTER(c_int64)] * 3),
+    "simulator_memory": (None, [POINTER(c_int64)] * 4),
     "simulator_reset_peak": (None, []),
     # device/fallback.cpp
     "simulator_set_strict": (None, [c_char_p]),

@@ -17,7 +17,7 @@
 namespace simulator {
 namespace {
 
-std::atomic<int64_t> allocated{0}, peak{0}, allocations{0};
+std::atomic<int64_t> allocated{0}, peak{0}, allocations{0}, total{0};
 
 // Reading memory that nothing has written must show: 0xFF bytes are NaN in every float type.
 constexpr int kPoisonByte = 0xFF;
@@ -32,6 +32,7 @@ struct Block {
 
 void count_allocation(int64_t nbytes) {
   ++allocations;
+  total += nbytes;
   const int64_t now = allocated += nbytes;
   int64_t highest = peak.load();
   while (now > highest && !peak.compare_exchange_weak(highest, now)) {
@@ -160,10 +161,11 @@ int64_t peak_bytes() { return peak; }
 
 extern "C" {
 
-void simulator_memory(int64_t* allocated, int64_t* peak, int64_t* allocations) {
+void simulator_memory(int64_t* allocated, int64_t* peak, int64_t* allocations, int64_t* total) {
   *allocated = simulator::allocated;
   *peak = simulator::peak;
   *allocations = simulator::allocations;
+  *total = simulator::total;
 }
 void simulator_reset_peak() { simulator::peak = simulator::allocated.load(); }
 

@@ -1,0 +1,127 @@
+"""What is measured: attention problems over a range of lengths, forward and training."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MODES = ("forward", "training")
+MASKS = ("causal", "full")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Self-attention of one size: q is (B, H, L, D), k and v are (B, Hkv, L, D)."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mask: str
+    """"causal" or "full"."""
+    batch: int = 1
+    dtype: str = "float16"
+    length: int = 1024
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask == "causal"
+
+    @property
+    def series(self) -> str:
+        """All but the length."""
+        heads = f"H{self.num_heads}"
+        if self.num_kv_heads != self.num_heads:
+            heads += f"/{self.num_kv_heads}"
+        return f"{self.name}: B{self.batch} {heads} D{self.head_dim} {self.mask} {self.dtype}"
+
+
+PRESETS = {
+    problem.name: problem
+    for problem in (
+        Problem("gpt", num_heads=12, num_kv_heads=12, head_dim=64, mask="causal"),
+        Problem("llama", num_heads=32, num_kv_heads=8, head_dim=128, mask="causal"),
+        Problem("vit", num_heads=12, num_kv_heads=12, head_dim=64, mask="full"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in one mode. "training" is forward and backward to dq, dk and dv."""
+
+    problem: Problem
+    mode: str
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    def __str__(self) -> str:
+        return f"{self.problem.series} L{self.problem.length} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a device can do in a few minutes."""
+
+    presets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+DEFAULTS = {  # Place.kind -> what is measured unless asked otherwise
+    "apple_gpu": Defaults(tuple(PRESETS), (512, 1024, 2048, 4096, 8192), ("float16",)),
+    "cpu": Defaults(("gpt", "llama"), (256, 512, 1024, 2048), ("float32",)),
+    "simulated": Defaults(("gpt",), (32, 64), ("float16",)),
+}
+
+
+def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
+    """The cases of a command line, by series, then length; forward before training.
+
+    Args:
+        args: cases, lengths, dtypes, heads, head_dims, masks, modes, batch, quick.
+        kind: of the place, see `DEFAULTS`.
+    """
+    defaults = DEFAULTS[kind]
+    presets, lengths = defaults.presets, defaults.lengths
+    if args.quick:
+        presets, lengths = presets[:1], lengths[:2]
+    problems = []
+    for name in args.cases or presets:
+        preset = PRESETS[name]
+        grid = itertools.product(
+            args.heads or [(preset.num_heads, preset.num_kv_heads)],
+            args.head_dims or [preset.head_dim],
+            args.masks or [preset.mask],
+            args.dtypes or defaults.dtypes,
+            sorted(args.lengths or lengths),
+        )
+        for (num_heads, num_kv_heads), head_dim, mask, dtype, length in grid:
+            problems.append(
+                replace(
+                    preset, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+                    mask=mask, dtype=dtype, length=length, batch=args.batch,
+                )
+            )  # fmt: skip
+    return [Case(p, mode) for p in dict.fromkeys(problems) for mode in args.modes or MODES]
+
+
+@functools.lru_cache(maxsize=1)
+def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout on the CPU, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        shape = (problem.batch, heads, problem.length, problem.head_dim)
+        return torch.randn(shape, generator=generator).to(DTYPES[problem.dtype])
+
+    q, k, v = draw(problem.num_heads), draw(problem.num_kv_heads), draw(problem.num_kv_heads)
+    return q, k, v, draw(problem.num_heads)

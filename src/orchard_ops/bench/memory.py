@@ -1,0 +1,88 @@
+"""The most memory a call holds at once, beyond its inputs, and whether an error means "no more".
+
+What is counted are the bytes that PyTorch's allocator gives out: results, what autograd keeps, and
+temporary tensors, also those inside of an operator. Memory that a library takes by itself (the
+C heap, MPSGraph) is not.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "invalid buffer size",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The MPS and CPU allocators raise plain RuntimeErrors; Metal limits one buffer's size."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what is no longer used, after an error too."""
+    gc.collect()
+    if device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def method(device: torch.device) -> str:
+    """How `peak_bytes` measures here, in words."""
+    if device.type == "cpu":
+        return "allocations of PyTorch's CPU allocator, by torch.profiler"
+    if _has_peak():
+        return "torch.accelerator.max_memory_allocated"
+    return "growth of torch.mps.driver_allocated_memory after empty_cache"
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of one call at its peak, results included and inputs not. See `method`."""
+    if device.type == "cpu":
+        return _cpu_peak(call)
+    release(device)
+    torch.mps.synchronize()
+    if _has_peak():
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        results = call()
+        torch.mps.synchronize()
+        peak = torch.accelerator.max_memory_allocated() - before
+    else:
+        # The cache keeps what the call has freed, so the driver's sum is the peak.
+        before = torch.mps.driver_allocated_memory()
+        results = call()
+        torch.mps.synchronize()
+        peak = torch.mps.driver_allocated_memory() - before
+    del results
+    return peak
+
+
+def _has_peak() -> bool:
+    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise."""
+    try:
+        torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.max_memory_allocated() > 0
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _cpu_peak(call: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else logs that it is one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        results = call()
+    del results
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, nbytes in changes:
+        held += nbytes
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,99 @@
+"""What the bench shows: where it runs, progress, and the table of cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from .cases import Case
+from .contenders import OURS
+from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
+
+OnCase = Callable[[Case], None]
+
+
+@contextmanager
+def progress(console: Console, num_cases: int) -> Iterator[OnCase]:
+    """A progress bar; yields the function to call before every case."""
+    done = 0
+
+    def print_line(case: Case) -> None:
+        nonlocal done
+        done += 1
+        console.print(f"{done}/{num_cases}: {case}", highlight=False, markup=False)
+
+    if not console.is_terminal:
+        yield print_line
+        return
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("...", total=num_cases)
+
+        def advance(case: Case) -> None:
+            nonlocal done
+            bar.update(task, completed=done, description=str(case))
+            done += 1
+
+        yield advance
+        bar.update(task, completed=num_cases)
+
+
+def print_table(console: Console, results: Results) -> None:
+    """A table for each series, a row for each contender in each case; "/ ours" compares times."""
+    for series in dict.fromkeys(case.series for case in results.cases):
+        table = Table(title=series, title_justify="left", title_style="bold")
+        table.add_column("L", justify="right")
+        table.add_column("mode")
+        table.add_column("contender", no_wrap=True)
+        for name in ("median ms", "p20", "p80", "peak MiB", "/ ours"):
+            table.add_column(name, justify="right")
+        for case in (c for c in results.cases if c.series == series):
+            for index, figures in enumerate(case.figures):
+                what = (f"{case.length}", case.mode) if index == 0 else ("", "")
+                table.add_row(*what, figures.contender, *_cells(case, figures))
+            table.add_section()
+        console.print(table)
+    _print_paths(console, results)
+    for case in results.cases:
+        for figures in case.figures:
+            if figures.status in (WRONG, FAILED):
+                failed = f"{figures.contender}: {figures.status} ({case.series} L{case.length}"
+                line = f"FAILED {failed} {case.mode}): {figures.message}"
+                console.print(Text(line, style="bold red"))
+
+
+def _cells(case: CaseResult, figures: Figures) -> list[str]:
+    """Times, memory and ratio, or why there are none."""
+    if figures.status != MEASURED:
+        return [figures.status]
+    times = [figures.time_ms(p) or 0.0 for p in (50, 20, 80)]
+    ratio = case.ratio(figures.contender, OURS)
+    return [
+        *(f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}" for ms in times),
+        f"{(figures.peak_bytes or 0) / 2**20:.1f}",
+        "" if ratio is None or figures.contender == OURS else f"{ratio:.2f}",
+    ]
+
+
+def _print_paths(console: Console, results: Results) -> None:
+    """Which kernels ran: each distinct answer once a contender and mode."""
+    told = dict.fromkeys(
+        (f.contender, case.mode, f.path) for case in results.cases for f in case.figures if f.path
+    )
+    for contender, mode, path in told:
+        console.print(f"{contender}, {mode}: {path}", highlight=False, markup=False)

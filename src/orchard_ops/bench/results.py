@@ -1,0 +1,131 @@
+"""What one run found, as JSON (everything, plots are made from it) and CSV (a row a figure)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .machine import Description
+from .timing import percentile
+
+FORMAT = 1
+
+MEASURED = "measured"
+OUT_OF_MEMORY = "out of memory"
+WRONG = "wrong result"
+FAILED = "failed"
+
+
+@dataclass
+class Figures:
+    """One contender in one case."""
+
+    contender: str
+    status: str
+    """`MEASURED`, or why there are no figures: `OUT_OF_MEMORY`, `WRONG`, `FAILED`."""
+    path: str = ""
+    """Which kernels ran, in words."""
+    message: str = ""
+    """Of the error, if there was one."""
+    peak_bytes: int | None = None
+    """At once, beyond the inputs."""
+    samples_ms: list[float] = field(default_factory=list)
+    """Milliseconds of a call, one sample a round."""
+
+    def time_ms(self, p: float) -> float | None:
+        return percentile(self.samples_ms, p) if self.samples_ms else None
+
+
+@dataclass
+class CaseResult:
+    """One case; every contender was sampled once a round, in turn."""
+
+    series: str
+    length: int
+    mode: str
+    """"forward" or "training"."""
+    figures: list[Figures]
+
+    def of(self, contender: str) -> Figures | None:
+        return next((f for f in self.figures if f.contender == contender), None)
+
+    def ratio(self, of: str, to: str) -> float | None:
+        """Median over the rounds of one contender's time divided by another's."""
+        a, b = self.of(of), self.of(to)
+        if a is None or b is None or not a.samples_ms or not b.samples_ms:
+            return None
+        return percentile([x / y for x, y in zip(a.samples_ms, b.samples_ms)], 50)
+
+
+@dataclass
+class Results:
+    """One run on one machine."""
+
+    machine: Description
+    """`machine.describe`"""
+    date: str
+    memory_method: str
+    cases: list[CaseResult] = field(default_factory=list)
+
+    def contenders(self) -> list[str]:
+        return list(dict.fromkeys(f.contender for case in self.cases for f in case.figures))
+
+    def all_right(self) -> bool:
+        return all(f.status not in (WRONG, FAILED) for case in self.cases for f in case.figures)
+
+
+def write_json(results: Results, path: Path) -> None:
+    """A line for each contender in each case."""
+    head = {"format": FORMAT} | {k: v for k, v in asdict(results).items() if k != "cases"}
+    lines = []
+    for case in results.cases:
+        values = asdict(case)
+        figures = values.pop("figures")
+        rows = ",\n  ".join(json.dumps(one) for one in figures)
+        lines.append(f'{json.dumps(values)[:-1]}, "figures": [\n  {rows}]}}')
+    body = ",\n".join(lines)
+    path.write_text(f'{json.dumps(head)[:-1]},\n"cases": [\n{body}\n]}}\n')
+
+
+def read_json(path: Path) -> Results:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+        if values.pop("format") != FORMAT:
+            raise ValueError("another format")
+        cases = [
+            CaseResult(**case | {"figures": [Figures(**f) for f in case["figures"]]})
+            for case in values.pop("cases")
+        ]
+        return Results(cases=cases, **values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a result of `orchard_ops bench`: {error}") from error
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """Times in milliseconds, memory in bytes; empty where there is no figure."""
+    machine = results.machine
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ("machine", "device", "system", "torch", "orchard_ops", "date", "series", "length",
+             "mode", "contender", "status", "median_ms", "p20_ms", "p80_ms", "rounds",
+             "peak_bytes", "path")
+        )  # fmt: skip
+        for case in results.cases:
+            for one in case.figures:
+                times = (one.time_ms(p) for p in (50, 20, 80))
+                writer.writerow(
+                    (machine["machine"], machine["kind"], machine["system"], machine["torch"],
+                     machine["orchard_ops"], results.date, case.series, case.length, case.mode,
+                     one.contender, one.status,
+                     *("" if ms is None else f"{ms:.5g}" for ms in times), len(one.samples_ms),
+                     "" if one.peak_bytes is None else one.peak_bytes, one.path)
+                )  # fmt: skip
