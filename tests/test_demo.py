@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from itertools import pairwise
@@ -20,6 +21,7 @@ from orchard_ops.demo.attention import orchard_attention, sdpa_math_attention
 from orchard_ops.demo.data import Corpus, batches, indent_with_tabs, load_corpus
 from orchard_ops.demo.model import GPT, ModelConfig, generate
 from orchard_ops.demo.training import TOLERANCE, Comparison, TrainingConfig, train_twins
+from orchard_ops.place import chip
 
 MODEL = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, context_length=24)
 TRAINING = TrainingConfig(
@@ -258,6 +260,8 @@ def test_demo_reports_everything(
     assert len(report["config"]["text_sha256"]) == 64
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["device"] == device.type
+    assert report["environment"]["cpu"] == chip() != ""
+    assert platform.release() not in str(report["environment"])
     for name in ("device", "cpu"):
         assert len(report["losses"][name]) == STEPS
         assert report["tokens_per_second"][name] > 0

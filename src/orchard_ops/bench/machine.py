@@ -5,32 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-from ..place import Place
+from ..place import Place, chip, sysctl, system
 
 Description = dict[str, str | int | float]
-
-
-def _sysctl(name: str) -> str:
-    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def chip() -> str:
-    """As the maker calls it: "Apple M2 Pro", or the model of the CPU."""
-    if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe(place: Place) -> Description:
@@ -41,7 +22,7 @@ def describe(place: Place) -> Description:
         "machine": chip(),
         "device": place.device.type,
         "kind": place.kind,
-        "system": platform.system(),
+        "system": system(),
         "cpu_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),  # before the run: who else is busy
         "torch": torch.__version__,
@@ -49,8 +30,7 @@ def describe(place: Place) -> Description:
         "orchard_ops": orchard_ops.__version__,
     }
     if sys.platform == "darwin":
-        description["system"] = f"macOS {platform.mac_ver()[0]}"
-        description["memory_gib"] = int(_sysctl("hw.memsize") or 0) >> 30
+        description["memory_gib"] = int(sysctl("hw.memsize") or 0) >> 30
     if place.kind == "apple_gpu":
         description["gpu_cores"] = torch.backends.mps.get_core_count()
     return description
