@@ -214,7 +214,7 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"A first forward took {first['forward_ms']} ms and a first backward "
-        f"{first['backward_ms']} ms, nearly all of it clang, on {first['variants']} variants of "
+        f"{first['backward_ms']} ms, nearly all of it the simulator's compiler, on {first['variants']} variants of "
         f"together {first['metal_bytes']} bytes of Metal.",
     ]
     return "\n".join(lines)
