@@ -214,8 +214,8 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"A first forward took {first['forward_ms']} ms and a first backward "
-        f"{first['backward_ms']} ms, nearly all of it clang, on {first['variants']} variants of "
-        f"together {first['metal_bytes']} bytes of Metal.",
+        f"{first['backward_ms']} ms, nearly all of it the simulator's compiler, on "
+        f"{first['variants']} variants of together {first['metal_bytes']} bytes of Metal.",
     ]
     return "\n".join(lines)
 
