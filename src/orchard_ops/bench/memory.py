@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     if device.type == "cpu":
         return _cpu_peak(call)
     release(device)
-    torch.mps.synchronize()
+    _settle()
     if _has_peak():
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
@@ -63,6 +64,18 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         peak = torch.mps.driver_allocated_memory() - before
     del results
     return peak
+
+
+def _settle() -> None:
+    """Waits until memory in use no longer falls: the thread that ran a backward gives back the last
+    of its gradients a little after the call has returned."""
+    torch.mps.synchronize()
+    before, quiet, deadline = -1, 0, time.monotonic() + 2.0
+    while quiet < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        now = torch.mps.current_allocated_memory()
+        quiet = quiet + 1 if now == before else 0
+        before = now
 
 
 def _has_peak() -> bool:
