@@ -117,7 +117,7 @@ def _fuses(total: Tensor, factor: float) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """factor * a @ b of (B, H, m, k) and (B, H, k, n), if possible without a pass for the factor."""
+    """factor * a @ b of (B, H, m, k) and (B, H, k, n); if fused, without a pass for the factor."""
     if not _fuses(a, factor):
         return torch.matmul(a, b).mul_(factor)
     shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
