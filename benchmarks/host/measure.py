@@ -5,10 +5,10 @@
 Kernels are recorded and not run, so the tensors' sizes do not matter. Every repeat runs all the
 calls once, one after the other, so that what else the machine does hits all of them alike; a repeat
 starts with the code of the others in the processor's caches, as in a training step. Repeats come in
-batches; the one in which F.sdpa's own call on the CPU, which this project cannot influence, was
-fastest is reported, since the others say what else the machine did. Figures are medians with the
-20th and 80th percentile, in microseconds. Writes benchmarks/results/host_cost.json
-and prints the table of docs/performance.md.
+batches; the one in which F.sdpa's forward and backward on the CPU, which this project cannot
+influence, had the lowest median is reported, since the others say what else the machine did.
+Figures are medians with the 20th and 80th percentile, in microseconds. Writes
+benchmarks/results/host_cost.json and prints the table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from . import probe
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "host_cost.json"
 SHAPE = (1, 2, 16, 64)
+REPEATS, BATCHES = 300, 80
 WAYS = ("forward, no grad", "forward", "backward", "forward + backward")
 PEERS = ("F.sdpa, cpu", "F.sdpa's fused op, empty kernels")
 
@@ -142,8 +143,8 @@ def first_call(head_dim: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=300, help="of a batch")
-    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of a batch")
+    parser.add_argument("--batches", type=int, default=BATCHES)
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     probe.load()
@@ -181,7 +182,7 @@ def main() -> None:
 
 
 def quietest(batches: Iterable[Times]) -> Times:
-    """By the control, F.sdpa's forward and backward on the CPU."""
+    """By the median of the control, F.sdpa's forward and backward on the CPU."""
     return min(batches, key=lambda times: statistics.median(times[PEERS[0], WAYS[3]]["whole"]))
 
 
