@@ -66,6 +66,7 @@ def test_simulated_device(tmp_path: Path, fresh_stats: None):
     status, report, _ = run(tmp_path, "--device", "mps", "--lengths", "40")
     assert status == 0
     assert report["machine"]["kind"] == "simulated"
+    assert report["memory_method"] == "torch.accelerator.max_memory_allocated"
     assert [f.name for f in tmp_path.glob("*simulated.svg")]
     forward, training = (case["figures"] for case in report["cases"])
     assert forward[0]["path"].startswith("Metal: attention_forward_float16_d16")
