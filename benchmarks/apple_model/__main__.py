@@ -86,10 +86,11 @@ def published_lines(content: dict[str, Any]) -> list[str]:
         "widest range": max(points, key=lambda x: x["high"] - x["low"]),
         "PyTorch's own tile": next(x for x in points if x["point"] == own["name"]),
     }
-    listed = "; ".join(
-        f"{what}: {x['point']}, {_spread([x['median'], x['low'], x['high']], 2)}"
-        for what, x in of_note.items()
-    )
+    names: dict[str, list[str]] = {}
+    for what, x in of_note.items():
+        spread = _spread([x["median"], x["low"], x["high"]], 2)
+        names.setdefault(f"{x['point']} {spread}", []).append(what)
+    listed = "; ".join(f"{x} ({', '.join(what)})" for x, what in names.items())
     lines.append(
         "Leave-one-out error of model B (predicted / measured, median and the range of the middle "
         "80 % of the sets that a search of their own bred and chose without the point): median "
