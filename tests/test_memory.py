@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -45,20 +44,6 @@ def test_a_long_step_allocates_the_formula(length: int):
         found = memory.on_simulated_device(memory.our_step, PROBLEMS[0], length, execute=False)
     expected = bytes_of(PROBLEMS[0], length)
     assert found == Allocated(peak=expected, total=expected)
-
-
-def test_scratch_is_within_its_budget():
-    problem, length, budget_mb = PROBLEMS[0], 2048, 8
-    with memory.scratch_budget(budget_mb):
-        found = memory.on_simulated_device(memory.our_step, problem, length, execute=False)
-    memory.check_ours(found, bytes_of(problem, length), budget_mb)
-
-
-def test_scratch_budget_is_put_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(memory.SCRATCH_VARIABLE, "5")
-    with memory.scratch_budget(0):
-        assert os.environ[memory.SCRATCH_VARIABLE] == "0"
-    assert os.environ[memory.SCRATCH_VARIABLE] == "5"
 
 
 @pytest.mark.parametrize("kept", (True, False), ids=("at the peak", "in between"))

@@ -7,6 +7,7 @@ C heap, MPSGraph) is not.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
@@ -48,9 +49,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Bytes of one call at its peak, results included and inputs not. See `method`."""
     if device.type == "cpu":
         return _cpu_peak(call)
+    has_peak = _has_peak()
     release(device)
     _settle()
-    if _has_peak():
+    if has_peak:
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
         results = call()
@@ -78,11 +80,14 @@ def _settle() -> None:
         before = now
 
 
+@functools.cache
 def _has_peak() -> bool:
-    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise."""
+    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise or say 0,
+    which is an answer only while something is allocated."""
+    something = torch.empty(1, device="mps")
     try:
         torch.accelerator.reset_peak_memory_stats()
-        return torch.accelerator.max_memory_allocated() > 0
+        return torch.accelerator.max_memory_allocated() >= something.nbytes
     except (AttributeError, RuntimeError):
         return False
 
