@@ -24,6 +24,13 @@ _LABEL = re.compile(r'[-\w.$"]+:')
 # The library's own functions do not count as the kernel's instructions; the table of entries runs
 # on no lane at all.
 _LIBRARY_FUNCTION = re.compile(r"@_ZN3msl(7backend|4core)|msl_entry_\d+3runE|@msl_entries_")
+# Nor does the address work of these headers, which play the hardware (counters, lanes, barriers).
+# Float operations there stand for Metal's own functions.
+_LIBRARY_FILE = re.compile(r'!DIFile\(filename: "[^"]*/msl/(?:cpu_\w+|executor|simd)\.h"')
+_METADATA = re.compile(r"(!\d+) = (?:distinct )?(!DI\w+\(.*)")
+_FILE = re.compile(r"\bfile: (!\d+)")
+_SCOPE = re.compile(r"\bscope: (!\d+)")
+_ADDRESS_WORK = frozenset(["int", "imul", "idiv", "icmp", "gep", "branch"])
 _BYTES = {"double": 8, "half": 2, "bfloat": 2, "float": 4, "ptr": 8}
 
 DECLARATIONS = "\n".join(
@@ -47,15 +54,32 @@ def size_of(type_: str) -> int:
 def instrument(ir: str) -> tuple[str, list[dict[str, int]]]:
     """The IR with calls, and for each basic block the instructions of each class in it, loads and
     stores also by their bytes."""
-    writer = _Writer()
+    writer = _Writer(_library_locations(ir))
     for line in ir.split("\n"):
         writer.line(line)
     writer.output.append(DECLARATIONS)
     return "\n".join(writer.output), writer.blocks
 
 
+def _library_locations(ir: str) -> frozenset[str]:
+    """The debug locations that lie in the library's text."""
+    metadata = dict(m.groups() for line in ir.split("\n") if (m := _METADATA.match(line)))
+    files = {x for x, text in metadata.items() if _LIBRARY_FILE.match(text)}
+
+    def lies_in_library(scope: str) -> bool:
+        text = metadata.get(scope, "")
+        file = _FILE.search(text)
+        return bool(file and file[1] in files)
+
+    locations = (
+        (x, _SCOPE.search(text)) for x, text in metadata.items() if text.startswith("!DILocation(")
+    )
+    return frozenset(x for x, scope in locations if scope and lies_in_library(scope[1]))
+
+
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, library_locations: frozenset[str]) -> None:
+        self.library_locations = library_locations
         self.output: list[str] = []
         self.blocks: list[dict[str, int]] = []
         self.counted = False  # inside a function of the program
@@ -81,10 +105,14 @@ class _Writer:
             self.blocks.append({})
         if self.counted and not self.at_block_start:
             found = classify(line)
-            if found:
+            if found and not (found[0] in _ADDRESS_WORK and self.of_library(line)):
                 self.count(*found)
         if "addrspace(" in line:
             self.access(line)
+
+    def of_library(self, line: str) -> bool:
+        debug = _DEBUG.search(line)
+        return bool(debug and debug[1].removeprefix("!dbg ") in self.library_locations)
 
     def count(self, class_: str, number: int) -> None:
         block = self.blocks[-1]
