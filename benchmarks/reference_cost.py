@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
+from orchard_ops.place import chip
 
 RESULT = Path(__file__).resolve().parent / "results" / "reference_cost.json"
 BATCH, HEADS = 1, 8
@@ -40,13 +41,6 @@ MEMORY_LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONG = 4096  # runs of many seconds: once, without warm-up
 LIMIT = 1.3
 IDENTITY = ("length", "head_dim", "dtype", "causal", "passes", "threads")
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def math_path(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -208,7 +202,7 @@ def main() -> None:
         return
     result: dict = {
         "environment": {
-            "cpu": cpu_model(),
+            "cpu": chip(),
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -32,6 +32,7 @@ from simulator.engine import cache
 from torch import Tensor
 
 import orchard_ops
+from orchard_ops.place import chip
 
 from . import probe
 
@@ -40,13 +41,6 @@ SHAPE = (1, 2, 16, 64)
 REPEATS, BATCHES = 300, 80
 WAYS = ("forward, no grad", "forward", "backward", "forward + backward")
 PEERS = ("F.sdpa, cpu", "F.sdpa's fused op, empty kernels")
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def percentiles(nanoseconds: list[float]) -> dict[str, float]:
@@ -158,7 +152,7 @@ def main() -> None:
         }
     result = {
         "environment": {
-            "cpu": cpu_model(),
+            "cpu": chip(),
             "cpus": os.cpu_count(),
             "load_average": os.getloadavg()[0],
             "python": platform.python_version(),
