@@ -4,7 +4,8 @@
 
 Both run in turns, so that what else the machine does hits both alike; the ratio is that of the
 fastest runs, beside it the median of the ratios of neighbouring runs. Memory is the most that a
-process of its own held during one forward and backward, above what it held before. Writes
+process of its own held during one forward and backward, above what it held before. Threads sleep
+at barriers: spinning ones, on a machine with other work, would measure its scheduler. Writes
 benchmarks/results/reference_cost.json and prints the tables of docs/performance.md.
 """
 
@@ -21,12 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
+from orchard_ops.place import chip
 
 RESULT = Path(__file__).resolve().parent / "results" / "reference_cost.json"
 BATCH, HEADS = 1, 8
@@ -34,14 +38,9 @@ LENGTHS = (512, 1024, 2048, 4096)
 HALF_LENGTHS = (512, 1024)  # matmul is slow in half precision on many CPUs, for both sides
 HEAD_DIMS = (64, 128)
 MEMORY_LENGTHS = (512, 1024, 2048, 4096, 8192)
+LONG = 4096  # runs of many seconds: once, without warm-up
 LIMIT = 1.3
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+IDENTITY = ("length", "head_dim", "dtype", "causal", "passes", "threads")
 
 
 def math_path(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -83,10 +82,11 @@ def compare(
     for passes, ours, theirs in zip(
         ("forward", "forward + backward"), calls(reference), calls(math_path)
     ):
-        ours(), theirs()  # warm-up
+        if length < LONG:
+            ours(), theirs()  # warm-up
         times: list[tuple[float, float]] = []
         started = time.perf_counter()
-        while len(times) < (5 if length < 4096 else 2) or (
+        while len(times) < (5 if length < LONG else 1) or (
             time.perf_counter() - started < budget_s and len(times) < 200
         ):
             times.append((seconds(ours), seconds(theirs)))
@@ -163,7 +163,7 @@ def speed_table(records: list[dict], threads: int, dtype: str) -> str:
                 == (length, head_dim, threads, dtype)
             }
             if row:
-                cells = " | ".join(row[column] for column in columns)
+                cells = " | ".join(row.get(column, "not run") for column in columns)
                 lines.append(f"| {length} | {head_dim} | {cells} |")
     return "\n".join(lines)
 
@@ -193,44 +193,63 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--again", action="store_true", help="only replace these in the result")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         name, length, is_causal = arguments.memory_of
         print(peak_extra_bytes(globals()[name], int(length), bool(int(is_causal))))
         return
-    memory = measure_memory()
-    print(memory_table(memory), flush=True)
-    speed: list[dict] = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for dtype in arguments.dtypes:
-            known = LENGTHS if dtype == "float32" else HALF_LENGTHS
-            for length in (length for length in arguments.lengths if length in known):
-                for head_dim in HEAD_DIMS:
-                    for is_causal in (False, True):
-                        compared = compare(
-                            length, head_dim, getattr(torch, dtype), is_causal, arguments.budget
-                        )
-                        speed += [{"threads": threads, **record} for record in compared]
-            print("\n" + speed_table(speed, threads, dtype), flush=True)
-    result = {
+    result: dict = {
         "environment": {
-            "cpu": cpu_model(),
+            "cpu": chip(),
             "cpus": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
             "batch": BATCH,
             "heads": HEADS,
         },
-        "worst_ratio": max(record["ratio"] for record in speed),
         "limit": LIMIT,
-        "memory": memory,
-        "speed": speed,
+        "memory": [],
+        "speed": [],
     }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nworst ratio {result['worst_ratio']}, limit {LIMIT}")
+    if arguments.again:
+        kept = json.loads(arguments.output.read_text())
+        result |= {"memory": kept["memory"], "speed": kept["speed"]}
+    else:
+        result["memory"] = measure_memory()
+    speed: list[dict] = result["speed"]
+    todo = [
+        (length, threads, dtype)
+        for length in arguments.lengths
+        for threads in arguments.threads
+        for dtype in arguments.dtypes
+        if dtype == "float32" or length in HALF_LENGTHS
+    ]
+    for length, threads, dtype in todo:
+        torch.set_num_threads(threads)
+        for head_dim in HEAD_DIMS:
+            for is_causal in (False, True):
+                compared = compare(
+                    length, head_dim, getattr(torch, dtype), is_causal, arguments.budget
+                )
+                for record in compared:
+                    record |= {"threads": threads, "load": round(os.getloadavg()[0], 1)}
+                    speed[:] = [r for r in speed if any(r[k] != record[k] for k in IDENTITY)]
+                    speed.append(record)
+                    print(record, file=sys.stderr, flush=True)
+                result["worst_ratio"] = max(record["ratio"] for record in speed)
+                arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+
+
+def tables(result: dict) -> str:
+    """Markdown: memory, then speed by dtype and threads."""
+    parts = [memory_table(result["memory"])]
+    measured = dict.fromkeys((r["dtype"], r["threads"]) for r in result["speed"])
+    parts += [speed_table(result["speed"], threads, dtype) for dtype, threads in sorted(measured)]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

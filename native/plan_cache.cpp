@@ -67,11 +67,20 @@ class Key {
 
 std::atomic<int64_t> computed{0};
 
+struct Memory {
+  std::mutex mutex;
+  std::unordered_map<Key, std::shared_ptr<const Plan>, Key::Hash> plans;
+};
+
+Memory& memory() {
+  // Never destroyed: threads may still run kernels while the process exits.
+  static auto& instance = *new Memory;
+  return instance;
+}
+
 template <typename Compute>
 std::shared_ptr<const Plan> remembered(const Key& key, const Compute& compute) {
-  // Never destroyed: threads may still run kernels while the process exits.
-  static auto& mutex = *new std::mutex;
-  static auto& plans = *new std::unordered_map<Key, std::shared_ptr<const Plan>, Key::Hash>;
+  auto& [mutex, plans] = memory();
   {
     const std::lock_guard<std::mutex> lock(mutex);
     if (const auto found = plans.find(key); found != plans.end()) return found->second;
@@ -97,5 +106,11 @@ std::shared_ptr<const Plan> cached_plan_backward(
 }
 
 int64_t plans_computed() { return computed; }
+
+int64_t plans_remembered() {
+  auto& [mutex, plans] = memory();
+  const std::lock_guard<std::mutex> lock(mutex);
+  return static_cast<int64_t>(plans.size());
+}
 
 }  // namespace orchard

@@ -17,4 +17,7 @@ std::shared_ptr<const Plan> cached_plan_backward(
 /// Plans that were computed, not remembered, in this process.
 int64_t plans_computed();
 
+/// Plans held now: at most 256.
+int64_t plans_remembered();
+
 }  // namespace orchard

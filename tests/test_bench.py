@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,7 @@ def test_simulated_device(tmp_path: Path, fresh_stats: None):
     status, report, _ = run(tmp_path, "--device", "mps", "--lengths", "40")
     assert status == 0
     assert report["machine"]["kind"] == "simulated"
+    assert report["memory_method"] == "torch.accelerator.max_memory_allocated"
     assert [f.name for f in tmp_path.glob("*simulated.svg")]
     forward, training = (case["figures"] for case in report["cases"])
     assert forward[0]["path"].startswith("Metal: attention_forward_float16_d16")
@@ -426,6 +429,23 @@ def test_committed_results(file: Path, tmp_path: Path):
     results.write_csv(committed, tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_text() == file.with_suffix(".csv").read_text()
     assert file.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_committed_memory_is_this_reference(mode: str):
+    """Bytes do not depend on the machine's load: where they differ, `bench` is to be run again."""
+    committed = results.read_json(COMMITTED / "amd-epyc-cpu.json")
+    if committed.machine["torch"] != torch.__version__:
+        pytest.skip(f"the operators of torch {committed.machine['torch']} were measured")
+    problem = replace(cases.PRESETS["gpt"], dtype="float32", length=512)
+    (found,) = (
+        c for c in committed.cases
+        if (c.series, c.length, c.mode) == (problem.series, problem.length, mode)
+    )  # fmt: skip
+    case = cases.Case(problem, mode)
+    for name in (contenders.OURS, contenders.SDPA_MATH):
+        call = partial(contenders.CONTENDERS[name].call, cases.operands(problem), case)
+        assert memory.peak_bytes(call, torch.device("cpu")) == found.of(name).peak_bytes, name
 
 
 def test_plot_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import DTYPES, Case, check_case, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchard_ops
 from orchard_ops import reference
@@ -41,6 +44,7 @@ def test_float64_is_exact(case: Case):
 def test_block_size_does_not_matter(block: int, monkeypatch: pytest.MonkeyPatch):
     case = Case(130, 70, 16, dropout_p=0.2, window_left=20, window_right=5)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block * 2 * 70)
+    monkeypatch.setattr(reference, "_MOST_ELEMENTS", 1)
     check_case(case, device="cpu", impl="auto")
 
 
@@ -116,6 +120,98 @@ def test_masks_as_sdpa(kind: str, dtype: torch.dtype):
         torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)
     ):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("scale", (0.0, 1e-50))  # the second is 0 in float32
+def test_a_scale_of_zero_hides_no_nan(scale: float):
+    q = torch.zeros(1, 1, 4, 8, requires_grad=True)
+    k, v = torch.randn(2, 1, 1, 4, 8)
+    k[0, 0, 2, 3] = math.nan
+    out = orchard_ops.flash_attn(q, k, v, scale=scale)
+    assert out.isnan().all()
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert dq.isnan().any()
+
+
+class OpNames(TorchDispatchMode):
+    """The aten ops that ran."""
+
+    def __enter__(self) -> OpNames:
+        self.seen: set[str] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def all_results(device: str, scale: float, dtype: torch.dtype = torch.float32) -> tuple:
+    """out, lse, dq, dk, dv of the reference, for blocks that begin within the keys."""
+    torch.manual_seed(1)
+    q, k, v, dout = (torch.randn(2, h, 40, 16, dtype=dtype).to(device) for h in (4, 2, 2, 4))
+    scoring = reference.Scoring(None, None, None, None, 0.0, scale, 8, 3, 0, 0.0)
+    out, lse = reference.forward(q, k, v, scoring)
+    grads = reference.backward(
+        dout, None, q, k, v, out, lse, scoring=scoring, mask_grad=False
+    )[:3]  # fmt: skip
+    return tuple(x.cpu() for x in (out, lse, *grads))
+
+
+FUSED = {"aten::baddbmm", "aten::baddbmm_"}
+
+
+def test_no_fused_product_on_mps(monkeypatch: pytest.MonkeyPatch):
+    """There, in place, it loses results on some releases, and takes equal scales for one."""
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(reference, "_MOST_ELEMENTS", 1)
+    with OpNames() as on_cpu:
+        expected = all_results("cpu", 0.3)
+    with OpNames() as on_mps:
+        results = all_results("mps", 0.3)
+    assert on_cpu.seen >= FUSED  # else the names above are wrong
+    assert not any("addbmm" in name or "addmm" in name for name in on_mps.seen)
+    for x, y in zip(results, expected):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("scale", (1e39, -1e39, 1e-40, 1e-50, math.inf, math.nan), ids=str)
+def test_scales_that_float32_has_no_normal_number_for(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+):
+    """As a product and a multiplication give it."""
+    results = all_results("cpu", scale)
+    monkeypatch.setattr(reference, "_fuses", lambda total, factor: False)
+    for x, y in zip(results, all_results("cpu", scale)):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+        assert torch.equal(x.isnan(), y.isnan())
+
+
+def test_a_scale_beyond_float32_is_an_infinite_one():
+    for x, y in zip(all_results("cpu", 1e39), all_results("cpu", math.inf)):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+def test_a_scale_beyond_float32_is_a_number_in_float64():
+    out, lse, *_ = all_results("cpu", 1e39, torch.float64)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("num_kv_heads", (1, 32))
+@pytest.mark.parametrize("kv_len", (128, 512, 1024, 2048))
+def test_memory_of_many_heads(num_kv_heads: int, kv_len: int):
+    """The largest tensor is a block of scores, which stays within what its constants promise."""
+    batch, num_heads, head_dim = 8, 32, 4
+    q, k, v = (
+        torch.randn(batch, h, n, head_dim)
+        for h, n in ((num_heads, 80), (num_kv_heads, kv_len), (num_kv_heads, kv_len))
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        orchard_ops.flash_attn(q, k, v)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    per_row = 4 * batch * num_heads * kv_len
+    assert largest <= max(4 * reference._MOST_ELEMENTS, reference.dropout.GROUP * per_row)
+    assert largest >= per_row  # the scores were seen
 
 
 def test_memory_is_linear_in_the_length():

@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from .attention import Attention, Guarded
 from .driver import Kernels
+from .environment import describe
 from .plans import Params, Planner, Scoring
 
 _RESULT = RESULTS / "memory.json"
@@ -130,17 +130,6 @@ def measure(
     }  # fmt: skip
 
 
-def _environment() -> dict[str, Any]:
-    name = torch.cuda.get_device_name()
-    return {
-        "measured": f"{name}, torch's allocator",
-        "gpu": name,
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "sources": json.loads(SOURCES.read_text()),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plot", action="store_true", help="only table and picture, from the file")
@@ -160,7 +149,9 @@ def main() -> None:
                 records.append(measure(attention, planner, problem, length))
                 print(json.dumps(records[-1]), flush=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        memory.write(_environment(), records, _RESULT)
+        environment = describe(SOURCES)
+        environment["measured"] = f"{environment['gpu']}, torch's allocator"
+        memory.write(environment, records, _RESULT)
     memory.show(_RESULT, _PICTURE)
 
 

@@ -11,17 +11,23 @@ _LISTED = (
 )  # problem by problem
 
 
-def table(result: dict) -> str:
-    environment, records = result["environment"], result["records"]
+def provenance(environment: dict) -> str:
+    """Where a run took place and from what its kernels were made (environment.describe)."""
     sources = environment["sources"]
     edited = " with uncommitted changes" if sources["edited"] else ""
+    return (
+        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, "
+        f"{environment['date']}; commit {sources['commit']}{edited}, kernels {sources['digest']}"
+    )
+
+
+def table(result: dict) -> str:
+    environment, records = result["environment"], result["records"]
     failures = [record for record in records if record["failure"]]
     lines = [
         "# The Metal kernels on an NVIDIA GPU",
         "",
-        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, "
-        f"{environment['date']}; commit {sources['commit']}{edited}, "
-        f"kernels {sources['digest']}. Made by `python -m benchmarks.nvidia.prove`.",
+        f"{provenance(environment)}. Made by `python -m benchmarks.nvidia.prove`.",
         "",
         f"{len(result['kernels'])} kernels ran in {len(records)} problems; {len(failures)} failed.",
         "",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .report import provenance
+
 _MODES = ("native", "equal-rate")
 #: Products of (rows x keys x head_dim): scores and out; scores again, dP, dQ, dK, dV.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
@@ -12,16 +14,13 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 def table(result: dict) -> str:
     """Markdown of what speed.py writes as JSON."""
     environment, records = result["environment"], result["records"]
-    sources = environment["sources"]
-    edited = " with uncommitted changes" if sources["edited"] else ""
     timed = [record for record in records if not record["same_as"]]
     failures = [record for record in timed if record["failure"]]
     lines = [
         "# Speed of the Metal kernels beside PyTorch's, on an NVIDIA GPU",
         "",
-        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, "
-        f"{environment['date']}; commit {sources['commit']}{edited}, kernels {sources['digest']}; "
-        f"PyTorch's kernel from {sources['peer']}. Made by `python -m benchmarks.nvidia.speed`.",
+        f"{provenance(environment)}; PyTorch's kernel from {environment['sources']['peer']}. "
+        "Made by `python -m benchmarks.nvidia.speed`.",
         "",
         "Each number is a median of ratios to PyTorch's `prefill_attention` on the same operands, "
         "measured in turns in the same run, with the 20th and 80th percentile. Below 1 is faster "

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run
+    from .bench.command import run
 
     return run(args)
 

@@ -325,7 +325,8 @@ library.impl("flash_attn_bwd", _backward_autograd, "Autograd")
 # ---- the short way ------------------------------------------------------------------------------
 
 # As _Formula.record, where no transform is active.
-_record = super(torch.autograd.Function, _FlashAttention).apply  # type: ignore[misc]
+_record = super(torch.autograd.Function, _FlashAttention).apply
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # of every device
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
@@ -333,7 +334,8 @@ def _nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call of an op would go straight to its autograd kernel above.
 
     That is so in eager PyTorch with plain tensors: no subclass, mode, transform, tracer, compiler
-    or forward-mode level that has to see the op first.
+    or forward-mode level that has to see the op first, and not below autograd, as in the body of
+    another operator, where the dispatcher passes over that kernel.
     """
     return (
         not torch.compiler.is_dynamo_compiling()
@@ -343,6 +345,7 @@ def _nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
+        and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
     )
 
 

@@ -21,10 +21,13 @@ from . import dropout
 from .layout import empty_in_order_of
 
 _BLOCK_ELEMENTS = 1 << 20
-"""Scores held at once, over all batches and heads: 4 MiB in float32."""
-_MIN_ROWS = 64
-"""Fewer rows would read and write all of dk and dv too often. The scores then take as much memory
-as a key with a head_dim of 64."""
+"""Scores of a block, over all batches and query heads: 4 MiB in float32."""
+_ENOUGH_ROWS = 64
+"""Fewer rows read and write all of dk and dv too often: a block has as many even if its scores are
+more than _BLOCK_ELEMENTS ..."""
+_MOST_ELEMENTS = 1 << 22
+"""... but not more than these, 16 MiB in float32. Where a single group of rows (`dropout.GROUP`)
+exceeds that, the block is this group: 64 bytes for every batch, query head and key."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class _Block:
 def _blocks(batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring) -> Iterator[_Block]:
     if batch * num_heads == 0:
         return
-    step = _BLOCK_ELEMENTS // max(1, batch * num_heads * kv_len)
-    step = max(_MIN_ROWS, step // dropout.GROUP * dropout.GROUP)
+    row_elements = max(1, batch * num_heads * kv_len)
+    step = max(_BLOCK_ELEMENTS // row_elements, min(_ENOUGH_ROWS, _MOST_ELEMENTS // row_elements))
+    step = max(1, step // dropout.GROUP) * dropout.GROUP
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         col0, col1 = 0, kv_len
@@ -99,19 +103,37 @@ def _outside_window(block: _Block, s: Scoring, device: torch.device) -> Tensor |
     return hidden
 
 
+def _fuses(total: Tensor, factor: float) -> bool:
+    """Whether baddbmm may compute total + factor * a @ b.
+
+    On mps it may not: written in place into a part of a tensor it loses the result in some
+    releases, and its graphs are remembered by shape, one for every block, and by a factor printed
+    with six decimals, so that one serves factors that differ later. Nor with a factor that is not a
+    normal number of the dtype: it refuses those beyond the range, and for one that rounds to 0 BLAS
+    does not look at a and b, which may hold a NaN.
+    """
+    limits = torch.finfo(total.dtype)
+    return total.device.type == "cpu" and limits.tiny <= abs(factor) <= limits.max
+
+
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """factor * a @ b of (B, H, m, k) and (B, H, k, n), without a pass for the factor."""
+    """factor * a @ b of (B, H, m, k) and (B, H, k, n); if fused, without a pass for the factor."""
+    if not _fuses(a, factor):
+        return torch.matmul(a, b).mul_(factor)
     shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
-    result = torch.baddbmm(
-        a.new_empty(1).expand(shape), a.flatten(0, 1), b.flatten(0, 1), beta=0.0, alpha=factor
-    )
+    nothing = a.new_zeros(1).expand(shape)
+    result = torch.baddbmm(nothing, a.flatten(0, 1), b.flatten(0, 1), beta=0.0, alpha=factor)
     return result.view(*a.shape[:2], *shape[1:])
 
 
 def _add_product(total: Tensor, cols: slice, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """total[:, :, cols] += factor * a @ b, in place; total (B, H, m, n) is contiguous."""
-    part = total.flatten(0, 1)[:, cols]
-    part.baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+    """total[:, :, cols] += factor * a @ b; total (B, H, m, n) is contiguous."""
+    if _fuses(total, factor):
+        part = total.flatten(0, 1)[:, cols]
+        part.baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+        return
+    part, product = total[:, :, cols], torch.matmul(a, b)
+    part += product if factor == 1.0 else product.mul_(factor)
 
 
 class _Problem:

@@ -7,8 +7,10 @@ C heap, MPSGraph) is not.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -47,9 +49,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Bytes of one call at its peak, results included and inputs not. See `method`."""
     if device.type == "cpu":
         return _cpu_peak(call)
+    has_peak = _has_peak()
     release(device)
-    torch.mps.synchronize()
-    if _has_peak():
+    _settle()
+    if has_peak:
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
         results = call()
@@ -65,11 +68,26 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+def _settle() -> None:
+    """Waits until memory in use no longer falls: the thread that ran a backward gives back the last
+    of its gradients a little after the call has returned."""
+    torch.mps.synchronize()
+    before, quiet, deadline = -1, 0, time.monotonic() + 2.0
+    while quiet < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        now = torch.mps.current_allocated_memory()
+        quiet = quiet + 1 if now == before else 0
+        before = now
+
+
+@functools.cache
 def _has_peak() -> bool:
-    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise."""
+    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise or say 0,
+    which is an answer only while something is allocated."""
+    something = torch.empty(1, device="mps")
     try:
         torch.accelerator.reset_peak_memory_stats()
-        return torch.accelerator.max_memory_allocated() > 0
+        return torch.accelerator.max_memory_allocated() >= something.nbytes
     except (AttributeError, RuntimeError):
         return False
 

@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from ..progress import progress_bar
 from .cases import Case
 from .contenders import OURS
 from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
@@ -38,11 +31,7 @@ def progress(console: Console, num_cases: int) -> Iterator[OnCase]:
     if not console.is_terminal:
         yield print_line
         return
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("...", total=num_cases)
 
         def advance(case: Case) -> None:

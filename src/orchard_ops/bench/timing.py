@@ -69,8 +69,4 @@ def interleaved(
 
 def percentile(values: list[float], p: float) -> float:
     """With linear interpolation; p from 0 to 100."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * p / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), p / 100).item()

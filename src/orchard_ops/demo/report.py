@@ -10,18 +10,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from ..place import Place
+from ..progress import progress_bar
 from .data import Corpus
 from .model import ModelConfig
 from .outcome import Outcome
@@ -75,11 +68,7 @@ def progress(console: Console, device_name: str, steps: int) -> Iterator[OnStep]
     if not console.is_terminal:
         yield print_line
         return
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("loss ...", total=steps)
 
         def advance(device_loss: float, cpu_loss: float) -> None:
