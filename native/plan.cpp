@@ -38,16 +38,19 @@ struct TileRow {
 };
 
 // Chosen by benchmarks/apple_model (docs/performance.md): below 32 KiB or so of threadgroup memory
-// and 100 registers, so that a core holds 12 to 16 simdgroups. Eight rows per simdgroup do: wider
-// tiles load less, but blocks of more than 64 products may cost more than the model knows. No
-// choice depends on the GPU's generation or the problem's size until one has been measured.
+// and 100 registers, so that a core holds 12 to 16 simdgroups. Blocks of more than 64 products may
+// cost more than the model knows: taken where they are no slower even then. No choice depends on
+// the GPU's generation or the problem's size until one has been measured.
 constexpr TileRow kTiles[] = {
+    {32, 2, {2, 32, 2}, {32, 1}, {1, 32}, {2, 32}},
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},
-    {96, 2, {1, 32, 1}, {16, 1}, {1, 16}, {2, 16}},
+    {96, 2, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
     {128, 2, {1, 32, 1}, {16, 2}, {1, 16}, {2, 16}},
     {256, 2, {1, 8, 2}, {8, 2}, {1, 8}, {1, 8}},
+    {32, 4, {2, 32, 1}, {32, 1}, {1, 32}, {2, 32}},
     {64, 4, {1, 32, 1}, {16, 1}, {1, 16}, {2, 32}},
-    {80, 4, {1, 16, 1}, {8, 1}, {1, 8}, {2, 16}},
+    {80, 4, {1, 32, 1}, {8, 1}, {1, 16}, {2, 32}},
+    {96, 4, {1, 32, 1}, {16, 2}, {1, 16}, {2, 32}},
     {128, 4, {1, 16, 1}, {8, 2}, {1, 8}, {2, 16}},
     {256, 4, {1, 8, 1}, {8, 2}, {1, 8}, {1, 8}},
 };

@@ -70,6 +70,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
+  const Unmasked unmasked = unmasked_rows(key0, 8, BQ, params);
 
   for (int member = 0; member < heads; member++) {
     const int head = kv_head * heads + member;
@@ -100,7 +101,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, q);
       score(p, params.scale);
       weights_transposed(p, row_lse);
-      if (!sees_all(row0, BQ, key0, 8, params)) {
+      if (!unmasked.has(row0)) {
         mask_transposed(p, key0, row0, at, params);
       }
       Tile<float, 1, kBlocks> ds_block;

@@ -68,6 +68,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                                     pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
+  const Unmasked unmasked = unmasked_rows(key0, 8, BQ, params);
 
   for (int member = 0; member < heads; member++) {
     const int head = kv_head * heads + member;
@@ -98,7 +99,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       if (!second) {
         score(x, params.scale);
         weights_transposed(x, row_stats);
-        if (!sees_all(row0, BQ, key0, 8, params)) {
+        if (!unmasked.has(row0)) {
           mask_transposed(x, key0, row0, at, params);
         }
         ORCHARD_UNROLL

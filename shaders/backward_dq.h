@@ -91,6 +91,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   Tile<float, R, kDepth> sum;
   zero(sum);
   const DropoutDraws draws = dropout_draws(batch, head, at, params);
+  const Unmasked unmasked = unmasked_keys(row0, 8 * R, BK, params);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
@@ -106,7 +107,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     mma_ABt<F, kDepth, Chains<T>::kCount>(p, q, k);
     score(p, params.scale);
     weights(p, row_lse);
-    if (!sees_all(row0, 8 * R, key0, BK, params)) {
+    if (!unmasked.has(key0)) {
       mask_tile(p, row0, key0, 0.0f, at, params);
     }
     Tile<float, R, BK / 8> dp;
@@ -174,11 +175,12 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   if (params.key_begin > 0) {
     partial.load(sum);
   }
+  const Unmasked unmasked = unmasked_keys(row0, 8 * R, BK, params);
+  const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    const device float* tile = ds_tiles.tile(key0, row0);
-    const bool all_seen = sees_all(row0, 8 * R, key0, BK, params);
+    const bool all_seen = unmasked.has(key0);
     Tile<float, R, BK / 8> ds_block;
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
@@ -194,6 +196,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(sum, ds_block, k);
     k.advance();
+    tile += ds_tiles.row_of_tiles() * (BK / 8);
   }
 
   if (params.key_end < params.kv_len) {

@@ -15,6 +15,9 @@ struct DscoreTiles {
   int key_begin;     // of the dispatch
   LanePosition at;
 
+  /// Elements between tiles of consecutive key blocks.
+  METAL_FUNC int64_t row_of_tiles() const { return (int64_t)query_blocks * 64; }
+
   METAL_FUNC device float* tile(int key0, int row0) const {
     return data + ((int64_t)((key0 - key_begin) / 8) * query_blocks + row0 / 8) * 64;
   }
@@ -26,7 +29,7 @@ struct DscoreTiles {
 
   /// Fragment (r, c) of dS (queries, keys) from a tile on, as the query's side multiplies it.
   METAL_FUNC float2 load(const device float* tile, int r, int c) const {
-    const device float* p = tile + ((int64_t)c * query_blocks + r) * 64 + at.col * 8 + at.row;
+    const device float* p = tile + c * row_of_tiles() + r * 64 + at.col * 8 + at.row;
     return float2(p[0], p[8]);
   }
 };
@@ -35,10 +38,15 @@ struct DscoreTiles {
 template <int COLS>
 METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
     thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
+  if (key0 >= params.kv_len) {
+    return;
+  }
+  device float* tile = tiles.tile(key0, row0);
+  const bool whole = row0 + 8 * COLS <= params.q_len;
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
-    if (key0 < params.kv_len && row0 + 8 * c < params.q_len) {
-      tiles.store(tiles.tile(key0, row0 + 8 * c), ds.fragments[0][c]);
+    if (whole || row0 + 8 * c < params.q_len) {
+      tiles.store(tile + 64 * c, ds.fragments[0][c]);
     }
   }
 }
@@ -60,7 +68,7 @@ METAL_FUNC DscoreTiles dscore_tiles(
   tiles.query_blocks = (params.q_len + 7) / 8;
   tiles.key_begin = params.key_begin;
   const int64_t key_blocks = (params.key_end - params.key_begin + 7) / 8;
-  tiles.data = ds + head * key_blocks * tiles.query_blocks * 64;
+  tiles.data = ds + head * key_blocks * tiles.row_of_tiles();
   tiles.at = at;
   return tiles;
 }

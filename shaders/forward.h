@@ -66,6 +66,7 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
   OnlineSoftmax<R> softmax;
   softmax.init();
   const DropoutDraws draws = dropout_draws(batch, head, at, params);
+  const Unmasked unmasked = unmasked_keys(row0, 8 * R, BK, params);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
@@ -91,7 +92,7 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
       v.store();
     }
     score(s, params.scale_log2);
-    if (!sees_all(row0, 8 * R, key0, BK, params)) {
+    if (!unmasked.has(key0)) {
       mask_tile(s, row0, key0, -INFINITY, at, params);
     }
     float rescale[R];

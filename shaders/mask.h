@@ -44,13 +44,30 @@ METAL_FUNC bool sees(int row, int key, constant AttentionParams& params) {
          key <= row + params.diagonal + params.window_right;
 }
 
-/// Whether every query row [row0, row0 + rows) sees every key [key0, key0 + keys).
-METAL_FUNC bool sees_all(int row0, int rows, int key0, int keys, constant AttentionParams& params) {
-  const int row1 = row0 + rows - 1;
-  const int key1 = key0 + keys - 1;
-  return row1 < params.q_len && key1 < params.kv_len &&
-         key0 >= row1 + params.diagonal - params.window_left &&
-         key1 <= row0 + params.diagonal + params.window_right;
+/// Where a simdgroup's blocks may begin, on the axis of its loop, for all pairs in them to be seen.
+struct Unmasked {
+  int first;
+  int last;
+
+  METAL_FUNC bool has(int begin) const { return begin >= first && begin <= last; }
+};
+
+/// First keys of blocks of BK that every row [row0, row0 + rows) sees whole.
+METAL_FUNC Unmasked unmasked_keys(int row0, int rows, int BK, constant AttentionParams& params) {
+  Unmasked range;
+  range.first = row0 + rows - 1 + params.diagonal - params.window_left;
+  range.last = min(params.kv_len, row0 + params.diagonal + params.window_right + 1) - BK;
+  range.last = row0 + rows <= params.q_len ? range.last : -1;
+  return range;
+}
+
+/// First rows of blocks of BQ of which each sees every key [key0, key0 + keys).
+METAL_FUNC Unmasked unmasked_rows(int key0, int keys, int BQ, constant AttentionParams& params) {
+  Unmasked range;
+  range.first = key0 + keys - 1 - params.diagonal - params.window_right;
+  range.last = min(params.q_len, key0 - params.diagonal + params.window_left + 1) - BQ;
+  range.last = key0 + keys <= params.kv_len ? range.last : -1;
+  return range;
 }
 
 /// Whether any query row [row0, row0 + rows) sees any key [key0, key0 + keys).
