@@ -18,6 +18,7 @@ from orchard_ops import bench
 from orchard_ops.__main__ import build_parser, main
 from orchard_ops.bench import (
     cases,
+    command,
     contenders,
     gate,
     machine,
@@ -28,6 +29,7 @@ from orchard_ops.bench import (
     timing,
     variants,
 )
+from orchard_ops.place import find_place
 from orchard_ops.testing import math_attention
 
 COMMITTED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "bench"
@@ -181,7 +183,7 @@ def test_a_tile_that_fails_does_not_fall_back(tmp_path: Path, fresh_stats: None)
 
 @simulated
 def test_every_other_tile_of_the_plan():
-    place = bench.find_place("mps")
+    place = find_place("mps")
     problem = cases.Problem("one", 2, 1, 64, "causal", dtype="float16", length=16)
     forward, training = (cases.Case(problem, mode) for mode in cases.MODES)
     further = variants.of_cases([forward, training], [], [0, 7, 0], place)
@@ -261,13 +263,13 @@ def test_out_of_memory_of_sdpa_while_timing_leaves_every_way_of_ours():
 
     problem = cases.Problem("one", 1, 1, 16, "full", dtype="float32", length=9)
     schedule = timing.Schedule(seconds=1e-9, min_rounds=2, warm_up=1, sample_seconds=0.0)
-    place = bench.find_place("cpu")
+    place = find_place("cpu")
     for limit, statuses in (
         (None, ["measured", "out of memory", "measured"]),
         (3 + 2, ["measured", "out of memory", "out of memory"]),
     ):
         ran.clear()
-        measured = bench.measure(
+        measured = command.measure(
             cases.Case(problem, "forward"),
             [one("orchard_ops"), one("sdpa", 3), one("tile x", limit)], place, schedule,
         )  # fmt: skip

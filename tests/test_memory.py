@@ -31,13 +31,21 @@ def bytes_of(problem: Problem, length: int) -> int:
 
 
 def scratch_of(problem: Problem, length: int, budget_mb: int) -> int:
-    """dS in float32, in tiles of 8 x 8: of as many key/value heads as fit, with their queries'."""
+    """dS in float32, in tiles of 8 x 8: of as many key/value heads as fit, with their queries'.
+
+    Of one head's keys as many as fit where not all do, with dq's sums in float32: if there are
+    enough for 96 threadgroups.
+    """
     if problem.head_dim < 64:
         return 0
-    group = problem.num_heads // problem.num_kv_heads
-    of_one = group * (8 * math.ceil(length / 8)) ** 2 * 4
-    fitting = min((budget_mb << 20) // of_one, problem.batch * problem.num_kv_heads)
-    return fitting * of_one
+    group, budget = problem.num_heads // problem.num_kv_heads, budget_mb << 20
+    of_key = 4 * group * 8 * math.ceil(length / 8)
+    of_one = of_key * 8 * math.ceil(length / 8)
+    if of_one <= budget:
+        return of_one * min(budget // of_one, problem.batch * problem.num_kv_heads)
+    sums = 4 * group * length * problem.head_dim
+    keys = max(budget - sums, 0) // of_key // 64 * 64
+    return of_key * keys + sums if keys >= 96 * (32 if problem.head_dim <= 96 else 16) else 0
 
 
 def check_step(problem: Problem, length: int, budget_mb: int, execute: bool) -> None:

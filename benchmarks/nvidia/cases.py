@@ -15,6 +15,7 @@ from .plans import Scoring
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SEED = 0x0123_4567_89AB_CDEF
 _MARGIN = 1024
+_SCRATCH = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Case:
     diagonal: int = 0
     scale: float | None = None
     has_dlse: bool = False
+    scratch_bytes: int = _SCRATCH  # for dS
 
     def __str__(self) -> str:
         parts = [
@@ -49,6 +51,8 @@ class Case:
         parts += [f"dropout {self.dropout_p}"] * (self.dropout_p > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         parts += ["dlse"] * self.has_dlse
+        if self.scratch_bytes != _SCRATCH:
+            parts.append(f"scratch {self.scratch_bytes >> 20} MiB")
         return " ".join(parts)
 
     def but(self, **changes: object) -> Case:
@@ -59,6 +63,7 @@ class Case:
         return Scoring(
             self.head_dim**-0.5 if self.scale is None else self.scale,
             self.dropout_p, SEED, self.window_left, self.window_right, self.diagonal,
+            self.scratch_bytes,
         )  # fmt: skip
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -102,21 +107,30 @@ def head_dims(names: list[str]) -> list[int]:
 
 
 def every_variant(dims: list[int]) -> Iterator[Case]:
-    """Each variant twice: with its full head dim and with a padded one."""
+    """Each variant twice: with its full head dim and with a padded one.
+
+    Wide heads with dS stored and without; of all the budget has room.
+    """
     for dtype, dim, p in itertools.product(DTYPES, dims, (0.0, 0.25)):
         chunk = 16 // dtype.itemsize
-        base = Case(1029, 773, dim, dtype, batch=2, num_heads=4, num_kv_heads=2, dropout_p=p)
-        yield base
-        yield base.but(
-            head_dim=dim - chunk, layout="heads inside", q_len=773, kv_len=1029, window_right=0,
-            diagonal=256,
-        )  # fmt: skip
-        yield base.but(head_dim=dim - 3, q_len=773, kv_len=1029)
-        yield base.but(layout="every second column", window_left=100, window_right=37)
+        for scratch_bytes in (_SCRATCH, 0) if dim >= 64 else (_SCRATCH,):
+            base = Case(
+                1029, 773, dim, dtype, batch=2, num_heads=4, num_kv_heads=2, dropout_p=p,
+                scratch_bytes=scratch_bytes,
+            )  # fmt: skip
+            yield base
+            yield base.but(
+                head_dim=dim - chunk, layout="heads inside", q_len=773, kv_len=1029,
+                window_right=0, diagonal=256,
+            )  # fmt: skip
+            yield base.but(head_dim=dim - 3, q_len=773, kv_len=1029)
+            yield base.but(layout="every second column", window_left=100, window_right=37)
 
 
 def options() -> Iterator[Case]:
-    """Windows, grouped heads, odd lengths, scales, a gradient of lse, heavy dropout."""
+    """Windows, grouped heads, odd lengths, scales, a gradient of lse, heavy dropout, little or no
+    scratch.
+    """
     for dtype in DTYPES:
         base = Case(1000, 1111, 64, dtype, batch=2, num_heads=6, num_kv_heads=2)
         yield base.but(num_kv_heads=6)
@@ -135,6 +149,9 @@ def options() -> Iterator[Case]:
         yield base.but(kv_len=1)
         yield base.but(q_len=3, kv_len=2, head_dim=1)
         yield base.but(q_len=4099, kv_len=4097, head_dim=256, batch=1, num_heads=2, num_kv_heads=1)
+        yield base.but(scratch_bytes=0, window_right=0, has_dlse=True)
+        yield base.but(scratch_bytes=14 << 20, window_right=0)  # one of four key heads at a time
+        yield base.but(scratch_bytes=32 << 20, head_dim=128, dropout_p=0.1)  # two, two
 
 
 def long() -> Iterator[Case]:
@@ -150,6 +167,15 @@ def long() -> Iterator[Case]:
     yield base.but(dtype=single, head_dim=61, q_len=16384, kv_len=20000, num_heads=2)
     yield base.but(dtype=bfloat, head_dim=93, layout="every second column", num_heads=2)
     yield base.but(q_len=1, diagonal=32767, num_heads=32, num_kv_heads=8, head_dim=128)
+    # dS of one head is larger than the budget: keys are divided.
+    divided = base.but(q_len=16384, kv_len=16384, num_heads=2)
+    yield divided.but(num_kv_heads=2)
+    yield divided.but(num_kv_heads=2, dtype=bfloat, head_dim=128, window_right=-1, kv_len=20001)
+    yield divided.but(num_kv_heads=2, dtype=single, head_dim=77, window_left=5000, q_len=10007)
+    yield divided.but(dtype=bfloat, dropout_p=0.1, scratch_bytes=1 << 30)
+    yield divided.but(num_kv_heads=2, head_dim=240, q_len=9001, diagonal=7383)
+    # dS of more than 2^31 elements
+    yield base.but(q_len=49152, kv_len=49152, num_heads=1, num_kv_heads=1, scratch_bytes=10 << 30)
 
 
 def small() -> Iterator[Case]:
@@ -160,3 +186,4 @@ def small() -> Iterator[Case]:
         yield base.but(dropout_p=0.2, window_right=0)
         yield base.but(head_dim=dim - 3, dropout_p=0.2)
         yield base.but(head_dim=dim - 3, window_left=9, window_right=5)
+        yield base.but(scratch_bytes=0, window_right=0)

@@ -833,12 +833,15 @@ def _far() -> Iterator[Property]:
 # ---- the plan
 
 _TILES = {  # by operand size, up to a padded head dim: forward, dkv, dq, dq from dS
-    2: {64: ("r1_k32_b2", "q16", "r1_k16", "r2_k32"),
-        96: ("r1_k32_b1", "q16", "r1_k16", "r2_k16"),
+    2: {32: ("r2_k32_b2", "q32", "r1_k32", "r2_k32"),
+        64: ("r1_k32_b2", "q16", "r1_k16", "r2_k32"),
+        96: ("r1_k32_b1", "q16", "r1_k16", "r2_k32"),
         128: ("r1_k32_b1", "q16_pairs", "r1_k16", "r2_k16"),
         256: ("r1_k8_b2", "q8_pairs", "r1_k8", "r1_k8")},
-    4: {64: ("r1_k32_b1", "q16", "r1_k16", "r2_k32"),
-        80: ("r1_k16_b1", "q8", "r1_k8", "r2_k16"),
+    4: {32: ("r2_k32_b1", "q32", "r1_k32", "r2_k32"),
+        64: ("r1_k32_b1", "q16", "r1_k16", "r2_k32"),
+        80: ("r1_k32_b1", "q8", "r1_k16", "r2_k32"),
+        96: ("r1_k32_b1", "q16_pairs", "r1_k16", "r2_k32"),
         128: ("r1_k16_b1", "q8_pairs", "r1_k8", "r2_k16"),
         256: ("r1_k8_b1", "q8_pairs", "r1_k8", "r1_k8")},
 }  # fmt: skip
@@ -916,15 +919,17 @@ def plan_of_every_width(sources: Sources) -> None:
         def expected(family: str, tile: str, groups: list[int]) -> dict:
             return _expected_kernel(family, dtype, width, tile, flags, groups)  # noqa: B023
 
+        def rows_of(tile: str) -> int:  # 40 rows in blocks of 32 or 64
+            return 2 if tile.startswith("r1") else 1
+
         delta = expected(DELTA, "", [8, 2])
         plain = [delta, expected(keys_side, dkv, [4, keys]), expected(DQ, dq, [8, 2])]
         storing = plain
         if width >= 64:
-            rows = 2 if dq_from_ds.startswith("r1") else 1
             storing = [delta, expected(keys_side, f"{dkv}_ds", [4, keys]),
-                       expected(DQ_FROM_DS, dq_from_ds, [8, rows])]  # fmt: skip
+                       expected(DQ_FROM_DS, dq_from_ds, [8, rows_of(dq_from_ds)])]  # fmt: skip
         for backward, scratch, kernels in (
-            (False, 0, [expected(FORWARD, forward_tile, [8, 2])]),
+            (False, 0, [expected(FORWARD, forward_tile, [8, rows_of(forward_tile)])]),
             (True, 0, plain),
             (True, 1 << 30, storing),
         ):
