@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.apple_model import core_model, counts, fit, kernels, problems  # noqa: E402
+from benchmarks.apple_model import core_model, counts, fit, kernels, problems, targets  # noqa: E402
 from benchmarks.apple_model.__main__ import markdown  # noqa: E402
 from benchmarks.apple_model.core_model import Parameters, Trace, simulate  # noqa: E402
 from benchmarks.apple_model.ensemble import ENSEMBLE, Spread, ensemble  # noqa: E402
@@ -42,12 +42,18 @@ CASES = [
     *((family, dtype, 128) for family in PAIRS for dtype in counts.DTYPES),
     *((family, "float16", head_dim) for family in NARROW for head_dim in (80, 96)),
     *((family, "float16", head_dim) for family in WIDE for head_dim in (128, 256)),
+    *((family, dtype, 96) for family in PAIRS for dtype in ("bfloat16", "float32")),
+    *((kernels.FORWARD, dtype, 32) for dtype in counts.DTYPES),
+    (kernels.FORWARD, "bfloat16", 80),
+    (kernels.FORWARD, "float32", 96),
     (kernels.FORWARD, "bfloat16", 256),
     (kernels.DKV, "float32", 32),
     (kernels.DKV_STORING, "bfloat16", 80),
-    (kernels.DKV_PAIRS, "float32", 96),
     (kernels.DKV_PAIRS_STORING, "bfloat16", 256),
+    (kernels.DQ, "float16", 32),
+    (kernels.DQ, "bfloat16", 96),
     (kernels.DQ, "float32", 256),
+    (kernels.DQ_FROM_DS, "float32", 80),
     (kernels.PREFILL, "float32", 96),
     (kernels.PREFILL, "bfloat16", 32),
 ]
@@ -243,11 +249,12 @@ def test_committed_predictions_of_our_kernels_are_new(family: str):
     """A row of each family, all parameter sets; `make model` makes them anew."""
     if family == kernels.FORWARD and not counts.PREFILL_HEADER.exists():
         pytest.skip("its row compares with the Metal prefill kernel, which this torch lacks")
+    head_dim = 128 if family in PAIRS else 64
     rows = json.loads(PREDICTIONS.read_text())["kernels"]
     (committed,) = (
-        x for x in rows if (x["family"], x["dtype"], x["head_dim"]) == (family, "float16", 64)
+        x for x in rows if (x["family"], x["dtype"], x["head_dim"]) == (family, "float16", head_dim)
     )
-    now = kernel_row(family, "float16", 64)
+    now = kernel_row(family, "float16", head_dim)
     assert now.keys() == committed.keys()
     for name, value in committed.items():
         assert now[name] == pytest.approx(value, abs=1e-3), name
@@ -258,6 +265,23 @@ def test_committed_predictions_quote_the_error():
     content = json.loads(PREDICTIONS.read_text())
     assert content["leave_one_out"] == FITTED["leave_one_out"]
     assert markdown(content) == PREDICTIONS.with_suffix(".md").read_text()
+
+
+def test_docs_quote_the_targets_tables():
+    """Every row of them, word for word."""
+    text = "\n".join(x.read_text() for x in (ROOT / "docs").glob("*.md"))
+    for _, (header, rows) in targets.tables(json.loads(PREDICTIONS.read_text())):
+        assert len(rows) >= 6
+        for row in (header, *rows):
+            assert f"| {' | '.join(row)} |" in text
+
+
+def test_target_is_met_or_missed():
+    assert targets.verdict(2.0, 2.0, at_least=True) == "met"
+    assert targets.verdict(1.999, 2.0, at_least=True) == "missed by less than 1%"
+    assert targets.verdict(1.5, 2.0, at_least=True) == "missed by 25%"
+    assert targets.verdict(0.7, 0.8, at_least=False) == "met"
+    assert targets.verdict(1.0, 0.8, at_least=False) == "missed by 25%"
 
 
 def test_issue_model_adds_up():

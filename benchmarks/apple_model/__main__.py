@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import gate, kernels
+from . import gate, kernels, targets
 from .ensemble import ENSEMBLE
 from .fit import PUBLISHED
 from .predictions import everything
+from .targets import spread
 
 PREDICTIONS = gate.RESULTS / "predictions.json"
 NAMES = {
@@ -31,10 +32,6 @@ NAMES = {
 }
 
 
-def _spread(x: list[float], digits: int) -> str:
-    return f"{x[0]:.{digits}f} [{x[1]:.{digits}f}..{x[2]:.{digits}f}]"
-
-
 def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = [
         "kernel", "dtype", "D", "A", "B [p10..p90]", "B pess.", "of ceiling", "x PyTorch",
@@ -44,12 +41,12 @@ def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for k in content["kernels"]:
         ratios = ["", "", ""]
         if "ratio" in k:
-            pessimistic = _spread(k["pessimistic_ratio"], 2)
-            ratios = [_spread(k["ratio"], 2), pessimistic, f"{k['a_ratio']:.2f}"]
+            pessimistic = spread(k["pessimistic_ratio"], 2)
+            ratios = [spread(k["ratio"], 2), pessimistic, f"{k['a_ratio']:.2f}"]
         rows.append(
             [
                 NAMES[k["family"]], k["dtype"], str(k["head_dim"]), f"{k['a_cycles']:.1f}",
-                _spread(k["b_cycles"], 1), f"{k['b_pessimistic']:.1f}", f"{k['of_ceiling']:.0%}",
+                spread(k["b_cycles"], 1), f"{k['b_pessimistic']:.1f}", f"{k['of_ceiling']:.0%}",
                 *ratios, f"{k['registers']:.0f}{' spills' if k['spills'] else ''}",
                 str(k["threadgroup_bytes"]), f"{k['simdgroups_per_core']:.0f}",
             ]
@@ -68,10 +65,10 @@ def backward_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 b["dtype"], str(b["head_dim"]), "causal" if b["causal"] else "dense",
                 str(b["length"]), str(b["products"]), str(b["key_parts"]),
-                str(b["launches"]), _spread(b["milliseconds"], 2),
+                str(b["launches"]), spread(b["milliseconds"], 2),
                 f"{b['pessimistic_milliseconds']:.2f}", f"{b['exposed_milliseconds']:.2f}",
                 f"{b['tail_milliseconds']:.2f}", f"{b['unfused_milliseconds']:.2f}",
-                _spread(b["speedup"], 2), f"{b['worst_speedup']:.2f}",
+                spread(b["speedup"], 2), f"{b['worst_speedup']:.2f}",
             ]
         )  # fmt: skip
     return header, rows
@@ -84,7 +81,7 @@ def published_lines(content: dict[str, Any]) -> list[str]:
     lines = [
         "PyTorch's prefill kernel, float16, head_dim 128, causal, B4 Hq16 Hkv8 L4096, on "
         f"{content['device']}: model A {p['a_milliseconds']:.1f} ms, model B "
-        f"{_spread(p['b_milliseconds'], 1)} ms; published (ms): {published}. Model B is fitted to "
+        f"{spread(p['b_milliseconds'], 1)} ms; published (ms): {published}. Model B is fitted to "
         f"{own['milliseconds']} ms, which is the point {own['name']}: that it meets it is no "
         "prediction."
     ]
@@ -97,8 +94,8 @@ def published_lines(content: dict[str, Any]) -> list[str]:
     }
     names: dict[str, list[str]] = {}
     for what, x in of_note.items():
-        spread = _spread([x["median"], x["low"], x["high"]], 2)
-        names.setdefault(f"{x['point']} {spread}", []).append(what)
+        found = spread([x["median"], x["low"], x["high"]], 2)
+        names.setdefault(f"{x['point']} {found}", []).append(what)
     listed = "; ".join(f"{x} ({', '.join(what)})" for x, what in names.items())
     lines.append(
         "Leave-one-out error of model B (predicted / measured, median and the range of the middle "
@@ -132,8 +129,11 @@ def markdown(content: dict[str, Any]) -> str:
             *("| " + " | ".join(row) + " |" for row in rows),
         ]
 
+    against_targets = [
+        line for note, found in targets.tables(content) for line in (note, "", *table(*found), "")
+    ]
     leave_one_out = [
-        [x["point"], _spread([x["median"], x["low"], x["high"]], 2), str(x["sets"])]
+        [x["point"], spread([x["median"], x["low"], x["high"]], 2), str(x["sets"])]
         for x in content["leave_one_out"]
     ]
     return "\n".join(
@@ -145,6 +145,9 @@ def markdown(content: dict[str, Any]) -> str:
             "and the range of the middle 80 %. What it leaves out: docs/apple-model.md.",
             "",
             *(f"{line}\n" for line in published_lines(content)),
+            "## Against the targets",
+            "",
+            *against_targets,
             "## Kernels",
             "",
             KERNEL_NOTE,
@@ -197,6 +200,8 @@ def main() -> None:
         content = everything(args.step)
     show(console, "Kernels", KERNEL_NOTE, *kernel_rows(content))
     show(console, "Backward against an unfused one", BACKWARD_NOTE, *backward_rows(content))
+    for note, found in targets.tables(content):
+        show(console, "Against the targets", note, *found)
     for line in published_lines(content):
         console.print(line)
     if args.no_write or args.step != 1:
