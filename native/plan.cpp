@@ -39,8 +39,8 @@ struct TileRow {
 
 // Chosen by benchmarks/apple_model (docs/performance.md): below 32 KiB or so of threadgroup memory
 // and 100 registers, so that a core holds 12 to 16 simdgroups. Blocks of more than 64 products may
-// cost more than the model knows: taken where they are no slower even then. No choice depends on
-// the GPU's generation or the problem's size until one has been measured.
+// cost more than the model knows; docs/performance.md says where that was risked. No choice depends
+// on the GPU's generation or the problem's size until one has been measured.
 constexpr TileRow kTiles[] = {
     {32, 2, {2, 32, 2}, {32, 1}, {1, 32}, {2, 32}},
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}},

@@ -102,6 +102,11 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
     c0 = __builtin_fmaf(left, shuffle_float(b.x, k * 4 + pair), c0);
     c1 = __builtin_fmaf(left, shuffle_float(b.y, k * 4 + pair), c1);
   }
+  // Never stores. Without it the assembler may move multiplications behind a branch, to where their
+  // sums are used, and keep hundreds of shuffled words until then.
+  asm volatile(
+      "{.reg .pred p; setp.gt.u32 p, %2, 31; @p st.local.v2.f32 [%2], {%0, %1};}" ::"f"(c0),
+      "f"(c1), "r"(h));
 }
 
 // Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
