@@ -230,6 +230,28 @@ def test_run(planner):
     assert set(bench.attributes()["equal-rate"]) == set(bench.attributes()["native"])
 
 
+def test_all_launches_of_a_kernel_count(planner, monkeypatch):
+    """dS of one of three heads fits: dk/dv and dq are launched three times, in turns backwards."""
+    work = workloads.Workload("float16", 64, 80, False, batch=1, num_heads=3)
+    monkeypatch.setattr(
+        workloads.Workload, "scoring", plans.Scoring(0.125, scratch_bytes=80 * 80 * 4)
+    )
+
+    def clock(works):
+        for start in [*works.values(), *reversed(works.values())]:
+            start()
+        return {name: [2.0 if "backward" in name else 1.0] * 3 for name in works}
+
+    bench = small_bench(planner, work, clock=clock)
+    bench.run(work, True)
+    backward = bench.records[2]
+    assert not backward.failure
+    delta, dkv, dq = dict.fromkeys(x.name for x in work.plan(planner, True)[1:])
+    assert backward.times[delta].median == 2.0
+    assert backward.times[dkv].median == backward.times[dq].median == 6.0
+    assert math.isclose(backward.relative["ours"].median, 14.0)
+
+
 def test_same_code_is_not_timed_again(planner):
     bench = small_bench(planner, WORK)
     bench.run(WORK, False)

@@ -53,7 +53,7 @@ class Record:
     mode: str
     #: whose -> result -> largest error against float64, and that of same-dtype mathematics
     errors: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    #: kernel -> time
+    #: kernel -> time of all its launches
     times: dict[str, Spread] = field(default_factory=dict)
     #: what -> times PyTorch's kernel (ours taken together, each of ours), round by round
     relative: dict[str, Spread] = field(default_factory=dict)
@@ -241,14 +241,22 @@ class Bench:
             record.errors[name] = x.check(side)
         before = [y.clone() for side in sides.values() for y in side.results.values()]
         launches = [launch for side in sides.values() for launch in side.launches]
-        samples = self.clock({launch.name: launch.start for launch in launches})
+        times = self.clock({f"{x.name} {i}": x.start for i, x in enumerate(launches)})
+        samples: dict[str, list[float]] = {}  # of all launches of a kernel together
+        for launch, of_launch in zip(launches, times.values(), strict=True):
+            before_it = samples.get(launch.name, [0.0] * len(of_launch))
+            samples[launch.name] = [a + b for a, b in zip(before_it, of_launch, strict=True)]
+        for side in sides.values():
+            if len({launch.name for launch in side.launches}) < len(side.launches):
+                for launch in side.launches:  # they share dS, and ran out of order
+                    launch.start()
         after = [y for side in sides.values() for y in side.results.values()]
         if not all(map(torch.equal, before, after)):
             raise AssertionError("the results changed while they were timed")
-        record.times = {name: Spread.of(times) for name, times in samples.items()}
+        record.times = {name: Spread.of(of_kernel) for name, of_kernel in samples.items()}
         yardstick = samples[theirs.launches[0].name]
         for what, side in ours.items():
-            names = [launch.name for launch in side.launches]
+            names = dict.fromkeys(launch.name for launch in side.launches)
             sums = [sum(times) for times in zip(*(samples[name] for name in names))]
             record.relative[what] = _ratio(sums, yardstick)
             for name in names:
