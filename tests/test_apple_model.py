@@ -276,6 +276,22 @@ def test_docs_quote_the_targets_tables():
             assert f"| {' | '.join(row)} |" in text
 
 
+def test_docs_say_which_target_is_out_of_reach():
+    """At head_dim 64: PyTorch's cycles, a kernel's ratio at the ceiling, and what targets need."""
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    rows = json.loads(PREDICTIONS.read_text())["kernels"]
+    known = {(x["family"], x["dtype"], x["head_dim"]): x for x in rows}
+    for dtype, reached in (("float16", False), ("bfloat16", True)):
+        peer = known[kernels.PREFILL, dtype, 64]["b_cycles"][0]
+        target = targets.FORWARD_RATIO[dtype, 64]
+        at_ceiling, needed = core_model.CEILING / peer, target * peer
+        assert (at_ceiling <= target) == reached
+        assert f"{peer:.1f} cycles" in text
+        assert f"{needed:.1f} cycles, {core_model.CEILING / needed:.0%} of the ceiling" in text
+        if not reached:
+            assert f"a ratio of {at_ceiling:.2f}, above the target of {target:.2f}" in text
+
+
 def test_target_is_met_or_missed():
     assert targets.verdict(2.0, 2.0, at_least=True) == "met"
     assert targets.verdict(1.999, 2.0, at_least=True) == "missed by less than 1%"
@@ -335,6 +351,10 @@ def test_structures_say_what_their_parameters_mean():
         assert extra == 8 * 16 * 4 / writers
     reader = BackwardDqStored(**common, rows=1, bk=32)
     assert said(reader, "device_bytes_read") == 8 * 32 * 4 + 32 * 128 * 2 / 4
+    # 8, 10, 12 and 16 chunks a row for 128 threads: 16 or 8 rows at once, and no more than a block
+    for head_dim, bk, steps in ((64, 32, 2), (80, 32, 4), (96, 32, 4), (128, 32, 4), (64, 8, 1)):
+        staging = Forward(**common | dict(head_dim=head_dim), bk=bk)
+        assert len(staging.fetch(Trace(PLAIN), bk)) == steps
     # bfloat16 is widened when it is staged: K and V of 4 simdgroups, two elements a conversion
     forward = dict(dtype="bfloat", head_dim=64, score_operand="float", value_operand="float")
     one = Forward(**forward, buffers=1)

@@ -90,12 +90,15 @@ class Structure:
 
     # ---- verbs
 
+    def rows_at_once(self, rows: int) -> int:
+        """Of a staged block: a power of two for which there are threads (shaders/loader.h)."""
+        fitting = self.simdgroups * SIMDGROUP // (self.head_dim * self.size // CHUNK)
+        return min(1 << max(fitting.bit_length(), 1) - 1, rows)
+
     def fetch(self, t: Trace, rows: int, blocks: int = 1) -> list[Handle]:
         """Device rows to the registers of all threads, in chunks."""
-        threads = self.simdgroups * SIMDGROUP
-        chunks = rows * self.head_dim * self.size / CHUNK
-        steps = max(1, math.ceil(chunks / threads)) * blocks
-        nbytes = chunks * CHUNK * blocks / self.simdgroups / steps
+        steps = math.ceil(rows / self.rows_at_once(rows)) * blocks
+        nbytes = rows * self.head_dim * self.size * blocks / self.simdgroups / steps
         return [t.read_device(nbytes) for _ in range(steps)]
 
     def put(self, t: Trace, rows: int, fetched: list[Handle], blocks: int = 1) -> None:
