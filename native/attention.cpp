@@ -190,16 +190,23 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sc
   return problem;
 }
 
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+/// None if it cannot be allocated.
+OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& strides, int32_t dtype) {
   int32_t device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
       sizes.data(), strides.data(), dtype, device_type_of(like), device_index, &handle);
-  check(
-      code == AOTI_TORCH_SUCCESS, "orchard::flash_attn: cannot allocate a result: ", last_error());
+  if (code != AOTI_TORCH_SUCCESS) return std::nullopt;
   return Tensor(handle);
+}
+
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides, int32_t dtype) {
+  OptionalTensor x = try_empty_strided(like, sizes, strides, dtype);
+  check(x.has_value(), "orchard::flash_attn: cannot allocate a result: ", last_error());
+  return *x;
 }
 
 /// Uninitialised, with like's dtype and stride order; the last size may differ.
@@ -293,6 +300,18 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
     const Problem& problem) {
   const auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
   if (!plan->refusal.empty()) throw MetalError(plan->refusal);
+  OptionalTensor ds;
+  if (plan->ds_elements > 0) {
+    ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
+    if (!ds.has_value()) {
+      if (debug_enabled()) {
+        std::fprintf(stderr, "[orchard] flash_attn_bwd: no memory for dS, computing it twice\n");
+      }
+      Problem low_memory = problem;
+      low_memory.scratch_bytes = 0;
+      return run_backward(dout, dlse, q, k, v, out, lse, seed, low_memory);
+    }
+  }
   Tensor dq = empty_in_order_of(q, q.size(3));
   Tensor dk = empty_in_order_of(k, k.size(3));
   Tensor dv = empty_in_order_of(v, v.size(3));
@@ -309,13 +328,11 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   log_metal("flash_attn_bwd", *plan);
   const Tensor delta = empty_row_stats(q);
   // Every kernel gets every tensor and takes those it declares; what a call lacks is never read.
-  const Tensor ds = plan->ds_elements > 0
-                        ? empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32())
-                        : delta;
   const Tensor dlse_or_any = dlse.value_or(lse);
+  const Tensor ds_or_any = ds.value_or(delta);
   const Bindings tensors{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
       {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta},
-      {kBufferDq, dq}, {kBufferDk, dk}, {kBufferDv, dv}, {kBufferDs, ds}};
+      {kBufferDq, dq}, {kBufferDk, dk}, {kBufferDv, dv}, {kBufferDs, ds_or_any}};
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
     dispatch(plan->kernels[launch.kernel], launch.groups, tensors, params);

@@ -53,7 +53,7 @@ def agree(losses: list[float], correct: list[float]) -> bool:
     return all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(losses, correct, strict=True))
 
 
-DISPATCHES = 6  # of two steps: forward, dq, dk/dv each
+DISPATCHES = 8  # of two steps: forward, delta, dk/dv, dq each
 
 
 @pytest.mark.parametrize("n", range(1, DISPATCHES + 2))
@@ -67,7 +67,7 @@ def test_nth_dispatch_fails(n: int, correct_losses: list[float], quiet_fallback:
     assert orchard_ops.stats().fallbacks == (1 if n <= DISPATCHES else 0)
 
 
-@pytest.mark.parametrize("n", range(1, DISPATCHES - 1))  # nobody reads the last gradients
+@pytest.mark.parametrize("n", range(1, DISPATCHES - 2))  # nobody reads the last gradients
 def test_nth_dispatch_is_corrupted(n: int, correct_losses: list[float]):
     """A GPU that silently destroys its outputs: the damage must be loud (NaN), never plausible."""
     import simulator
@@ -98,6 +98,31 @@ def test_nth_allocation_fails(correct_losses: list[float]):
     assert n > 20  # the sweep went through the whole run
     assert messages == {"torch", "flash_attn"}
     assert agree(training_losses(), correct_losses)
+
+
+def test_no_memory_for_the_scratch():
+    """The first allocation of a backward that stores dS: it goes on without, on Metal."""
+    import simulator
+
+    case = Case(40, 50, 64, num_heads=4, num_kv_heads=2)
+    q, k, v, dout = (x.to("mps") for x in case.operands())
+    out, lse = torch.ops.orchard.flash_attn_fwd(q, k, v, *case.scoring())
+    orchard_ops.reset_stats()
+
+    def backward() -> list[torch.Tensor]:
+        arguments = (dout, None, q, k, v, out, lse, *case.scoring(), False)
+        return list(torch.ops.orchard.flash_attn_bwd(*arguments)[:3])
+
+    with simulator.recording(execute=True) as launches, simulator.faults(allocate=1):
+        grads = backward()
+    assert [x.kernel.split("_float32")[0] for x in launches] == [
+        "attention_backward_delta",
+        "attention_backward_dkv",
+        "attention_backward_dq",
+    ]
+    assert orchard_ops.stats().fallbacks == 0
+    for x, y in zip(grads, backward(), strict=True):
+        assert torch.allclose(x.cpu(), y.cpu(), rtol=1e-4, atol=1e-5)
 
 
 # ---- threads ------------------------------------------------------------------------------------

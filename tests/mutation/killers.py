@@ -462,6 +462,7 @@ def _attention() -> Iterator[Attention]:
     yield from each("causal, chunks, any order of threads", _causal, schedule=1)
     yield from each("no mask", _open)
     yield from each("one row, one key", Case(1, 1, 15, dtype=F32))
+    yield from each("one beyond whole blocks", Case(41, 65, 16, num_heads=1, dtype=F32))
     yield from each("rows and keys without a partner", _keyless)
     for diagonal in (200, -200):
         yield from each(f"nothing visible at {diagonal}", _keyless.but(
@@ -508,6 +509,9 @@ def _attention() -> Iterator[Attention]:
         for heads in ((0, 2), (2, 5), (5, 6)):
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
                             kv_heads=heads, **more)  # fmt: skip
+    # The last rows' simdgroup begins beyond the last tile of dS.
+    yield Attention(f"{DQ_FROM_DS}: queries end within a block, checked", DQ_FROM_DS,
+                    Case(41, 64, 64, num_heads=1, dtype=F32), check=True)  # fmt: skip
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
