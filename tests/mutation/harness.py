@@ -198,7 +198,7 @@ class Sources:
         params = Params()
         geometry = (ctypes.c_uint64 * 12)()
         self._bridge.orchard_test_plan(
-            ctypes.byref(request), text, len(text), ctypes.byref(params), geometry
+            ctypes.byref(request), text, ctypes.c_uint64(len(text)), ctypes.byref(params), geometry
         )
         plan = json.loads(text.value)
         for i, kernel in enumerate(plan["kernels"]):
