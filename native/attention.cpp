@@ -58,6 +58,17 @@ int64_t scratch_bytes() {
   return static_cast<int64_t>(mib) << 20;
 }
 
+/// Tiles to take instead of the plan's; the forward's alone can be chosen.
+std::string chosen_tiles() {
+  const std::string text = env_text("ORCHARD_TILES");
+  std::istringstream entries(text);
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    check(entry.rfind("attention_forward=", 0) == 0,
+        "orchard::flash_attn: ORCHARD_TILES must be attention_forward=TILE; got '", text, "'");
+  }
+  return text;
+}
+
 bool debug_enabled() {
   return env_enabled("ORCHARD_DEBUG") || env_enabled("ORCHARD_DEBUG_FLASHATN");
 }
@@ -186,7 +197,7 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sc
   problem.diagonal = s.diagonal;
   problem.softcap = s.softcap;
   problem.scratch_bytes = scratch_bytes();
-  problem.tiles = env_text("ORCHARD_TILES");
+  problem.tiles = chosen_tiles();
   return problem;
 }
 
@@ -297,9 +308,17 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
 /// dq, dk, dv on Metal. Throws MetalError.
 std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, uint64_t seed,
-    const Problem& problem) {
-  const auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
+    Problem problem) {
+  auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
   if (!plan->refusal.empty()) throw MetalError(plan->refusal);
+  Tensor dq = empty_in_order_of(q, q.size(3));
+  Tensor dk = empty_in_order_of(k, k.size(3));
+  Tensor dv = empty_in_order_of(v, v.size(3));
+  if (q.numel() == 0 || k.numel() == 0) {  // no queries or no keys: nothing to launch
+    for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
+    return {dq, dk, dv};
+  }
+  const Tensor delta = empty_row_stats(q);
   OptionalTensor ds;
   if (plan->ds_elements > 0) {
     ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
@@ -307,17 +326,9 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
       if (debug_enabled()) {
         std::fprintf(stderr, "[orchard] flash_attn_bwd: no memory for dS, computing it twice\n");
       }
-      Problem low_memory = problem;
-      low_memory.scratch_bytes = 0;
-      return run_backward(dout, dlse, q, k, v, out, lse, seed, low_memory);
+      problem.scratch_bytes = 0;
+      plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
     }
-  }
-  Tensor dq = empty_in_order_of(q, q.size(3));
-  Tensor dk = empty_in_order_of(k, k.size(3));
-  Tensor dv = empty_in_order_of(v, v.size(3));
-  if (q.numel() == 0 || k.numel() == 0) {  // no queries or no keys: nothing to launch
-    for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
-    return {dq, dk, dv};
   }
   AttentionParams params = plan->params;
   set_seed(params, seed);
@@ -326,7 +337,6 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   params.dv = strides_of(dv);
   params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", *plan);
-  const Tensor delta = empty_row_stats(q);
   // Every kernel gets every tensor and takes those it declares; what a call lacks is never read.
   const Tensor dlse_or_any = dlse.value_or(lse);
   const Tensor ds_or_any = ds.value_or(delta);

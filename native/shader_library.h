@@ -34,7 +34,7 @@ using Bindings = std::initializer_list<Binding>;
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with
-/// so many threadgroups in x. Throws MetalError.
+/// so many threadgroups in x and y. Throws MetalError.
 void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups, Bindings tensors,
     const AttentionParams& params);
 

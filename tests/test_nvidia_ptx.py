@@ -56,27 +56,43 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, plans.Kernel
     return plans.every_variant(build.build_planner(tmp_path_factory.mktemp("planner") / "lib.so"))
 
 
-FAMILIES = ("attention_forward", "attention_backward_dq", "attention_backward_dkv")
+NARROW, WIDE = (16, "_elements_dropout"), (256, "_chunks")
+CHOSEN = {
+    "attention_forward": (NARROW, WIDE),
+    "attention_backward_delta": ((16, "elements"), (256, "chunks")),
+    "attention_backward_dkv": (NARROW, (80, "_ds_chunks")),
+    "attention_backward_dkv_pairs": ((112, "_elements_dropout"), (256, "_ds_chunks")),
+    "attention_backward_dq": (NARROW, WIDE),
+    "attention_backward_dq_from_ds": ((64, "_elements"), WIDE),
+}
+# dS is multiplied as float, and delta multiplies no matrices.
+ON_TENSOR_CORES = set(CHOSEN) - {"attention_backward_delta", "attention_backward_dq_from_ds"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHOSEN)
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
 def test_our_kernels(family, dtype, variants, tmp_path):
-    """The narrowest variant with all features, and the widest without."""
-    for head_dim, ending in ((16, "_elements_dropout"), (256, "_chunks")):
-        pattern = rf"{family}_{dtype}_d{head_dim}_\w*\d{ending}"
-        (kernel,) = (k for name, k in variants.items() if re.fullmatch(pattern, name))
+    """A narrow variant with all features, and a wide one without dropout."""
+    for head_dim, ending in CHOSEN[family]:
+        pattern = rf"{family}_{dtype}_d{head_dim}_\w*{ending}"
+        found = [k for name, k in variants.items() if re.fullmatch(pattern, name)]
+        kernel = min(found, key=lambda k: len(k.name))
         text = ptx.compile(build.source_of(kernel))
         assert f".visible .entry {kernel.name}(" in text
         assert ".maxntid 128, 1, 1" in text
-        tensor_cores = family == "attention_forward" and dtype == "float16"
-        assert ("mma.sync" in text) == tensor_cores
+        assert ("mma.sync" in text) == (family in ON_TENSOR_CORES and dtype == "float16")
         assemble(text, tmp_path)
 
 
 @pytest.mark.slow
 def test_every_variant(variants, tmp_path):
-    assert len(variants) == 3 * 3 * 12 * 2 * 2
+    """12 head dims, of which 9 may store dS; chunks or elements; dropout or not."""
+    narrow, wide = 3, 9
+    of_dtype = {
+        "forward": 12 * 4, "delta": 12 * 2, "dkv": (narrow + 2 * wide) * 4, "dq": 12 * 4,
+        "dq from dS": wide * 2,
+    }  # fmt: skip
+    assert len(variants) == 3 * sum(of_dtype.values()) == 666
     for kernel in variants.values():
         assemble(ptx.compile(build.source_of(kernel)), tmp_path)
 
@@ -92,7 +108,7 @@ def test_kernels_of_pytorch(tmp_path):
 
 
 def test_equal_rate_uses_no_tensor_cores(variants, tmp_path):
-    source = build.source_of(variants["attention_forward_float16_d64_r1_k32_chunks"])
+    source = build.source_of(variants["attention_forward_float16_d64_r1_k32_b2_chunks"])
     text = ptx.compile(source, equal_rate=True)
     assert "mma.sync" not in text
     assert text.count("shfl.sync") > ptx.compile(source).count("shfl.sync")

@@ -55,6 +55,7 @@ def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
     explanation = explain(case)
     assert explanation.scratch_bytes == 4 * 13 * 25 * 256
     assert "scratch: 325.0 KiB for a backward" in str(explanation)
+    assert "scratch: 1.3 MiB for a backward" in str(explain(case.but(q_len=400)))
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     low = explain(case)
     assert low.scratch_bytes == 0 and "scratch" not in str(low)
@@ -63,6 +64,16 @@ def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", wrong)
         with pytest.raises(RuntimeError, match=f"ORCHARD_BACKWARD_SCRATCH_MB .*got '{wrong}'"):
             explain(case)
+
+
+@pytest.mark.parametrize(
+    "tiles", ("r2_k32_b2", "forward=r2_k32_b2", "attention_forward=r1_k8_b0,x")
+)
+def test_tiles_of_no_family_are_refused(tiles: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ORCHARD_TILES", tiles)
+    message = f"ORCHARD_TILES must be attention_forward=TILE; got '{tiles}'"
+    with pytest.raises(RuntimeError, match=message):
+        explain(Case(3, 4, 64))
 
 
 def test_loads_follow_the_layout():

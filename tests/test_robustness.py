@@ -101,7 +101,7 @@ def test_nth_allocation_fails(correct_losses: list[float]):
 
 
 def test_no_memory_for_the_scratch():
-    """The first allocation of a backward that stores dS: it goes on without, on Metal."""
+    """The last allocation of a backward that stores dS: it goes on without, on Metal."""
     import simulator
 
     case = Case(40, 50, 64, num_heads=4, num_kv_heads=2)
@@ -113,7 +113,7 @@ def test_no_memory_for_the_scratch():
         arguments = (dout, None, q, k, v, out, lse, *case.scoring(), False)
         return list(torch.ops.orchard.flash_attn_bwd(*arguments)[:3])
 
-    with simulator.recording(execute=True) as launches, simulator.faults(allocate=1):
+    with simulator.recording(execute=True) as launches, simulator.faults(allocate=5):
         grads = backward()
     assert [x.kernel.split("_float32")[0] for x in launches] == [
         "attention_backward_delta",

@@ -23,9 +23,9 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_quick_run_passes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     status, report = run(tmp_path, "--device", device)
     assert status == 0
-    assert report["verdict"] == "all 6 variants agree with float64, forward and backward"
-    assert "all 6 variants agree" in capsys.readouterr().out
-    expected = {"flash_attn_fwd": 12, "flash_attn_bwd": 12}  # twice each
+    assert report["verdict"] == "all 8 variants agree with float64, forward and backward"
+    assert "all 8 variants agree" in capsys.readouterr().out
+    expected = {"flash_attn_fwd": 16, "flash_attn_bwd": 16}  # twice each
     assert report["metal_calls"] == (expected if device == "mps" else dict.fromkeys(expected, 0))
     assert report["environment"]["torch"] == torch.__version__
 
@@ -34,7 +34,20 @@ def test_every_variant_is_covered():
     assert selftest.HEAD_DIMS == HEAD_DIMS
     storing = [d for d in HEAD_DIMS if d >= 64]  # run without scratch as well
     both = len(HEAD_DIMS) + len(storing)
-    assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2
+    in_turns = 3 * 2
+    assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2 + in_turns
+
+
+def test_heads_and_keys_take_turns():
+    """One pair of kernels for each of two heads; for each of two parts of the keys."""
+    import simulator
+
+    cases = [v for v in selftest.variants(quick=True) if v.problem.name.endswith("in turn")]
+    for variant, parts in zip(cases, ((512, 512), (3200, 200)), strict=True):
+        with simulator.recording() as launches:
+            assert selftest.check(variant, torch.device("mps"), "metal").passed
+        groups = [x.threads[1] for x in launches if "dkv" in x.kernel]
+        assert groups == [-(-keys // 32) for keys in parts * 2]
 
 
 def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -47,7 +60,7 @@ def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     status, report = run(tmp_path, "--device", "mps")
     assert status == 1
-    assert report["verdict"] == "6 of 6 variants are wrong"
+    assert report["verdict"] == "8 of 8 variants are wrong"
     assert "out: max error" in report["outcomes"][0]["message"]
 
 
@@ -56,5 +69,5 @@ def test_failing_kernels_fail_instead_of_falling_back(tmp_path: Path):
 
     with simulator.faults(dispatch=1):
         status, report = run(tmp_path, "--device", "mps")
-    assert status == 1 and report["verdict"] == "1 of 6 variants are wrong"
+    assert status == 1 and report["verdict"] == "1 of 8 variants are wrong"
     assert "the dispatch failed" in report["outcomes"][0]["message"]

@@ -27,13 +27,15 @@ class Explanation:
     tiles: dict[str, str]
     """Kernel -> its tile and grid, in words."""
     scratch_bytes: int = 0
-    """What a backward takes for the gradient of the scores while it runs."""
+    """What a backward takes for the gradient of the scores while it runs, if there is the memory."""
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]
         lines += [f"kernel: {name} ({self.tiles[name]})" for name in self.kernels]
         if self.scratch_bytes:
-            lines.append(f"scratch: {self.scratch_bytes / 1024:.1f} KiB for a backward")
+            kib = self.scratch_bytes / 1024
+            size = f"{kib:.1f} KiB" if kib < 1024 else f"{kib / 1024:.1f} MiB"
+            lines.append(f"scratch: {size} for a backward")
         if self.advice:
             lines.append(f"advice: {self.advice}")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,25 +33,47 @@ HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORING_HEAD_DIM = 64  # from here on a backward stores dS
 _SEED = 20_240_229
-_HEADS_AND_LENGTHS = ((2, 77), (1, 101), (1, 101), (2, 77))  # of q, k, v, dout
 _DIAGONAL = -7  # the first rows see no key
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Sizes, and the MiB that the backward may store dS in."""
+
+    name: str
+    scratch_mb: int
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+
+
+# Whole, ragged and skipped tiles, and two query heads for a key/value head.
+_RAGGED = Problem("", 64, 2, 2, 1, 77, 101)
+_LOW_MEMORY = replace(_RAGGED, name="low memory", scratch_mb=0)
+# dS of one head fits, but not of two; of one, 3200 keys fit.
+_IN_TURNS = (
+    Problem("heads in turn", 1, 1, 2, 2, 384, 512),
+    Problem("keys in turn", 1, 1, 1, 1, 77, 3400),
+)
+
+
+@dataclass(frozen=True)
 class Variant:
-    """What is compiled separately. The lengths below touch whole, ragged and skipped tiles."""
+    """What is compiled or launched in its own way."""
 
     dtype: torch.dtype
     head_dim: int
     chunks: bool
     dropout_p: float
-    scratch: bool = True  # whether a backward may store dS
+    problem: Problem = _RAGGED
 
     def __str__(self) -> str:
         loads = "chunks" if self.chunks else "elements"
         name = str(self.dtype).removeprefix("torch.")
         dropout = " dropout" if self.dropout_p else ""
-        return f"{name} D{self.head_dim} {loads}{dropout}{'' if self.scratch else ' low memory'}"
+        return f"{name} D{self.head_dim} {loads}{dropout} {self.problem.name}".rstrip()
 
 
 @dataclass
@@ -78,22 +100,23 @@ class Report:
 
 
 def variants(quick: bool) -> Iterator[Variant]:
-    """All of them, or one per dtype."""
+    """All of them, or a few per dtype."""
     for dtype in DTYPES:
+        if dtype == torch.float32 or not quick:
+            yield from (Variant(dtype, 64, True, 0.1, problem) for problem in _IN_TURNS)
         for head_dim in (64,) if quick else HEAD_DIMS:
             for chunks in (True,) if quick else (True, False):
                 for dropout_p in (0.1,) if quick else (0.0, 0.1):
                     yield Variant(dtype, head_dim, chunks, dropout_p)
                     if head_dim >= _STORING_HEAD_DIM:
-                        yield Variant(dtype, head_dim, chunks, dropout_p, scratch=False)
+                        yield Variant(dtype, head_dim, chunks, dropout_p, _LOW_MEMORY)
 
 
 @contextlib.contextmanager
-def _backward_scratch(allowed: bool) -> Iterator[None]:
-    """Without, the backward computes dS twice instead of storing it."""
+def _backward_scratch(megabytes: int) -> Iterator[None]:
     name = "ORCHARD_BACKWARD_SCRATCH_MB"
     before = os.environ.get(name)
-    os.environ[name] = "64" if allowed else "0"
+    os.environ[name] = str(megabytes)
     try:
         yield
     finally:
@@ -104,9 +127,11 @@ def _backward_scratch(allowed: bool) -> Iterator[None]:
 
 
 def _operands(variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, dout on the CPU: two query heads share a key/value head, ragged lengths."""
+    """q, k, v, dout on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, length, variant.head_dim) for heads, length in _HEADS_AND_LENGTHS]
+    problem = variant.problem
+    rows, keys = (problem.num_heads, problem.q_len), (problem.num_kv_heads, problem.kv_len)
+    shapes = [(problem.batch, *of, variant.head_dim) for of in (rows, keys, keys, rows)]
     q, k, v, do = (torch.randn(s, generator=generator).to(variant.dtype) for s in shapes)
     return q, k, v, do
 
@@ -148,7 +173,7 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
-        with _backward_scratch(variant.scratch):
+        with _backward_scratch(variant.problem.scratch_mb):
             first, second = run(), run()
         assert_attention_close(first, ref, eager)
         if not all(torch.equal(a, b) for a, b in zip(first, second)):

@@ -1,15 +1,22 @@
 """Writes what Apple's Metal compiler should be shown: `metal_sources.py DIRECTORY`.
 
-One file per kernel family, with every variant that the plan can ask for. Xcode's compiler needs no
-GPU, so a Mac without one (a hosted CI machine) can still say whether the text compiles:
+One file per kernel family, with every variant that the plan can ask for, with dS stored and in
+low-memory mode, and the forward's other tiles that `bench --tiles` measures by default. Xcode's
+compiler needs no GPU, so a Mac without one (a hosted CI machine) can still say whether the text
+compiles:
     xcrun metal -std=metal3.1 -c attention_forward.metal
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +26,18 @@ import embed_shaders  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(8, 257, 8)
+MEASURED_HEAD_DIMS = (64, 128)  # of `python -m orchard_ops bench`
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> list[dict]:
@@ -36,15 +55,25 @@ def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) ->
     return plan["kernels"]
 
 
+def every_kernel(*call: Any) -> Iterator[dict]:
+    """What the plan may run for such a call, whatever the environment says."""
+    for megabytes in ("0", "1"):
+        with _environment(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
+            forward, *backward = kernels(*call)
+        yield from (forward, *backward)
+    _, head_dim, offset, dropout_p = call
+    measured = head_dim in MEASURED_HEAD_DIMS and not offset and not dropout_p
+    for tile in forward["alternatives"] if measured else ():
+        with _environment(ORCHARD_TILES=f"{forward['family']}={tile}"):
+            yield kernels(*call)[0]
+
+
 def sources() -> dict[str, str]:
     """Kernel family -> its text with one instantiation per variant."""
     variants: dict[str, dict[str, str]] = {family: {} for family in embed_shaders.FAMILIES}
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
-            for offset in (0, 1):
-                for dropout_p in (0.0, 0.1):
-                    for kernel in kernels(dtype, head_dim, offset, dropout_p):
-                        variants[kernel["family"]][kernel["name"]] = kernel["instantiation"]
+    for call in itertools.product(DTYPES, HEAD_DIMS, (0, 1), (0.0, 0.1)):
+        for kernel in every_kernel(*call):
+            variants[kernel["family"]][kernel["name"]] = kernel["instantiation"]
     return {
         family: embed_shaders.flatten(header) + "\n" + "".join(variants[family].values())
         for family, header in embed_shaders.FAMILIES.items()
