@@ -27,7 +27,7 @@ class Explanation:
     tiles: dict[str, str]
     """Kernel -> its tile and grid, in words."""
     scratch_bytes: int = 0
-    """What a backward takes for the gradient of the scores while it runs, if there is the memory."""
+    """What a backward takes for the gradient of the scores while it runs, if there is memory."""
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]

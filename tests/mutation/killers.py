@@ -27,6 +27,7 @@ from orchard_ops import dropout
 from orchard_ops.testing import MathResult, assert_attention_close
 
 from .harness import (
+    BUFFERS,
     DELTA,
     DKV,
     DKV_PAIRS,
@@ -463,6 +464,9 @@ def _attention() -> Iterator[Attention]:
     yield from each("no mask", _open)
     yield from each("one row, one key", Case(1, 1, 15, dtype=F32))
     yield from each("one beyond whole blocks", Case(41, 65, 16, num_heads=1, dtype=F32))
+    # The keys that the first 64 rows may see end right before the first key.
+    yield from each("keys begin later", Case(128, 64, 16, num_heads=1, dtype=F32, window_right=0,
+                                             diagonal=-64))  # fmt: skip
     yield from each("rows and keys without a partner", _keyless)
     for diagonal in (200, -200):
         yield from each(f"nothing visible at {diagonal}", _keyless.but(
@@ -549,7 +553,10 @@ class Given(Attention):
         library = compile_kernel(sources, self.family, kernel, self.check)
         note("compiled")
         x |= {name: Guarded.like(t[None], "dense") for name, t in inputs.items() if t.dim() == 3}
-        results = {n: Guarded(s, _dense(s), F32) for n, s in out.items()}
+        results = {
+            n: Guarded(s, _dense(s), F32 if n in ("lse", "delta") else self.case.dtype)
+            for n, s in out.items()
+        }
         strides = {
             n: _dense(s) for n, s in out.items() if len(s) == 4 and n not in ("lse", "delta")
         }
@@ -578,8 +585,11 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
 def divided_keys(
     sources: Sources, note: Callable[[str], None], keys_side: str, check: bool = False
 ) -> None:
-    """The two kernels in turn over thirds of the keys, for one key/value head of two."""
-    case = Case(70, 150, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
+    """The two kernels in turn over thirds of the keys, for one key/value head of two.
+
+    The queries end in the second fragment of a simdgroup of two.
+    """
+    case = Case(78, 150, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
                 window_left=90, window_right=60, diagonal=20)  # fmt: skip
     given = reference(case, False, (0.0, 0.0))
     names = ("query", "key", "value", "dout")
@@ -595,8 +605,8 @@ def divided_keys(
     ))  # fmt: skip
     x["lse"] = Guarded.like(given.lse[None], "dense")
     x["delta"] = Guarded.like(given.delta.float()[None], "dense")
-    tiles = 2 * 8 * 9 * 64  # heads, key blocks, query blocks
-    shape = (1, 1, 1, tiles + 2 * 70 * 64)
+    tiles = 2 * 8 * 10 * 64  # heads, key blocks, query blocks
+    shape = (1, 1, 1, tiles + 2 * 78 * 64)
     scratch = Guarded(shape, _dense(shape), F32)
     results = {
         name: _empty(like, "padded") for name, like in zip(("dq", "dk", "dv"), given.operands)
@@ -669,6 +679,20 @@ def infinite_scores_dkv(sources: Sources, note: Callable[[str], None], family: s
     torch.testing.assert_close(got["dv"], torch.full((1, 1, 32, 16), 8 / 32))
 
 
+def small_weights_dkv(sources: Sources, note: Callable[[str], None], family: str) -> None:
+    """Weights of 2^-26, below half's smallest number, add up in dv."""
+    case = Case(16, 32, 64, num_heads=1, dtype=F16)
+    zeros = torch.zeros(1, 1, 32, 64, dtype=F16)
+    inputs = {"query": zeros[:, :, :16], "key": zeros, "value": zeros,
+              "dout": torch.full((1, 1, 16, 64), 1024.0, dtype=F16),
+              "lse": torch.full((1, 1, 16), math.log(2.0**26)), "delta": torch.zeros(1, 1, 16)}  # fmt: skip
+    shapes = {"dk": (1, 1, 32, 64), "dv": (1, 1, 32, 64)}
+    dv = Given("", family, case).results(sources, note, inputs, shapes)["dv"]
+    torch.testing.assert_close(
+        dv.float(), torch.full(dv.shape, 16 * 1024 / 2.0**26), rtol=1e-3, atol=0.0
+    )
+
+
 @functools.cache
 def _draws() -> Tensor:
     """The 16-bit draw of each weight of _edge_case."""
@@ -707,13 +731,13 @@ _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 class _Sparse:
     """float32 numbers in memory that exists only where it is touched."""
 
-    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]):
-        length = sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], behind: int = 0):
+        length = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 + behind
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._memory = mmap.mmap(-1, 4 * length, flags=flags)
-        flat = torch.frombuffer(self._memory, dtype=F32)
-        self.tensor = flat.as_strided(shape, strides)
-        self.buffer = engine.Buffer(flat.data_ptr(), 4 * length)
+        self.flat = torch.frombuffer(self._memory, dtype=F32)
+        self.tensor = self.flat.as_strided(shape, strides)
+        self.buffer = engine.Buffer(self.flat.data_ptr(), 4 * length)
 
 
 def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
@@ -768,11 +792,12 @@ def positions_beyond_32_bits(
 
 
 def _far_ds(
-    sources: Sources, note: Callable[[str], None], family: str, q_len: int
+    sources: Sources, note: Callable[[str], None], family: str, q_len: int, kv_len: int = 16
 ) -> dict[str, Tensor]:
-    """Two heads, 16 keys, q_len queries of which 64 run; dS has q_len / 8 columns."""
+    """Two heads, q_len queries of which 64 run; dS has q_len / 8 columns. The first 64 keys."""
     generator = torch.Generator().manual_seed(4)
-    rows, keys, stats = (1, 2, 64, 64), (1, 2, 16, 64), (2, 64)
+    rows, keys, stats = (1, 2, 64, 64), (1, 2, kv_len, 64), (2, 64)
+    key_end = min(kv_len, 64)
     x = {}
     for name in ("query", "dout", "dq", "key", "value", "dk", "dv", "lse", "delta"):
         shape = {"key": keys, "value": keys, "dk": keys, "dv": keys}.get(name, rows)
@@ -780,26 +805,30 @@ def _far_ds(
         x[name] = _Sparse(shape, (q_len, 1) if shape == stats else (0, 70 * 64, 64, 1))
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
     blocks = -(-q_len // 8)
-    ds = (2, 2, 8, 8, 8)  # head, key block, query block, key, query
-    x["ds"] = _Sparse(ds, (2 * blocks * 64, blocks * 64, 64, 8, 1))
+    key_blocks = key_end // 8
+    ds = (2, key_blocks, 8, 8, 8)  # head, key block, query block, key, query
+    tiles = 2 * key_blocks * blocks * 64
+    behind = 2 * q_len * 64 if kv_len > key_end else 0  # dq's sums
+    x["ds"] = _Sparse(ds, (key_blocks * blocks * 64, blocks * 64, 64, 8, 1), behind)
     if family == DQ_FROM_DS:
         x["ds"].tensor.copy_(torch.randn(ds, generator=generator))
     layouts = {
         short: ((1, 2, length, 64), tuple(x[name].tensor.stride()), 0)
         for short, name, length in (
-            ("q", "query", q_len), ("k", "key", 16), ("v", "value", 16), ("out", "dout", q_len),
+            ("q", "query", q_len), ("k", "key", kv_len), ("v", "value", kv_len),
+            ("out", "dout", q_len),
             ("dout", "dout", q_len),
         )
     }  # fmt: skip
     plan, params = sources.plan(request(
         layouts, 2, True, scale=1.0, window_left=8, window_right=8, scratch_bytes=1 << 60
     ))  # fmt: skip
-    kernel = kernel_of(plan, family, 16)
+    kernel = kernel_of(plan, family, key_end)
     library = compile_kernel(sources, family, kernel)
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
     block = torch.frombuffer(
-        bytearray(with_seed(params, key_end=16, **own)), dtype=torch.uint8
+        bytearray(with_seed(params, key_end=key_end, dq_sums=tiles, **own)), dtype=torch.uint8
     ).clone()
     numbers = sources.buffers
     buffers = {numbers[name]: y.buffer for name, y in x.items()}
@@ -808,12 +837,17 @@ def _far_ds(
     rows = kernel["groups"][1] if family in KEYS_SIDE else 1  # the first rows alone see a key
     groups = (kernel["groups"][0] * threads, rows, 1)
     library.launch(kernel["name"], groups, (threads, 1, 1), buffers, workers=1)
+    if behind:
+        sums = x["ds"].flat[tiles:].as_strided((2, 64, 64), (q_len * 64, 64, 1))
+        return {"sums": sums.clone()}
     wanted = ("dk", "dv", "ds") if family in KEYS_SIDE else ("dq",)
     return {name: x[name].tensor.clone() for name in wanted}
 
 
-def ds_beyond_32_bits(sources: Sources, note: Callable[[str], None], family: str) -> None:
-    near, far = (_far_ds(sources, note, family, q_len) for q_len in (64, _FAR))
+def ds_beyond_32_bits(
+    sources: Sources, note: Callable[[str], None], family: str, kv_len: int
+) -> None:
+    near, far = (_far_ds(sources, note, family, q_len, kv_len) for q_len in (64, _FAR))
     for name in near:
         assert torch.equal(near[name], far[name]), name
 
@@ -830,8 +864,10 @@ def _far() -> Iterator[Property]:
             )
             yield Property(f"{family}: {name} beyond 32 bits", family, test)
     for family in (*KEYS_SIDE, DQ_FROM_DS):
-        test = functools.partial(ds_beyond_32_bits, family=family)
+        test = functools.partial(ds_beyond_32_bits, family=family, kv_len=16)
         yield Property(f"{family}: dS beyond 32 bits", family, test)
+    test = functools.partial(ds_beyond_32_bits, family=DQ_FROM_DS, kv_len=80)
+    yield Property(f"{DQ_FROM_DS}: sums of dq beyond 32 bits", DQ_FROM_DS, test)
 
 
 # ---- the plan
@@ -951,6 +987,11 @@ def plan_of_every_width(sources: Sources) -> None:
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
                 ],
             }, (plan, kernels)  # fmt: skip
+
+
+def plan_of_buffers(sources: Sources) -> None:
+    """Every tensor is bound to every kernel of a backward."""
+    assert len(set(sources.buffers.values())) == len(BUFFERS)
 
 
 def plan_of_scratch(sources: Sources) -> None:
@@ -1216,7 +1257,7 @@ def killers() -> tuple[Attention | Property, ...]:
         for test in (
             plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
             plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
-            plan_of_scratch, plan_of_divided_keys, plan_of_other_tiles,
+            plan_of_scratch, plan_of_divided_keys, plan_of_other_tiles, plan_of_buffers,
         )
     ]  # fmt: skip
     plain = [k for k in _attention() if not k.check]
@@ -1231,6 +1272,14 @@ def killers() -> tuple[Attention | Property, ...]:
                 f"{family}: scores of -inf",
                 family,
                 functools.partial(infinite_scores_dkv, family=family),
+            )
+            for family in KEYS_SIDE
+        ),
+        *(
+            Property(
+                f"{family}: small weights",
+                family,
+                functools.partial(small_weights_dkv, family=family),
             )
             for family in KEYS_SIDE
         ),

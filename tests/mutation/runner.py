@@ -204,7 +204,9 @@ def killers_digest() -> str:
 
 
 class Progress:
-    """Outcomes on disk. A kill counts as long as sources stay and its killer exists."""
+    """Outcomes on disk. A kill counts as long as sources stay and its killer exists; the same
+    machine code, whatever the killers are.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -215,10 +217,11 @@ class Progress:
             record = json.loads(line)
             stamp = record.pop("stamp")
             outcome = Outcome(**record)
+            killed = not outcome.survived and (
+                outcome.killer in names or outcome.status == "compiler"
+            )
             fresh = stamp == self.stamp or (
-                stamp["sources"] == self.stamp["sources"]
-                and not outcome.survived
-                and (outcome.killer in names or outcome.status == "compiler")
+                stamp["sources"] == self.stamp["sources"] and (killed or outcome.same_code)
             )
             if fresh:
                 self.outcomes[outcome.key] = outcome
