@@ -685,7 +685,8 @@ def small_weights_dkv(sources: Sources, note: Callable[[str], None], family: str
     zeros = torch.zeros(1, 1, 32, 64, dtype=F16)
     inputs = {"query": zeros[:, :, :16], "key": zeros, "value": zeros,
               "dout": torch.full((1, 1, 16, 64), 1024.0, dtype=F16),
-              "lse": torch.full((1, 1, 16), math.log(2.0**26)), "delta": torch.zeros(1, 1, 16)}  # fmt: skip
+              "lse": torch.full((1, 1, 16), math.log(2.0**26)),
+              "delta": torch.zeros(1, 1, 16)}  # fmt: skip
     shapes = {"dk": (1, 1, 32, 64), "dv": (1, 1, 32, 64)}
     dv = Given("", family, case).results(sources, note, inputs, shapes)["dv"]
     torch.testing.assert_close(
@@ -1013,6 +1014,8 @@ def plan_of_scratch(sources: Sources) -> None:
         assert plan["launches"] == expected
         last = plan["kernels"][-1]["family"]
         assert last == (DQ_FROM_DS if at_once else DQ)
+    plan, _ = sources.plan(request(_dense_layouts(b=1, h=6, hk=1), 0, True, scratch_bytes=1 << 20))
+    assert [launch[1] for launch in plan["launches"]] == [6, 1, 6]
     for sizes in ({"l": 0}, {"s": 0}, {"d": 63}, {"b": 0}):
         layouts = _dense_layouts(**{"d": 64, **sizes})
         plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 20))
@@ -1060,6 +1063,15 @@ def plan_of_divided_keys(sources: Sources) -> None:
 
 def plan_of_other_tiles(sources: Sources) -> None:
     """A forward's tile can be asked for by name, from the list that the plan gives."""
+    for dtype, d in itertools.product(_TYPES, _WIDTHS):
+        plan, _ = sources.plan(request(_dense_layouts(d=d), DTYPE_NUMBERS[dtype]))
+        sizes = (("", 2), ("_float", 4)) if dtype == F16 else (("", 4),)
+        assert plan["kernels"][0]["alternatives"] == [
+            f"r{r}_k{k}_b{b}{ending}"
+            for ending, size in sizes
+            for r in (1, 2) for k in (8, 16, 32) for b in (0, 1, 2)
+            if b * k * (d * size + 16) <= 32768
+        ]  # fmt: skip
     for dtype, d, fits in (
         (F16, 64, lambda r, k, b, half: True),
         (F16, 256, lambda r, k, b, half: b * k * (528 if half else 1040) <= 32768),

@@ -57,6 +57,14 @@ void orchard_test_plan(const Request* request, char* json, uint64_t capacity,
                                  ? orchard::plan_backward(problem, out, layout(request->dout))
                                  : orchard::plan_forward(problem, out);
   std::strncpy(json, orchard::to_json(plan).c_str(), capacity - 1);
+  for (const orchard::KernelLaunch& launch : plan.launches) {
+    AttentionParams set{};
+    launch.set(set);
+    if (set.first_kv_head != launch.first_kv_head || set.key_begin != launch.key_begin ||
+        set.key_end != launch.key_end) {
+      std::strncpy(json, "\"KernelLaunch::set\"", capacity - 1);
+    }
+  }
   *params = plan.params;
   for (size_t i = 0; i < plan.kernels.size() && i < 4; i++) {
     *geometry++ = plan.kernels[i].groups[0];
