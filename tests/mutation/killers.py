@@ -513,9 +513,9 @@ def _attention() -> Iterator[Attention]:
         for heads in ((0, 2), (2, 5), (5, 6)):
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
                             kv_heads=heads, **more)  # fmt: skip
-    # The last rows' simdgroup begins beyond the last tile of dS.
+    # Tiles of dS end within the rows of a simdgroup.
     yield Attention(f"{DQ_FROM_DS}: queries end within a block, checked", DQ_FROM_DS,
-                    Case(41, 64, 64, num_heads=1, dtype=F32), check=True)  # fmt: skip
+                    Case(36, 64, 64, num_heads=1, dtype=F32), check=True)  # fmt: skip
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
@@ -1061,6 +1061,18 @@ def plan_of_divided_keys(sources: Sources) -> None:
             assert plan["launches"] == expected
 
 
+def plan_of_large_sums(sources: Sources) -> None:
+    """dq's sums behind dS have more than 2^32 elements."""
+    q_len, keys = 1 << 24, 8192
+    layouts = _dense_layouts(b=1, h=2, hk=1, l=q_len, s=1 << 20, d=128)
+    tiles, sums = 2 * q_len * keys, 2 * q_len * 128
+    plan, params = sources.plan(request(layouts, 0, True, scratch_bytes=4 * (tiles + sums)))
+    assert plan["scratch_bytes"] == 4 * (tiles + sums) and params.dq_sums == tiles
+    assert [launch[4:] for launch in plan["launches"][1:5]] == [
+        [0, keys], [0, keys], [keys, 2 * keys], [keys, 2 * keys],
+    ]  # fmt: skip
+
+
 def plan_of_other_tiles(sources: Sources) -> None:
     """A forward's tile can be asked for by name, from the list that the plan gives."""
     for dtype, d in itertools.product(_TYPES, _WIDTHS):
@@ -1269,7 +1281,8 @@ def killers() -> tuple[Attention | Property, ...]:
         for test in (
             plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
             plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
-            plan_of_scratch, plan_of_divided_keys, plan_of_other_tiles, plan_of_buffers,
+            plan_of_scratch, plan_of_divided_keys, plan_of_large_sums, plan_of_other_tiles,
+            plan_of_buffers,
         )
     ]  # fmt: skip
     plain = [k for k in _attention() if not k.check]
