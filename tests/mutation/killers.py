@@ -474,7 +474,7 @@ def _attention() -> Iterator[Attention]:
     # Windows that start or end at a block's first or last key or query, or one beside it.
     for left, right, diagonal in (
         (0, 0, 0), (0, 0, 1), (0, 0, -1), (16, 15, 17), (-1, 3, -32), (7, -1, 32), (31, 32, 1),
-        (41, 35, 3), (40, 36, 3), (42, 34, 3), (-1, 40, -30), (40, -1, 30),
+        (41, 35, 3), (40, 36, 3), (42, 34, 3), (-1, 40, -30), (40, -1, 30), (-1, 0, 16),
     ):  # fmt: skip
         yield from each(
             f"window {left}, {right} at {diagonal}",
@@ -514,8 +514,9 @@ def _attention() -> Iterator[Attention]:
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
                             kv_heads=heads, **more)  # fmt: skip
     # Tiles of dS end within the rows of a simdgroup.
-    yield Attention(f"{DQ_FROM_DS}: queries end within a block, checked", DQ_FROM_DS,
-                    Case(36, 64, 64, num_heads=1, dtype=F32), check=True)  # fmt: skip
+    for q_len in (36, 40):
+        yield Attention(f"{DQ_FROM_DS}: {q_len} queries, checked", DQ_FROM_DS,
+                        Case(q_len, 64, 64, num_heads=1, dtype=F32), check=True)  # fmt: skip
     yield from each("every operand in its own layout", _causal.but(head_dim=30), layouts=_mixed)
     yield from each("kitchen sink, checked", _kitchen_sink, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
@@ -1014,8 +1015,10 @@ def plan_of_scratch(sources: Sources) -> None:
         assert plan["launches"] == expected
         last = plan["kernels"][-1]["family"]
         assert last == (DQ_FROM_DS if at_once else DQ)
-    plan, _ = sources.plan(request(_dense_layouts(b=1, h=6, hk=1), 0, True, scratch_bytes=1 << 20))
-    assert [launch[1] for launch in plan["launches"]] == [6, 1, 6]
+    for keys in (70, 1):
+        layouts = _dense_layouts(b=1, h=6, hk=1, s=keys)
+        plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 20))
+        assert [launch[1] for launch in plan["launches"]] == [6, 1, 6]
     for sizes in ({"l": 0}, {"s": 0}, {"d": 63}, {"b": 0}):
         layouts = _dense_layouts(**{"d": 64, **sizes})
         plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 20))
@@ -1134,7 +1137,10 @@ def plan_of_threadgroups(sources: Sources) -> None:
 
 def plan_of_params(sources: Sources) -> None:
     strides = {
-        name: tuple(range(n, n + 4)) for n, name in enumerate(("q", "k", "v", "out", "dout"))
+        name: tuple(range(far + n, far + n + 4))
+        for n, (name, far) in enumerate(
+            (("q", 0), ("k", 1 << 40), ("v", 0), ("out", 1 << 41), ("dout", 0))
+        )
     }
     layouts = {
         name: (sizes, strides[name], 0)

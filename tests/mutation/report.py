@@ -54,13 +54,14 @@ def progress_bar(total: int) -> Iterator[Callable[[Outcome], None]]:
 
 
 class Report:
-    """Mutants with their outcomes; those that have not run are left out."""
+    """Mutants with their outcomes; those that have not run are counted."""
 
     def __init__(self, mutants: Sequence[Mutant], outcomes: Mapping[str, Outcome],
                  listed: Sequence[Equivalence]):  # fmt: skip
         self.rows: list[tuple[Mutant, str, Outcome | None]] = []
         self.refuted: list[Mutant] = []  # listed as equivalent, and killed
         self.unused = list(listed)
+        self.not_run = 0
         for mutant in mutants:
             outcome = outcomes.get(mutant.key)
             entries = [e for e in listed if e.covers(mutant)]
@@ -75,6 +76,8 @@ class Report:
                 self.rows.append((mutant, "equivalent", outcome))
             elif outcome is not None:
                 self.rows.append((mutant, "survived", outcome))
+            else:
+                self.not_run += 1
         self.reasons = Counter(
             e.reason
             for mutant, status, _ in self.rows
@@ -116,6 +119,7 @@ class Report:
         order = lambda counts: {s: counts[s] for s in STATUSES}  # noqa: E731
         return {
             "mutants": len(self.rows),
+            "not_run": self.not_run,
             "all": order(self._total()),
             "files": {k: order(v) for k, v in sorted(self.counts("file").items())},
             "operators": {k: order(v) for k, v in sorted(self.counts("operator").items())},
@@ -132,7 +136,8 @@ class Report:
 
     def markdown(self, facts: dict) -> str:
         lines = ["# Mutants of the kernels and the plan", ""]
-        lines += [f"Made by `make mutants`: {facts['mutants']} mutants.", ""]
+        lines += [f"Made by `make mutants`: {facts['mutants']} mutants."]
+        lines += [f"{facts['not_run']} more have not run."] * (facts["not_run"] > 0) + [""]
         for kind in ("files", "operators"):
             lines += [
                 f"| {kind[:-1]} | {' | '.join(STATUSES)} |",

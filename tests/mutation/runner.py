@@ -305,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--equivalents", action="store_true", help="run those listed as equivalent too"
     )
+    parser.add_argument("--report", action="store_true", help="run none: report what has run")
     arguments = parser.parse_args(argv)
     mutants = selected(arguments)
     if arguments.list:
@@ -318,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         m for m in mutants
         if m.key not in progress.outcomes and (arguments.equivalents or m.key not in known)
     ]  # fmt: skip
-    if todo:
+    if todo and not arguments.report:
         random.Random(1).shuffle(todo)  # so that the time left can be told
         workers = Workers(todo, arguments.jobs, prepare())
         with report.progress_bar(len(todo)) as advance:
