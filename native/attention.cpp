@@ -61,6 +61,7 @@ int64_t scratch_bytes() {
 /// Tiles to take instead of the plan's; the forward's alone can be chosen.
 std::string chosen_tiles() {
   const std::string text = env_text("ORCHARD_TILES");
+  if (text.empty()) return text;  // a stream costs more than the rest of a call's checks
   std::istringstream entries(text);
   for (std::string entry; std::getline(entries, entry, ',');) {
     check(entry.rfind("attention_forward=", 0) == 0,
@@ -337,15 +338,20 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   params.dv = strides_of(dv);
   params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", *plan);
-  // Every kernel gets every tensor and takes those it declares; what a call lacks is never read.
-  const Tensor dlse_or_any = dlse.value_or(lse);
+  const Tensor dlse_or_any = dlse.value_or(lse);  // what a call lacks is never read
   const Tensor ds_or_any = ds.value_or(delta);
-  const Bindings tensors{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-      {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta},
-      {kBufferDq, dq}, {kBufferDk, dk}, {kBufferDv, dv}, {kBufferDs, ds_or_any}};
+  const Bindings for_delta{
+      {kBufferOut, out}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta}};
+  const Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
+      {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv},
+      {kBufferDs, ds_or_any}};
+  const Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+      {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq},
+      {kBufferDs, ds_or_any}};  // dq from dS takes those it declares
+  const Bindings* tensors[] = {&for_delta, &for_keys, &for_queries};
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
-    dispatch(plan->kernels[launch.kernel], launch.groups, tensors, params);
+    dispatch(plan->kernels[launch.kernel], launch.groups, *tensors[launch.kernel], params);
   }
   return {dq, dk, dv};
 }

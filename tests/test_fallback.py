@@ -207,11 +207,11 @@ def test_debug_log_names_each_calls_path(name: str):
     done = run_python(code, **{name: "1"})
     lines = [line for line in done.stderr.splitlines() if line.startswith("[orchard]")]
     assert [line.split(" (")[0] for line in lines] == [
-        "[orchard] flash_attn_fwd: metal attention_forward_float32_d16_r1_k32_b1_chunks",
+        "[orchard] flash_attn_fwd: metal attention_forward_float32_d16_r2_k32_b1_chunks",
         # .sum() expands its gradient: no 16-byte rows
         "[orchard] flash_attn_bwd: metal attention_backward_delta_float32_d16_elements",
-        "[orchard] flash_attn_bwd: metal attention_backward_dkv_float32_d16_q16_elements",
-        "[orchard] flash_attn_bwd: metal attention_backward_dq_float32_d16_r1_k16_elements",
+        "[orchard] flash_attn_bwd: metal attention_backward_dkv_float32_d16_q32_elements",
+        "[orchard] flash_attn_bwd: metal attention_backward_dq_float32_d16_r1_k32_elements",
         "[orchard] flash_attn_fwd: reference",
         "[orchard] flash_attn_bwd: reference",
     ]

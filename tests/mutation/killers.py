@@ -992,7 +992,7 @@ def plan_of_every_width(sources: Sources) -> None:
 
 
 def plan_of_buffers(sources: Sources) -> None:
-    """Every tensor is bound to every kernel of a backward."""
+    """Several tensors are bound to each kernel."""
     assert len(set(sources.buffers.values())) == len(BUFFERS)
 
 
