@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -197,18 +197,11 @@ def peak_on_meta_device(step: Step, problem: Problem, length: int) -> int:
     return storages.peak
 
 
-@contextlib.contextmanager
-def scratch_budget(megabytes: int) -> Iterator[None]:
+def scratch_budget(megabytes: int) -> contextlib.AbstractContextManager[None]:
     """The backward's scratch budget for the block."""
-    before = os.environ.get(SCRATCH_VARIABLE)
-    os.environ[SCRATCH_VARIABLE] = str(megabytes)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SCRATCH_VARIABLE]
-        else:
-            os.environ[SCRATCH_VARIABLE] = before
+    from orchard_ops._variables import environment_variables
+
+    return environment_variables(**{SCRATCH_VARIABLE: str(megabytes)})
 
 
 def planned_scratch(problem: Problem, length: int) -> int:

@@ -7,9 +7,7 @@ Runs every kernel variant forward and backward, and compares with float64 on the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from . import _native
 from ._calls import reset_stats, stats
+from ._variables import environment_variables
 from .place import environment, find_place
 from .testing import assert_attention_close, math_attention
 
@@ -112,20 +111,6 @@ def variants(quick: bool) -> Iterator[Variant]:
                         yield Variant(dtype, head_dim, chunks, dropout_p, _LOW_MEMORY)
 
 
-@contextlib.contextmanager
-def _backward_scratch(megabytes: int) -> Iterator[None]:
-    name = "ORCHARD_BACKWARD_SCRATCH_MB"
-    before = os.environ.get(name)
-    os.environ[name] = str(megabytes)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _operands(variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, dout on the CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +158,8 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
-        with _backward_scratch(variant.problem.scratch_mb):
+        scratch_mb = str(variant.problem.scratch_mb)
+        with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=scratch_mb):
             first, second = run(), run()
         assert_attention_close(first, ref, eager)
         if not all(torch.equal(a, b) for a, b in zip(first, second)):

@@ -9,10 +9,8 @@ compiles:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +18,16 @@ from typing import Any
 
 import torch
 
+from orchard_ops._variables import environment_variables  # the package also loads the plan
+from orchard_ops.bench.cases import PRESETS
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
 import embed_shaders  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(8, 257, 8)
-MEASURED_HEAD_DIMS = (64, 128)  # of `python -m orchard_ops bench`
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
 def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> list[dict]:
@@ -58,13 +48,13 @@ def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) ->
 def every_kernel(*call: Any) -> Iterator[dict]:
     """What the plan may run for such a call, whatever the environment says."""
     for megabytes in ("0", "1"):
-        with _environment(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
+        with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
             forward, *backward = kernels(*call)
         yield from (forward, *backward)
     _, head_dim, offset, dropout_p = call
     measured = head_dim in MEASURED_HEAD_DIMS and not offset and not dropout_p
     for tile in forward["alternatives"] if measured else ():
-        with _environment(ORCHARD_TILES=f"{forward['family']}={tile}"):
+        with environment_variables(ORCHARD_TILES=f"{forward['family']}={tile}"):
             yield kernels(*call)[0]
 
 
@@ -81,8 +71,6 @@ def sources() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    import orchard_ops  # noqa: F401  (loads the plan)
-
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     for family, text in sources().items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _calls
+from .._variables import environment_variables
 from ..explain import explain
 from .cases import Case
 
@@ -42,19 +42,9 @@ class Contender:
     variables: tuple[tuple[str, str], ...] = ()
     """Environment of its calls: another way to run our kernels, see variants.py."""
 
-    @contextlib.contextmanager
-    def environment(self) -> Iterator[None]:
+    def environment(self) -> AbstractContextManager[None]:
         """Its variables for the block, outside of what is timed."""
-        before = {name: os.environ.get(name) for name, _ in self.variables}
-        os.environ.update(self.variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        return environment_variables(**dict(self.variables))
 
     def call(self, operands: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
         """(out,), or (out, dq, dk, dv) in training."""
