@@ -584,13 +584,14 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
 
 
 def divided_keys(
-    sources: Sources, note: Callable[[str], None], keys_side: str, check: bool = False
-) -> None:
-    """The two kernels in turn over thirds of the keys, for one key/value head of two.
+    sources: Sources, note: Callable[[str], None], keys_side: str, kv_len: int = 150,
+    check: bool = False,
+) -> None:  # fmt: skip
+    """The two kernels in turn over 64 keys at a time, for one key/value head of two.
 
     The queries end in the second fragment of a simdgroup of two.
     """
-    case = Case(78, 150, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
+    case = Case(78, kv_len, 64, num_heads=4, num_kv_heads=2, dtype=F32, dropout_p=0.2,
                 window_left=90, window_right=60, diagonal=20)  # fmt: skip
     given = reference(case, False, (0.0, 0.0))
     names = ("query", "key", "value", "dout")
@@ -613,7 +614,8 @@ def divided_keys(
         name: _empty(like, "padded") for name, like in zip(("dq", "dk", "dv"), given.operands)
     }
     own = {name: tuple(y.tensor.stride()) for name, y in results.items()}
-    for begin, end in ((0, 64), (64, 128), (128, 150)):
+    for begin in range(0, kv_len, 64):
+        end = min(begin + 64, kv_len)
         block = with_seed(
             params, first_kv_head=1, key_begin=begin, key_end=end, dq_sums=tiles, **own
         )
@@ -628,7 +630,7 @@ def divided_keys(
             written = {name: results[name] for name in outputs} | {"ds": scratch}
             launch(library, kernel, sources.buffers, block, {n: x[n] for n in inputs}, written,
                    workers=1)  # fmt: skip
-        if end < 150:
+        if end < kv_len:
             assert results["dq"].tensor.isnan().all(), "dq before the last keys"
         assert results["dk"].tensor[:, 1, end:].isnan().all(), "keys of the next dispatch"
     named = dict.fromkeys(("out", "lse", "dq", "dk", "dv"))
@@ -1321,6 +1323,11 @@ def killers() -> tuple[Attention | Property, ...]:
                 functools.partial(divided_keys, keys_side=keys_side),
             )
             for family, keys_side in both
+        ),
+        Property(
+            f"{DQ_FROM_DS}: one key in the last part",
+            DQ_FROM_DS,
+            functools.partial(divided_keys, keys_side=DKV, kv_len=129),
         ),
     ]
     checked += [
