@@ -17,7 +17,7 @@ FAMILIES = {
     "attention_backward_dkv": "backward_dkv.h",
     "attention_backward_dkv_pairs": "backward_dkv_pairs.h",
     "attention_backward_dq": "backward_dq.h",
-    "attention_backward_dq_from_ds": "backward_dq.h",
+    "attention_backward_dq_from_ds": "backward_dq_from_ds.h",
 }
 _LITERAL_LIMIT = 8000  # compilers cap the length of one literal
 

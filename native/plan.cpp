@@ -167,6 +167,7 @@ struct TileChoice {
   std::string args;  // as in the template's arguments, before the number of simdgroups: 1, 32, 2
   std::string text;
   std::string operand;
+  int rows;  // of queries, or keys, that a threadgroup takes
 };
 
 int query_rows(int r) { return 8 * r * kSimdgroups; }
@@ -179,12 +180,13 @@ int64_t staged_bytes(int rows, int head_dim, const std::string& operand) {
 TileChoice forward_choice(ForwardTile t, const std::string& operand) {
   const char* staged[] = {"read directly", "staged in turn", "staged together"};
   return {join("r", t.r, "_k", t.bk, "_b", t.buffers), join(t.r, ", ", t.bk, ", ", t.buffers),
-      join("BQ ", query_rows(t.r), ", BK ", t.bk, ", K and V ", staged[t.buffers]), operand};
+      join("BQ ", query_rows(t.r), ", BK ", t.bk, ", K and V ", staged[t.buffers]), operand,
+      query_rows(t.r)};
 }
 
 TileChoice dq_choice(DqTile t, const std::string& operand) {
   return {join("r", t.r, "_k", t.bk), join(t.r, ", ", t.bk),
-      join("BQ ", query_rows(t.r), ", BK ", t.bk), operand};
+      join("BQ ", query_rows(t.r), ", BK ", t.bk), operand, query_rows(t.r)};
 }
 
 int keys_of_group(DkvTile t) { return 8 * kSimdgroups / t.simdgroups; }
@@ -195,7 +197,8 @@ const char* dkv_family(DkvTile t) {
 
 TileChoice dkv_choice(DkvTile t, bool store_ds, const std::string& operand) {
   return {join("q", t.bq, store_ds ? "_ds" : ""), join(t.bq, ", ", store_ds ? "true" : "false"),
-      join("BK ", keys_of_group(t), ", BQ ", t.bq, store_ds ? ", dS stored" : ""), operand};
+      join("BK ", keys_of_group(t), ", BQ ", t.bq, store_ds ? ", dS stored" : ""), operand,
+      keys_of_group(t)};
 }
 
 /// Operand types that a dtype may be multiplied in, the usual one first.
@@ -237,12 +240,17 @@ std::string asked_tile(const Problem& p, const std::string& family) {
   return "";
 }
 
+int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+
+/// `length`: of the queries, or keys, that the threadgroups of a head share.
 KernelPlan make_kernel(const Problem& p, const std::string& family, const TileChoice& tile,
-    const std::vector<const char*>& flags, int64_t heads, int64_t blocks) {
+    const std::vector<const char*>& flags, int64_t heads, int64_t length) {
   const DTypeNames dtype = names(p.dtype);
   const int bd = padded_head_dim(p.q.sizes[3]);
+  const int64_t blocks = blocks_of(length, tile.rows);
   KernelPlan kernel;
   kernel.family = family;
+  kernel.tile_name = tile.name;
   kernel.name = join(family, "_", dtype.torch, "_d", bd, tile.name.empty() ? "" : "_", tile.name);
   std::string switches;
   for (const char* flag : flags) {
@@ -262,8 +270,6 @@ KernelPlan make_kernel(const Problem& p, const std::string& family, const TileCh
   kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
   return kernel;
 }
-
-int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
 int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
 
@@ -360,8 +366,7 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   if (!plan.refusal.empty()) return plan;
   const DTypeNames dtype = names(p.dtype);
   const int bd = padded_head_dim(p.q.sizes[3]);
-  ForwardTile tile = tiles(bd, size_of(dtype.operand)).forward;
-  TileChoice choice = forward_choice(tile, dtype.operand);
+  TileChoice choice = forward_choice(tiles(bd, size_of(dtype.operand)).forward, dtype.operand);
   const std::vector<TileChoice> choices = forward_choices(bd, dtype);
   const std::string asked = asked_tile(p, "attention_forward");
   if (!asked.empty()) {
@@ -373,15 +378,14 @@ Plan plan_forward(const Problem& p, const Layout& out) {
       return plan;
     }
     choice = *found;
-    tile.r = choice.name[1] - '0';
   }
   bool chunks = true;
   for (const Layout* x : {&p.q, &p.k, &p.v, &out}) chunks &= allows_chunks(*x, dtype.size);
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   advise_on_layout(chunks, plan);
-  plan.kernels.push_back(make_kernel(p, "attention_forward", choice, switches(p, chunks),
-      query_heads(p), blocks_of(p.q.sizes[2], query_rows(tile.r))));
+  plan.kernels.push_back(make_kernel(
+      p, "attention_forward", choice, switches(p, chunks), query_heads(p), p.q.sizes[2]));
   plan.kernels[0].alternatives = names_of(choices);
   plan.launches = {{0, plan.kernels[0].groups, 0, 0, plan.params.kv_len}};
   return plan;
@@ -406,18 +410,20 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;
-  plan.kernels.push_back(make_kernel(p, "attention_backward_delta", {},
-      {chunks ? "chunks" : "!chunks"}, query_heads(p), blocks_of(p.q.sizes[2], query_rows(1))));
+  TileChoice delta;
+  delta.rows = query_rows(1);
+  plan.kernels.push_back(make_kernel(p, "attention_backward_delta", delta,
+      {chunks ? "chunks" : "!chunks"}, query_heads(p), p.q.sizes[2]));
   plan.kernels.push_back(
       make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
-          switches(p, chunks), kv_heads(p), blocks_of(p.k.sizes[2], keys)));
+          switches(p, chunks), kv_heads(p), p.k.sizes[2]));
   if (store_ds) {
-    plan.kernels.push_back(make_kernel(p, "attention_backward_dq_from_ds",
-        dq_choice(row.dq_from_ds, "float"), {chunks ? "chunks" : "!chunks"}, query_heads(p),
-        blocks_of(p.q.sizes[2], query_rows(row.dq_from_ds.r))));
+    plan.kernels.push_back(
+        make_kernel(p, "attention_backward_dq_from_ds", dq_choice(row.dq_from_ds, "float"),
+            {chunks ? "chunks" : "!chunks"}, query_heads(p), p.q.sizes[2]));
   } else {
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
-        switches(p, chunks), query_heads(p), blocks_of(p.q.sizes[2], query_rows(row.dq.r))));
+        switches(p, chunks), query_heads(p), p.q.sizes[2]));
   }
   plan.launches.push_back({0, plan.kernels[0].groups, 0, 0, plan.params.kv_len});
   const uint64_t query_heads_of_one =
@@ -453,6 +459,8 @@ std::string to_json(const Plan& plan) {
     append_json(out, plan.kernels[i].instantiation);
     out << ", \"tile\": ";
     append_json(out, plan.kernels[i].tile);
+    out << ", \"tile_name\": ";
+    append_json(out, plan.kernels[i].tile_name);
     out << ", \"alternatives\": [";
     for (size_t j = 0; j < plan.kernels[i].alternatives.size(); j++) {
       out << (j ? ", " : "");

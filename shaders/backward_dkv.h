@@ -41,7 +41,6 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const int kKeys = 8 * SIMDGROUPS;
   const int kDepth = BD / 8;
   const int kBlocks = BQ / 8;
-  const bool kKeep = BD * (8 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK, dV, K, V
   const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
   const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;  // of a staged block
   threadgroup uint4 storage[2 * kChunks];
@@ -62,9 +61,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const BlockRange blocks =
       query_blocks(group_key0, min(group_key0 + kKeys, params.kv_len), BQ, params);
 
-  LeftOperand<T, F, 1, kDepth, VEC, kKeep> k;
+  LeftOperand<T, F, 1, kDepth, VEC, true> k;
   k.load(device_rows<VEC>(k_rows, key0, at));
-  LeftOperand<T, F, 1, kDepth, VEC, kKeep> v;
+  LeftOperand<T, F, 1, kDepth, VEC, true> v;
   v.load(device_rows<VEC>(v_rows, key0, at));
   Tile<float, 1, kDepth> dk_sum;
   zero(dk_sum);

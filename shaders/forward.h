@@ -2,7 +2,8 @@
 //
 //   for each block of BK keys:
 //     S = scale * Q K^T            rows of the simdgroup x BK
-//     P = exp2(S - m),  m the running row maximum;  O, l rescaled to it
+//     m follows the row maximum of S; where it moves, O and l are rescaled to it
+//     P = exp2(S - m)
 //     O = O + drop(P) V;  l = l + rowsum(P)
 //   out = O / l,  lse = log(l) + m
 //
@@ -95,9 +96,7 @@ attention_forward(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L,
     if (!unmasked.has(key0)) {
       mask_tile(s, row0, key0, -INFINITY, at, params);
     }
-    float rescale[R];
-    softmax.update(s, rescale);  // s is P now
-    mul_row(o, rescale);
+    softmax.update(s, o);  // s is P now
     if (DROPOUT) {
       drop(s, row0, key0, draws);
     }

@@ -1,4 +1,4 @@
-// The online softmax of FlashAttention: per row a running maximum and a running sum.
+// The online softmax of FlashAttention: per row a running origin and a running sum.
 #pragma once
 
 #include "tile.h"
@@ -8,43 +8,68 @@ constant float kLn2Low = -1.904654e-9f;  // ln(2) - M_LN2_F
 /// exp2 of scores; the fast variant's error is far below that of the operands' rounding.
 METAL_FUNC float exp2_score(float x) { return fast::exp2(x); }
 
+constant float kSlack = 8.0f;  // powers of two
+
+/// Exponentials count from an origin of each row. It follows the row's largest score only when that
+/// is more than kSlack above it, which is rare after the first keys: weights reach 2^kSlack, and
+/// what was accumulated is seldom brought to a new origin.
 template <int ROWS>
 struct OnlineSoftmax {
-  float maximum[ROWS];  // of the row so far, in powers of two
-  float sum[ROWS];      // this lane's part of the row's sum of exp2(s - maximum)
+  float origin[ROWS];  // in powers of two; before the first key below all scores
+  float sum[ROWS];     // this lane's part of the row's sum of exp2(s - origin)
 
   METAL_FUNC void init() {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      maximum[r] = -INFINITY;
+      origin[r] = numeric_limits<float>::lowest();
       sum[r] = 0.0f;
     }
   }
 
-  /// Takes a tile of scores in and leaves exp2(s - maximum) in it. rescale[row] brings what was
-  /// accumulated before to the new maximum.
-  template <int COLS>
-  METAL_FUNC void update(thread Tile<float, ROWS, COLS>& s, thread float* rescale) {
+  /// Takes a tile of scores in and leaves exp2(s - origin) in it; o is what such weights were
+  /// multiplied into before.
+  template <int COLS, int DEPTH>
+  METAL_FUNC void update(thread Tile<float, ROWS, COLS>& s, thread Tile<float, ROWS, DEPTH>& o) {
+    float top[ROWS];  // of this lane's scores
+    bool above = false;
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      float top = max(s.fragments[r][0].x, s.fragments[r][0].y);
+      top[r] = max(s.fragments[r][0].x, s.fragments[r][0].y);
       ORCHARD_UNROLL
       for (int c = 1; c < COLS; c++) {
-        top = max(top, max(s.fragments[r][c].x, s.fragments[r][c].y));
+        top[r] = max(top[r], max(s.fragments[r][c].x, s.fragments[r][c].y));
       }
-      top = max(maximum[r], row_max(top));
-      const float origin = top == -INFINITY ? 0.0f : top;  // no key yet: exp2(-inf - 0) = 0
-      rescale[r] = exp2_score(maximum[r] - origin);
-      maximum[r] = top;
+      above = above || top[r] > origin[r] + kSlack;
+    }
+    if (simd_any(above)) {
+      raise(top, o);
+    }
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
       float part = 0.0f;
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
-        s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - origin);
-        s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - origin);
+        s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - origin[r]);
+        s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - origin[r]);
         part += s.fragments[r][c].x + s.fragments[r][c].y;
       }
-      sum[r] = sum[r] * rescale[r] + part;
+      sum[r] += part;
     }
+  }
+
+  /// Moves origins that are more than kSlack below a row's scores to the largest of these.
+  template <int DEPTH>
+  METAL_FUNC void raise(thread const float* top, thread Tile<float, ROWS, DEPTH>& o) {
+    float rescale[ROWS];
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const float largest = row_max(top[r]);
+      const float next = largest > origin[r] + kSlack ? largest : origin[r];
+      rescale[r] = exp2_score(origin[r] - next);
+      origin[r] = next;
+      sum[r] *= rescale[r];
+    }
+    mul_row(o, rescale);
   }
 
   /// Sum over the whole row.
@@ -54,8 +79,8 @@ struct OnlineSoftmax {
   METAL_FUNC float lse(int r, float total) const {
     // ln(2) in two parts: the backward needs every bit of lse, whose error is the weights' relative
     // one.
-    const float small = fma(maximum[r], kLn2Low, log(total));
-    return total == 0.0f ? -INFINITY : fma(maximum[r], M_LN2_F, small);
+    const float small = fma(origin[r], kLn2Low, log(total));
+    return total == 0.0f ? -INFINITY : fma(origin[r], M_LN2_F, small);
   }
 };
 

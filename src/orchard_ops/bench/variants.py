@@ -65,13 +65,6 @@ def _forward_plan(case: Case, device: torch.device) -> dict:
     return kernel
 
 
-def default_tile(kernel_name: str, alternatives: Sequence[str]) -> str:
-    """Which of the tiles a kernel's name names; "" if none."""
-    loads = ("chunks", "elements")
-    found = (t for t in alternatives if any(f"_{t}_{load}" in kernel_name for load in loads))
-    return next(found, "")
-
-
 def of_cases(
     chosen: Sequence[Case], tiles: Sequence[str] | None, scratch_mb: Sequence[int] | None,
     place: Place,
@@ -107,11 +100,10 @@ def of_cases(
             names = kernel["alternatives"]
             available += names
             unmatched -= {p for p in unmatched if any(fnmatchcase(n, p) for n in names)}
-            default = default_tile(kernel["name"], names)
             further[case] = [
                 tile(name)
                 for name in names
-                if name != default and (not tiles or any(fnmatchcase(name, p) for p in tiles))
+                if name != kernel["tile_name"] and (not tiles or any(fnmatchcase(name, p) for p in tiles))
             ]
     if unmatched:
         raise ValueError(

@@ -1,0 +1,137 @@
+// Attention backward, the query's side: dq from the dS that the key's side has stored.
+//
+//   dQ = the sum over earlier dispatches' keys, if there were any
+//   for each block of BK keys of this dispatch:
+//     dQ = dQ + dS K
+//   dq = scale * dQ
+//
+// A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them; K is
+// staged once for all. Tiles of dS that no query of theirs sees have not been written, and are not
+// read. T: tensors, F: operands.
+#pragma once
+
+#include "dscore.h"
+#include "loader.h"
+#include "mask.h"
+#include "score.h"
+
+/// Rows [row0, ...) of dq / scale from the keys of earlier dispatches: (query head, row, BD) float.
+template <int BD>
+struct PartialDq {
+  device float* data;
+  int row0;
+  int length;
+  LanePosition at;
+
+  METAL_FUNC device float2* of(int r, int c) const {
+    const int64_t row = row0 + 8 * r + at.row;
+    return reinterpret_cast<device float2*>(data + row * BD + 8 * c + at.col);
+  }
+
+  template <int ROWS>
+  METAL_FUNC void load(thread Tile<float, ROWS, BD / 8>& x) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BD / 8; c++) {
+        x.fragments[r][c] = row0 + 8 * r + at.row < length ? *of(r, c) : float2(0.0f);
+      }
+    }
+  }
+
+  template <int ROWS>
+  METAL_FUNC void store(thread const Tile<float, ROWS, BD / 8>& x) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BD / 8; c++) {
+        if (row0 + 8 * r + at.row < length) {
+          *of(r, c) = x.fragments[r][c];
+        }
+      }
+    }
+  }
+};
+
+template <int BD>
+METAL_FUNC PartialDq<BD> partial_dq(
+    device float* ds, int head, int row0, LanePosition at, constant AttentionParams& params) {
+  PartialDq<BD> partial;
+  partial.data = ds + params.dq_sums + (int64_t)head * params.q_len * BD;
+  partial.row0 = row0;
+  partial.length = params.q_len;
+  partial.at = at;
+  return partial;
+}
+
+template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC>
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B, Hkv, S, D)
+    device float* ds [[buffer(kBufferDs)]],                                // DscoreTiles
+    device T* dq [[buffer(kBufferDq)]],                                    // (B, Hq, L, D)
+    constant AttentionParams& params [[buffer(kBufferParams)]],
+    uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
+  const int kDepth = BD / 8;
+  const int BQ = 8 * R * SIMDGROUPS;
+  threadgroup uint4 k_storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
+  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
+
+  const int heads = params.num_heads / params.num_kv_heads;  // of a key/value head
+  const int index = group.x + params.first_kv_head * heads;
+  const int batch = index / params.num_heads;
+  const int head = index % params.num_heads;
+  const int group_row0 = (grid.y - 1 - group.y) * BQ;
+  const int row0 = group_row0 + simdgroup * 8 * R;
+  const LanePosition at = lane_position(lane);
+  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
+  const HeadRows<T> k_rows =
+      head_rows(key, params.k, batch, head / heads, params.kv_len, params.head_dim);
+  const BlockRange blocks = of_dispatch(
+      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params), BK, params);
+  RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
+  k.start(k_rows, blocks.begin * BK, k_block, thread_index, at);
+  Tile<float, R, kDepth> sum;
+  zero(sum);
+  const PartialDq<BD> partial = partial_dq<BD>(ds, group.x, row0, at, params);
+  if (params.key_begin > 0) {
+    partial.load(sum);
+  }
+  const Unmasked unmasked = unmasked_keys(row0, 8 * R, BK, params);
+  const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
+
+  for (int block = blocks.begin; block < blocks.end; block++) {
+    const int key0 = block * BK;
+    const bool all_seen = unmasked.has(key0);
+    Tile<float, R, BK / 8> ds_block;
+    ORCHARD_UNROLL
+    for (int r = 0; r < R; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < BK / 8; c++) {
+        const bool written = all_seen || sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8, params);
+        ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
+      }
+    }
+    k.fetch();
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+    k.store();
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    mma_AB(sum, ds_block, k);
+    k.advance();
+    tile += ds_tiles.row_of_tiles() * (BK / 8);
+  }
+
+  if (params.key_end < params.kv_len) {
+    partial.store(sum);
+    return;
+  }
+  float factor[R];
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    factor[r] = score_derivative(params);
+  }
+  store_rows<VEC>(dq, params.dq, batch, head, row0, params.q_len, params.head_dim, sum, factor, at);
+}
