@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,3 +99,31 @@ def check_case(case: Case, device: str = "mps", impl: str = "metal") -> tuple[Te
     results = run(case, *(x.to(device) for x in operands), impl=impl)
     assert_attention_close(results, ref, eager)
     return results
+
+
+def uneven_scores(dtype: torch.dtype, head_dim: int) -> tuple[Case, tuple[Tensor, ...]]:
+    """A case and its operands (q, k, v, dout) for which the origins of the exponentials move.
+
+    In powers of two, rows score by blocks of 32 keys: evenly, slowly rising, at last falling far,
+    up at once, to the edge of what moves an origin and just beyond it, far below the rest until
+    late, up and down. Four neighbouring rows do the same.
+    """
+    case = Case(75, 300, head_dim, dtype=dtype, scale=math.log(2))
+    block = torch.arange(case.kv_len) // 32
+    courses = (
+        torch.zeros(case.kv_len),
+        3.0 * block,
+        -300.0 * (block > 1),
+        40.0 * (block > 3),
+        8.0 * (block > 2) + 0.5 * (block > 5),
+        3000.0 * (block > 4) - 3000.0,
+        20.0 * (block % 2) - 10.0 * (block > 1),
+    )
+    _, k, v, do = case.operands()
+    for column, course in enumerate(courses):
+        k[..., column] = course.to(dtype)
+    q = torch.zeros_like(do)
+    for head in range(case.num_heads):
+        for row in range(case.q_len):
+            q[:, head, row, (row // 4 + head) % len(courses)] = 1.0
+    return case, (q, k, v, do)

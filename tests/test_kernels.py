@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import simulator
 import torch
-from attention_cases import DTYPES, Case, check_case, run
+from attention_cases import DTYPES, Case, check_case, run, uneven_scores
 
 from orchard_ops.testing import assert_attention_close
 
@@ -214,6 +214,28 @@ def test_longer_sequences(case: Case):
 def test_large_scores_do_not_overflow(dtype: torch.dtype):
     """Scores of several hundred: exponentials must be taken against the running maximum."""
     check_case(Case(60, 80, 64, dtype=dtype, scale=8.0, window_right=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+def test_origins_of_exponentials_move(dtype: torch.dtype, head_dim: int):
+    """Rows whose largest score rises, by less and by more than moves their origin, and falls."""
+    case, operands = uneven_scores(dtype, head_dim)
+    ref, eager = (case.math(t, *operands) for t in (torch.float64, dtype))
+    results = run(case, *(x.to("mps") for x in operands))
+    assert_attention_close(results, ref, eager)
+    assert torch.isfinite(torch.cat([x.flatten().float() for x in results])).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Rows move their origins together, but each by its own scores alone."""
+    case, (q, k, v, do) = uneven_scores(torch.float32, 64)
+    alone = torch.zeros_like(q)
+    alone[:, :, 4:8] = q[:, :, 4:8]
+    apart = run(case, *(x.to("mps") for x in (alone, k, v, do)))
+    together = run(case, *(x.to("mps") for x in (q, k, v, do)))
+    for x, y in zip(apart[:2], together[:2]):
+        assert torch.equal(x[:, :, 4:8].cpu(), y[:, :, 4:8].cpu())
 
 
 def test_small_gradients_survive_float16():

@@ -211,7 +211,10 @@ def keeps(sums: int, operands: int, rows: int, columns: int, operand: str) -> bo
 
 @dataclass(frozen=True, kw_only=True)
 class Forward(Structure):
-    """Forward: 8 R rows of queries for each simdgroup, BK keys a block."""
+    """Forward: 8 R rows of queries for each simdgroup, BK keys a block.
+
+    A block in which no origin of the exponentials moves, as nearly all after a row's first.
+    """
 
     rows: int = 1  #: R
     bk: int = 32
@@ -254,23 +257,19 @@ class Forward(Structure):
             t.barrier()
             self.put(t, self.bk, v)
         self.spill(t)
-        weights = []
+        above = None
         for r in range(self.rows):
             row = s[r * columns : (r + 1) * columns]
-            x = t.alu((2 + self.score_cycles) * columns, *_last(row))
-            for _ in range(2):
-                x = t.alu(1, t.shuffle(x))
-            x = t.exp2(1, t.alu(3, x))
-            for _ in range(columns):
-                e = t.exp2(2, t.alu(2, x))
-                e = t.alu(2, e)
-                weights.append(t.convert(1, "float", self.value_operand, e))
-        rescaled = t.alu(
-            2 * self.depth * self.rows + self.address_cycles * p.address, *_last(weights)
-        )
+            above = t.alu((2 + self.score_cycles) * columns + 2, above, *_last(row))
+        within = t.alu(1, t.shuffle(above))  # origins stay where they are
+        weights = []
+        for _ in range(self.rows * columns):
+            e = t.alu(2, t.exp2(2, t.alu(2, within)))
+            weights.append(t.convert(1, "float", self.value_operand, e))
+        first = t.alu(self.address_cycles * p.address, *_last(weights)) or weights[-1]
         if self.buffers == 1:
             t.barrier()
-        self.product_AB(t, self.value_operand, self.rows, columns, rescaled, direct)
+        self.product_AB(t, self.value_operand, self.rows, columns, first, direct)
         return t
 
 

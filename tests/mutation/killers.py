@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_cases import SEED, Case
+from attention_cases import SEED, Case, uneven_scores
 from simulator import engine
 from torch import Tensor
 
@@ -583,6 +583,19 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
 
 
+def origins_move(
+    sources: Sources, note: Callable[[str], None], head_dim: int, check: bool = False
+) -> None:
+    """Rows whose origins of exponentials move at different keys, or not at all."""
+    case, (q, k, v, _) = uneven_scores(F32, head_dim)
+    given = Given("", FORWARD, case, check=check)
+    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
+    got = given.results(sources, note, {"query": q, "key": k, "value": v}, shapes)
+    ref, eager = (case.math(dtype, q, k, v, q) for dtype in (torch.float64, F32))
+    none = (None, None, None)
+    assert_attention_close([got["out"], got["lse"][0], *none], ref, eager)
+
+
 def divided_keys(
     sources: Sources, note: Callable[[str], None], keys_side: str, kv_len: int = 150,
     check: bool = False,
@@ -1105,11 +1118,12 @@ def plan_of_other_tiles(sources: Sources) -> None:
             if fits(r, k, b, half)
         ]  # fmt: skip
         assert default["alternatives"] == expected
+        assert default["tile_name"] in expected and f"_{default['tile_name']}_" in default["name"]
         for name in expected:
             asked = f"attention_backward_dq=r9_k9,attention_forward={name}".encode()
             plan, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], tiles=asked))
             kernel = plan["kernels"][0]
-            assert f"_d{d}_{name}_chunks" in kernel["name"]
+            assert f"_d{d}_{name}_chunks" in kernel["name"] and kernel["tile_name"] == name
             numbers = re.findall(r"\d+", name)
             operand = "float" if name.endswith("float") or dtype != F16 else "half"
             arguments = template_arguments(kernel)
@@ -1298,6 +1312,14 @@ def killers() -> tuple[Attention | Property, ...]:
     both = ((DKV, DKV), (DKV_PAIRS, DKV_PAIRS), (DQ_FROM_DS, DKV))
     properties: list[Any] = [
         Property(f"{FORWARD}: lse is rounded once", FORWARD, lse_is_rounded_once),
+        *(
+            Property(
+                f"{FORWARD}: origins move, head_dim {head_dim}",
+                FORWARD,
+                functools.partial(origins_move, head_dim=head_dim),
+            )
+            for head_dim in (32, 64)
+        ),
         Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
         Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
         *(
@@ -1331,9 +1353,13 @@ def killers() -> tuple[Attention | Property, ...]:
         ),
     ]
     checked += [
-        Property(f"{family}: divided keys, checked", family,
-                 functools.partial(divided_keys, keys_side=keys_side, check=True))
-        for family, keys_side in both
+        Property(f"{FORWARD}: origins move, checked", FORWARD,
+                 functools.partial(origins_move, head_dim=32, check=True)),
+        *(
+            Property(f"{family}: divided keys, checked", family,
+                     functools.partial(divided_keys, keys_side=keys_side, check=True))
+            for family, keys_side in both
+        ),
     ]  # fmt: skip
     return (*plan, *plain, *_edges(), *properties, *_far(), *checked)
 

@@ -3,7 +3,7 @@
 A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
 the child starts with torch, the references and the engine loaded, so that a mutant costs little
 more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
-there already is not run again.
+there already is not run again, and what killed a mutant of earlier sources goes first now.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _work(tasks, results, original: Original) -> None:
         for name in ("shaders", "native"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         order: dict[str, list] = {}
-        for mutant in iter(tasks.get, None):
+        for mutant, suspect in iter(tasks.get, None):
             began = time.monotonic()
             path = root / mutant.file
             text = path.read_text(encoding="ascii")
@@ -172,8 +172,14 @@ def _work(tasks, results, original: Original) -> None:
             sources = Sources(root, None if own_plan else baseline)
             if mutant.file not in order:
                 order[mutant.file] = relevant(mutant.file, baseline)
+            tests = order[mutant.file]
+            first = [test for test in tests if test.name == suspect]
             try:
-                found = run_mutant(order[mutant.file], sources, original.libraries)
+                found = run_mutant(
+                    first + [test for test in tests if test.name != suspect],
+                    sources,
+                    original.libraries,
+                )
             finally:
                 path.write_text(text, encoding="ascii")
             same = not own_plan and found.get("code", {}).items() <= original.code.items()
@@ -213,11 +219,15 @@ class Progress:
         self.path = path
         self.stamp = {"sources": sources_digest(), "killers": killers_digest()}
         self.outcomes: dict[str, Outcome] = {}
+        #: The last killer of each mutant, of whatever sources.
+        self.suspects: dict[str, str] = {}
         names = {k.name for k in killing.killers()}
         for line in path.read_text().splitlines() if path.exists() else ():
             record = json.loads(line)
             stamp = record.pop("stamp")
             outcome = Outcome(**record)
+            if outcome.killer:
+                self.suspects[outcome.key] = outcome.killer
             killed = not outcome.survived and (
                 outcome.killer in names or outcome.status == "compiler"
             )
@@ -236,7 +246,9 @@ class Progress:
 class Workers:
     """Processes that run mutants; iterating gives their outcomes."""
 
-    def __init__(self, mutants: Sequence[Mutant], jobs: int, original: Original):
+    def __init__(
+        self, mutants: Sequence[Mutant], suspects: dict[str, str], jobs: int, original: Original
+    ):
         context = multiprocessing.get_context("fork")
         self.tasks, self.results = context.Queue(), context.Queue()
         self.total = len(mutants)
@@ -246,8 +258,10 @@ class Workers:
         ]
         for process in self.processes:  # first, as putting starts a thread
             process.start()
-        for task in (*mutants, *[None] * jobs):
-            self.tasks.put(task)
+        for mutant in mutants:
+            self.tasks.put((mutant, suspects.get(mutant.key, "")))
+        for _ in range(jobs):
+            self.tasks.put(None)
 
     def __iter__(self) -> Iterator[Outcome]:
         for _ in range(self.total):
@@ -321,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     if todo and not arguments.report:
         random.Random(1).shuffle(todo)  # so that the time left can be told
-        workers = Workers(todo, arguments.jobs, prepare())
+        workers = Workers(todo, progress.suspects, arguments.jobs, prepare())
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
                 progress.add(outcome)

@@ -103,7 +103,8 @@ def of_cases(
             further[case] = [
                 tile(name)
                 for name in names
-                if name != kernel["tile_name"] and (not tiles or any(fnmatchcase(name, p) for p in tiles))
+                if name != kernel["tile_name"]
+                and (not tiles or any(fnmatchcase(name, p) for p in tiles))
             ]
     if unmatched:
         raise ValueError(
