@@ -947,6 +947,7 @@ def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, fla
         "instantiation": f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n',
         "tile": f"{sizes}head_dim padded to {width}; {groups[0]} x {groups[1]} threadgroups of "
                 "128 threads",
+        "tile_name": tile,
     }  # fmt: skip
 
 
