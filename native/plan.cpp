@@ -167,7 +167,7 @@ struct TileChoice {
   std::string args;  // as in the template's arguments, before the number of simdgroups: 1, 32, 2
   std::string text;
   std::string operand;
-  int rows;  // of queries, or keys, that a threadgroup takes
+  int rows = 0;  // of queries, or keys, that a threadgroup takes
 };
 
 int query_rows(int r) { return 8 * r * kSimdgroups; }

@@ -43,7 +43,7 @@ struct KernelPlan {
   std::string name;           ///< host name of the variant, every degree of freedom readable
   std::string instantiation;  ///< the line of Metal that makes the variant
   std::string tile;           ///< tile and grid in words
-  std::string tile_name;      ///< as Problem::tiles would name it
+  std::string tile_name;      ///< as in `name`; the forward's as Problem::tiles has it, too
   std::vector<std::string> alternatives;  ///< tiles that Problem::tiles may name here
   std::array<uint64_t, 2> groups{};       ///< threadgroups in x and y
   uint64_t threads = 0;                   ///< per threadgroup, along x

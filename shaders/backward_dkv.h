@@ -11,7 +11,8 @@
 // A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO
 // are staged once for all. Summing the group's heads here, in order, keeps the result
 // deterministic. T: tensors, F: operands. dS is multiplied as float: over long sequences it leaves
-// half's range. P is at most 1, and scaled up. Wide heads: backward_dkv_pairs.h.
+// half's range. P is at most 1, and scaled up. K, V, dK and dV stay in registers; wide heads, where
+// they would not fit: backward_dkv_pairs.h.
 #pragma once
 
 #include "dropout.h"

@@ -2,7 +2,7 @@
 //
 //   for each block of BK keys:
 //     S = scale * Q K^T            rows of the simdgroup x BK
-//     m follows the row maximum of S; where it moves, O and l are rescaled to it
+//     where S exceeds m by more than 8, m moves to the row's maximum, and O and l are rescaled
 //     P = exp2(S - m)
 //     O = O + drop(P) V;  l = l + rowsum(P)
 //   out = O / l,  lse = log(l) + m

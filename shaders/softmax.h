@@ -39,7 +39,7 @@ struct OnlineSoftmax {
       for (int c = 1; c < COLS; c++) {
         top[r] = max(top[r], max(s.fragments[r][c].x, s.fragments[r][c].y));
       }
-      above = above || top[r] > origin[r] + kSlack;
+      above = above || top[r] - origin[r] > kSlack;
     }
     if (simd_any(above)) {
       raise(top, o);
@@ -64,9 +64,9 @@ struct OnlineSoftmax {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const float largest = row_max(top[r]);
-      const float next = largest > origin[r] + kSlack ? largest : origin[r];
-      rescale[r] = exp2_score(origin[r] - next);
-      origin[r] = next;
+      const bool moves = largest - origin[r] > kSlack;
+      rescale[r] = moves ? exp2_score(origin[r] - largest) : 1.0f;
+      origin[r] = moves ? largest : origin[r];
       sum[r] *= rescale[r];
     }
     mul_row(o, rescale);

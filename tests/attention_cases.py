@@ -104,7 +104,7 @@ def check_case(case: Case, device: str = "mps", impl: str = "metal") -> tuple[Te
 def uneven_scores(dtype: torch.dtype, head_dim: int) -> tuple[Case, tuple[Tensor, ...]]:
     """A case and its operands (q, k, v, dout) for which the origins of the exponentials move.
 
-    In powers of two, rows score by blocks of 32 keys: evenly, slowly rising, at last falling far,
+    In powers of two, rows score by blocks of 32 keys: evenly, slowly rising, soon falling far,
     up at once, to the edge of what moves an origin and just beyond it, far below the rest until
     late, up and down. Four neighbouring rows do the same.
     """
@@ -127,3 +127,16 @@ def uneven_scores(dtype: torch.dtype, head_dim: int) -> tuple[Case, tuple[Tensor
         for row in range(case.q_len):
             q[:, head, row, (row // 4 + head) % len(courses)] = 1.0
     return case, (q, k, v, do)
+
+
+def far_scores() -> tuple[Case, tuple[Tensor, ...]]:
+    """As uneven_scores, once: from key 32 on the score is 2^27 + 32, before 2^27 + 16 (powers of
+    two), which are neighbours in float32. All the weight is behind.
+    """
+    case = Case(8, 64, 16, num_heads=1, dtype=torch.float16, scale=16 * math.log(2))
+    q, k = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 64, 16)
+    q[..., 0], q[..., 1] = 2.0**12, 1.0
+    k[..., 0], k[..., 1] = 2.0**11, 1.0
+    k[..., 32:, 1] = 2.0
+    _, _, v, do = case.operands()
+    return case, (q.half(), k.half(), v, do)

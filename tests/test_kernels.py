@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import simulator
 import torch
-from attention_cases import DTYPES, Case, check_case, run, uneven_scores
+from attention_cases import DTYPES, Case, check_case, far_scores, run, uneven_scores
 
 from orchard_ops.testing import assert_attention_close
 
@@ -212,27 +212,49 @@ def test_longer_sequences(case: Case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype):
-    """Scores of several hundred: exponentials must be taken against the running maximum."""
+    """Scores of several hundred: exponentials must count from near the row's maximum."""
     check_case(Case(60, 80, 64, dtype=dtype, scale=8.0, window_right=0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (32, 64, 128))
-def test_origins_of_exponentials_move(dtype: torch.dtype, head_dim: int):
-    """Rows whose largest score rises, by less and by more than moves their origin, and falls."""
+@pytest.mark.parametrize("options", ("plain", "window and dropout"))
+def test_origins_of_exponentials_move(dtype: torch.dtype, head_dim: int, options: str):
+    """Rows whose largest score rises, by less and by more than moves their origin, and falls.
+
+    With a window rows that see their first keys stand beside rows that move.
+    """
     case, operands = uneven_scores(dtype, head_dim)
+    if options != "plain":
+        case = case.but(window_left=190, window_right=30, diagonal=195, dropout_p=0.2)
     ref, eager = (case.math(t, *operands) for t in (torch.float64, dtype))
     results = run(case, *(x.to("mps") for x in operands))
     assert_attention_close(results, ref, eager)
     assert torch.isfinite(torch.cat([x.flatten().float() for x in results])).all()
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    """Rows move their origins together, but each by its own scores alone."""
-    case, (q, k, v, do) = uneven_scores(torch.float32, 64)
-    alone = torch.zeros_like(q)
-    alone[:, :, 4:8] = q[:, :, 4:8]
-    apart = run(case, *(x.to("mps") for x in (alone, k, v, do)))
+def test_far_origins():
+    """Beyond 2^27 the next float32 is more than the slack away: weights must not exceed 2^8."""
+    case, operands = far_scores()
+    out, lse = run(case, *(x.to("mps") for x in operands))[:2]
+    v = operands[2].double()
+    torch.testing.assert_close(out.cpu().double(), v[..., 32:, :].mean(-2, True).expand(out.shape),
+                               rtol=2e-3, atol=2e-3)  # fmt: skip
+    torch.testing.assert_close(lse.cpu().double(), case.math(torch.float64, *operands).lse)
+
+
+@pytest.mark.parametrize("head_dim", (32, 64))
+def test_a_row_does_not_depend_on_its_neighbours(head_dim: int):
+    """Rows move their origins together, but each by its own scores alone: here four whose largest
+    score creeps up by less than the slack, beside rows of zeros and beside rows that move.
+    """
+    case, (q, k, v, do) = uneven_scores(torch.float32, head_dim)
+    noise = torch.rand(case.kv_len, generator=torch.Generator().manual_seed(2))
+    k[..., 7] = 0.7 * (torch.arange(case.kv_len) // 32) + noise
+    q[:, :, :4] = torch.eye(head_dim)[3]  # up at once
+    mine = torch.zeros_like(q)
+    mine[:, :, 4:8] = q[:, :, 4:8] = torch.eye(head_dim)[7]
+    apart = run(case, *(x.to("mps") for x in (mine, k, v, do)))
     together = run(case, *(x.to("mps") for x in (q, k, v, do)))
     for x, y in zip(apart[:2], together[:2]):
         assert torch.equal(x[:, :, 4:8].cpu(), y[:, :, 4:8].cpu())

@@ -70,7 +70,7 @@ def structure_of(v: Variant, address_cycles: float = 20.0) -> Structure:
     if v.family == DKV_PAIRS:
         common["value_operand"] = "float"
         return BackwardDkvPairs(**common, **key_side, keep=keeps(1, 1, 1, head_dim, operand))
-    return BackwardDkv(**common, **key_side, keep=keeps(2, 2, 1, head_dim, operand))
+    return BackwardDkv(**common, **key_side)
 
 
 #: A block of PyTorch's kernel takes so many of Parameters.address (peers.py).

@@ -213,7 +213,7 @@ def keeps(sums: int, operands: int, rows: int, columns: int, operand: str) -> bo
 class Forward(Structure):
     """Forward: 8 R rows of queries for each simdgroup, BK keys a block.
 
-    A block in which no origin of the exponentials moves, as nearly all after a row's first.
+    The trace is of a block in which no origin of the exponentials moves.
     """
 
     rows: int = 1  #: R

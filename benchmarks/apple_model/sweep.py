@@ -189,6 +189,12 @@ CAPTION = (
 )
 
 
+def yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"yes or no; got {text!r}")
+    return text == "yes"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kernel", choices=[*KERNELS, "backward"])
@@ -197,7 +203,7 @@ def main() -> None:
     operand = dict(nargs="+", choices=["half", "float"])
     parser.add_argument("--score-operand", **operand, help="of Q K^T and dO V^T")
     parser.add_argument("--value-operand", **operand, help="of the products with P and dS")
-    flag = dict(nargs="+", type=lambda x: {"yes": True, "no": False}[x], metavar="yes|no")
+    flag = dict(nargs="+", type=yes_or_no, metavar="yes|no")
     parser.add_argument("--rows", "-R", nargs="+", type=int)
     parser.add_argument("--bk", nargs="+", type=int)
     parser.add_argument("--bq", nargs="+", type=int)

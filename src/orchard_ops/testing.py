@@ -50,7 +50,7 @@ class MathResult:
         """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
         A score rounded once at the size of its terms moves lse by that much and the weights
-        relatively so; lse is a sum of a maximum and a logarithm, either of which may be about 1. A
+        relatively so; lse is a sum of an origin and a logarithm, either of which may be about 1. A
         backward starts from `out` rounded to `dtype`, so that a gradient which cancels (a row that
         sees one key has dq = 0) keeps that error, and from `lse` rounded to float32.
         """

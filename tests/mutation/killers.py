@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_cases import SEED, Case, uneven_scores
+from attention_cases import SEED, Case, far_scores, uneven_scores
 from simulator import engine
 from torch import Tensor
 
@@ -584,16 +584,41 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
 
 
 def origins_move(
-    sources: Sources, note: Callable[[str], None], head_dim: int, check: bool = False
-) -> None:
+    sources: Sources, note: Callable[[str], None], dtype: torch.dtype, head_dim: int,
+    check: bool = False,
+) -> None:  # fmt: skip
     """Rows whose origins of exponentials move at different keys, or not at all."""
-    case, (q, k, v, _) = uneven_scores(F32, head_dim)
+    case, (q, k, v, _) = uneven_scores(dtype, head_dim)
     given = Given("", FORWARD, case, check=check)
     shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
     got = given.results(sources, note, {"query": q, "key": k, "value": v}, shapes)
-    ref, eager = (case.math(dtype, q, k, v, q) for dtype in (torch.float64, F32))
+    ref, eager = (case.math(t, q, k, v, q) for t in (torch.float64, dtype))
     none = (None, None, None)
     assert_attention_close([got["out"], got["lse"][0], *none], ref, eager)
+
+
+def far_origins(sources: Sources, note: Callable[[str], None]) -> None:
+    case, (q, k, v, _) = far_scores()
+    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
+    inputs = {"query": q, "key": k, "value": v}
+    got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+    expected = v[..., 32:, :].float().mean(-2, True).expand(q.shape)
+    torch.testing.assert_close(got["out"].float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def rows_alone(sources: Sources, note: Callable[[str], None]) -> None:
+    """A row whose largest score creeps up beside one that moves: the same bits as beside zeros."""
+    case, (q, k, v, _) = uneven_scores(F32, 32)
+    k[..., 7] = 0.02 * torch.arange(case.kv_len)
+    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
+    found = []
+    for neighbour in (torch.eye(32)[3], torch.zeros(32)):
+        q[:] = neighbour
+        q[:, :, 4:8] = torch.eye(32)[7]
+        inputs = {"query": q, "key": k, "value": v}
+        got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+        found.append((got["out"][:, :, 4:8], got["lse"][..., 4:8]))
+    assert all(torch.equal(x, y) for x, y in zip(*found))
 
 
 def divided_keys(
@@ -1315,12 +1340,14 @@ def killers() -> tuple[Attention | Property, ...]:
         Property(f"{FORWARD}: lse is rounded once", FORWARD, lse_is_rounded_once),
         *(
             Property(
-                f"{FORWARD}: origins move, head_dim {head_dim}",
+                f"{FORWARD}: origins move, {_TYPES[dtype][0]}, head_dim {head_dim}",
                 FORWARD,
-                functools.partial(origins_move, head_dim=head_dim),
+                functools.partial(origins_move, dtype=dtype, head_dim=head_dim),
             )
-            for head_dim in (32, 64)
+            for dtype, head_dim in ((F32, 32), (F32, 64), (F16, 64))
         ),
+        Property(f"{FORWARD}: origins beyond 2^27", FORWARD, far_origins),
+        Property(f"{FORWARD}: rows beside others that move", FORWARD, rows_alone),
         Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
         Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq),
         *(
@@ -1355,7 +1382,7 @@ def killers() -> tuple[Attention | Property, ...]:
     ]
     checked += [
         Property(f"{FORWARD}: origins move, checked", FORWARD,
-                 functools.partial(origins_move, head_dim=32, check=True)),
+                 functools.partial(origins_move, dtype=F32, head_dim=32, check=True)),
         *(
             Property(f"{family}: divided keys, checked", family,
                      functools.partial(divided_keys, keys_side=keys_side, check=True))
