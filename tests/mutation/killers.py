@@ -583,6 +583,21 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
 
 
+def sums_in_chains(sources: Sources, note: Callable[[str], None]) -> None:
+    """A score of 2^24 and 255 ones: a chain that begins with 2^24 loses all ones behind it, which
+    may be the part of one of four chains (Chains in shaders/tile.h).
+    """
+    case = Case(8, 2, 256, num_heads=1, dtype=F32, scale=math.log(2) / 64)
+    q, k, v = torch.ones(1, 1, 8, 256), torch.ones(1, 1, 2, 256), torch.zeros(1, 1, 2, 256)
+    q[..., 0] = k[..., 0] = 2.0**12
+    k[:, :, 1, 1:], v[:, :, 0] = 0.0, 1.0
+    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
+    inputs = {"query": q, "key": k, "value": v}
+    weight = Given("", FORWARD, case).results(sources, note, inputs, shapes)["out"]
+    # 1 / (1 + 2^-4) in exact arithmetic, 8/9 with four chains, 4/5 with two.
+    assert (weight > 0.85).all(), f"weight {weight.min()}"
+
+
 def origins_move(
     sources: Sources, note: Callable[[str], None], dtype: torch.dtype, head_dim: int,
     check: bool = False,
@@ -1346,6 +1361,7 @@ def killers() -> tuple[Attention | Property, ...]:
             )
             for dtype, head_dim in ((F32, 32), (F32, 64), (F16, 64))
         ),
+        Property(f"{FORWARD}: sums in chains", FORWARD, sums_in_chains),
         Property(f"{FORWARD}: origins beyond 2^27", FORWARD, far_origins),
         Property(f"{FORWARD}: rows beside others that move", FORWARD, rows_alone),
         Property(f"{FORWARD}: scores of -inf", FORWARD, infinite_scores_forward),
