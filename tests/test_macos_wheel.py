@@ -284,7 +284,9 @@ def test_the_source_distribution_builds_a_pure_wheel_on_linux(tmp_path: Path) ->
     output.mkdir()
     pack_wheel.copy_sources(checkout)
     with tarfile.open(backend("build_sdist", checkout, output)) as archive:
-        archive.extractall(tmp_path, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(tmp_path)
     (unpacked,) = tmp_path.glob("orchard_ops-*")
     for directory in ("native", "shaders"):
         for path in (ROOT / directory).iterdir():
