@@ -72,7 +72,8 @@ class TestRecordingEngine:
             assert getattr(recorded[0], field) == getattr(executed[0], field)
 
     def test_nothing_runs(self):
-        q, k, v = qkv()
+        # Operands of no other test: memory that is used again may still hold the results of those.
+        q, k, v = (x + 0.625 for x in qkv())
         before = simulator.launches()
         with simulator.recording(execute=False):
             out = orchard_ops.flash_attn(q, k, v)
