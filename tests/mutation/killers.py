@@ -567,6 +567,16 @@ class Given(Attention):
         return {name: y.tensor for name, y in results.items()}
 
 
+def forward_of(
+    sources: Sources, note: Callable[[str], None], case: Case, q: Tensor, k: Tensor, v: Tensor,
+    check: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """out and, with a dimension before the batch, lse."""
+    inputs = {"query": q, "key": k, "value": v}
+    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
+    return Given("", FORWARD, case, check=check).results(sources, note, inputs, shapes)
+
+
 def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     """With one key, score m in powers of two: lse must be m ln(2), correctly rounded."""
     length = 640
@@ -576,10 +586,7 @@ def lse_is_rounded_once(sources: Sources, note: Callable[[str], None]) -> None:
     q[0, 0, :, 0] = m
     k = torch.zeros(1, 1, 1, 16)
     k[..., 0] = 1.0
-    given = Given("", FORWARD, case)
-    inputs = {"query": q, "key": k, "value": k}
-    shapes = {"out": (1, 1, length, 16), "lse": (1, 1, 1, length)}
-    lse = given.results(sources, note, inputs, shapes)["lse"]
+    lse = forward_of(sources, note, case, q, k, k)["lse"]
     assert torch.equal(lse.flatten(), (m.double() * math.log(2)).float())
 
 
@@ -591,9 +598,7 @@ def sums_in_chains(sources: Sources, note: Callable[[str], None]) -> None:
     q, k, v = torch.ones(1, 1, 8, 256), torch.ones(1, 1, 2, 256), torch.zeros(1, 1, 2, 256)
     q[..., 0] = k[..., 0] = 2.0**12
     k[:, :, 1, 1:], v[:, :, 0] = 0.0, 1.0
-    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
-    inputs = {"query": q, "key": k, "value": v}
-    weight = Given("", FORWARD, case).results(sources, note, inputs, shapes)["out"]
+    weight = forward_of(sources, note, case, q, k, v)["out"]
     # 1 / (1 + 2^-4) in exact arithmetic, 8/9 with four chains, 4/5 with two.
     assert (weight > 0.85).all(), f"weight {weight.min()}"
 
@@ -604,9 +609,7 @@ def origins_move(
 ) -> None:  # fmt: skip
     """Rows whose origins of exponentials move at different keys, or not at all."""
     case, (q, k, v, _) = uneven_scores(dtype, head_dim)
-    given = Given("", FORWARD, case, check=check)
-    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
-    got = given.results(sources, note, {"query": q, "key": k, "value": v}, shapes)
+    got = forward_of(sources, note, case, q, k, v, check)
     ref, eager = (case.math(t, q, k, v, q) for t in (torch.float64, dtype))
     none = (None, None, None)
     assert_attention_close([got["out"], got["lse"][0], *none], ref, eager)
@@ -614,9 +617,7 @@ def origins_move(
 
 def far_origins(sources: Sources, note: Callable[[str], None]) -> None:
     case, (q, k, v, _) = far_scores()
-    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
-    inputs = {"query": q, "key": k, "value": v}
-    got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+    got = forward_of(sources, note, case, q, k, v)
     expected = v[..., 32:, :].float().mean(-2, True).expand(q.shape)
     torch.testing.assert_close(got["out"].float(), expected, rtol=2e-3, atol=2e-3)
 
@@ -625,13 +626,11 @@ def rows_alone(sources: Sources, note: Callable[[str], None]) -> None:
     """A row whose largest score creeps up beside one that moves: the same bits as beside zeros."""
     case, (q, k, v, _) = uneven_scores(F32, 32)
     k[..., 7] = 0.02 * torch.arange(case.kv_len)
-    shapes = {"out": tuple(q.shape), "lse": (1, *q.shape[:3])}
     found = []
     for neighbour in (torch.eye(32)[3], torch.zeros(32)):
         q[:] = neighbour
         q[:, :, 4:8] = torch.eye(32)[7]
-        inputs = {"query": q, "key": k, "value": v}
-        got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+        got = forward_of(sources, note, case, q, k, v)
         found.append((got["out"][:, :, 4:8], got["lse"][..., 4:8]))
     assert all(torch.equal(x, y) for x, y in zip(*found))
 
@@ -711,9 +710,7 @@ def _infinite_rows(dlse: bool = False) -> tuple[Case, dict[str, Tensor]]:
 
 def infinite_scores_forward(sources: Sources, note: Callable[[str], None]) -> None:
     case, x = _infinite_rows()
-    inputs = {name: x[name] for name in ("query", "key", "value")}
-    shapes = {"out": (1, 1, 16, 16), "lse": (1, 1, 1, 16)}
-    got = Given("", FORWARD, case).results(sources, note, inputs, shapes)
+    got = forward_of(sources, note, case, x["query"], x["key"], x["value"])
     torch.testing.assert_close(got["out"], x["out"])
     torch.testing.assert_close(got["lse"][0], x["lse"])
 
