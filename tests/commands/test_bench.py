@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchard_ops import bench
 from orchard_ops.__main__ import build_parser, main
-from orchard_ops.bench import (
+from orchard_ops.commands import bench, machine
+from orchard_ops.commands.bench import (
     cases,
     command,
     contenders,
     gate,
-    machine,
     memory,
     plot,
     report,
@@ -29,7 +28,7 @@ from orchard_ops.bench import (
     timing,
     variants,
 )
-from orchard_ops.place import find_place
+from orchard_ops.commands.place import find_place
 from orchard_ops.testing import math_attention
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bench"
@@ -226,7 +225,7 @@ def test_no_kernels_to_choose_from(
     def said(device: str) -> str:
         command = ["bench", "--quick", "--device", device, "--output", str(tmp_path), *arguments]
         assert main(command) == 2
-        return " ".join(capsys.readouterr().out.split())
+        return " ".join(capsys.readouterr().err.split())
 
     message = f"bench: {arguments[0]}: no Metal kernels to choose from here: "
     assert said("cpu") == f"{message}this runs on cpu"
@@ -239,7 +238,7 @@ def test_tiles_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     def said(*arguments: str) -> str:
         command = ["bench", "--output", str(tmp_path), *TINY, "--device", "mps", *arguments]
         assert main(command) == 2
-        return " ".join(capsys.readouterr().out.split())
+        return " ".join(capsys.readouterr().err.split())
 
     unknown = said("--tiles", "r1_k8_b*", "r9*")
     assert "no tile is called r9*; there are r1_k8_b0, r1_k8_b1," in unknown
@@ -412,7 +411,7 @@ def test_plots_again_from_json(tmp_path: Path):
     (json_file,) = tmp_path.glob("*.json")
     again = tmp_path / "again"
     assert main(["bench", "--plot", str(json_file), "--output", str(again)]) == 0
-    for ending in plot.FORMATS:
+    for ending in results.PLOT_FORMATS:
         (first,), (second,) = tmp_path.glob(f"*.{ending}"), again.glob(f"*.{ending}")
         assert first.name == second.name and first.stat().st_size > 1000
     text = (again / f"{json_file.stem}.svg").read_text()
@@ -454,14 +453,14 @@ def test_plot_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name, text in (("a.json", "{}"), ("b.json", "no JSON"), ("c.json", '{"format": 9}')):
         (tmp_path / name).write_text(text)
         assert main(["bench", "--plot", str(tmp_path / name)]) == 2
-        assert "is not a result of" in " ".join(capsys.readouterr().out.split())
+        assert "is not a result of" in " ".join(capsys.readouterr().err.split())
     assert main(["bench", "--plot", str(tmp_path / "missing.json")]) == 2
 
 
 def test_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.delitem(sys.modules, "orchard_ops.bench.plot")
+    monkeypatch.delitem(sys.modules, "orchard_ops.commands.bench.plot")
     monkeypatch.delattr(bench, "plot")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, report, _ = run(tmp_path, "--device", "cpu", "--lengths", "16")

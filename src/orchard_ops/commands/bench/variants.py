@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..attention import prepare
+from ... import _native
+from ...attention import prepare
 from ..place import Place
 from .cases import DTYPES, Case
 from .contenders import Contender, ours
