@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
 
 import torch
+
+from . import _ops
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
 _why_not: str | None = "the native library has not been looked for"
@@ -16,6 +19,27 @@ def _library_path() -> Path:
     """ORCHARD_NATIVE_LIBRARY if set (development builds), else the file inside the package."""
     override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
     return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
+
+
+def _open(path: Path) -> str | None:
+    """Loads the library and has it register its ops; None, or why not.
+
+    Loading registers nothing, so that another library, or one for another version of this package,
+    is told apart before PyTorch knows of it.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the native library {path.name} does not load: {error}"
+    try:
+        interface, register = library.orchard_library_interface, library.orchard_register_ops
+    except AttributeError:
+        return f"{path.name} is not a native library of orchard_ops"
+    interface.restype = register.restype = ctypes.c_char_p
+    if interface().decode() != _ops.INTERFACE:
+        return f"the native library {path.name} is of another version of orchard_ops; reinstall it"
+    failure = register()
+    return f"the native library {path.name} cannot register: {failure.decode()}" if failure else None
 
 
 def load() -> None:
@@ -29,12 +53,7 @@ def load() -> None:
             else "this installation has no Metal kernels (they need macOS on Apple silicon)"
         )
         return
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        _why_not = f"the native library {path.name} does not load: {error.__cause__ or error}"
-    else:
-        _why_not = None
+    _why_not = _open(path)
 
 
 def why_not() -> str | None:

@@ -32,6 +32,16 @@ _BACKWARD = (
     f"{_SCORING}, bool mask_grad"
 )
 _GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
+_PLAN = (
+    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
+    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)"
+)
+#: What ``native/module.cpp`` must answer to be the library of this package.
+INTERFACE = (
+    f"orchard_ops interface 2: flash_attn_fwd({_FORWARD}, str impl) -> (Tensor out, Tensor lse); "
+    f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
+    f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}"
+)
 
 library = torch.library.Library("orchard", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

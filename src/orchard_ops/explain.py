@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from . import _calls, _native
 from .attention import prepare
+from .plan import plan
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def explain(
     missing = _native.why_not()
     if missing:
         return Explanation("reference", missing, "see docs/install.md", (), {})
-    plan = json.loads(torch.ops.orchard.flash_attn_plan(*call.operands, *call.scoring))
-    if plan["refusal"]:
-        return Explanation("reference", plan["refusal"], plan["advice"], (), {})
-    tiles = {k["name"]: k["tile"] for k in plan["kernels"]}
-    return Explanation("metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles,
-                       plan["scratch_bytes"])  # fmt: skip
+    native = plan(*call.operands, *call.scoring)
+    if native.refusal:
+        return Explanation("reference", native.why_not, native.advice, (), {})
+    tiles = {kernel.name: kernel.tile for kernel in native.kernels}
+    return Explanation("metal", "the Metal kernels cover every argument of this call",
+                       native.advice, tuple(tiles), tiles, native.scratch_bytes)  # fmt: skip
