@@ -12,7 +12,7 @@ def is_on(name: str) -> bool:
     """Whether the variable switches on.
 
     Raises:
-        ValueError: it holds neither 0, false, no or off nor 1, true, yes or on.
+        ValueError: it holds none of 1, true, yes, on, 0, false, no and off.
     """
     text = os.environ.get(name, "")
     word = text.strip().lower()
@@ -21,7 +21,8 @@ def is_on(name: str) -> bool:
     if word in _ON:
         return True
     raise ValueError(
-        f"{name} must be 1, true, yes or on, or 0, false, no, off or empty; got {text!r}"
+        f"orchard::flash_attn: {name} must be 1, true, yes or on, or 0, false, no or off; "
+        f"got {text!r}"
     )
 
 

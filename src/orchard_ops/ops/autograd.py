@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -64,12 +64,14 @@ class _Formula(_SingleLevelFunction):
     `torch.autograd.Function` would enter them a second time (and fail).
     """
 
+    apply: Callable[..., Any]
+
     @classmethod
     def record(cls, *args: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)  # type: ignore[attr-defined]
+            return cls.apply(*args)
         with enable_single_level_autograd_function():
-            return cls.apply(*args)  # type: ignore[attr-defined]
+            return cls.apply(*args)
 
 
 class _FlashAttention(_Formula):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,7 +14,7 @@ PLAIN = frozenset((Tensor, Parameter, type(None)))
 """The types of tensors, or none, in which no subclass wants to see the op."""
 
 
-def nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
+def nothing_between(tensors: tuple[Any, ...]) -> bool:
     """Whether a call of an op would go straight to its autograd kernel.
 
     That is so in eager PyTorch with plain tensors: no subclass, mode, transform, tracer, compiler

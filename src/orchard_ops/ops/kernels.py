@@ -89,21 +89,18 @@ def _no_autocast(query: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-def _run_forward(args: ForwardArgs, reason: str, detail: str = "") -> tuple[Tensor, Tensor]:
+def _run_forward(args: ForwardArgs, reason: str) -> tuple[Tensor, Tensor]:
     _check_forward("orchard::flash_attn_fwd", args)
-    calls.record_reference("flash_attn_fwd", reason, detail, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_fwd", reason, args.query.device.type, args.impl)
     with _no_autocast(args.query):
         return reference.forward(args.query, args.key, args.value, args.scoring)
 
 
-def _run_backward(args: BackwardArgs, reason: str, detail: str = "") -> tuple[Tensor, ...]:
+def _run_backward(args: BackwardArgs, reason: str) -> tuple[Tensor, ...]:
     _check_backward("orchard::flash_attn_bwd", args)
-    calls.record_reference("flash_attn_bwd", reason, detail, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_bwd", reason, args.query.device.type, args.impl)
     with _no_autocast(args.query):
-        return reference.backward(
-            *args[:7],
-            scoring=args.scoring, mask_grad=args.mask_grad,
-        )  # fmt: skip
+        return reference.backward(*args[:7], scoring=args.scoring, mask_grad=args.mask_grad)
 
 
 def _forward_by_dispatcher(*args: Any) -> tuple[Tensor, Tensor]:
@@ -117,15 +114,15 @@ def _backward_by_dispatcher(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_by_native(*args: Any) -> tuple[Tensor, Tensor]:
-    *rest, reason, detail = args
+    *rest, reason = args
     with calls.kept_pending():
-        return _run_forward(ForwardArgs.read(rest), reason, detail)
+        return _run_forward(ForwardArgs.read(rest), reason)
 
 
 def _backward_by_native(*args: Any) -> tuple[Tensor, ...]:
-    *rest, reason, detail = args
+    *rest, reason = args
     with calls.kept_pending():
-        return _run_backward(BackwardArgs.read(rest), reason, detail)
+        return _run_backward(BackwardArgs.read(rest), reason)
 
 
 for _name, _kernel in (

@@ -23,6 +23,16 @@ _BACKWARD = (
 )
 _RESULTS = "(Tensor out, Tensor row_stats)"
 _GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
+_PLAN = (
+    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
+    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)"
+)
+INTERFACE = (
+    f"orchard_ops interface 2: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
+    f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
+    f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}"
+)
+"""What ``native/module.cpp`` must answer to be the library of this package."""
 
 library = torch.library.Library("orchard", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -33,10 +43,10 @@ for _schema in (
     "Tensor? sinks=None) -> Tensor",
     f'flash_attn_fwd({_FORWARD}, str impl="auto") -> {_RESULTS}',
     f'flash_attn_bwd({_BACKWARD}, str impl="auto") -> {_GRADIENTS}',
-    # The MPS kernels call these when Metal refuses or fails: the reason, which has no number in it,
-    # and what came, as "got 264".
-    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason, str detail) -> {_RESULTS}",
-    f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason, str detail) -> {_GRADIENTS}",
+    # The MPS kernels call these when Metal refuses or fails, with the reason: the same text for any
+    # numbers, since reasons are counted.
+    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> {_RESULTS}",
+    f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason) -> {_GRADIENTS}",
 ):
     library.define(_schema, tags=_TAGS)
 
@@ -76,13 +86,13 @@ class ForwardArgs(NamedTuple):
     key: Any
     value: Any
     scoring: Scoring
-    impl: str = "auto"
+    impl: str
 
     @classmethod
     def read(cls, args: Sequence[Any]) -> ForwardArgs:
         """From the flat list; the dispatcher leaves out a trailing argument with its default."""
         end = 3 + len(Scoring._fields)
-        return cls(*args[:3], Scoring(*args[3:end]), *args[end:])
+        return cls._make((*args[:3], Scoring._make(args[3:end]), *args[end:] or ("auto",)))
 
     def flat(self) -> tuple[Any, ...]:
         return (self.query, self.key, self.value, *self.scoring, self.impl)
@@ -100,13 +110,15 @@ class BackwardArgs(NamedTuple):
     row_stats: Any
     scoring: Scoring
     mask_grad: bool
-    impl: str = "auto"
+    impl: str
 
     @classmethod
     def read(cls, args: Sequence[Any]) -> BackwardArgs:
         """From the flat list; the dispatcher leaves out a trailing argument with its default."""
         end = 7 + len(Scoring._fields)
-        return cls(*args[:7], Scoring(*args[7:end]), *args[end:])
+        mask_grad, *impl = args[end:]
+        scoring = Scoring._make(args[7:end])
+        return cls._make((*args[:7], scoring, mask_grad, *impl or ("auto",)))
 
     def flat(self) -> tuple[Any, ...]:
         return (*self[:7], *self.scoring, self.mask_grad, self.impl)
