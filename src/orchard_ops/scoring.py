@@ -106,8 +106,9 @@ class Scoring(NamedTuple):
             raise TypeError(
                 f"{op}: attn_mask must be bool, float32 or query's {query.dtype}; got {mask.dtype}"
             )
+        # A length is compared with its like first: torch.export cannot tell an unknown one from 1.
         full = (*query.shape[:3], key.shape[2])
-        if mask.dim() != 4 or any(m not in (1, f) for m, f in zip(mask.shape, full)):
+        if mask.dim() != 4 or not all(m == f or m == 1 for m, f in zip(mask.shape, full)):
             raise ValueError(
                 f"{op}: attn_mask must broadcast to {full}; got shape {tuple(mask.shape)}"
             )
