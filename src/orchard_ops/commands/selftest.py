@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .. import _native
-from .._calls import reset_stats, stats
+from .. import native
+from ..calls import reset_stats, stats
+from ..scoring import Scoring
 from ..testing import assert_attention_close, math_attention
 from . import endings, machine
 from .console import Console
@@ -169,15 +170,19 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
         for dtype in (torch.float64, variant.dtype)
     )
     q, k, v, do = (_place(x, variant.chunks, device) for x in operands)
-    scoring = (
-        None, None, None, torch.tensor(_SEED), variant.dropout_p, variant.head_dim**-0.5,
-        -1, 0, _DIAGONAL, 0.0,
-    )  # fmt: skip
+    scoring = Scoring(
+        dropout_seed=torch.tensor(_SEED),
+        dropout_p=variant.dropout_p,
+        scale=variant.head_dim**-0.5,
+        window_right=0,
+        diagonal=_DIAGONAL,
+    )
 
     def run() -> list[Tensor]:
         ops = torch.ops.orchard
-        out, lse = ops.flash_attn_fwd(q, k, v, *scoring, impl)
-        grads = ops.flash_attn_bwd(do, None, q, k, v, out, lse, *scoring, False, impl)
+        out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
+        grads = ops.flash_attn_bwd(do, None, q, k, v, out, row_stats, *scoring, False, impl)
+        lse = row_stats.sum(-1) * scoring.unit
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
@@ -213,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
     report = Report(
         environment=machine.describe(place)
         | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
-        native_library=_native.why_not() or "loaded",
+        native_library=native.why_not() or "loaded",
     )
     reset_stats()
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from ... import _calls
+from ...calls import reset_stats
 from .. import endings, machine
 from ..console import Console
 from ..endings import CannotRun, writable, write
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         seconds=args.seconds or (0.5 if args.quick else 3.0), min_rounds=3 if args.quick else 7
     )
     contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *args.against))]
-    _calls.reset_stats()
+    reset_stats()
     try:
         with each(console, chosen) as under_way:
             for case in under_way:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ... import _calls
+from ...calls import reset_stats, stats
 from ...explain import explain
 from .. import endings
 from ..console import Console
@@ -67,7 +67,7 @@ def run(
 
     def keep(comparison: Comparison, sample: bytes = b"") -> Outcome:
         outcome = Outcome(
-            place, model, training, corpus, comparison, _calls.stats(), recorder.kernels,
+            place, model, training, corpus, comparison, stats(), recorder.kernels,
             _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
         )  # fmt: skip
         report.save_figure(comparison, place, figure)
@@ -76,7 +76,7 @@ def run(
         return outcome
 
     report.print_header(console, place, model, training, corpus, num_parameters)
-    _calls.reset_stats()
+    reset_stats()
     try:
         with report.progress(console, str(place.device), training.steps) as show:
 

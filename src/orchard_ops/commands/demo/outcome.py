@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..._calls import Stats
+from ...calls import Stats
 from .. import machine
 from ..place import Place
 from .data import Corpus
