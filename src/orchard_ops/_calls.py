@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
@@ -10,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from . import _native
+from .environment import switched_on
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
@@ -46,15 +46,12 @@ NOT_MPS = "the tensors are on "
 
 def debug_enabled() -> bool:
     """ORCHARD_DEBUG=1, or the older name ORCHARD_DEBUG_FLASHATN=1."""
-    return any(
-        os.environ.get(name, "0") not in ("", "0")
-        for name in ("ORCHARD_DEBUG", "ORCHARD_DEBUG_FLASHATN")
-    )
+    return switched_on("ORCHARD_DEBUG") or switched_on("ORCHARD_DEBUG_FLASHATN")
 
 
 def strict() -> bool:
     """ORCHARD_STRICT=1: a call on mps that Metal cannot run raises instead of falling back."""
-    return os.environ.get("ORCHARD_STRICT", "0") not in ("", "0")
+    return switched_on("ORCHARD_STRICT")
 
 
 def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
