@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
     log_metal("flash_attn_fwd", *plan);
     dispatch(plan->kernels[0], plan->launches[0].groups,
         {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-            {kBufferLse, lse}},
+            {kBufferRowStats, lse}},
         params);
   }
   return {out, lse};
@@ -342,11 +342,11 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   const Tensor ds_or_any = ds.value_or(delta);
   const Bindings for_delta{
       {kBufferOut, out}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta}};
-  const Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
+  const Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferRowStats, lse},
       {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv},
       {kBufferDs, ds_or_any}};
   const Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
-      {kBufferLse, lse}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq},
+      {kBufferRowStats, lse}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq},
       {kBufferDs, ds_or_any}};  // dq from dS takes those it declares
   const Bindings* tensors[] = {&for_delta, &for_keys, &for_queries};
   for (const KernelLaunch& launch : plan->launches) {

@@ -34,7 +34,7 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BUFFERS = (
-    "query", "key", "value", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
+    "query", "key", "value", "out", "row_stats", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
     "params",
 )  # fmt: skip
 GUARD_BYTES = 4096

@@ -83,7 +83,7 @@ void orchard_test_strides(const int64_t* like, const int64_t* sizes, int64_t* st
 
 /// Buffer numbers in the order of the enumeration.
 void orchard_test_buffers(int32_t* numbers) {
-  const int32_t all[] = {kBufferQuery, kBufferKey, kBufferValue, kBufferOut, kBufferLse,
+  const int32_t all[] = {kBufferQuery, kBufferKey, kBufferValue, kBufferOut, kBufferRowStats,
       kBufferDout, kBufferDlse, kBufferDelta, kBufferDq, kBufferDk, kBufferDv, kBufferDs,
       kBufferParams};
   std::copy(std::begin(all), std::end(all), numbers);
