@@ -233,9 +233,15 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last) {
 }
 
 /// (B, H, L) float32
-Tensor empty_row_stats(const Tensor& q) {
+Tensor empty_rows(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
+}
+
+/// (B, H, L, 2) float32
+Tensor empty_row_stats(const Tensor& q) {
+  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
+  return empty_strided(q, {b, h, l, 2}, {h * l * 2, l * 2, 2, 1}, aoti_torch_dtype_float32());
 }
 
 void log_metal(const char* op, const Plan& plan) {
@@ -288,27 +294,30 @@ TensorStrides strides_of(const Tensor& x) {
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
     const Scoring& s, uint64_t seed, const Problem& problem) {
   Tensor out = empty_in_order_of(q, v.size(3));
-  Tensor lse = empty_row_stats(q);
+  Tensor row_stats = empty_row_stats(q);
   const auto plan = cached_plan_forward(problem, layout_of(out));
   if (!plan->refusal.empty()) throw MetalError(plan->refusal);
   if (out.numel() > 0 && k.size(2) == 0) {  // no keys: nothing to launch
     torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    Tensor origin = torch::stable::select(row_stats, 3, 0);
+    Tensor log_sum = torch::stable::select(row_stats, 3, 1);
+    torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
+    torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
   } else if (out.numel() > 0) {
     AttentionParams params = plan->params;
     set_seed(params, seed);
     log_metal("flash_attn_fwd", *plan);
     dispatch(plan->kernels[0], plan->launches[0].groups,
         {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-            {kBufferRowStats, lse}},
+            {kBufferRowStats, row_stats}},
         params);
   }
-  return {out, lse};
+  return {out, row_stats};
 }
 
 /// dq, dk, dv on Metal. Throws MetalError.
 std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
-    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, uint64_t seed,
+    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& row_stats, uint64_t seed,
     Problem problem) {
   auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
   if (!plan->refusal.empty()) throw MetalError(plan->refusal);
@@ -319,7 +328,7 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
     return {dq, dk, dv};
   }
-  const Tensor delta = empty_row_stats(q);
+  const Tensor delta = empty_rows(q);
   OptionalTensor ds;
   if (plan->ds_elements > 0) {
     ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
@@ -338,15 +347,15 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   params.dv = strides_of(dv);
   params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", *plan);
-  const Tensor dlse_or_any = dlse.value_or(lse);  // what a call lacks is never read
+  const Tensor dlse_or_any = dlse.value_or(row_stats);  // what a call lacks is never read
   const Tensor ds_or_any = ds.value_or(delta);
   const Bindings for_delta{
       {kBufferOut, out}, {kBufferDout, dout}, {kBufferDlse, dlse_or_any}, {kBufferDelta, delta}};
-  const Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferRowStats, lse},
-      {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv},
-      {kBufferDs, ds_or_any}};
+  const Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk},
+      {kBufferDv, dv}, {kBufferDs, ds_or_any}};
   const Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
-      {kBufferRowStats, lse}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq},
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq},
       {kBufferDs, ds_or_any}};  // dq from dS takes those it declares
   const Bindings* tensors[] = {&for_delta, &for_keys, &for_queries};
   for (const KernelLaunch& launch : plan->launches) {
@@ -356,8 +365,18 @@ std::array<Tensor, 3> run_backward(const Tensor& dout, const OptionalTensor& dls
   return {dq, dk, dv};
 }
 
-/// Row statistics come as dense (B, H, L) float32.
-Tensor dense_row_stats(const char* op, const char* name, const Tensor& x, const Tensor& q) {
+/// (B, H, L, 2) float32, dense.
+Tensor dense_row_stats(const char* op, const Tensor& x, const Tensor& q) {
+  check_device(op, "row_stats", x, q);
+  check(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
+            x.size(2) == q.size(2) && x.size(3) == 2 && x.scalar_type() == ScalarType::Float,
+      op, ": row_stats must be float32 of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
+      ", 2); got shape ", shape_of(x));
+  return torch::stable::contiguous(x);
+}
+
+/// dlse comes as dense (B, H, L) float32.
+Tensor dense_rows(const char* op, const char* name, const Tensor& x, const Tensor& q) {
   check_device(op, name, x, q);
   check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
             x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
@@ -393,14 +412,14 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(Tensor query, Tensor key, Tensor value
     }
   }
   allow_fallback("flash_attn_fwd", impl, reason);
-  auto [out, lse] = call_op<2>("orchard::flash_attn_fwd_reference", query, key, value, attn_mask,
-      alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left, window_right, diagonal,
-      softcap, impl, reason);
-  return {out, lse};
+  auto [out, row_stats] = call_op<2>("orchard::flash_attn_fwd_reference", query, key, value,
+      attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale, window_left, window_right,
+      diagonal, softcap, impl, reason);
+  return {out, row_stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
-    Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, OptionalTensor attn_mask,
+    Tensor query, Tensor key, Tensor value, Tensor out, Tensor row_stats, OptionalTensor attn_mask,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed,
     double dropout_p, double scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, bool mask_grad, std::string impl) {
@@ -417,14 +436,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, O
         op, ": dout and out must have the forward output's shape and dtype; got shape ",
         shape_of(*x));
   }
-  lse = dense_row_stats(op, "lse", lse, query);
-  if (dlse.has_value()) dlse = dense_row_stats(op, "dlse", *dlse, query);
+  row_stats = dense_row_stats(op, row_stats, query);
+  if (dlse.has_value()) dlse = dense_rows(op, "dlse", *dlse, query);
   const uint64_t seed = checked_seed(op, scoring);
   std::string reason = switched_off(impl);
   if (reason.empty()) {
     try {
-      auto [dq, dk, dv] = run_backward(
-          dout, dlse, query, key, value, out, lse, seed, make_problem(query, key, value, scoring));
+      auto [dq, dk, dv] = run_backward(dout, dlse, query, key, value, out, row_stats, seed,
+          make_problem(query, key, value, scoring));
       backward_calls++;
       int32_t dtype = 0;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
@@ -437,8 +456,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, O
   }
   allow_fallback("flash_attn_bwd", impl, reason);
   auto [dq, dk, dv, dmask, dsinks] = call_op<5>("orchard::flash_attn_bwd_reference", dout, dlse,
-      query, key, value, out, lse, attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p, scale,
-      window_left, window_right, diagonal, softcap, mask_grad, impl, reason);
+      query, key, value, out, row_stats, attn_mask, alibi_slopes, sinks, dropout_seed, dropout_p,
+      scale, window_left, window_right, diagonal, softcap, mask_grad, impl, reason);
   return {dq, dk, dv, dmask, dsinks};
 }
 

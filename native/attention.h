@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(Tensor query, Tensor key, Tensor value
     int64_t window_right, int64_t diagonal, double softcap, std::string impl);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
-    Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, OptionalTensor attn_mask,
+    Tensor query, Tensor key, Tensor value, Tensor out, Tensor row_stats, OptionalTensor attn_mask,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed,
     double dropout_p, double scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, bool mask_grad, std::string impl);
