@@ -25,7 +25,7 @@ else
 CPU_BUILD := +cpu
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
 # The simulated mps device; it needs clang-19 to execute the kernels.
-ON_MPS := PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
+ON_MPS := ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
 PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
@@ -52,25 +52,25 @@ test: $(VENV)/dev tools lint $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 engine: $(VENV)/dev tools $(PLUGIN)
-	$(PY) -m pytest -n 2 --dist worksteal tests/test_simulator_engine*.py $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal tests/simulator/test_engine*.py $(ARGS)
 
 dialect: $(VENV)/dev tools $(PLUGIN)
-	$(PY) -m pytest tests/test_shader_dialect.py $(ARGS)
+	$(PY) -m pytest tests/proof/test_shader_dialect.py $(ARGS)
 
 mutants: $(VENV)/dev tools $(PLUGIN)
-	PYTHONPATH=tests $(PY) -m mutation $(ARGS)
+	PYTHONPATH=tests/proof $(PY) -m mutation $(ARGS)
 
 nvidia: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m benchmarks.nvidia.build $(ARGS)
 
 inductor: $(VENV)/dev tools $(PLUGIN)
-	$(PY) -m pytest tests/test_compiled_training.py $(ARGS)
+	$(PY) -m pytest tests/attention/test_compiled_training.py $(ARGS)
 
 faults: $(VENV)/dev tools $(PLUGIN)
-	$(PY) -m pytest -n 2 tests/test_fallback.py tests/test_robustness.py $(ARGS)
+	$(PY) -m pytest -n 2 tests/attention/test_fallback.py tests/attention/test_robustness.py $(ARGS)
 
 fuzz: $(VENV)/dev tools $(PLUGIN)
-	PYTHONPATH=tests ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m fuzz $(ARGS)
+	PYTHONPATH=tests/proof ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m fuzz $(ARGS)
 
 # Predicted speed on Apple GPUs (docs/apple-model.md); refreshes benchmarks/results/apple_model.
 model: $(VENV)/dev tools $(PLUGIN)

@@ -260,7 +260,7 @@ def measure(problem: Problem, length: int) -> dict[str, Any]:
 
 def enable_simulator() -> None:
     """The simulated device with this repository's native library, before orchard_ops is loaded."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
     os.environ.setdefault(
         "ORCHARD_NATIVE_LIBRARY", str(ROOT / "build" / "native" / "liborchard_ops.so")
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from orchard_ops.testing import MathResult, assert_attention_close, math_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # the plan's, see test_plan.py
 SEED = 0x0123_4567_89AB_CDEF
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIMULATED = sys.platform != "darwin"
 
 if SIMULATED:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     import simulator
 
     _library = ROOT / "build" / "native" / "liborchard_ops.so"

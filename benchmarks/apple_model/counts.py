@@ -23,8 +23,7 @@ from .peers import prefill
 from .structures import METAL
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT / "tests") not in sys.path:
-    sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tests/proof")]
 
 from mutation import harness  # noqa: E402
 from simulator import engine  # noqa: E402

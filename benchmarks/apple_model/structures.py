@@ -1,7 +1,7 @@
 """The kernels as structures: what one simdgroup does for one block, by parameters alone.
 
 A structure knows its trace for the core model, its threadgroup memory and an estimate of its
-registers. tests/test_apple_model.py holds the traces of real kernels to the engine's counts.
+registers. tests/proof/test_apple_model.py holds the traces of real kernels to the engine's counts.
 """
 
 from __future__ import annotations

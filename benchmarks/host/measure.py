@@ -1,6 +1,6 @@
 """What a call costs the host, on the simulated device's recording engine.
 
-    PYTHONPATH=tests:. python -m simulator -m benchmarks.host.measure
+    python -m simulator -m benchmarks.host.measure
 
 Kernels are recorded and not run, so the tensors' sizes do not matter. Every repeat runs all the
 calls once, one after the other, so that what else the machine does hits all of them alike; a repeat

@@ -34,7 +34,7 @@ from .paths import (
 )
 from .plans import Kernel, Planner, every_variant
 
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "native")]
+sys.path[:0] = [str(ROOT), str(ROOT / "native")]
 
 import embed_shaders  # noqa: E402
 from simulator.engine import ptx  # noqa: E402

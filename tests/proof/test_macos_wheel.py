@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEV_EXTRA = "is not installed: pip install -e '.[dev]'"
 
 if not sys.platform.startswith("linux"):

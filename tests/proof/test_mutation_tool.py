@@ -149,7 +149,7 @@ def _judge(
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after, 1))
-    folders = [str(ROOT / "tests"), str(ROOT / "src")]
+    folders = [str(ROOT / folder) for folder in ("", "tests", "tests/proof", "src")]
     done = subprocess.run(
         [sys.executable, "-c", JUDGE, str(copy), str(limit), *names],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
@@ -212,7 +212,7 @@ def test_report_of_outcomes(all_of_them):
 
 def test_nothing_survived_the_last_campaign(all_of_them):
     """And every mutant of the sources as they are has run."""
-    facts = json.loads((ROOT / "tests" / "mutation" / "report.json").read_text())
+    facts = json.loads((ROOT / "tests" / "proof" / "mutation" / "report.json").read_text())
     assert facts["sources"] == runner.sources_digest(), "run `make mutants` again"
     assert facts["mutants"] == len(all_of_them) and facts["not_run"] == 0
     assert facts["all"]["survived"] == 0 and facts["survivors"] == []

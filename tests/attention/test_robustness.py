@@ -17,11 +17,11 @@ import orchard_ops
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="uses the simulator's faults")
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(TESTS)} | environment
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
@@ -240,7 +240,7 @@ def test_both_routes_for_struct_arguments(route: str):
     shim = str(route != "mangled method")
     code = (
         f"import simulator; simulator.enable(set_arg_bytes={shim})\n"
-        "import ctypes, sys; sys.path.insert(0, " + repr(str(TESTS)) + ")\n"
+        "import ctypes, sys; sys.path.insert(0, " + repr(str(ROOT / "tests")) + ")\n"
         "import orchard_ops\n"
         "from attention_cases import Case, check_case\n"
         "check_case(Case(33, 40, 16, dropout_p=0.1))\n"

@@ -1,8 +1,8 @@
 """The engine that runs Metal sources on the CPU: language, counters, concurrency, caching.
 
-Grids and refused launches are in test_simulator_engine_launch.py, what check mode finds in
-test_simulator_engine_checks.py, what the compiler refuses in test_simulator_engine_lint.py,
-PyTorch's kernels in test_simulator_engine_pytorch.py.
+Grids and refused launches are in test_engine_launch.py, what check mode finds in
+test_engine_checks.py, what the compiler refuses in test_engine_lint.py,
+PyTorch's kernels in test_engine_pytorch.py.
 """
 
 import os
@@ -18,7 +18,7 @@ import pytest
 from simulator import engine
 from simulator.engine import arrays
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 MODES = pytest.mark.parametrize("check", [False, True], ids=["plain", "check"])
 
 
@@ -470,7 +470,7 @@ def test_compile_many_fills_the_cache(monkeypatch):
 def test_concurrent_processes_with_an_empty_cache(tmp_path):
     code = f"""
 import sys
-sys.path.insert(0, {str(TESTS)!r})
+sys.path.insert(0, {str(ROOT)!r})
 from simulator import engine
 print(engine.compile({fresh_source(1)!r}).names)
 """

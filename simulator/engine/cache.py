@@ -15,7 +15,7 @@ def directory() -> Path:
     """$SIMULATOR_CACHE/engine, or build/simulator/engine of the repository; one folder for each
     version of the engine."""
     root = os.environ.get("SIMULATOR_CACHE")
-    base = Path(root) / "engine" if root else ENGINE.parents[2] / "build" / "simulator" / "engine"
+    base = Path(root) / "engine" if root else ENGINE.parents[1] / "build" / "simulator" / "engine"
     path = base.resolve() / fingerprint()
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import HEAD_DIMS
+from attention_cases import HEAD_DIMS
 
 from orchard_ops import selftest
 from orchard_ops.__main__ import main

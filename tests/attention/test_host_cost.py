@@ -26,7 +26,7 @@ if sys.platform != "linux":
 
 import simulator
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.host import measure  # noqa: E402
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import DTYPES, Case
-from test_kernels import HEAD_DIMS
+from attention_cases import DTYPES, HEAD_DIMS, Case
 
 import orchard_ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
 import embed_shaders  # noqa: E402
 

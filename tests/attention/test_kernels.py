@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import simulator
 import torch
-from attention_cases import DTYPES, Case, check_case, far_scores, run, uneven_scores
+from attention_cases import DTYPES, HEAD_DIMS, Case, check_case, far_scores, run, uneven_scores
 
 from orchard_ops.testing import assert_attention_close
 
 pytestmark = pytest.mark.usefixtures("checked")
 
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # the plan's, see test_plan.py
 RAGGED = (1, 7, 31, 33, 63, 64, 65, 100, 127, 130, 257)
 
 

@@ -12,7 +12,7 @@ import torch
 from test_nvidia_speed import CpuKernels
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import memory  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 import torch
 from simulator import engine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.nvidia import (  # noqa: E402

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform == "darwin", reason="injects faults into the simulator"
 )
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 # Trains two attention layers with dropout on mps and prints losses, stats and warnings as JSON. The
 # process is its own because a shader that failed to compile is not tried again.
@@ -63,7 +63,7 @@ print("RESULT" + json.dumps({
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(TESTS)} | environment
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 

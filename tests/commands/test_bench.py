@@ -32,7 +32,7 @@ from orchard_ops.bench import (
 from orchard_ops.place import find_place
 from orchard_ops.testing import math_attention
 
-COMMITTED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "bench"
+COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bench"
 TINY = ("--lengths", "16", "48", "--heads", "2/1", "--head-dims", "16", "--seconds", "0.01")
 
 

@@ -16,7 +16,7 @@ import torch
 from simulator import engine
 from simulator.engine import ptx
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.nvidia import build, plans  # noqa: E402

@@ -13,11 +13,11 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the simulated device is for Linux", allow_module_level=True)
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -97,7 +97,7 @@ def test_concurrent_builds_compile_once(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(TESTS), "SIMULATOR_CACHE": str(tmp_path)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "SIMULATOR_CACHE": str(tmp_path)},
         )
         for _ in range(3)
     ]
@@ -138,7 +138,7 @@ print(torch.equal(F.scaled_dot_product_attention(q, q, q), q * 2))
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory) -> str:
-    from test_simulator_device_metal import compile_extension
+    from test_device_metal import compile_extension
 
     return compile_extension(tmp_path_factory.mktemp("extension"))
 
@@ -184,7 +184,7 @@ def test_launcher_runs_a_script(tmp_path):
 
 def test_launcher_runs_a_module(tmp_path):
     (tmp_path / "a_module.py").write_text(SHOW + "print(sys.argv[0])\nraise SystemExit(3)\n")
-    path = os.pathsep.join([str(TESTS), str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
     result = python("-m", "simulator", "-m", "a_module", "--check", "a b", PYTHONPATH=path)
     assert result.stdout == SHOWN + f"{tmp_path / 'a_module.py'}\n", result.stderr
     assert result.returncode == 3

@@ -1,4 +1,4 @@
-"""The tests that mutants must not survive; tests/test_mutation_tool.py runs every one of them too.
+"""The tests that mutants must not survive; test_mutation_tool.py runs every one of them too.
 
 A killer is one fast test: a kernel on one problem, or a property of the plan. It has a name, the
 kernel `family` that it needs (None: only the plan), and `run(sources)`, which raises.

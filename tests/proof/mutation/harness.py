@@ -26,7 +26,7 @@ from attention_cases import SEED
 from simulator import engine
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_forward", "attention_backward_delta", "attention_backward_dkv",
     "attention_backward_dkv_pairs",
