@@ -39,7 +39,9 @@ def _open(path: Path) -> str | None:
     if interface().decode() != _ops.INTERFACE:
         return f"the native library {path.name} is of another version of orchard_ops; reinstall it"
     failure = register()
-    return f"the native library {path.name} cannot register: {failure.decode()}" if failure else None
+    return (
+        f"the native library {path.name} cannot register: {failure.decode()}" if failure else None
+    )
 
 
 def load() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 def stride_order(strides: Sequence[int]) -> list[int]:
     """Dimensions of a (B, H, L, D) tensor from the slowest to the fastest; D is always last.
 
-    ``native/plan.cpp`` follows the same rule: a stable sort of B, H, L by descending stride.
+    ``native/plan/params.cpp`` follows the same rule: a stable sort of B, H, L by descending stride.
     """
     return [*sorted(range(3), key=lambda d: -strides[d]), 3]
 
