@@ -105,7 +105,8 @@ class Attention:
 
     def prepare_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
+        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        s: Scoring,
     ) -> list[Launch]:  # fmt: skip
         """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
         plan = self._planner.backward(q, k, v, out, dout, s)
