@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from orchard_ops._variables import environment_variables  # the package also loads the plan
-from orchard_ops.bench.cases import PRESETS
+from orchard_ops.commands.bench.cases import PRESETS
+from orchard_ops.commands.environment import (
+    environment_variables,  # the package also loads the plan
+)
 from orchard_ops.plan import Kernel, plan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import _calls
-from .._variables import environment_variables
-from ..explain import explain
+from ... import _calls
+from ...explain import explain
+from ..environment import environment_variables
 from .cases import Case
 
 OURS = "orchard_ops"
