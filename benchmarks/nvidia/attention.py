@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,12 +12,8 @@ from torch import Tensor
 from orchard_ops.layout import empty_in_order_of
 
 from .driver import Kernels, Launch
-from .plans import Params, Plan, Planner, Scoring
+from .plans import Params, Plan, Planner, Scoring, set_strides
 
-# AttentionBuffer of shaders/params.h
-_BUFFERS = ("q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
-            "params")  # fmt: skip
-_INDEX = {name: index for index, name in enumerate(_BUFFERS)}
 _MARGIN = 1024
 _UNTOUCHED = 7.0
 
@@ -40,9 +37,13 @@ class Guarded:
         meta = torch.empty_strided(like.shape, like.stride(), device="meta")
         return self.empty(list(like.shape), list(empty_in_order_of(meta).stride()), like.dtype)
 
-    def row_stats(self, q: Tensor) -> Tensor:
+    def rows(self, q: Tensor) -> Tensor:
         b, h, l = q.shape[:3]
         return self.empty([b, h, l], [h * l, l, 1], torch.float32)
+
+    def row_stats(self, q: Tensor) -> Tensor:
+        b, h, l = q.shape[:3]
+        return self.empty([b, h, l, 2], [2 * h * l, 2 * l, 2, 1], torch.float32)
 
     def assert_margins_untouched(self) -> None:
         for buffer in self._buffers:
@@ -60,38 +61,41 @@ class Attention:
     def __init__(self, kernels: Kernels, planner: Planner):
         self._kernels = kernels
         self._planner = planner
+        self._index = planner.buffers
         self.ran: dict[str, int] = {}
         self.disturb: Callable[[Params], None] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
-        """out, lse"""
+        """out, row_stats"""
         guarded = self.outputs()
-        out, lse = guarded.in_order_of(q), guarded.row_stats(q)
-        self.run(self.prepare_forward(q, k, v, out, lse, s))
+        out, row_stats = guarded.in_order_of(q), guarded.row_stats(q)
+        self.run(self.prepare_forward(q, k, v, out, row_stats, s))
         guarded.assert_margins_untouched()
-        return out, lse
+        return out, row_stats
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, s: Scoring,
+        row_stats: Tensor, s: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk, dv"""
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
-        stats = guarded.row_stats(q)
+        delta = guarded.rows(q)
         elements = self.ds_elements(q, k, v, out, dout, s)
-        ds = guarded.empty([elements], [1], torch.float32) if elements else stats
-        self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, stats, ds, dq, dk, dv, s))
+        ds = guarded.empty([elements], [1], torch.float32) if elements else delta
+        self.run(
+            self.prepare_backward(dout, dlse, q, k, v, out, row_stats, delta, ds, dq, dk, dv, s)
+        )
         guarded.assert_margins_untouched()
         return dq, dk, dv
 
     def prepare_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Scoring
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_stats: Tensor, s: Scoring
     ) -> list[Launch]:
-        """The kernels of the plan in order; they write out and lse."""
+        """The kernels of the plan in order; they write out and row_stats."""
         plan = self._planner.forward(q, k, v, out, s)
         _set_seed(plan.params, s.dropout_seed)
-        return self._prepare(plan, q=q, k=k, v=v, out=out, lse=lse)
+        return self._prepare(plan, q=q, k=k, v=v, out=out, row_stats=row_stats)
 
     def ds_elements(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, s: Scoring
@@ -101,18 +105,19 @@ class Attention:
 
     def prepare_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
+        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        s: Scoring,
     ) -> list[Launch]:  # fmt: skip
         """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
         plan = self._planner.backward(q, k, v, out, dout, s)
         params = plan.params
         _set_seed(params, s.dropout_seed)
         for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
-            params.set_strides(name, x)
+            set_strides(params, name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
-            plan, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
-            dlse=lse if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
+            plan, q=q, k=k, v=v, out=out, row_stats=row_stats, dout=dout,
+            dlse=row_stats if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
 
     def run(self, launches: list[Launch]) -> None:
@@ -124,12 +129,12 @@ class Attention:
         """Every tensor is bound to every kernel, which takes those it declares."""
         if self.disturb is not None:
             self.disturb(plan.params)
-        buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
+        buffers = {self._index[name]: tensor for name, tensor in tensors.items()}
         launches = []
         for x in plan.kernels:
             params = Params.from_buffer_copy(plan.params)
             x.set(params)
-            of_params = (_INDEX["params"], params)
+            of_params = (self._index["params"], params)
             launches.append(
                 self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, of_params)
             )
@@ -138,3 +143,8 @@ class Attention:
 
 def _set_seed(params: Params, seed: int) -> None:
     params.dropout_seed[:] = (ctypes.c_uint32(seed).value, ctypes.c_uint32(seed >> 32).value)
+
+
+def lse_of(row_stats: Tensor) -> Tensor:
+    """The natural logarithm of the softmax's denominator; the kernels' units are powers of two."""
+    return row_stats.sum(-1) * math.log(2)

@@ -31,7 +31,7 @@ from .place import Place, find_place
 from .progress import each
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""One head dim per kernel width of ``native/plan.cpp``."""
+"""One head dim per kernel width of ``native/plan/tiles.cpp``."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORING_HEAD_DIM = 64  # from here on a backward stores dS
