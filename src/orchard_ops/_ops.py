@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-import math
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ _SCORING = (
 )
 _FORWARD = f"Tensor query, Tensor key, Tensor value, {_SCORING}"
 _BACKWARD = (
-    "Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor row_stats, "
+    "Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_SCORING}, bool mask_grad"
 )
 _GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
@@ -41,10 +40,10 @@ for _schema in (
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
     "int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None) -> Tensor",
-    f'flash_attn_fwd({_FORWARD}, str impl="auto") -> (Tensor out, Tensor row_stats)',
+    f'flash_attn_fwd({_FORWARD}, str impl="auto") -> (Tensor out, Tensor lse)',
     f'flash_attn_bwd({_BACKWARD}, str impl="auto") -> {_GRADIENTS}',
     # What the MPS kernels call when Metal refuses or fails, with the reason.
-    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> (Tensor out, Tensor row_stats)",
+    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> (Tensor out, Tensor lse)",
     f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason) -> {_GRADIENTS}",
 ):
     library.define(_schema, tags=_TAGS)
@@ -96,7 +95,7 @@ def _check_backward(
     for name, x, shape, dtype in (
         ("dout", dout, out_shape, query.dtype),
         ("out", out, out_shape, query.dtype),
-        ("row_stats", lse, (*query.shape[:3], 2), lse_dtype),
+        ("lse", lse, query.shape[:3], lse_dtype),
         ("dlse", dlse, query.shape[:3], lse_dtype),
     ):
         if x is None:
@@ -114,11 +113,6 @@ def _with_impl(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return (*args, "auto") if len(args) == count else args
 
 
-def stats_unit(mask: Any, alibi_slopes: Any, softcap: float) -> float:
-    """What a row's statistics are multiplied by to be natural logarithms."""
-    return math.log(2) if mask is None and alibi_slopes is None and softcap == 0 else 1.0
-
-
 def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
@@ -131,7 +125,7 @@ def _forward_fake(*args: Any):
     _check_forward("orchard::flash_attn_fwd", *_with_impl(args, 3 + _NUM_SCORING))
     query, value = args[0], args[2]
     out = empty_in_order_of(query, value.shape[-1])
-    return out, query.new_empty((*query.shape[:3], 2), dtype=_lse_dtype(query))
+    return out, query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
 
 
 @torch.library.register_fake("orchard::flash_attn_bwd", lib=library)
@@ -174,10 +168,7 @@ def _forward_reference(*args: Any) -> tuple[Tensor, Tensor]:
     _calls.record_reference("flash_attn_fwd", reason, inputs[0].device.type, impl)
     query, key, value, *scoring = inputs
     with _no_autocast(query):
-        out, lse = reference.forward(query, key, value, reference.Scoring(*scoring))
-    origin = lse.clamp(min=torch.finfo(lse.dtype).min) / stats_unit(*scoring[:2], scoring[-1])
-    log_sum = torch.zeros_like(lse).masked_fill(lse == -math.inf, -math.inf)
-    return out, torch.stack((origin.clamp(min=torch.finfo(lse.dtype).min), log_sum), -1)
+        return reference.forward(query, key, value, reference.Scoring(*scoring))
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
@@ -185,7 +176,6 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     _check_backward("orchard::flash_attn_bwd", *inputs, mask_grad, impl)
     _calls.record_reference("flash_attn_bwd", reason, inputs[2].device.type, impl)
     tensors, scoring = inputs[:7], inputs[7:]
-    tensors[6] = tensors[6].sum(-1) * stats_unit(*scoring[:2], scoring[-1])
     with _no_autocast(tensors[2]):
         return reference.backward(
             *tensors, scoring=reference.Scoring(*scoring), mask_grad=mask_grad
@@ -270,8 +260,6 @@ class _FlashAttention(_Formula):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, mask, alibi_slopes, sinks, seed = ctx.saved_tensors
         *scoring, impl = ctx.rest
-        if dlse is not None:
-            dlse = dlse[..., 1] / stats_unit(mask, alibi_slopes, scoring[-1])
         needed = ctx.needs_input_grad
         if needed[4]:
             raise NotImplementedError(

@@ -209,14 +209,12 @@ def flash_attn(
             1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
             window_left, 0 if is_causal else window_right, 0, 0.0, "auto",
         )  # fmt: skip
-        return (out, lse.sum(-1) * math.log(2)) if return_lse else out
+        return (out, lse) if return_lse else out
     call = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale,
         window_left, window_right, softcap, alibi_slopes, sinks, impl or "auto",
     )  # fmt: skip
     out, lse = _ops.attend(*call.operands, *call.scoring)
-    if return_lse:
-        lse = lse.sum(-1) * _ops.stats_unit(*call.scoring[:2], call.scoring[-2])
     return (call.restore(out), call.restore(lse)) if return_lse else call.restore(out)
 
 
