@@ -92,7 +92,7 @@ format: $(VENV)/dev
 
 native: $(NATIVE)
 
-$(NATIVE): $(wildcard native/*.cpp native/*.h native/*.py shaders/*.h) $(VENV)/ready
+$(NATIVE): $(wildcard native/*.cpp native/*.h native/*.py native/plan/* shaders/*.h) $(VENV)/ready
 	$(PY) native/build.py $@
 
 wheel: $(VENV)/dev tools

@@ -13,7 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
-SOURCES = ("module.cpp", "attention.cpp", "plan.cpp", "plan_cache.cpp", "shader_library.cpp")
+#: The plan alone, which needs no torch: what decides kernels can be asked without the library.
+PLAN_SOURCES = tuple(
+    NATIVE / "plan" / f"{name}.cpp"
+    for name in (
+        "forward", "backward", "dscore_scratch", "instantiate", "params", "refusals", "tiles"
+    )
+)  # fmt: skip
+SOURCES = (
+    *(
+        NATIVE / f"{name}.cpp"
+        for name in ("module", "attention", "checks", "environment", "shader_library")
+    ),
+    *PLAN_SOURCES,
+    NATIVE / "plan" / "plan_cache.cpp",
+)
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest supported
 
 sys.path.insert(0, str(NATIVE))
@@ -55,7 +69,7 @@ def compile_sources(compiler: list[str], objects: Path) -> list[Path]:
     objects.mkdir(parents=True, exist_ok=True)
     text = objects / "shader_text.cpp"
     text.write_text(embed_shaders.generate(), encoding="ascii")
-    sources = [*(NATIVE / name for name in SOURCES), text]
+    sources = [*SOURCES, text]
 
     def compile_one(source: Path) -> Path:
         target = objects / f"{source.stem}.o"

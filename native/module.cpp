@@ -1,27 +1,85 @@
-// Registration. Python (src/orchard_ops/_ops.py) owns the schemas of the two ops.
+// The library's two entry points. Loading it registers nothing: Python (src/orchard_ops) first asks
+// which ops it was built for, and has it register them only if those are the package's own.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <memory>
+
 #include "attention.h"
-#include "plan_cache.h"
+#include "plan/plan_cache.h"
+#include "scoring.h"
 
-STABLE_TORCH_LIBRARY_IMPL(orchard, MPS, m) {
-  m.impl("flash_attn_fwd", TORCH_BOX(&orchard::flash_attn_fwd));
-  m.impl("flash_attn_bwd", TORCH_BOX(&orchard::flash_attn_bwd));
+namespace orchard {
+namespace {
+
+using torch::stable::detail::StableLibrary;
+using Kind = StableLibrary::Kind;
+
+// Counts changes that the schemas below do not show: what results and arguments mean.
+constexpr int kInterface = 2;
+
+/// The schemas of the two ops that Python defines, without default values, and of the plan.
+std::string forward_schema() {
+  return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor lse)";
+}
+std::string backward_schema() {
+  return "flash_attn_bwd(" + backward_arguments() +
+         ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)";
+}
+std::string plan_schema() {
+  return "flash_attn_plan(" + forward_arguments() + ") -> " + kPlanResults;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(orchard, m) {
-  m.def(
-      "flash_attn_plan(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, float dropout_p, float scale, "
-      "int window_left, int window_right, int diagonal, float softcap, str impl) -> str");
-  m.def("plans_computed() -> int");
-  m.def("plans_remembered() -> int");
-  m.def("metal_calls() -> (int forward, int backward)");
+void register_ops() {
+  // Never destroyed: what is registered stays until the process ends.
+  static auto& libraries = *new std::array<std::unique_ptr<StableLibrary>, 3>;
+  auto library = [](Kind kind, const char* key) {
+    return std::make_unique<StableLibrary>(kind, "orchard", key, __FILE__, __LINE__);
+  };
+  auto definitions = library(Kind::FRAGMENT, nullptr);
+  definitions->def(plan_schema().c_str());
+  definitions->def("kernel_head_dims() -> int[]");
+  definitions->def("plans_computed() -> int");
+  definitions->def("plans_remembered() -> int");
+  definitions->def("metal_calls() -> (int forward, int backward)");
+  auto queries = library(Kind::IMPL, "CompositeExplicitAutograd");
+  queries->impl("flash_attn_plan", &flash_attn_plan);
+  queries->impl("kernel_head_dims", TORCH_BOX(&kernel_head_dims));
+  queries->impl("plans_computed", TORCH_BOX(&plans_computed));
+  queries->impl("plans_remembered", TORCH_BOX(&plans_remembered));
+  queries->impl("metal_calls", &metal_calls);
+  auto kernels = library(Kind::IMPL, "MPS");
+  kernels->impl("flash_attn_fwd", &flash_attn_fwd);
+  kernels->impl("flash_attn_bwd", &flash_attn_bwd);
+  libraries = {std::move(definitions), std::move(queries), std::move(kernels)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(orchard, CompositeExplicitAutograd, m) {
-  m.impl("flash_attn_plan", TORCH_BOX(&orchard::flash_attn_plan));
-  m.impl("plans_computed", TORCH_BOX(&orchard::plans_computed));
-  m.impl("plans_remembered", TORCH_BOX(&orchard::plans_remembered));
-  m.impl("metal_calls", TORCH_BOX(&orchard::metal_calls));
+}  // namespace
+}  // namespace orchard
+
+#define ORCHARD_EXPORT extern "C" __attribute__((visibility("default")))
+
+/// What the library was built for, as one line:
+///   orchard_ops interface 2: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
+///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...)
+/// Two libraries whose lines are equal can stand in for each other.
+ORCHARD_EXPORT const char* orchard_library_interface() {
+  using namespace orchard;
+  static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
+                                  forward_schema() + "; " + backward_schema() + "; " +
+                                  plan_schema();
+  return line.c_str();
+}
+
+/// Registers the ops, once in a process. Null, or why it could not: nothing is registered then.
+ORCHARD_EXPORT const char* orchard_register_ops() {
+  static const std::string failure = []() -> std::string {
+    try {
+      orchard::register_ops();
+      return "";
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }();
+  return failure.empty() ? nullptr : failure.c_str();
 }

@@ -93,7 +93,7 @@ Pipeline& pipeline_of(const KernelPlan& kernel) {
 struct Launch {
   const KernelPlan& kernel;
   const std::array<uint64_t, 2>& groups;
-  Bindings tensors;
+  const Bindings& tensors;
   const AttentionParams& params;
   std::string failure;
 };
@@ -135,14 +135,13 @@ std::string last_error() {
   return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
-void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups, Bindings tensors,
-    const AttentionParams& params) {
+void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
+    const Bindings& tensors, const AttentionParams& params) {
   static const pid_t owner = getpid();
   if (getpid() != owner) {
     throw std::runtime_error(
         "orchard::flash_attn: this process was forked after the GPU had been used, which Metal "
-        "does "
-        "not survive; start workers with multiprocessing's \"spawn\" method");
+        "does not survive; start workers with multiprocessing's \"spawn\" method");
   }
   if (set_arg_bytes() == nullptr) {
     throw MetalError("this torch offers no way to pass a struct to a Metal kernel");

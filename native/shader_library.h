@@ -3,18 +3,21 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 
-#include "plan.h"
+#include "plan/problem.h"
 
 namespace orchard {
 
-/// Metal refused: a shader did not compile or a dispatch failed. what() is the reason shown to
-/// users.
+/// Metal cannot run the call: the plan refuses it, a shader did not compile or a dispatch failed.
+/// what() is the reason shown to users, `detail` the values of this call that it is about.
 struct MetalError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit MetalError(const std::string& reason, std::string detail = "")
+      : std::runtime_error(reason), detail(std::move(detail)) {}
+  std::string detail;
 };
 
 /// The message of the torch shim call that has just failed on this thread, where torch keeps it
@@ -23,19 +26,34 @@ std::string last_error();
 
 /// A tensor and its buffer index; borrows the tensor for the duration of a dispatch.
 struct Binding {
+  Binding() = default;
   Binding(AttentionBuffer index, const torch::stable::Tensor& tensor)
       : index(index), tensor(tensor.get()) {}
-  AttentionBuffer index;
-  AtenTensorHandle tensor;
+  AttentionBuffer index = kBufferParams;
+  AtenTensorHandle tensor = nullptr;
 };
-using Bindings = std::initializer_list<Binding>;
+
+/// The tensors of a dispatch, without memory of their own to allocate.
+class Bindings {
+ public:
+  Bindings(std::initializer_list<Binding> bindings) {
+    for (const Binding& binding : bindings) bind(binding);
+  }
+  void bind(const Binding& binding) { bindings_.at(size_++) = binding; }
+  const Binding* begin() const { return bindings_.data(); }
+  const Binding* end() const { return bindings_.data() + size_; }
+
+ private:
+  std::array<Binding, kBufferParams> bindings_;  // as many as there are buffers of tensors
+  size_t size_ = 0;
+};
 
 /// Why an earlier call could not compile this variant; empty if it could, or was never asked to.
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with
 /// so many threadgroups in x and y. Throws MetalError.
-void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups, Bindings tensors,
-    const AttentionParams& params);
+void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
+    const Bindings& tensors, const AttentionParams& params);
 
 }  // namespace orchard

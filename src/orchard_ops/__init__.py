@@ -4,14 +4,20 @@ Importing registers the ops ``torch.ops.orchard.*`` and, where the native librar
 Metal kernels.
 """
 
-from . import _native, _vmap  # noqa: F401  (_vmap registers the batching rules)
-from ._calls import OrchardFallbackWarning, Stats, reset_stats, stats
-from ._version import __version__
-from .attention import flash_attn
-from .dropout import dropout_mask
-from .explain import Explanation, explain
+from . import one_copy
 
-_native.load()
+one_copy.take_up()
+
+from . import native, ops  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .attention import flash_attn  # noqa: E402
+from .calls import OrchardFallbackWarning, Stats, reset_stats, stats  # noqa: E402
+from .dropout import dropout_mask  # noqa: E402
+from .explain import Explanation, explain  # noqa: E402
+
+if native.why_not() is not None:
+    native.load(ops.schema.INTERFACE)
+one_copy.remember()
 
 __all__ = [
     "Explanation",

@@ -50,13 +50,17 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tu
 
 
 def threshold(dropout_p: float) -> int:
-    """The number of the RESOLUTION 16-bit draws that drop a weight."""
-    return min(round(dropout_p * RESOLUTION), RESOLUTION - 1)
+    """The number of the RESOLUTION 16-bit draws that drop a weight; all of them only for p = 1."""
+    return RESOLUTION if dropout_p == 1.0 else min(round(dropout_p * RESOLUTION), RESOLUTION - 1)
 
 
 def rescale(dropout_p: float) -> float:
-    """What a kept weight is multiplied with: 1 / (1 - p), p as rounded by `threshold`."""
-    return RESOLUTION / (RESOLUTION - threshold(dropout_p))
+    """What a kept weight is multiplied with: 1 / (1 - p), p as rounded by `threshold`.
+
+    It is 0 for p = 1, where none is kept.
+    """
+    kept = RESOLUTION - threshold(dropout_p)
+    return RESOLUTION / kept if kept else 0.0
 
 
 def keep_block(
@@ -90,8 +94,11 @@ def keep_block(
         seed,
     )
     # (B, H, row group, 8, column group, 4, row block, column block, half)
-    draws = torch.stack(words, dim=-1).view(batch, num_heads, row_groups, 8, col_groups, 4, 2, 2, 1)
-    draws = (draws >> torch.tensor([0, 16], device=device)) & (RESOLUTION - 1)
+    # int32 holds the 32 bits in half of int64's memory.
+    draws = torch.stack([word.to(torch.int32) for word in words], dim=-1)
+    draws = draws.view(batch, num_heads, row_groups, 8, col_groups, 4, 2, 2, 1)
+    shifts = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    draws = (draws >> shifts) & (RESOLUTION - 1)
     keep = draws >= threshold(dropout_p)
     keep = keep.permute(0, 1, 2, 6, 3, 4, 7, 5, 8).reshape(
         batch, num_heads, row_groups * GROUP, col_groups * GROUP
@@ -112,7 +119,7 @@ def dropout_mask(
 
     Args:
         seed: the ``dropout_seed`` given to ``orchard::flash_attn_fwd``.
-        dropout_p: probability of dropping a weight, in [0, 1).
+        dropout_p: probability of dropping a weight, in [0, 1].
         shape: (batch, query heads, query length, key length).
 
     Returns:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _calls, _native
-from .attention import prepare
+from . import calls, native
+from .arguments import prepare
+from .plan import plan
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Explanation:
     """The path of one call."""
 
     path: str
-    """"metal" or "reference"."""
+    """"metal", "reference", or "raises": ORCHARD_STRICT or impl="metal" forbids the reference."""
     reason: str
     """Why that path."""
     advice: str
     """What would make the call run on Metal, or run faster there; may be empty."""
     kernels: tuple[str, ...]
-    """Names of the Metal kernels: forward, then backward. Empty on the reference."""
+    """Names of the Metal kernels: forward, then backward. Empty where none would run."""
     tiles: dict[str, str]
     """Kernel -> its tile and grid, in words."""
     scratch_bytes: int = 0
@@ -67,20 +67,35 @@ def explain(
     """
     with torch.random.fork_rng(devices=[]):  # prepare draws a dropout seed
         call = prepare(
-            query, key, value, attn_mask, dropout_p, is_causal, scale,
-            window_left, window_right, softcap, alibi_slopes, sinks, impl or "auto",
-        )  # fmt: skip
-    device = query.device.type
-    if device != "mps":
-        return Explanation(
-            "reference", f"{_calls.NOT_MPS}{device}, not on mps", 'move them to "mps"', (), {}
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            impl=impl,
         )
-    missing = _native.why_not()
+    device = query.device.type
+    other_path = "raises" if calls.insists_on_metal(device, call.impl) else "reference"
+
+    def without_metal(reason: str, advice: str) -> Explanation:
+        return Explanation(other_path, reason, advice, (), {})
+
+    if device != "mps":
+        return without_metal(f"{calls.NOT_MPS}{device}, not on mps", 'move them to "mps"')
+    missing = native.why_not()
     if missing:
-        return Explanation("reference", missing, "see docs/install.md", (), {})
-    plan = json.loads(torch.ops.orchard.flash_attn_plan(*call.operands, *call.scoring))
-    if plan["refusal"]:
-        return Explanation("reference", plan["refusal"], plan["advice"], (), {})
-    tiles = {k["name"]: k["tile"] for k in plan["kernels"]}
-    return Explanation("metal", "the plan accepts the call", plan["advice"], tuple(tiles), tiles,
-                       plan["scratch_bytes"])  # fmt: skip
+        return without_metal(missing, "see docs/install.md")
+    chosen = plan(*call.flat())
+    if chosen.refusal:
+        return without_metal(chosen.why_not, chosen.advice)
+    tiles = {kernel.name: kernel.tile for kernel in chosen.kernels}
+    reason = "the Metal kernels cover every argument of this call"
+    return Explanation("metal", reason, chosen.advice, tuple(tiles), tiles, chosen.scratch_bytes)

@@ -11,9 +11,20 @@ from torch import Tensor
 def stride_order(strides: Sequence[int]) -> list[int]:
     """Dimensions of a (B, H, L, D) tensor from the slowest to the fastest; D is always last.
 
-    ``native/plan.cpp`` follows the same rule: a stable sort of B, H, L by descending stride.
+    ``native/plan/`` follows the same rule: a stable sort of B, H, L by descending stride. Strides
+    that torch.export cannot compare, since a length is unknown, are taken to be in order.
     """
-    return [*sorted(range(3), key=lambda d: -strides[d]), 3]
+    if not any(isinstance(stride, torch.SymInt) for stride in strides):
+        return [*sorted(range(3), key=lambda d: -strides[d]), 3]
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes half a second
+
+    order: list[int] = []
+    for d in range(3):
+        place = len(order)
+        while place > 0 and guard_or_false(strides[order[place - 1]] < strides[d]):
+            place -= 1
+        order.insert(place, d)
+    return [*order, 3]
 
 
 def empty_in_order_of(like: Tensor, last: int | None = None) -> Tensor:

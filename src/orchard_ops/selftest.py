@@ -20,9 +20,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from . import _native
-from ._calls import reset_stats, stats
+from . import native
 from ._variables import environment_variables
+from .calls import reset_stats, stats
 from .place import environment, find_place
 from .testing import assert_attention_close, math_attention
 
@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
     )
     report = Report(
         environment=environment(place) | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
-        native_library=_native.why_not() or "loaded",
+        native_library=native.why_not() or "loaded",
         metal_calls=counted.metal,
         fallbacks=counted.reference,
         seconds=round(time.perf_counter() - started, 1),

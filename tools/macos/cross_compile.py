@@ -64,12 +64,16 @@ def write_stubs(directory: Path) -> list[Path]:
     return paths
 
 
+EXPORTS = ("_orchard_library_interface", "_orchard_register_ops")
+
+
 def link(objects: Sequence[Path], output: Path, *extra: str) -> None:
-    """Links and ad-hoc signs a library that exports nothing: loading it registers the ops."""
+    """Links and ad-hoc signs a library that exports its two entry points (native/module.cpp)."""
     stubs = write_stubs(output.parent / "stubs")
     command = [
         LINKER, "-dylib", "-arch", "arm64", "-platform_version", "macos", MACOS, MACOS,
-        "-install_name", INSTALL_NAME, "-rpath", RPATH, "-dead_strip", "-no_exported_symbols",
+        "-install_name", INSTALL_NAME, "-rpath", RPATH, "-dead_strip",
+        *(word for name in EXPORTS for word in ("-exported_symbol", name)),
         *extra, *map(str, objects), *map(str, stubs), "-o", str(output),
     ]  # fmt: skip
     subprocess.run(command, check=True)
@@ -79,7 +83,7 @@ def fingerprint() -> str:
     """Changes whenever the library could: sources, flags, tools, headers, symbol lists."""
     digest = hashlib.sha256()
     tools = Path(__file__).resolve().parent
-    for directory in (ROOT / "native", ROOT / "shaders", tools, tools / "symbols"):
+    for directory in (ROOT / "native", ROOT / "native" / "plan", ROOT / "shaders", tools, tools / "symbols"):
         for path in sorted(path for path in directory.iterdir() if path.is_file()):
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for distribution in ("torch", "ziglang"):

@@ -10,7 +10,6 @@ compiles:
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from orchard_ops._variables import environment_variables  # the package also loads the plan
 from orchard_ops.bench.cases import PRESETS
+from orchard_ops.plan import Kernel, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
@@ -30,22 +30,21 @@ HEAD_DIMS = range(8, 257, 8)
 MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
-def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> list[dict]:
+def kernels(
+    dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float
+) -> tuple[Kernel, ...]:
     """What the plan runs for such a call: forward, then backward."""
     shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.
     operand = torch.empty(64 * head_dim + offset, dtype=dtype)[offset:].view(shape)
     seed = torch.tensor(0)
-    plan = json.loads(
-        torch.ops.orchard.flash_attn_plan(
-            operand, operand, operand, None, None, None, seed, dropout_p, head_dim**-0.5,
-            -1, -1, 0, 0.0, "metal",
-        )
-    )  # fmt: skip
-    return plan["kernels"]
+    return plan(
+        operand, operand, operand, None, None, None, seed, dropout_p, head_dim**-0.5,
+        -1, -1, 0, 0.0, "metal",
+    ).kernels  # fmt: skip
 
 
-def every_kernel(*call: Any) -> Iterator[dict]:
+def every_kernel(*call: Any) -> Iterator[Kernel]:
     """What the plan may run for such a call, whatever the environment says."""
     for megabytes in ("0", "1"):
         with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
@@ -53,8 +52,8 @@ def every_kernel(*call: Any) -> Iterator[dict]:
         yield from (forward, *backward)
     _, head_dim, offset, dropout_p = call
     measured = head_dim in MEASURED_HEAD_DIMS and not offset and not dropout_p
-    for tile in forward["alternatives"] if measured else ():
-        with environment_variables(ORCHARD_TILES=f"{forward['family']}={tile}"):
+    for tile in forward.alternatives if measured else ():
+        with environment_variables(ORCHARD_TILES=f"{forward.family}={tile}"):
             yield kernels(*call)[0]
 
 
@@ -63,7 +62,7 @@ def sources() -> dict[str, str]:
     variants: dict[str, dict[str, str]] = {family: {} for family in embed_shaders.FAMILIES}
     for call in itertools.product(DTYPES, HEAD_DIMS, (0, 1), (0.0, 0.1)):
         for kernel in every_kernel(*call):
-            variants[kernel["family"]][kernel["name"]] = kernel["instantiation"]
+            variants[kernel.family][kernel.name] = kernel.instantiation
     return {
         family: embed_shaders.flatten(header) + "\n" + "".join(variants[family].values())
         for family, header in embed_shaders.FAMILIES.items()

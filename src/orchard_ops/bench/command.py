@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .. import _calls
+from ..calls import reset_stats
 from ..place import Place, find_place
 from . import cases, gate, machine, memory, report, timing, variants
 from .contenders import CONTENDERS, OURS, Contender, path
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         seconds=args.seconds or (0.5 if args.quick else 3.0), min_rounds=3 if args.quick else 7
     )
     contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *args.against))]
-    _calls.reset_stats()
+    reset_stats()
     with report.progress(console, len(chosen)) as on_case:
         for case in chosen:
             on_case(case)

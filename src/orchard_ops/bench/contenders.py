@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import _calls
 from .._variables import environment_variables
+from ..calls import NOT_MPS, stats
 from ..explain import explain
 from .cases import Case
 
@@ -58,7 +58,8 @@ class Contender:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    return torch.ops.orchard.flash_attn(q, k, v, is_causal=is_causal)
+    grouped = q.shape[1] != k.shape[1]
+    return torch.ops.orchard.flash_attn(q, k, v, is_causal=is_causal, enable_gqa=grouped)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -102,14 +103,14 @@ def path(contender: Contender, operands: Sequence[Tensor], case: Case) -> str:
     operators that the call was seen to run.
     """
     if contender.is_ours:
-        before = _calls.stats().fallbacks
+        before = stats().fallbacks
         contender.call(operands, case)
         q, k, v, _ = operands
         explanation = explain(q, k, v, is_causal=case.problem.is_causal)
-        if explanation.path == "metal" and _calls.stats().fallbacks == before:
+        if explanation.path == "metal" and stats().fallbacks == before:
             kernels = explanation.kernels if case.training else explanation.kernels[:1]
             return f"Metal: {', '.join(kernels)}"
-        reasons = [r for r in _calls.stats().reference if not r.startswith(_calls.NOT_MPS)]
+        reasons = [r for r in stats().reference if not r.startswith(NOT_MPS)]
         if explanation.path == "metal" and reasons:
             return f"reference: {reasons[-1]}"
         return f"reference: {explanation.reason}"

@@ -6,16 +6,16 @@ ORCHARD_STRICT makes its calls fail where Metal cannot run them: a fallback woul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..attention import prepare
+from .. import native
+from ..arguments import prepare
 from ..place import Place
+from ..plan import Kernel, plan
 from .cases import DTYPES, Case
 from .contenders import Contender, ours
 
@@ -39,8 +39,8 @@ def scratch(megabytes: int) -> Contender:
     return Contender(f"{SCRATCH}{megabytes} MiB", ours, is_ours=True, variables=variables)
 
 
-def _forward_plan(case: Case, device: torch.device) -> dict:
-    """The plan of the forward kernel, as JSON has it.
+def _forward_plan(case: Case, device: torch.device) -> Kernel:
+    """The forward kernel that the plan chooses.
 
     Raises:
         ValueError: Metal kernels cannot run the case.
@@ -52,16 +52,14 @@ def _forward_plan(case: Case, device: torch.device) -> dict:
         return torch.empty(shape, dtype=DTYPES[problem.dtype], device=device)
 
     k = empty(problem.num_kv_heads)
-    call = prepare(
-        empty(problem.num_heads), k, k, None, 0.0, problem.is_causal, None, -1, -1, 0.0, None, None,
-        "auto",
-    )  # fmt: skip
-    plan = json.loads(torch.ops.orchard.flash_attn_plan(*call.operands, *call.scoring))
-    if plan["refusal"]:
-        raise ValueError(f"{case}: the Metal kernels cannot run it: {plan['refusal']}")
-    kernel = plan["kernels"][0]
-    if kernel["family"] != _FORWARD:
-        raise ValueError(f"{case}: the first kernel is {kernel['name']}, not the forward's")
+    q = empty(problem.num_heads)
+    call = prepare(q, k, k, is_causal=problem.is_causal, enable_gqa=True)
+    chosen = plan(*call.flat())
+    if chosen.refusal:
+        raise ValueError(f"{case}: the Metal kernels cannot run it: {chosen.why_not}")
+    kernel = chosen.kernels[0]
+    if kernel.family != _FORWARD:
+        raise ValueError(f"{case}: the first kernel is {kernel.name}, not the forward's")
     return kernel
 
 
@@ -83,7 +81,7 @@ def of_cases(
     ]
     if not options:
         return {case: [] for case in chosen}
-    missing = _native.why_not()
+    missing = native.why_not()
     if place.device.type != "mps" or missing:
         why = missing if place.device.type == "mps" else f"this runs on {place.device.type}"
         raise ValueError(f"{' and '.join(options)}: no Metal kernels to choose from here: {why}")
@@ -97,13 +95,13 @@ def of_cases(
             further[case] = [scratch(megabytes) for megabytes in dict.fromkeys(scratch_mb or ())]
         elif tiles is not None:
             kernel = _forward_plan(case, place.device)
-            names = kernel["alternatives"]
+            names = kernel.alternatives
             available += names
             unmatched -= {p for p in unmatched if any(fnmatchcase(n, p) for n in names)}
             further[case] = [
                 tile(name)
                 for name in names
-                if name != kernel["tile_name"]
+                if name != kernel.tile_name
                 and (not tiles or any(fnmatchcase(name, p) for p in tiles))
             ]
     if unmatched:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import _calls
+from ..calls import reset_stats, stats
 from ..explain import explain
 from ..place import find_place
 from .attention import orchard_attention, sdpa_math_attention
@@ -64,7 +64,7 @@ def run(
     report.print_header(console, place, model, training, corpus, num_parameters)
 
     recorder = _KernelNames(attention)
-    _calls.reset_stats()
+    reset_stats()
     with report.progress(console, str(place.device), training.steps) as on_step:
         comparison = train_twins(
             model, training, corpus, place.device, recorder, sdpa_math_attention, on_step
@@ -77,7 +77,7 @@ def run(
     figure = Path(args.output) / "loss.png"
     report.save_figure(comparison, place, figure)
     outcome = Outcome(
-        place, model, training, corpus, comparison, _calls.stats(), recorder.kernels,
+        place, model, training, corpus, comparison, stats(), recorder.kernels,
         _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
     )  # fmt: skip
     report.print_outcome(console, outcome)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._calls import Stats
+from ..calls import Stats
 from ..place import Place, environment
 from .data import Corpus
 from .model import ModelConfig

@@ -14,20 +14,18 @@ namespace {
 /// the memory.
 constexpr size_t kMaxPlans = 256;
 
-/// Everything that a plan depends on, as words.
+/// Everything that a plan depends on.
 class Key {
  public:
   Key(bool backward, const Problem& problem, const Layout& out, const Layout& dout) {
     // Names every field, so that a new one does not compile until it is part of the key.
     const auto& [dtype, q, k, v, has_mask, has_alibi, has_sinks, dropout_p, scale, window_left,
         window_right, diagonal, softcap, scratch_bytes, tiles] = problem;
-    for (const Layout* layout : {&q, &k, &v, &out, &dout}) append(*layout);
-    for (int64_t word :
-        {int64_t{backward}, static_cast<int64_t>(dtype), int64_t{has_mask}, int64_t{has_alibi},
-            int64_t{has_sinks}, window_left, window_right, diagonal, scratch_bytes}) {
-      append(word);
-    }
-    for (double number : {dropout_p, scale, softcap}) append(bits(number));
+    const Fields fields{{q, k, v, out, dout},
+        {backward, static_cast<int64_t>(dtype), has_mask, has_alibi, has_sinks, window_left,
+            window_right, diagonal, scratch_bytes},
+        {dropout_p, scale, softcap}};
+    std::memcpy(words_.data(), &fields, sizeof fields);
     tiles_ = tiles;
   }
 
@@ -38,8 +36,8 @@ class Key {
   struct Hash {
     size_t operator()(const Key& key) const {
       uint64_t hash = 0;
-      for (int64_t word : key.words_) {
-        hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15u;
+      for (uint64_t word : key.words_) {
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
         hash ^= hash >> 29;
       }
       return hash;
@@ -47,22 +45,17 @@ class Key {
   };
 
  private:
-  void append(int64_t word) { words_.at(used_++) = word; }
-  void append(const Layout& layout) {
-    const auto& [sizes, strides, offset] = layout;
-    for (int64_t size : sizes) append(size);
-    for (int64_t stride : strides) append(stride);
-    append(offset);
-  }
-  static int64_t bits(double number) {
-    int64_t word = 0;
-    std::memcpy(&word, &number, sizeof word);
-    return word;
-  }
+  struct Fields {
+    Layout layouts[5];
+    int64_t integers[9];
+    double numbers[3];
+  };
+  static_assert(sizeof(Fields) == 5 * sizeof(Layout) + (9 + 3) * sizeof(uint64_t) &&
+                    sizeof(Layout) == 9 * sizeof(uint64_t),
+      "a key has no bytes that nobody writes");
 
-  std::array<int64_t, 57> words_{};
+  std::array<uint64_t, sizeof(Fields) / sizeof(uint64_t)> words_;
   std::string tiles_;  // not hashed: all but always empty
-  size_t used_ = 0;
 };
 
 std::atomic<int64_t> computed{0};

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from . import _native
+import torch
+
+from . import native, switches
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
 _metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0}
+
+_OURS = (
+    f"{Path(__file__).parent}/",
+    f"{Path(torch.__file__).parent}/",
+    "<",  # text that torch.fx generates, and Python's own import machinery
+)
+_COMPILED = "torchinductor"  # in the names of files that torch.compile writes
 
 
 class OrchardFallbackWarning(UserWarning):
@@ -44,34 +55,39 @@ class Stats:
 NOT_MPS = "the tensors are on "
 
 
-def debug_enabled() -> bool:
-    """ORCHARD_DEBUG=1, or the older name ORCHARD_DEBUG_FLASHATN=1."""
-    return any(
-        os.environ.get(name, "0") not in ("", "0")
-        for name in ("ORCHARD_DEBUG", "ORCHARD_DEBUG_FLASHATN")
-    )
+def insists_on_metal(device_type: str, impl: str) -> bool:
+    """Whether a call that Metal cannot run raises instead of falling back."""
+    return impl == "metal" or (device_type == "mps" and impl == "auto" and switches.strict())
 
 
-def strict() -> bool:
-    """ORCHARD_STRICT=1: a call on mps that Metal cannot run raises instead of falling back."""
-    return os.environ.get("ORCHARD_STRICT", "0") not in ("", "0")
+def _users_level() -> int:
+    """The stacklevel, for a warning of this function's caller, of the first frame that is a user's.
+
+    A backward may run on a thread of torch's own, where there is none: then the outermost frame.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OURS) and _COMPILED not in name:
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
     """Counts a call about to run on the reference; raises where the caller insisted on Metal."""
-    on_mps = device_type == "mps"
-    if impl == "metal" or (on_mps and impl == "auto" and strict()):
+    if insists_on_metal(device_type, impl):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
-    if debug_enabled():
+    if switches.debug():
         print(f"[orchard] {op}: reference ({reason})", file=sys.stderr)
-    unasked = on_mps and impl == "auto"
+    unasked = device_type == "mps" and impl == "auto"
     if unasked and reason not in _warned:
         warnings.warn(
             f"orchard::{op} runs on the reference kernels: {reason}. Results are the same, slower. "
             "orchard_ops.explain(...) shows the path of a call, orchard_ops.stats() counts them; "
             "ORCHARD_STRICT=1 turns this into an error.",
             OrchardFallbackWarning,
-            stacklevel=2,
+            stacklevel=_users_level(),
         )
     with _lock:  # after the warning, which a filter may have turned into an error
         _reference[op, reason] += 1
@@ -81,7 +97,7 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
 
 def stats() -> Stats:
     """Calls of this process by path and reason, see `Stats`."""
-    metal = _native.metal_calls()
+    metal = native.metal_calls()
     with _lock:
         reference: dict[str, dict[str, int]] = {}
         for (op, reason), count in _reference.items():
@@ -91,8 +107,32 @@ def stats() -> Stats:
 
 def reset_stats() -> None:
     """Sets every counter to 0 and lets each fallback reason warn again."""
-    metal = _native.metal_calls()
+    metal = native.metal_calls()
     with _lock:
         _reference.clear()
         _warned.clear()
         _metal_before_reset.update(metal)
+
+
+# ---- exceptions on their way through the native library -----------------------------------------
+
+_pending = threading.local()
+
+
+@contextmanager
+def kept_pending() -> Iterator[None]:
+    """Remembers what the block raises: the native library makes a RuntimeError of everything."""
+    try:
+        yield
+    except BaseException as error:
+        _pending.exception = error
+        raise
+
+
+def take_pending(message: str) -> BaseException | None:
+    """What a block under `kept_pending` raised in this thread, if `message` tells of it."""
+    exception = getattr(_pending, "exception", None)
+    _pending.exception = None
+    if exception is None or type(exception).__name__ not in message:
+        return None
+    return exception

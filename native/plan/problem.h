@@ -1,5 +1,5 @@
-// The plan: which kernels a call runs, with which tiles and grid, or why Metal cannot run it.
-// Pure C++: no torch, no Metal. The one source for the MPS kernels, explain() and doctor.
+// The types of the plan: what a call is, and which kernels it runs. Everything else in this folder
+// stands on them; they know neither torch nor Metal.
 #pragma once
 
 #include <array>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../shaders/params.h"
+#include "../../shaders/params.h"
 
 namespace orchard {
 
@@ -61,29 +61,19 @@ struct KernelLaunch {
 };
 
 struct Plan {
-  std::string refusal;  ///< empty, or why Metal cannot run the call
-  std::string advice;   ///< what the caller could change; may be empty
+  std::string refusal;  ///< empty, or why Metal cannot run the call: the same text for any values
+  std::string detail;   ///< the values of this call that the refusal is about; may be empty
+  std::string advice;   ///< what the caller could do, at no change of the result; may be empty
   AttentionParams params{};
   std::vector<KernelPlan> kernels;
   std::vector<KernelLaunch> launches;  ///< in order
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
 };
 
-/// Forward: fills params but for `out` strides and the dropout seed.
-Plan plan_forward(const Problem& problem, const Layout& out);
+inline int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
 
-/// Backward: fills params but for the strides of dq, dk, dv and the dropout seed.
-Plan plan_backward(const Problem& problem, const Layout& out, const Layout& dout);
+inline int64_t kv_heads(const Problem& p) { return p.k.sizes[0] * p.k.sizes[1]; }
 
-/// Memory order of an output, as src/orchard_ops/layout.py has it: strides of a dense tensor of
-/// these sizes whose B, H, L run in the order of `like`'s strides, with D innermost.
-std::array<int64_t, 4> strides_in_order_of(
-    const std::array<int64_t, 4>& like, const std::array<int64_t, 4>& sizes);
-
-/// Fraction of 65536 dropped, as src/orchard_ops/dropout.py rounds it.
-uint32_t dropout_threshold(double dropout_p);
-
-/// The plan as JSON, for explain().
-std::string to_json(const Plan& plan);
+inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
 }  // namespace orchard

@@ -1,0 +1,83 @@
+#include "checks.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+namespace orchard {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+/// The name of what is wrong: users read the Python checks' message, or in their absence this.
+void check(bool condition, const char* what) {
+  if (!condition) throw Mistake(std::string("the native library takes no such ") + what);
+}
+
+void check_device(const Tensor& x, const Tensor& query) {
+  check(device_type_of(x) == device_type_of(query), "mixture of devices");
+}
+
+}  // namespace
+
+int32_t device_type_of(const Tensor& x) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  return device_type;
+}
+
+void check_operands(const Operands& operands) {
+  const auto& [q, k, v] = operands;
+  for (const Tensor* x : {&q, &k, &v}) {
+    check_device(*x, q);
+    check(x->dim() == 4, "number of dimensions");
+    check(x->scalar_type() == q.scalar_type(), "mixture of dtypes");
+    check(x->size(0) == q.size(0), "mixture of batch sizes");
+  }
+  check(k.size(3) == q.size(3), "mixture of head_dims");
+  check(v.size(1) == k.size(1) && v.size(2) == k.size(2), "mixture of key and value shapes");
+  check(q.size(3) > 0 && v.size(3) > 0, "head_dim");
+  check(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), "number of heads");
+}
+
+void check_scalars(const Scoring& s, const std::string& impl) {
+  check(impl == "auto" || impl == "metal" || impl == "reference", "impl");
+  check(s.window_left >= -1 && s.window_right >= -1, "window");
+  constexpr int64_t kMaxDiagonal = int64_t{1} << 40;
+  check(s.diagonal >= -kMaxDiagonal && s.diagonal <= kMaxDiagonal, "diagonal");
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  constexpr double kSmallest = std::numeric_limits<float>::min();
+  check(s.scale >= -kLargest && s.scale <= kLargest, "scale");
+  check(s.softcap == 0.0 || (s.softcap >= kSmallest && s.softcap <= kLargest), "softcap");
+}
+
+uint64_t checked_seed(const Scoring& s) {
+  check(s.dropout_p >= 0.0 && s.dropout_p < 1.0, "dropout_p");
+  if (s.dropout_p == 0.0) return 0;
+  check(s.dropout_seed.has_value(), "absence of dropout_seed");
+  const Tensor& seed = *s.dropout_seed;
+  check(seed.dim() == 0 && seed.is_cpu() && seed.scalar_type() == ScalarType::Long, "dropout_seed");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+void check_like_out(const Tensor& x, const Operands& operands) {
+  const auto& [q, k, v] = operands;
+  check_device(x, q);
+  check(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
+            x.size(2) == q.size(2) && x.size(3) == v.size(3) && x.scalar_type() == q.scalar_type(),
+      "out or dout");
+}
+
+Tensor dense_row_stats(const Tensor& x, const Tensor& q) {
+  check_device(x, q);
+  check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
+            x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
+      "row statistics");
+  const auto strides = x.strides();
+  const bool dense =
+      strides[2] == 1 && strides[1] == q.size(2) && strides[0] == q.size(1) * q.size(2);
+  return dense ? x : torch::stable::contiguous(x);  // the usual case without the dispatcher
+}
+
+}  // namespace orchard

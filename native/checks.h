@@ -1,0 +1,30 @@
+// What the kernels rely on, checked where a mistake would otherwise read out of bounds.
+#pragma once
+
+#include <stdexcept>
+
+#include "scoring.h"
+
+namespace orchard {
+
+/// A malformed call. It goes on to the reference op, whose own checks word the mistake and raise it
+/// with the type that it has on every device.
+struct Mistake : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+int32_t device_type_of(const Tensor& x);
+
+void check_operands(const Operands& operands);
+void check_scalars(const Scoring& scoring, const std::string& impl);
+
+/// The dropout seed; also checks the arguments that decide whether one is needed.
+uint64_t checked_seed(const Scoring& scoring);
+
+/// dout and out of a backward.
+void check_like_out(const Tensor& x, const Operands& operands);
+
+/// Row statistics as dense float32: (B, H, L).
+Tensor dense_row_stats(const Tensor& x, const Tensor& query);
+
+}  // namespace orchard

@@ -1,0 +1,21 @@
+// The buffer for dS that lets a backward form the gradient of the scores once instead of twice.
+#pragma once
+
+#include "problem.h"
+
+namespace orchard {
+
+/// How a backward that stores dS is divided: so many of the batch * num_kv_heads key/value heads,
+/// with their query heads, and so many keys share the buffer at once.
+struct DsDivision {
+  int64_t kv_heads;
+  int64_t keys;
+  int64_t tile_elements;  // of the buffer, before the sums of dq; 0: dS is not stored
+  int64_t sum_elements;   // behind them
+};
+
+/// The division that fits into Problem::scratch_bytes; the undivided whole, with no buffer, where
+/// none does or storing dS does not pay. `bd` is the padded head dim.
+DsDivision divide_ds(const Problem& problem, int bd, int keys_of_group);
+
+}  // namespace orchard

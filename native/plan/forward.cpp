@@ -1,0 +1,52 @@
+#include <algorithm>
+
+#include "instantiate.h"
+#include "join.h"
+#include "params.h"
+#include "plan.h"
+#include "refusals.h"
+
+namespace orchard {
+namespace {
+
+std::vector<std::string> names_of(const std::vector<TileChoice>& choices) {
+  std::vector<std::string> names;
+  for (const TileChoice& choice : choices) names.push_back(choice.name);
+  return names;
+}
+
+}  // namespace
+
+Plan plan_forward(const Problem& p, const Layout& out) {
+  Plan plan;
+  refuse(p, plan);
+  if (!plan.refusal.empty()) return plan;
+  const DTypeNames dtype = names(p.dtype);
+  const int bd = padded_head_dim(p.q.sizes[3]);
+  TileChoice choice = forward_choice(tiles(bd, dtype).forward, dtype.operand);
+  const std::vector<TileChoice> choices = forward_choices(bd, dtype);
+  const std::string asked = asked_tile(p, "attention_forward");
+  if (!asked.empty()) {
+    const auto found = std::find_if(choices.begin(), choices.end(),
+        [&](const TileChoice& candidate) { return candidate.name == asked; });
+    if (found == choices.end()) {
+      plan.refusal = "ORCHARD_TILES names a tile that attention_forward does not have here";
+      plan.detail = join("got ", asked);
+      plan.advice = "`python -m orchard_ops bench --tiles` measures those that there are";
+      return plan;
+    }
+    choice = *found;
+  }
+  bool chunks = true;
+  for (const Layout* x : {&p.q, &p.k, &p.v, &out}) chunks &= allows_chunks(*x, dtype.size);
+  fill_params(p, plan.params);
+  plan.params.out = to_strides(out.strides);
+  advise_on_layout(chunks, plan);
+  plan.kernels.push_back(make_kernel(
+      p, "attention_forward", choice, switches(p, chunks), query_heads(p), p.q.sizes[2]));
+  plan.kernels[0].alternatives = names_of(choices);
+  plan.launches = {{0, plan.kernels[0].groups, 0, 0, plan.params.kv_len}};
+  return plan;
+}
+
+}  // namespace orchard

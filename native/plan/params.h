@@ -1,0 +1,20 @@
+// What a plan passes to its kernels.
+#pragma once
+
+#include "problem.h"
+
+namespace orchard {
+
+TensorStrides to_strides(const std::array<int64_t, 4>& strides);
+
+/// The params that follow from the problem alone.
+void fill_params(const Problem& problem, AttentionParams& params);
+
+/// Whether rows of x start at multiples of 16 bytes, with adjacent columns that fill whole 16-byte
+/// chunks.
+bool allows_chunks(const Layout& x, int element_size);
+
+/// What to say about a call whose rows do not.
+void advise_on_layout(bool chunks, Plan& plan);
+
+}  // namespace orchard

@@ -1,0 +1,77 @@
+#include "refusals.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "join.h"
+#include "tiles.h"
+
+namespace orchard {
+namespace {
+
+/// One reason. Its text holds none of the call's values: warnings and stats count by it. The values
+/// go into `detail`, which messages add.
+struct Reason {
+  const char* text;
+  bool (*holds)(const Problem&);
+  std::string (*detail)(const Problem&);
+  const char* advice;  // gives the same result
+};
+
+constexpr int64_t kMaxHeads = INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH);
+static_assert(kMaxHeadDim == 256 && ORCHARD_MAX_LENGTH == 1 << 28 && kMaxHeads == 16777215,
+    "the reasons below name these bounds");
+
+int64_t longest(const Problem& p) {
+  return std::max({p.q.sizes[2], p.k.sizes[2], std::abs(p.diagonal)});
+}
+
+std::string no_detail(const Problem&) { return ""; }
+
+constexpr const char* kNoWayAround =
+    "nothing has to change: the reference kernels give the same result, slower";
+
+// In the order in which they are reported.
+const Reason kReasons[] = {
+    {"the dtype is not float16, bfloat16 or float32",
+        [](const Problem& p) { return p.dtype == DType::kOther; }, no_detail,
+        "cast query, key and value to one of these"},
+    {"head_dim is above 256", [](const Problem& p) { return p.q.sizes[3] > kMaxHeadDim; },
+        [](const Problem& p) { return join("got ", p.q.sizes[3]); },
+        "F.scaled_dot_product_attention takes such heads and may be faster than the reference "
+        "kernels"},
+    {"value's head_dim differs from query's",
+        [](const Problem& p) { return p.v.sizes[3] != p.q.sizes[3]; },
+        [](const Problem& p) { return join("got ", p.v.sizes[3], " and ", p.q.sizes[3]); },
+        "pad the narrower with zeros: value, whose output is then cut to its width, or query and "
+        "key, with scale given as it was without the zeros"},
+    {"attn_mask is given", [](const Problem& p) { return p.has_mask; }, no_detail,
+        "use is_causal, window_left or window_right where they say the same as the mask"},
+    {"alibi_slopes are given", [](const Problem& p) { return p.has_alibi; }, no_detail,
+        kNoWayAround},
+    {"sinks are given", [](const Problem& p) { return p.has_sinks; }, no_detail, kNoWayAround},
+    {"softcap is given", [](const Problem& p) { return p.softcap > 0.0; },
+        [](const Problem& p) { return join("got ", p.softcap); }, kNoWayAround},
+    {"a length or the diagonal is above 2^28",
+        [](const Problem& p) { return longest(p) > ORCHARD_MAX_LENGTH; },
+        [](const Problem& p) { return join("got ", longest(p)); },
+        "split the queries into several calls: each row of the result stands alone"},
+    {"batch times heads is above 16777215",
+        [](const Problem& p) { return query_heads(p) > kMaxHeads; },
+        [](const Problem& p) { return join("got ", query_heads(p)); },
+        "split the batch into several calls: each part of the result stands alone"},
+};
+
+}  // namespace
+
+void refuse(const Problem& p, Plan& plan) {
+  for (const Reason& reason : kReasons) {
+    if (!reason.holds(p)) continue;
+    plan.refusal = reason.text;
+    plan.detail = reason.detail(p);
+    plan.advice = reason.advice;
+    return;
+  }
+}
+
+}  // namespace orchard

@@ -1,0 +1,92 @@
+"""The native library (Metal kernels): found and loaded once at import, or the reason why not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
+_INTERFACE = "orchard_library_interface"
+_why_not: str | None = "the native library has not been looked for"
+
+
+def _library_path() -> Path:
+    """ORCHARD_NATIVE_LIBRARY if set (development builds), else the file inside the package."""
+    override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
+    return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
+
+
+def _difference(theirs: str, ours: str) -> str:
+    """Where two interfaces part, for a message."""
+    common = next((n for n, (x, y) in enumerate(zip(theirs, ours)) if x != y), 0)
+    start = ours.rfind(",", 0, common) + 1
+    there, here = (text[start : start + 40].strip() for text in (theirs, ours))
+    return f"the library has '{there} ...', the package '{here} ...'"
+
+
+def _open(path: Path, interface: str) -> str | None:
+    """Loads the library and has it register its ops; None, or why not.
+
+    Loading registers nothing, so that a library for another version of this package is told apart
+    before PyTorch knows of it. Old ones register at once: they are told by their file, which does
+    not name the function to ask.
+    """
+    stranger = f"{path.name} is not a native library of orchard_ops, or one of another version"
+    try:
+        # The linker of a Mac may store the part that all functions share but once.
+        if _INTERFACE.removeprefix("orchard_").encode() not in path.read_bytes():
+            return stranger
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the native library {path.name} does not load: {error}"
+    try:
+        ask, register = getattr(library, _INTERFACE), library.orchard_register_ops
+    except AttributeError:
+        return stranger
+    ask.restype = register.restype = ctypes.c_char_p
+    theirs = ask().decode(errors="replace")
+    if theirs != interface:
+        return (
+            f"the native library {path.name} is of another version of orchard_ops "
+            f"({_difference(theirs, interface)}); reinstall it"
+        )
+    failure = register()
+    if failure:
+        why = failure.decode(errors="replace")
+        return f"the native library {path.name} cannot register its ops: {why}"
+    return None
+
+
+def load(interface: str) -> None:
+    """Loads the library of this interface, which registers the MPS kernels.
+
+    Never raises: see `why_not`.
+    """
+    global _why_not
+    path = _library_path()
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that no file can have
+        _why_not = f"the native library of ORCHARD_NATIVE_LIBRARY does not load: {error.strerror}"
+        return
+    if exists:
+        _why_not = _open(path, interface)
+    elif sys.platform == "darwin" or "ORCHARD_NATIVE_LIBRARY" in os.environ:
+        _why_not = f"the native library {path.name} is missing"
+    else:
+        _why_not = "this installation has no Metal kernels (they need macOS on Apple silicon)"
+
+
+def why_not() -> str | None:
+    """None when the library is loaded, else the reason why it is not."""
+    return _why_not
+
+
+def metal_calls() -> dict[str, int]:
+    """Calls that have run as Metal kernels in this process, by op."""
+    forward, backward = (0, 0) if _why_not else torch.ops.orchard.metal_calls()
+    return {"flash_attn_fwd": forward, "flash_attn_bwd": backward}

@@ -1,0 +1,195 @@
+"""The derivative of flash_attn_fwd, which is flash_attn_bwd; that has none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import _SingleLevelFunction
+
+from ..scoring import TENSORS, Scoring
+from . import eager
+from .schema import BACKWARD, FORWARD, ForwardArgs, library
+
+_NUM_SCORING_TENSORS = len(TENSORS)
+_NUM_TENSORS = 3 + _NUM_SCORING_TENSORS
+"""The leading arguments of the forward that may be tensors."""
+
+
+def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Forward-mode AD would otherwise see a constant: its tangents do not reach the kernels."""
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"orchard::{op}: forward-mode differentiation (jvp, jacfwd) is not implemented; "
+                "use F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+            )
+
+
+def _needs_grad(args: Sequence[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def _below_autograd() -> AbstractContextManager:
+    """For the call of an op that an autograd.Function wraps.
+
+    The function has switched off gradients, forward-mode ones too. A torch.func transform that lies
+    further out has to record the op as well, and would find nothing to record.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return torch._C._AutoDispatchBelowAutograd()
+    stack = ExitStack()
+    stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return stack
+
+
+class _Formula(_SingleLevelFunction):
+    """An autograd.Function called from an Autograd kernel.
+
+    There torch.func's transforms have already been entered for the op itself; a
+    `torch.autograd.Function` would enter them a second time (and fail).
+    """
+
+    apply: Callable[..., Any]
+
+    @classmethod
+    def record(cls, *args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        with enable_single_level_autograd_function():
+            return cls.apply(*args)
+
+
+class _FlashAttention(_Formula):
+    """out and row_stats of flash_attn_fwd with flash_attn_bwd as the derivative.
+
+    What cannot be a tensor comes as one tuple, since autograd spends time on every argument.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, rest = args
+        with _below_autograd():
+            return FORWARD(*tensors, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.rest = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, drow_stats: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, *tensors, out, row_stats = ctx.saved_tensors
+        *numbers, impl = ctx.rest
+        scoring = Scoring(*tensors, *numbers)
+        query_too, key_too, value_too, mask_too, _, sinks_too, *_ = ctx.needs_input_grad
+        if dout is None and drow_stats is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dlse = None
+        if drow_stats is not None:
+            # Both numbers move lse alike: one gradient tells all.
+            dlse = drow_stats[..., 1] / scoring.unit
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dmask, dsinks = differentiate(
+            dout, dlse, query, key, value, out, row_stats, scoring, mask_too, impl
+        )
+        return (
+            dq if query_too else None,
+            dk if key_too else None,
+            dv if value_too else None,
+            dmask if mask_too else None,
+            None,
+            dsinks if sinks_too else None,
+            None,
+            None,
+        )
+
+
+class _FlashAttentionBackward(_Formula):
+    """flash_attn_bwd, whose own derivative is refused: else torch returns wrong gradients."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with _below_autograd():
+            return BACKWARD(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "orchard::flash_attn_bwd: double backward is not implemented; use "
+            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for second "
+            "derivatives"
+        )
+
+
+def _refuse_trainable_slopes(alibi_slopes: Tensor | None) -> None:
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "orchard::flash_attn: alibi_slopes has no gradient; got slopes that require grad: "
+            "detach them"
+        )
+
+
+def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    _refuse_tangents("flash_attn_fwd", args)
+    _refuse_trainable_slopes(ForwardArgs.read(args).scoring.alibi_slopes)
+    formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
+    return formula(*args[:_NUM_TENSORS], args[_NUM_TENSORS:])
+
+
+def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    _refuse_tangents("flash_attn_bwd", args)
+    function = _FlashAttentionBackward
+    return (function.record if _needs_grad(args) else function.forward)(*args)
+
+
+library.impl("flash_attn_fwd", _forward_kernel, "Autograd")
+library.impl("flash_attn_bwd", _backward_kernel, "Autograd")
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, impl: str
+) -> tuple[Tensor, Tensor]:
+    """FORWARD; in the usual case without the dispatcher's way round to `_forward_kernel`."""
+    tensors = (query, key, value, *scoring[:_NUM_SCORING_TENSORS])
+    if scoring.alibi_slopes is not None or not eager.nothing_between(tensors):
+        return FORWARD(query, key, value, *scoring, impl)
+    if _needs_grad(tensors):
+        return _FlashAttention.apply(*tensors, (*scoring[_NUM_SCORING_TENSORS:], impl))
+    with torch._C._AutoDispatchBelowAutograd():
+        return FORWARD(query, key, value, *scoring, impl)
+
+
+def differentiate(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    row_stats: Tensor, scoring: Scoring, mask_grad: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """BACKWARD, as `attend`."""
+    tensors = (dout, dlse, query, key, value, out, row_stats)
+    all_tensors = (*tensors, *scoring[:_NUM_SCORING_TENSORS])
+    if torch.is_grad_enabled() or not eager.nothing_between(all_tensors):
+        return BACKWARD(*tensors, *scoring, mask_grad, impl)
+    with torch._C._AutoDispatchBelowAutograd():
+        return BACKWARD(*tensors, *scoring, mask_grad, impl)

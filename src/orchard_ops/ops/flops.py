@@ -1,0 +1,32 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts: as for F.scaled_dot_product_attention.
+
+Every pair of a query and a key counts, hidden or not, and every query head, shared keys or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .schema import BackwardArgs, ForwardArgs
+
+
+def _pairs(query: torch.Size, key: torch.Size) -> int:
+    batch, num_heads, q_len, _ = query
+    return batch * num_heads * q_len * key[2]
+
+
+@register_flop_formula(torch.ops.orchard.flash_attn_fwd)
+def forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
+    """q @ k^T and p @ v, of the operands' shapes."""
+    call = ForwardArgs.read(args)
+    return 2 * _pairs(call.query, call.key) * (call.query[3] + call.value[3])
+
+
+@register_flop_formula(torch.ops.orchard.flash_attn_bwd)
+def backward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
+    """The scores anew, dq and dk; dp and dv; of the operands' shapes."""
+    call = BackwardArgs.read(args)
+    return 2 * _pairs(call.query, call.key) * (3 * call.query[3] + 2 * call.value[3])

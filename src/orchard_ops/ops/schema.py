@@ -1,0 +1,140 @@
+"""The ops' schemas and handles, and their arguments by name.
+
+``native/module.cpp`` adds the MPS kernels of flash_attn_fwd and flash_attn_bwd; ``attention.py``
+adds flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
+ABI handle keyword-only arguments unevenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import calls, scoring
+from ..scoring import Scoring
+
+_FORWARD = f"Tensor query, Tensor key, Tensor value, {scoring.SCHEMA}"
+_BACKWARD = (
+    "Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor row_stats, {scoring.SCHEMA}, bool mask_grad"
+)
+_RESULTS = "(Tensor out, Tensor row_stats)"
+_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
+_PLAN = (
+    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
+    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)"
+)
+INTERFACE = (
+    f"orchard_ops interface 2: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
+    f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
+    f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}"
+)
+"""What ``native/module.cpp`` must answer to be the library of this package."""
+
+library = torch.library.Library("orchard", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+for _schema in (
+    "flash_attn(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    "int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None) -> Tensor",
+    f'flash_attn_fwd({_FORWARD}, str impl="auto") -> {_RESULTS}',
+    f'flash_attn_bwd({_BACKWARD}, str impl="auto") -> {_GRADIENTS}',
+    # The MPS kernels call these when Metal refuses or fails, with the reason: the same text for any
+    # numbers, since reasons are counted.
+    f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> {_RESULTS}",
+    f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason) -> {_GRADIENTS}",
+):
+    library.define(_schema, tags=_TAGS)
+
+
+def _raising_what_was_raised(op: Any) -> Any:
+    """The handle `op`, whose calls raise the very exception of a fallback to the reference.
+
+    From there it passes through the native library, which knows RuntimeError alone.
+    """
+    call = op._op
+
+    def call_and_tell(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError as error:
+            original = calls.take_pending(str(error))
+            if original is None:
+                raise
+            raise original from None
+
+    op._op = call_and_tell
+    return op
+
+
+FORWARD = _raising_what_was_raised(torch.ops.orchard.flash_attn_fwd.default)
+"""``orchard::flash_attn_fwd``, see `ForwardArgs`; out and row_stats."""
+BACKWARD = _raising_what_was_raised(torch.ops.orchard.flash_attn_bwd.default)
+"""``orchard::flash_attn_bwd``, see `BackwardArgs`; dq, dk, dv, dmask and dsinks."""
+for _packet in (torch.ops.orchard.flash_attn_fwd, torch.ops.orchard.flash_attn_bwd):
+    _raising_what_was_raised(_packet)
+
+
+class ForwardArgs(NamedTuple):
+    """The arguments of ``orchard::flash_attn_fwd``."""
+
+    query: Any
+    key: Any
+    value: Any
+    scoring: Scoring
+    impl: str
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> ForwardArgs:
+        """From the flat list; the dispatcher leaves out a trailing argument with its default."""
+        end = 3 + len(Scoring._fields)
+        return cls._make((*args[:3], Scoring._make(args[3:end]), *args[end:] or ("auto",)))
+
+    def flat(self) -> tuple[Any, ...]:
+        return (self.query, self.key, self.value, *self.scoring, self.impl)
+
+
+class BackwardArgs(NamedTuple):
+    """The arguments of ``orchard::flash_attn_bwd``."""
+
+    dout: Any
+    dlse: Any
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    row_stats: Any
+    scoring: Scoring
+    mask_grad: bool
+    impl: str
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> BackwardArgs:
+        """From the flat list; the dispatcher leaves out a trailing argument with its default."""
+        end = 7 + len(Scoring._fields)
+        mask_grad, *impl = args[end:]
+        scoring = Scoring._make(args[7:end])
+        return cls._make((*args[:7], scoring, mask_grad, *impl or ("auto",)))
+
+    def flat(self) -> tuple[Any, ...]:
+        return (*self[:7], *self.scoring, self.mask_grad, self.impl)
+
+
+def stats_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of row_stats and lse."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def public_lse(row_stats: Tensor, unit: float) -> Tensor:
+    """(B, Hq, L): the natural logarithm of the softmax's denominator, from the pair (see below).
+
+    row_stats (B, Hq, L, 2) holds the number that a row's exponentials count from and the logarithm
+    of their sum; `Scoring.unit` is what 1 is there. Side by side they lose nothing: their sum does,
+    where the first is large, so the backward takes them apart.
+    """
+    lse = row_stats.sum(-1)
+    return lse if unit == 1.0 else lse * unit

@@ -1,0 +1,60 @@
+"""What the native plan says about a call, as Python values."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Kernel(NamedTuple):
+    """One kernel variant that a call would run."""
+
+    family: str
+    name: str
+    instantiation: str
+    """The line of Metal that makes the variant."""
+    tile: str
+    """Tile and grid in words."""
+    tile_name: str
+    """As in `name`; the forward's as ORCHARD_TILES has it, too."""
+    alternatives: tuple[str, ...]
+    """Tiles that ORCHARD_TILES may name here."""
+
+
+class Plan(NamedTuple):
+    """Which kernels a forward and its backward would run, or why Metal cannot run the call."""
+
+    refusal: str
+    """Empty, or why Metal cannot run the call: the same text for any values."""
+    detail: str
+    """The values of this call that the refusal is about; may be empty."""
+    advice: str
+    kernels: tuple[Kernel, ...]
+    launches: tuple[tuple[int, ...], ...]
+    """In order: kernel, threadgroups in x and y, first key/value head, first key, end of keys."""
+    scratch_bytes: int
+
+    @property
+    def why_not(self) -> str:
+        """The refusal with its detail; empty if the call runs."""
+        return f"{self.refusal} ({self.detail})" if self.detail else self.refusal
+
+
+_NUMBERS_OF_LAUNCH = 6
+
+
+def plan(*arguments: Any) -> Plan:
+    """The native plan for the arguments of ``orchard::flash_attn_fwd``. Runs nothing."""
+    refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = (
+        torch.ops.orchard.flash_attn_plan(*arguments)
+    )
+    kernels = tuple(
+        Kernel(*texts, tuple(names.split(",")) if names else ())
+        for *texts, names in zip(*columns, alternatives, strict=True)
+    )
+    rows = tuple(
+        tuple(launches[n : n + _NUMBERS_OF_LAUNCH])
+        for n in range(0, len(launches), _NUMBERS_OF_LAUNCH)
+    )
+    return Plan(refusal, detail, advice, kernels, rows, scratch_bytes)

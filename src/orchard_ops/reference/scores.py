@@ -1,0 +1,224 @@
+"""Blocks of query rows, the keys they see, their scores and the exponentials of those."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dropout
+from ..scoring import Scoring
+from .products import product
+
+
+class Limits(NamedTuple):
+    """How large a block may be, in scores over all batches and query heads."""
+
+    elements: int
+    """What a block has ..."""
+    enough_rows: int
+    """... unless it has fewer rows: these make too many operations, and read and write all of dk
+    and dv too often. Then it has as many rows ..."""
+    most_elements: int
+    """... but not more scores than these. Where a single group of rows (`dropout.GROUP`) exceeds
+    that, the block is this group: 64 bytes for every batch, query head and key."""
+
+
+CPU_LIMITS = Limits(1 << 21, 128, 1 << 23)
+"""8 and 32 MiB in float32: larger blocks do not stay in the caches."""
+GPU_LIMITS = Limits(1 << 22, 256, 1 << 24)
+"""16 and 64 MiB in float32: every operation of a block is a launch."""
+
+_OPEN = 1 << 42
+"""A window this wide hides nothing (`scoring.MAX_DIAGONAL`); wider ones would overflow int64."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows [row0, row1) and the keys [col0, col1) that any of them may see."""
+
+    row0: int
+    row1: int
+    col0: int
+    col1: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The block's rows, dimension 2 of x."""
+        return _range(x, 2, self.row0, self.row1)
+
+    def cols(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The block's keys, which are dimension `dim` of x."""
+        return _range(x, dim, self.col0, self.col1)
+
+
+def _range(x: Tensor, dim: int, first: int, end: int) -> Tensor:
+    """x from `first` to `end` along `dim`: one operation, or none if that is all of x."""
+    return x if end - first == x.shape[dim] else x.narrow(dim, first, end - first)
+
+
+def blocks(
+    batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring, limits: Limits
+) -> Iterator[Block]:
+    """Blocks that begin at multiples of `dropout.GROUP`."""
+    if batch * num_heads == 0:
+        return
+    row_elements = max(1, batch * num_heads * kv_len)
+    most_rows = limits.most_elements // row_elements
+    step = max(limits.elements // row_elements, min(limits.enough_rows, most_rows))
+    step = max(1, step // dropout.GROUP) * dropout.GROUP
+    for row0 in range(0, q_len, step):
+        row1 = min(q_len, row0 + step)
+        col0, col1 = 0, kv_len
+        if s.window_left >= 0:
+            col0 = min(max(0, row0 + s.diagonal - s.window_left), kv_len)
+        if s.window_right >= 0:
+            col1 = max(min(kv_len, row1 + s.diagonal + s.window_right), col0)
+        yield Block(row0, row1, col0, col1)
+
+
+def outside_window(block: Block, s: Scoring, device: torch.device) -> Tensor | None:
+    """(rows, cols) bool, True where the window hides a key; None where it hides nothing."""
+    first, last = block.row0 + s.diagonal, block.row1 - 1 + s.diagonal
+    covers_left = s.window_left < 0 or block.col0 >= last - s.window_left
+    covers_right = s.window_right < 0 or block.col1 - 1 <= first + s.window_right
+    if covers_left and covers_right:
+        return None
+    i = torch.arange(first, last + 1, device=device).unsqueeze(1)
+    j = torch.arange(block.col0, block.col1, device=device)
+    if covers_left:
+        return j > i + s.window_right
+    if covers_right:
+        return j < i - s.window_left
+    return (j < i - s.window_left) | (j > i + s.window_right)
+
+
+def _unseen(mask: Tensor, num_kv_heads: int) -> Tensor:
+    """True for the keys that the mask hides from every row: (1 or B, 1 or Hkv, 1 or S, 1)."""
+    if mask.dtype == torch.bool:
+        unseen = mask.any(dim=2).logical_not_()
+    else:
+        unseen = mask.amax(dim=2) == -math.inf if mask.shape[2] > 1 else mask[:, :, 0] == -math.inf
+    if unseen.shape[1] not in (1, num_kv_heads):  # all query heads of a key/value head
+        unseen = unseen.unflatten(1, (num_kv_heads, -1)).all(dim=2)
+    return unseen.unsqueeze(-1)
+
+
+class Problem:
+    """One call's operands in compute precision.
+
+    k and v are (N, S, D), N being batch * num_kv_heads; blocks of rows of q and dout are
+    (N, group * rows, D), the rows of all query heads that share a key/value head.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring):
+        self.batch, self.num_heads, self.q_len, self.head_dim = query.shape
+        self.num_kv_heads, self.kv_len = key.shape[1], key.shape[2]
+        self.group = self.num_heads // max(1, self.num_kv_heads)
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.device = query.device
+        self.query = query
+        self.scoring = scoring._replace(
+            window_left=min(scoring.window_left, _OPEN),
+            window_right=min(scoring.window_right, _OPEN),
+        )
+        self.per_exponent = 1.0 / scoring.unit
+        mask = scoring.attn_mask
+        unseen = None if mask is None or 0 in mask.shape else _unseen(mask, self.num_kv_heads)
+        self.k, self.v = (self._seen(x, unseen) for x in (key, value))
+        self.sinks = None
+        if scoring.sinks is not None:
+            self.sinks = self._per_head(scoring.sinks) * self.per_exponent
+        self.seed = 0 if scoring.dropout_seed is None else int(scoring.dropout_seed)
+        self.has_dropout = dropout.threshold(scoring.dropout_p) > 0
+
+    def _seen(self, x: Tensor, unseen: Tensor | None) -> Tensor:
+        """Keys or values as (N, S, D); what no row may see is 0, whatever the caller left there."""
+        x = x.to(self.dtype)
+        if unseen is not None:
+            x = x.masked_fill(unseen, 0.0)
+        return x.flatten(0, 1)
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """(Hq) or (B, Hq) -> (1 or B, Hq, 1, 1) in compute precision."""
+        return x.to(self.dtype).view(-1, self.num_heads, 1, 1)
+
+    def blocks(self) -> Iterator[Block]:
+        limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
+        return blocks(self.batch, self.num_heads, self.q_len, self.kv_len, self.scoring, limits)
+
+    def rows_by_kv_head(self, x: Tensor, block: Block) -> Tensor:
+        """(B, Hq, L, E) -> the block's rows as (N, group * rows, E) in compute precision."""
+        rows = block.rows(x).to(self.dtype)
+        return rows.reshape(len(self.k), self.group * (block.row1 - block.row0), x.shape[3])
+
+    def rows_by_head(self, x: Tensor, block: Block) -> Tensor:
+        """(N, group * rows, E) -> (B, Hq, rows, E)."""
+        return x.view(self.batch, self.num_heads, block.row1 - block.row0, x.shape[2])
+
+    def by_kv_head(self, x: Tensor) -> Tensor:
+        """(B, Hq, rows, E) -> (N, group * rows, E)."""
+        return x.reshape(len(self.k), self.group * x.shape[2], x.shape[3])
+
+    def scores(self, q: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
+        """(B, Hq, rows, cols) in the unit of the exponent, hidden ones -inf; softcap's tanh.
+
+        The tanh is None without a softcap.
+        """
+        s = self.scoring
+        k = block.cols(self.k).transpose(1, 2)
+        x = self.rows_by_head(product(q, k, s.scale * self.per_exponent), block)
+        tanh = None
+        if s.softcap > 0.0:
+            tanh = x.div_(s.softcap).tanh_()
+            x = tanh * s.softcap
+        if s.alibi_slopes is not None:
+            i = torch.arange(block.row0, block.row1, device=self.device) + s.diagonal
+            j = torch.arange(block.col0, block.col1, device=self.device)
+            distance = (i.unsqueeze(1) - j).abs().to(self.dtype)
+            x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
+        if s.attn_mask is not None:
+            mask = s.attn_mask
+            mask = block.rows(mask) if mask.shape[2] != 1 else mask
+            mask = block.cols(mask, 3) if mask.shape[3] != 1 else mask
+            x = x.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else x.add_(mask)
+        hidden = outside_window(block, s, self.device)
+        if hidden is not None:
+            x.masked_fill_(hidden, -math.inf)
+        return x, tanh
+
+    def exponentials(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Turns the scores into exponentials counted from the largest of their row, in place.
+
+        Returns the origin and the sum of each row, (B, Hq, rows, 1), and the sinks' exponentials.
+        A row without a key counts from the lowest finite number, and its sum is 0. Every other sum
+        is at least 1, since the largest score's exponential is.
+        """
+        lowest = torch.finfo(x.dtype).min
+        exp = torch.exp2 if self.scoring.plain else torch.exp
+        if x.shape[3] == 0:  # no key in sight
+            origin = x.new_full((*x.shape[:3], 1), lowest)
+        else:
+            origin = x.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+        if self.sinks is not None:
+            origin = torch.maximum(origin, self.sinks)
+        exp(x.sub_(origin), out=x)
+        total = x.sum(dim=-1, keepdim=True)
+        if self.sinks is None:
+            return origin, total, None
+        sink = exp(self.sinks - origin)
+        return origin, total.add_(sink), sink
+
+    def keep(self, block: Block) -> Tensor | None:
+        """Dropout's multiplier on the block's weights: 0 or 1 / (1 - p)."""
+        s = self.scoring
+        if not self.has_dropout:
+            return None
+        kept = dropout.keep_block(
+            self.seed, s.dropout_p, self.batch, self.num_heads,
+            (block.row0, block.row1), (block.col0, block.col1), self.device,
+        )  # fmt: skip
+        return kept.to(self.dtype).mul_(dropout.rescale(s.dropout_p))

@@ -1,0 +1,143 @@
+"""The one list of the arguments, besides q, k and v, that decide the scores and their weights.
+
+The schemas, the fake kernels, vmap, the reference, the tests and the command line read them by name
+from `Scoring`; ``native/scoring.h`` has the same list for C++, and a test compares the two.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_DIAGONAL = 1 << 40
+"""Far beyond any length, and far from overflowing int64."""
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+class Scoring(NamedTuple):
+    """The scoring arguments of ``orchard::flash_attn_fwd``, in the order of its schema.
+
+    The weights of a row are softmax(softcap(scale * q @ k^T) - alibi + attn_mask) over the keys
+    that the windows leave, with the sink as one more logit, and dropout on the weights.
+    """
+
+    attn_mask: Tensor | None = None
+    """Broadcastable to (B, Hq, L, S); bool: True takes part; floating point: added."""
+    alibi_slopes: Tensor | None = None
+    """(Hq) or (B, Hq); -slope * |i + diagonal - j| is added."""
+    sinks: Tensor | None = None
+    """(Hq): a logit that takes probability and has no value."""
+    dropout_seed: Tensor | None = None
+    """0-dim int64 on the cpu."""
+    dropout_p: float = 0.0
+    scale: float = 1.0
+    window_left: int = -1
+    """Query i sees keys from i + diagonal - window_left on; -1 is open."""
+    window_right: int = -1
+    """Query i sees keys up to i + diagonal + window_right; -1 is open."""
+    diagonal: int = 0
+    """The key that query 0 stands at."""
+    softcap: float = 0.0
+    """c > 0 replaces a score s by c * tanh(s / c)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether a score is a scaled dot product and nothing else.
+
+        Windows, sinks and dropout do not change a score.
+        """
+        return self.attn_mask is None and self.alibi_slopes is None and self.softcap == 0.0
+
+    @property
+    def unit(self) -> float:
+        """What 1 in ``row_stats`` is as a natural logarithm.
+
+        The exponents are powers of two where the score is plain. Elsewhere they are natural: a
+        finite mask times log2(e) could overflow.
+        """
+        return math.log(2.0) if self.plain else 1.0
+
+    def check(self, op: str, query: Tensor, key: Tensor) -> None:
+        """Raises for arguments that are wrong with 4-D q and k that `check_problem` accepts."""
+        self._check_dropout(op)
+        if not abs(self.scale) <= _FLOAT32.max:
+            raise ValueError(f"{op}: scale must be finite in float32; got {self.scale}")
+        if self.softcap != 0.0 and not _FLOAT32.tiny <= self.softcap <= _FLOAT32.max:
+            raise ValueError(
+                f"{op}: softcap must be 0 (none) or positive and finite in float32; "
+                f"got {self.softcap}"
+            )
+        for name, window in (
+            ("window_left", self.window_left),
+            ("window_right", self.window_right),
+        ):
+            if window < -1:
+                raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
+        if abs(self.diagonal) > MAX_DIAGONAL:
+            raise ValueError(f"{op}: diagonal must be within +-2^40; got {self.diagonal}")
+        if self.attn_mask is not None:
+            self._check_mask(op, query, key)
+        self._check_per_head(op, query)
+
+    def _check_dropout(self, op: str) -> None:
+        seed = self.dropout_seed
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"{op}: dropout_p must be in [0, 1); got {self.dropout_p}")
+        if self.dropout_p == 0.0:
+            return
+        if seed is None:
+            raise ValueError(f"{op}: dropout_p is {self.dropout_p} but dropout_seed is None")
+        on_host = seed.device.type in ("cpu", "meta")
+        if seed.dim() != 0 or seed.dtype != torch.int64 or not on_host:
+            raise ValueError(
+                f"{op}: dropout_seed must be a 0-dim int64 cpu tensor; got shape "
+                f"{tuple(seed.shape)}, {seed.dtype} on {seed.device}"
+            )
+
+    def _check_mask(self, op: str, query: Tensor, key: Tensor) -> None:
+        mask = self.attn_mask
+        assert mask is not None
+        if mask.device != query.device:
+            raise ValueError(
+                f"{op}: attn_mask must be on query's device {query.device}; got {mask.device}"
+            )
+        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise TypeError(
+                f"{op}: attn_mask must be bool, float32 or query's {query.dtype}; got {mask.dtype}"
+            )
+        # A length is compared with its like first: torch.export cannot tell an unknown one from 1.
+        full = (*query.shape[:3], key.shape[2])
+        if mask.dim() != 4 or not all(m == f or m == 1 for m, f in zip(mask.shape, full)):
+            raise ValueError(
+                f"{op}: attn_mask must broadcast to {full}; got shape {tuple(mask.shape)}"
+            )
+
+    def _check_per_head(self, op: str, query: Tensor) -> None:
+        batch, num_heads = query.shape[:2]
+        slopes, sinks = self.alibi_slopes, self.sinks
+        if slopes is not None and tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
+            raise ValueError(
+                f"{op}: alibi_slopes must have shape ({num_heads},) or ({batch}, {num_heads}); "
+                f"got {tuple(slopes.shape)}"
+            )
+        if sinks is not None and tuple(sinks.shape) != (num_heads,):
+            raise ValueError(
+                f"{op}: sinks must have shape ({num_heads},); got {tuple(sinks.shape)}"
+            )
+        for name, x in (("alibi_slopes", slopes), ("sinks", sinks)):
+            if x is not None and x.device != query.device:
+                raise ValueError(
+                    f"{op}: {name} must be on query's device {query.device}; got {x.device}"
+                )
+            if x is not None and not x.dtype.is_floating_point:
+                raise TypeError(f"{op}: {name} must be a floating point tensor; got {x.dtype}")
+
+
+_SCHEMA_TYPES = {Tensor | None: "Tensor?", float: "float", int: "int"}
+_KINDS = {name: _SCHEMA_TYPES[kind] for name, kind in Scoring.__annotations__.items()}
+
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
+"""The arguments as every schema of the functional ops has them."""
+TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
+"""The names of the arguments that may be tensors; they come first."""
