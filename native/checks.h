@@ -24,7 +24,10 @@ uint64_t checked_seed(const Scoring& scoring);
 /// dout and out of a backward.
 void check_like_out(const Tensor& x, const Operands& operands);
 
-/// Row statistics as dense float32: (B, H, L).
+/// One number for each row as dense float32: (B, H, L).
+Tensor dense_rows(const Tensor& x, const Tensor& query);
+
+/// Row statistics as dense float32: (B, H, L, 2).
 Tensor dense_row_stats(const Tensor& x, const Tensor& query);
 
 }  // namespace orchard

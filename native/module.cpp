@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
+#include "shader_library.h"
 
 namespace orchard {
 namespace {
@@ -20,7 +21,7 @@ constexpr int kInterface = 2;
 
 /// The schemas of the two ops that Python defines, without default values, and of the plan.
 std::string forward_schema() {
-  return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor lse)";
+  return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor row_stats)";
 }
 std::string backward_schema() {
   return "flash_attn_bwd(" + backward_arguments() +
@@ -77,8 +78,9 @@ ORCHARD_EXPORT const char* orchard_register_ops() {
     try {
       orchard::register_ops();
       return "";
-    } catch (const std::exception& error) {
-      return error.what();
+    } catch (const std::exception&) {  // says where in torch's headers
+      return "PyTorch refuses its ops, as where another copy of it is loaded: " +
+             orchard::last_error();
     }
   }();
   return failure.empty() ? nullptr : failure.c_str();

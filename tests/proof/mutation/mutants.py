@@ -19,7 +19,10 @@ FILES = (
     "shaders/dscore.h", "shaders/forward.h", "shaders/keys.h", "shaders/loader.h",
     "shaders/params.h", "shaders/philox.h", "shaders/score.h", "shaders/softmax.h",
     "shaders/staging.h",
-    "shaders/tile.h", "native/plan.cpp",
+    "shaders/tile.h",
+    *(f"native/plan/{name}.cpp" for name in (
+        "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
+    )),
 )  # fmt: skip
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
