@@ -50,7 +50,7 @@ def plan(*arguments: Any) -> Plan:
         torch.ops.orchard.flash_attn_plan(*arguments)
     )
     kernels = tuple(
-        Kernel(*texts, tuple(names.split(",")) if names else ())
+        Kernel._make((*texts, tuple(names.split(",")) if names else ()))
         for *texts, names in zip(*columns, alternatives, strict=True)
     )
     rows = tuple(

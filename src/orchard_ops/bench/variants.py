@@ -89,7 +89,8 @@ def of_cases(
         if option in options and all(case.mode != mode for case in chosen):
             raise ValueError(f"{option} is about {mode}, which --modes leaves out")
     further: dict[Case, list[Contender]] = {case: [] for case in chosen}
-    unmatched, available = set(tiles or ()), []
+    unmatched: set[str] = set(tiles or ())
+    available: list[str] = []
     for case in chosen:
         if case.training:
             further[case] = [scratch(megabytes) for megabytes in dict.fromkeys(scratch_mb or ())]

@@ -154,7 +154,9 @@ def _refuse_trainable_slopes(alibi_slopes: Tensor | None) -> None:
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     _refuse_tangents("flash_attn_fwd", args)
-    _refuse_trainable_slopes(ForwardArgs.read(args).scoring.alibi_slopes)
+    call = ForwardArgs.read(args)
+    _refuse_trainable_slopes(call.scoring.alibi_slopes)
+    args = call.flat()
     formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
     return formula(*args[:_NUM_TENSORS], args[_NUM_TENSORS:])
 

@@ -92,7 +92,7 @@ class ForwardArgs(NamedTuple):
     def read(cls, args: Sequence[Any]) -> ForwardArgs:
         """From the flat list; the dispatcher leaves out a trailing argument with its default."""
         end = 3 + len(Scoring._fields)
-        return cls._make((*args[:3], Scoring._make(args[3:end]), *args[end:] or ("auto",)))
+        return cls._make((*args[:3], Scoring._make(args[3:end]), *(args[end:] or ("auto",))))
 
     def flat(self) -> tuple[Any, ...]:
         return (self.query, self.key, self.value, *self.scoring, self.impl)
@@ -118,7 +118,7 @@ class BackwardArgs(NamedTuple):
         end = 7 + len(Scoring._fields)
         mask_grad, *impl = args[end:]
         scoring = Scoring._make(args[7:end])
-        return cls._make((*args[:7], scoring, mask_grad, *impl or ("auto",)))
+        return cls._make((*args[:7], scoring, mask_grad, *(impl or ("auto",))))
 
     def flat(self) -> tuple[Any, ...]:
         return (*self[:7], *self.scoring, self.mask_grad, self.impl)
