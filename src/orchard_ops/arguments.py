@@ -310,7 +310,7 @@ def prepare(
         attn_mask=attn_mask,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        dropout_seed=seed.draw() if dropout_p > 0.0 else None,
+        dropout_seed=seed.draw(query) if dropout_p > 0.0 else None,
         dropout_p=dropout_p,
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         window_left=window_left,

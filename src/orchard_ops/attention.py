@@ -97,7 +97,7 @@ def flash_attn(
         and _is_usual(query, key, value, enable_gqa)
     ):  # as `prepare` would bring it, in less time
         scoring = Scoring(
-            None, None, None, seed.draw() if dropout_p > 0.0 else None, dropout_p,
+            None, None, None, seed.draw(query) if dropout_p > 0.0 else None, dropout_p,
             1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
             window_left, 0 if is_causal else window_right,
         )  # fmt: skip
