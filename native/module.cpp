@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
+#include "shader_library.h"
 
 namespace orchard {
 namespace {
@@ -77,8 +78,9 @@ ORCHARD_EXPORT const char* orchard_register_ops() {
     try {
       orchard::register_ops();
       return "";
-    } catch (const std::exception& error) {
-      return error.what();
+    } catch (const std::exception&) {  // says where in torch's headers
+      return "PyTorch refuses its ops, as where another copy of it is loaded: " +
+             orchard::last_error();
     }
   }();
   return failure.empty() ? nullptr : failure.c_str();

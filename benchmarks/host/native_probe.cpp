@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../../native/attention.h"
+#include "../../native/scoring.h"
 #include "../../native/shader_library.h"
 
 namespace {
@@ -38,24 +39,15 @@ struct Stopwatch {
   }
 };
 
-std::tuple<Tensor, Tensor> timed_forward(Tensor query, Tensor key, Tensor value,
-    OptionalTensor attn_mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
-    OptionalTensor dropout_seed, double dropout_p, double scale, int64_t window_left,
-    int64_t window_right, int64_t diagonal, double softcap, std::string impl) {
+// With the taking of arguments from the dispatcher's stack and the putting of results there.
+void timed_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   const Stopwatch stopwatch{forward_ns};
-  return orchard::flash_attn_fwd(query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed,
-      dropout_p, scale, window_left, window_right, diagonal, softcap, impl);
+  orchard::flash_attn_fwd(stack, num_arguments, num_results);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> timed_backward(Tensor dout, OptionalTensor dlse,
-    Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, OptionalTensor attn_mask,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed,
-    double dropout_p, double scale, int64_t window_left, int64_t window_right, int64_t diagonal,
-    double softcap, bool mask_grad, std::string impl) {
+void timed_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   const Stopwatch stopwatch{backward_ns};
-  return orchard::flash_attn_bwd(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes,
-      sinks, dropout_seed, dropout_p, scale, window_left, window_right, diagonal, softcap,
-      mask_grad, impl);
+  orchard::flash_attn_bwd(stack, num_arguments, num_results);
 }
 
 Tensor empty_on(
@@ -155,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> empty_sdpa_backward(Tensor dout, Tensor query
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(orchard, MPS, m) {
-  m.impl("flash_attn_fwd", TORCH_BOX(&timed_forward));
-  m.impl("flash_attn_bwd", TORCH_BOX(&timed_backward));
+  m.impl("flash_attn_fwd", &timed_forward);
+  m.impl("flash_attn_bwd", &timed_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aten, MPS, m) {

@@ -11,12 +11,8 @@ from torch import Tensor
 from orchard_ops.layout import empty_in_order_of
 
 from .driver import Kernels, Launch
-from .plans import Params, Plan, Planner, Scoring
+from .plans import Params, Plan, Planner, Scoring, set_strides
 
-# AttentionBuffer of shaders/params.h
-_BUFFERS = ("q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
-            "params")  # fmt: skip
-_INDEX = {name: index for index, name in enumerate(_BUFFERS)}
 _MARGIN = 1024
 _UNTOUCHED = 7.0
 
@@ -60,6 +56,7 @@ class Attention:
     def __init__(self, kernels: Kernels, planner: Planner):
         self._kernels = kernels
         self._planner = planner
+        self._index = planner.buffers
         self.ran: dict[str, int] = {}
         self.disturb: Callable[[Params], None] | None = None
 
@@ -108,7 +105,7 @@ class Attention:
         params = plan.params
         _set_seed(params, s.dropout_seed)
         for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
-            params.set_strides(name, x)
+            set_strides(params, name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
             plan, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
@@ -124,12 +121,12 @@ class Attention:
         """Every tensor is bound to every kernel, which takes those it declares."""
         if self.disturb is not None:
             self.disturb(plan.params)
-        buffers = {_INDEX[name]: tensor for name, tensor in tensors.items()}
+        buffers = {self._index[name]: tensor for name, tensor in tensors.items()}
         launches = []
         for x in plan.kernels:
             params = Params.from_buffer_copy(plan.params)
             x.set(params)
-            of_params = (_INDEX["params"], params)
+            of_params = (self._index["params"], params)
             launches.append(
                 self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, of_params)
             )

@@ -1,7 +1,7 @@
 """Compiles every kernel variant to PTX: ``python -m benchmarks.nvidia.build``.
 
 Needs clang 19, as the simulator does, but no GPU and nothing of NVIDIA's. Writes build/nvidia/: the
-PTX of all variants in one archive, and native/plan.cpp as a library. prove.py needs nothing else.
+PTX of all variants in one archive, and native/plan as a library. prove.py needs nothing else.
 
 With --speed it writes build/nvidia/speed/ instead, for speed.py: only the kernels that are timed
 and PyTorch's own, an archive for each mode.
@@ -32,6 +32,8 @@ from .paths import (
     SPEED_PLANNER,
     SPEED_SOURCES,
 )
+from benchmarks.planner import compile_planner
+
 from .plans import Kernel, Planner, every_variant
 
 sys.path[:0] = [str(ROOT), str(ROOT / "native")]
@@ -41,10 +43,7 @@ from simulator.engine import ptx  # noqa: E402
 
 
 def build_planner(library: Path) -> Planner:
-    sources = [ROOT / "benchmarks" / "nvidia" / "plan_bridge.cpp", ROOT / "native" / "plan.cpp"]
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *map(str, sources)]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    compile_planner(library, ROOT, "-O2")
     return Planner(library)
 
 
@@ -116,7 +115,7 @@ def build_speed_kernels(
 
 def write_sources(path: Path, **more: str) -> None:
     """What the kernels are made from, for the result."""
-    paths = ["shaders", "native/plan.cpp", "native/plan.h"]
+    paths = ["shaders", "native/plan"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

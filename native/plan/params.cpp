@@ -15,6 +15,12 @@ int32_t clamp_window(int64_t window) {
 
 }  // namespace
 
+int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
+
+int64_t kv_heads(const Problem& p) { return p.k.sizes[0] * p.k.sizes[1]; }
+
+int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+
 TensorStrides to_strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
 void fill_params(const Problem& p, AttentionParams& params) {

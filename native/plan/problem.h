@@ -70,10 +70,8 @@ struct Plan {
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
 };
 
-inline int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
-
-inline int64_t kv_heads(const Problem& p) { return p.k.sizes[0] * p.k.sizes[1]; }
-
-inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+int64_t query_heads(const Problem& problem);
+int64_t kv_heads(const Problem& problem);
+int64_t blocks_of(int64_t length, int64_t block);
 
 }  // namespace orchard

@@ -232,7 +232,7 @@ def test_wrong_gradient_shapes_are_refused():
 NATIVE = {
     "batch": (
         (q, randn(3, 2, 9, 16), randn(3, 2, 9, 16)),
-        "key and value must have query's batch size 2; got 3",
+        "key must have query's batch size 2; got 3",
     ),
     "head_dim": ((q, randn(2, 2, 9, 8), v), "key must have query's head_dim 16; got 8"),
     "heads": (
@@ -242,7 +242,7 @@ NATIVE = {
     ),
     "length": (
         (q, k, randn(2, 2, 7, 16)),
-        "value must have key's heads and length; got shapes (2, 2, 7, 16) and (2, 2, 9, 16)",
+        "value must have key's length 9; got 7",
     ),
 }
 
@@ -299,7 +299,7 @@ def test_functional_ops_on_mps_check_every_argument(name: str, quiet_fallback: N
 @pytest.mark.parametrize("index, name", [(1, "key"), (2, "value")])
 def test_functional_op_with_an_operand_on_the_cpu(index: int, name: str):
     operands = [x if i == index else x.to("mps") for i, x in enumerate((q, k, v))]
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="on query's device"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="must be on the same device"):
         torch.ops.orchard.flash_attn_fwd(*operands, *PLAIN)
 
 
@@ -414,11 +414,11 @@ def test_nan_behind_the_window_stays_there():
 def test_wide_heads_run_on_the_reference_with_the_reason(fresh_stats: None):
     case = Case(10, 12, 264)
     x, key, val, _ = (t.to("mps") for t in case.operands())
-    reason = "head_dim must be at most 256; got 264"
+    reason = "head_dim is above 256"
     with pytest.warns(orchard_ops.OrchardFallbackWarning, match=re.escape(reason)):
         out = orchard_ops.flash_attn(x, key, val)
     torch.testing.assert_close(
         out.cpu(), F.scaled_dot_product_attention(x.cpu(), key.cpu(), val.cpu(), enable_gqa=True)
     )
     assert orchard_ops.stats().reference == {reason: {"flash_attn_fwd": 1}}
-    assert orchard_ops.explain(x, key, val).reason == reason
+    assert orchard_ops.explain(x, key, val).reason == f"{reason} (got 264)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,8 +232,12 @@ REFUSALS = {
     "attn_mask is given": {"attn_mask": torch.ones(6, 7, dtype=torch.bool)},
     "alibi_slopes are given": {"alibi_slopes": torch.ones(2)},
     "sinks are given": {"sinks": torch.ones(2)},
-    "softcap is 2": {"softcap": 2.0},
-    "value's head_dim must equal query's 16; got 8": {"value": torch.ones(1, 1, 7, 8)},
+    "softcap is given": {"softcap": 2.0},
+    "value's head_dim differs from query's": {"value": torch.ones(1, 1, 7, 8)},
+}
+DETAILS = {
+    "softcap is given": " (got 2)",
+    "value's head_dim differs from query's": " (got 8 and 16)",
 }
 
 
@@ -249,8 +254,10 @@ def test_refusals_fall_back_with_their_reason(reason: str, fresh_stats: None):
     torch.testing.assert_close(out.cpu(), orchard_ops.flash_attn(**on_cpu))
     assert orchard_ops.stats().reference[reason] == {"flash_attn_fwd": 2}
     explanation = orchard_ops.explain(**arguments)
-    assert (explanation.path, explanation.reason) == ("reference", reason)
-    with pytest.raises(RuntimeError, match=f"the Metal kernels cannot run this call: {reason}"):
+    message = reason + DETAILS.get(reason, "")
+    assert (explanation.path, explanation.reason) == ("reference", message)
+    assert explanation.advice
+    with pytest.raises(RuntimeError, match=re.escape(f"cannot run this call: {message}")):
         orchard_ops.flash_attn(**arguments, impl="metal")
 
 

@@ -1,16 +1,13 @@
 """Runs the plan and the kernels of one copy of shaders/ and native/, without the native library.
 
-`Sources` is such a copy: the repository's own, or a mutated one. The plan is native/plan.cpp behind
-plan_bridge.cpp, kernels go to the Metal engine as the text that would be embedded. Tensors
-lie between guard zones of NaN bytes, and gaps between their rows hold NaN as well.
+`Sources` is such a copy: the repository's own, or a mutated one. The plan is native/plan behind
+benchmarks/planner, kernels go to the Metal engine as the text that would be embedded. Tensors lie
+between guard zones of NaN bytes, and gaps between their rows hold NaN as well.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import json
-import os
 import struct
 import subprocess
 import tempfile
@@ -19,12 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attention_cases import SEED
 from simulator import engine
 from torch import Tensor
+
+from benchmarks.planner import BUFFERS, Params, Place, Planner, compile_planner
 
 ROOT = Path(__file__).resolve().parents[3]
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
@@ -33,45 +32,7 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-BUFFERS = (
-    "query", "key", "value", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "ds",
-    "params",
-)  # fmt: skip
 GUARD_BYTES = 4096
-_int64, _double = ctypes.c_int64, ctypes.c_double
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = [("sizes", _int64 * 4), ("strides", _int64 * 4), ("offset", _int64)]
-
-
-class _Request(ctypes.Structure):
-    _fields_ = [
-        *((name, _Layout) for name in ("q", "k", "v", "out", "dout")),
-        *((name, _int64) for name in (
-            "dtype", "has_mask", "has_alibi", "has_sinks",
-            "window_left", "window_right", "diagonal", "backward", "scratch_bytes",
-        )),
-        *((name, _double) for name in ("dropout_p", "scale", "softcap")),
-        ("tiles", ctypes.c_char * 128),
-    ]  # fmt: skip
-
-
-class Params(ctypes.Structure):
-    """AttentionParams of shaders/params.h."""
-
-    _fields_ = [
-        *((name, _int64 * 4) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        ("dq_sums", _int64),
-        *((name, ctypes.c_int32) for name in (
-            "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim",
-            "diagonal", "window_left", "window_right",
-        )),
-        ("scale", ctypes.c_float), ("scale_log2", ctypes.c_float),
-        ("dropout_seed", ctypes.c_uint32 * 2), ("dropout_threshold", ctypes.c_uint32),
-        ("dropout_rescale", ctypes.c_float), ("has_dlse", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in ("first_kv_head", "key_begin", "key_end")),
-    ]  # fmt: skip
 
 
 # ---- tensors
@@ -161,66 +122,56 @@ class Sources:
 
     def compile_plan(self) -> Sources:
         """Does now what the first use of the plan would do."""
-        assert self._bridge is not None
+        assert self._planner is not None
         return self
 
     @cached_property
-    def _bridge(self) -> ctypes.CDLL:
+    def _planner(self) -> Planner:
         if self.plan_of is not None:
-            return self.plan_of._bridge
+            return self.plan_of._planner
         with tempfile.TemporaryDirectory() as folder:
-            output = f"{folder}/plan.so"
-            compiler = os.environ.get("CXX", "c++")
-            command = [
-                compiler, "-std=c++17", "-O0", "-w", "-fPIC", "-shared", f"-I{self.root}",
-                str(Path(__file__).with_name("plan_bridge.cpp")),
-                str(self.root / "native" / "plan.cpp"), "-o", output,
-            ]  # fmt: skip
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise engine.CompileError(result.stderr)
-            return ctypes.CDLL(output)
+            output = Path(folder, "plan.so")
+            try:
+                compile_planner(output, self.root, "-O0", "-w")
+            except subprocess.CalledProcessError as error:
+                raise engine.CompileError(error.stderr) from None
+            return Planner(output)
 
     @cached_property
     def buffers(self) -> dict[str, int]:
-        numbers = (ctypes.c_int32 * len(BUFFERS))()
-        self._bridge.orchard_test_buffers(numbers)
-        return dict(zip(BUFFERS, numbers))
+        return self._planner.buffers()
+
+    def head_dims(self) -> tuple[int, ...]:
+        return self._planner.head_dims()
 
     def strides_in_order_of(self, like: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        strides = (_int64 * 4)()
-        self._bridge.orchard_test_strides((_int64 * 4)(*like), (_int64 * 4)(*sizes), strides)
-        return list(strides)
+        return self._planner.strides_in_order_of(like, sizes)
 
-    def plan(self, request: _Request) -> tuple[dict, Params]:
-        """The plan's JSON with each kernel's groups and threads added, and its params."""
-        text = ctypes.create_string_buffer(1 << 14)
-        params = Params()
-        geometry = (ctypes.c_uint64 * 12)()
-        self._bridge.orchard_test_plan(
-            ctypes.byref(request), text, ctypes.c_uint64(len(text)), ctypes.byref(params), geometry
-        )
-        plan = json.loads(text.value)
-        for i, kernel in enumerate(plan["kernels"]):
-            kernel["groups"], kernel["threads"] = (
-                list(geometry[3 * i : 3 * i + 2]),
-                geometry[3 * i + 2],
-            )
-        return plan, params
+    def plan(self, request: Request) -> tuple[dict, Params]:
+        """The plan as dictionaries and lists, and its params."""
+        plan = self._planner.plan(*request.problem, **request.fields)
+        return {
+            "refusal": plan.refusal, "detail": plan.detail, "advice": plan.advice,
+            "kernels": [vars(kernel) | {"groups": list(kernel.groups)} for kernel in plan.kernels],
+            "launches": [
+                [x.kernel, *x.groups, x.first_kv_head, x.key_begin, x.key_end]
+                for x in plan.launches
+            ],
+            "scratch_bytes": 4 * plan.ds_elements,
+        }, plan.params  # fmt: skip
 
 
-def request(layouts: dict[str, tuple[Sequence[int], Sequence[int], int]], dtype: int,
-            backward: bool = False, **fields: object) -> _Request:  # fmt: skip
+class Request(NamedTuple):
+    """What `Sources.plan` is asked for."""
+
+    problem: tuple[dict[str, Place], int, bool]
+    fields: dict[str, Any]
+
+
+def request(layouts: dict[str, Place], dtype: int, backward: bool = False,
+            **fields: object) -> Request:  # fmt: skip
     """A request for Sources.plan; layouts are (sizes, strides, offset) of q, k, v, out and dout."""
-    result = _Request(dtype=dtype, backward=backward)
-    result.window_left = result.window_right = -1
-    result.scale = 1.0
-    for name, (sizes, strides, offset) in layouts.items():
-        flat = getattr(result, name)
-        flat.sizes[:], flat.strides[:], flat.offset = sizes, strides, offset
-    for name, value in fields.items():
-        setattr(result, name, value)
-    return result
+    return Request((layouts, dtype, backward), fields)
 
 
 def place(x: Guarded) -> tuple[Sequence[int], Sequence[int], int]:

@@ -1036,7 +1036,8 @@ def plan_of_every_width(sources: Sources) -> None:
             # All of dS: 2 groups of 2 heads in each batch, 5 x 9 tiles of 8 x 8.
             stored = 4 * 2 * 5 * 9 * 256 if kernels is storing and width >= 64 else 0
             assert plan == {
-                "refusal": "", "advice": "" if chunks else _ADVICE, "kernels": kernels,
+                "refusal": "", "detail": "", "advice": "" if chunks else _ADVICE,
+                "kernels": kernels,
                 "scratch_bytes": stored,
                 "launches": [
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
@@ -1172,8 +1173,8 @@ def plan_of_other_tiles(sources: Sources) -> None:
         for wrong in ("r3_k8_b1", "r1_k8", "x"):
             asked = f"attention_forward={wrong}".encode()
             plan, _ = sources.plan(request(layouts, DTYPE_NUMBERS[dtype], tiles=asked))
-            assert plan["refusal"] == f"attention_forward has no tile {wrong} for this call"
-            assert plan["advice"] == "see the alternatives of flash_attn_plan"
+            assert plan["refusal"].startswith("ORCHARD_TILES names a tile")
+            assert plan["detail"] == f"got {wrong}" and "bench --tiles" in plan["advice"]
             assert plan["kernels"] == []
 
 
@@ -1271,36 +1272,36 @@ def plan_of_layouts(sources: Sources) -> None:
 
 
 _LONG = 1 << 28
-_TOO_LONG = f"lengths and diagonals must be at most {_LONG}; got"
 _HEADS = (2**31 - 1) // 128
+_TOO_WIDE = "head_dim is above 256"
+_TOO_LONG = "a length or the diagonal is above 2^28"
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
-    ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", "cast query, key and value"),
-    ({"d": 257}, {}, 0, "head_dim must be at most 256; got 257", "split the heads"),
-    ({"d": 2**32 + 64}, {}, 0, "head_dim must be at most 256; got 4294967360", "split the heads"),
-    ({"dv": 32}, {}, 0, "value's head_dim must equal query's 64; got 32",
-     "pad the narrower of the two with zeros"),
-    ({}, {"has_mask": 1}, 0, "attn_mask is given",
-     "use is_causal or a window where they say the same"),
+    ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", ""),
+    ({"d": 257}, {}, 0, _TOO_WIDE, "got 257"),
+    ({"d": 2**32 + 64}, {}, 0, _TOO_WIDE, "got 4294967360"),
+    ({"dv": 32}, {}, 0, "value's head_dim differs from query's", "got 32 and 64"),
+    ({}, {"has_mask": 1}, 0, "attn_mask is given", ""),
     ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
     ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
-    ({}, {"softcap": 2.5}, 0, "softcap is 2.5", ""),
-    ({}, {"softcap": 0.25}, 0, "softcap is 0.25", ""),
-    ({"l": _LONG + 1}, {}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
-    ({"s": _LONG + 1}, {}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
-    ({"s": _LONG + 2}, {"diagonal": _LONG + 1}, 0, f"{_TOO_LONG} {_LONG + 2}", ""),
-    ({}, {"diagonal": _LONG + 1}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
-    ({}, {"diagonal": -_LONG - 1}, 0, f"{_TOO_LONG} {_LONG + 1}", ""),
+    ({}, {"softcap": 2.5}, 0, "softcap is given", "got 2.5"),
+    ({}, {"softcap": 0.25}, 0, "softcap is given", "got 0.25"),
+    ({"l": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
+    ({"s": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
+    ({"s": _LONG + 2}, {"diagonal": _LONG + 1}, 0, _TOO_LONG, f"got {_LONG + 2}"),
+    ({}, {"diagonal": _LONG + 1}, 0, _TOO_LONG, f"got {_LONG + 1}"),
+    ({}, {"diagonal": -_LONG - 1}, 0, _TOO_LONG, f"got {_LONG + 1}"),
     ({"b": 2, "h": (_HEADS + 1) // 2}, {}, 0,
-     f"batch times heads must be at most {_HEADS}; got {_HEADS + 1}", ""),
+     f"batch times heads is above {_HEADS}", f"got {_HEADS + 1}"),
 ]  # fmt: skip
 
 
 def plan_of_refusals(sources: Sources) -> None:
-    for sizes, fields, dtype, refusal, advice in _REFUSALS:
+    for sizes, fields, dtype, refusal, detail in _REFUSALS:
         for backward in (False, True):
             plan, _ = sources.plan(request(_dense_layouts(**sizes), dtype, backward, **fields))
+            assert plan.pop("advice")
             assert plan == {
-                "refusal": refusal, "advice": advice, "kernels": [], "scratch_bytes": 0,
+                "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
                 "launches": [],
             }, plan  # fmt: skip
     for sizes, fields in (

@@ -18,7 +18,10 @@ FILES = (
     "shaders/backward_dq.h", "shaders/backward_dq_from_ds.h", "shaders/dropout.h",
     "shaders/dscore.h", "shaders/forward.h", "shaders/loader.h", "shaders/mask.h",
     "shaders/params.h", "shaders/philox.h", "shaders/score.h", "shaders/softmax.h",
-    "shaders/tile.h", "native/plan.cpp",
+    "shaders/tile.h",
+    *(f"native/plan/{name}.cpp" for name in (
+        "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
+    )),
 )  # fmt: skip
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 

@@ -37,7 +37,11 @@ from .sites import Code
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
 COMPILE_LIMIT = 25.0
-_PARAMS, _PLAN = "shaders/params.h", "native/plan.cpp"
+_PARAMS, _PLAN = "shaders/params.h", "native/plan/"
+
+
+def _changes_plan(file: str) -> bool:
+    return file == _PARAMS or file.startswith(_PLAN)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Outcome:
 
 def relevant(file: str, baseline: Sources) -> list:
     """The killers that a mutant of the file can fail, in order."""
-    if file in (_PARAMS, _PLAN):
+    if _changes_plan(file):
         return list(killing.killers())
     mark = f'#line 1 "{Path(file).name}"'
     families = {k.family for k in killing.killers() if k.family and mark in baseline.text(k.family)}
@@ -168,7 +172,7 @@ def _work(tasks, results, original: Original) -> None:
             path = root / mutant.file
             text = path.read_text(encoding="ascii")
             path.write_text(mutant.apply(text), encoding="ascii")
-            own_plan = mutant.file in (_PARAMS, _PLAN)
+            own_plan = _changes_plan(mutant.file)
             sources = Sources(root, None if own_plan else baseline)
             if mutant.file not in order:
                 order[mutant.file] = relevant(mutant.file, baseline)

@@ -1,0 +1,214 @@
+"""The plan of native/plan from Python, without torch and without the native library.
+
+It decides here too which variant runs, on which grid, with which parameters: for kernels that run
+elsewhere (benchmarks/nvidia) and for plans that are changed on purpose (tests/proof/mutation).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import mirror
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "native"))
+from build import PLAN_SOURCES  # noqa: E402
+
+_PROBLEM = mirror.Header(ROOT / "native" / "plan" / "problem.h")
+_PARAMS = mirror.Header(ROOT / "shaders" / "params.h")
+DTYPES = ("float16", "bfloat16", "float32")
+"""In the order of orchard::DType."""
+Params = _PARAMS.type("AttentionParams")
+"""AttentionParams of shaders/params.h."""
+_Layout = _PROBLEM.type("Layout")
+_Problem = _PROBLEM.type("Problem")
+_FIELDS = [name for name, _ in Params._fields_]
+_ENUMERATORS = _PARAMS.enumerators("AttentionBuffer")
+BUFFERS = tuple(
+    "".join(f"_{c.lower()}" if c.isupper() else c for c in name.removeprefix("kBuffer"))[1:]
+    for name in _ENUMERATORS
+)
+"""What [[buffer(n)]] holds, as in AttentionBuffer: kBufferRowStats is row_stats."""
+
+Place = tuple[Sequence[int], Sequence[int], int]
+"""Sizes, strides and offset of a tensor (B, H, length, head_dim), in elements."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """orchard::KernelPlan"""
+
+    family: str
+    name: str
+    instantiation: str
+    tile: str
+    tile_name: str
+    alternatives: list[str]
+    groups: tuple[int, int]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """orchard::KernelLaunch"""
+
+    kernel: int
+    groups: tuple[int, int]
+    first_kv_head: int
+    key_begin: int
+    key_end: int
+
+    def set(self, params: ctypes.Structure) -> None:
+        """As orchard::KernelLaunch::set."""
+        params.first_kv_head = self.first_kv_head
+        params.key_begin, params.key_end = self.key_begin, self.key_end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """orchard::Plan"""
+
+    refusal: str
+    detail: str
+    advice: str
+    kernels: list[Kernel]
+    launches: list[Launch]
+    params: ctypes.Structure
+    ds_elements: int
+
+
+def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
+    """Compiles the plan of one copy of native/ and shaders/.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile; stderr says why.
+    """
+    offsets = ",".join(f"offsetof(AttentionParams,{name})" for name in _FIELDS)
+    command = [
+        os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-shared", *flags, f"-I{root}",
+        f"-DORCHARD_BUFFERS={','.join(_ENUMERATORS)}", f"-DORCHARD_OFFSETS={offsets}",
+        str(Path(__file__).with_name("bridge.cpp")),
+        *(str(root / source.relative_to(ROOT)) for source in PLAN_SOURCES), "-o", str(library),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+class Planner:
+    """A library of `compile_planner`."""
+
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        for name in ("new_problem", "plan", "params"):
+            self._function(name).restype = ctypes.c_void_p
+        for name in ("bytes_before_tiles", "bytes_of_layout", "num_kernels", "num_launches",
+                     "head_dims"):  # fmt: skip
+            self._function(name).restype = ctypes.c_uint64
+        self._function("ds_elements").restype = ctypes.c_int64
+        self._check_mirrors()
+
+    def _function(self, name: str) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
+        return getattr(self._library, f"bridge_{name}")
+
+    def _check_mirrors(self) -> None:
+        offsets = (ctypes.c_uint64 * (len(_FIELDS) + 1))()
+        self._library.bridge_offsets(offsets)
+        mirrored = [getattr(Params, name).offset for name in _FIELDS]
+        if list(offsets) != [*mirrored, ctypes.sizeof(Params)]:
+            raise RuntimeError("planner: its AttentionParams is not that of shaders/params.h")
+        bytes_before_tiles = self._library.bridge_bytes_before_tiles()
+        if (bytes_before_tiles, self._library.bridge_bytes_of_layout()) != (
+            ctypes.sizeof(_Problem), ctypes.sizeof(_Layout)
+        ):  # fmt: skip
+            raise RuntimeError("planner: its Problem is not that of native/plan/problem.h")
+
+    def plan(
+        self,
+        layouts: Mapping[str, Place],
+        dtype: int,
+        backward: bool = False,
+        tiles: str | bytes = "",
+        **fields: float,
+    ) -> Plan:
+        """The plan of a forward or a backward.
+
+        Args:
+            layouts: of q, k, v, out and, for a backward, dout.
+            dtype: a number of orchard::DType.
+            fields: the other fields of orchard::Problem; those left out have its defaults.
+        """
+        address = ctypes.c_void_p(self._library.bridge_new_problem())
+        answer = ctypes.c_void_p()
+        try:
+            problem = _Problem.from_address(address.value or 0)
+            problem.dtype = dtype
+            for name in ("q", "k", "v"):
+                setattr(problem, name, _layout(layouts[name]))
+            for name, value in fields.items():
+                if not hasattr(problem, name):
+                    raise AttributeError(f"orchard::Problem has no {name}")
+                setattr(problem, name, value)
+            tiles = tiles.encode() if isinstance(tiles, str) else tiles
+            self._library.bridge_set_tiles(address, tiles)
+            out = ctypes.byref(_layout(layouts["out"]))
+            dout = ctypes.byref(_layout(layouts["dout"])) if backward else None
+            answer = ctypes.c_void_p(self._library.bridge_plan(address, out, dout))
+            return self._read(answer)
+        finally:
+            self._library.bridge_delete_plan(answer)
+            self._library.bridge_delete_problem(address)
+
+    def _read(self, answer: ctypes.c_void_p) -> Plan:
+        texts = (ctypes.c_char_p * 3)()
+        self._library.bridge_texts(answer, texts)
+        params = Params.from_buffer_copy(
+            ctypes.string_at(self._library.bridge_params(answer), ctypes.sizeof(Params))
+        )
+        return Plan(
+            *(text.decode() for text in texts),
+            [self._kernel(answer, n) for n in range(self._library.bridge_num_kernels(answer))],
+            [self._launch(answer, n) for n in range(self._library.bridge_num_launches(answer))],
+            params,
+            self._library.bridge_ds_elements(answer),
+        )
+
+    def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:
+        texts, numbers = (ctypes.c_char_p * 6)(), (ctypes.c_uint64 * 3)()
+        self._library.bridge_kernel(answer, ctypes.c_uint64(n), texts, numbers)
+        *words, alternatives = (text.decode() for text in texts)
+        x, y, threads = numbers
+        return Kernel(*words, alternatives.split(",") if alternatives else [], (x, y), threads)
+
+    def _launch(self, answer: ctypes.c_void_p, n: int) -> Launch:
+        numbers = (ctypes.c_int64 * 6)()
+        self._library.bridge_launch(answer, ctypes.c_uint64(n), numbers)
+        kernel, x, y, *rest = numbers
+        return Launch(kernel, (x, y), *rest)
+
+    def strides_in_order_of(self, like: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        strides = (ctypes.c_int64 * 4)()
+        self._library.bridge_strides_in_order_of(
+            (ctypes.c_int64 * 4)(*like), (ctypes.c_int64 * 4)(*sizes), strides
+        )
+        return list(strides)
+
+    def head_dims(self) -> tuple[int, ...]:
+        """The widths that kernels are made in."""
+        head_dims = (ctypes.c_int64 * 256)()
+        return tuple(head_dims[: self._library.bridge_head_dims(head_dims, ctypes.c_uint64(256))])
+
+    def buffers(self) -> dict[str, int]:
+        """The index of each of the BUFFERS."""
+        numbers = (ctypes.c_int64 * len(BUFFERS))()
+        self._library.bridge_buffers(numbers)
+        return dict(zip(BUFFERS, numbers))
+
+
+def _layout(place: Place) -> ctypes.Structure:
+    sizes, strides, offset = place
+    return _Layout((ctypes.c_int64 * 4)(*sizes), (ctypes.c_int64 * 4)(*strides), offset)

@@ -1,0 +1,114 @@
+// The plan of native/plan behind a C interface, for planner/__init__.py: what the library decides on
+// a Mac is asked here without torch. Compiled with two lists that mirror.py reads from
+// shaders/params.h: ORCHARD_BUFFERS, the names of the buffers, and ORCHARD_OFFSETS, an offsetof for
+// each field of AttentionParams.
+#include <algorithm>
+#include <cstddef>
+#include <string>
+
+#include "native/plan/plan.h"
+
+using orchard::KernelPlan;
+using orchard::Layout;
+using orchard::Plan;
+using orchard::Problem;
+
+namespace {
+
+/// A plan with the texts that are not strings of its own.
+struct Answer {
+  Plan plan;
+  std::vector<std::string> alternatives;
+};
+
+}  // namespace
+
+extern "C" {
+
+/// Python writes the fields before `tiles` in place.
+Problem* bridge_new_problem() { return new Problem; }
+void bridge_delete_problem(Problem* problem) { delete problem; }
+void bridge_set_tiles(Problem* problem, const char* tiles) { problem->tiles = tiles; }
+uint64_t bridge_bytes_before_tiles() { return offsetof(Problem, tiles); }
+uint64_t bridge_bytes_of_layout() { return sizeof(Layout); }
+
+/// The backward's plan where there is a dout.
+Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dout) {
+  auto* answer = new Answer;
+  answer->plan = dout == nullptr ? orchard::plan_forward(*problem, *out)
+                                 : orchard::plan_backward(*problem, *out, *dout);
+  for (const KernelPlan& kernel : answer->plan.kernels) {
+    std::string joined;
+    for (const std::string& name : kernel.alternatives) joined += (joined.empty() ? "" : ",") + name;
+    answer->alternatives.push_back(joined);
+  }
+  return answer;
+}
+void bridge_delete_plan(Answer* answer) { delete answer; }
+
+/// refusal, detail, advice
+void bridge_texts(const Answer* answer, const char** texts) {
+  const Plan& plan = answer->plan;
+  for (const std::string* text : {&plan.refusal, &plan.detail, &plan.advice}) {
+    *texts++ = text->c_str();
+  }
+}
+
+uint64_t bridge_num_kernels(const Answer* answer) { return answer->plan.kernels.size(); }
+
+/// family, name, instantiation, tile, tile_name, alternatives; groups in x and y, threads
+void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_t* numbers) {
+  const KernelPlan& kernel = answer->plan.kernels[n];
+  for (const std::string* text : {&kernel.family, &kernel.name, &kernel.instantiation, &kernel.tile,
+           &kernel.tile_name, &answer->alternatives[n]}) {
+    *texts++ = text->c_str();
+  }
+  numbers[0] = kernel.groups[0];
+  numbers[1] = kernel.groups[1];
+  numbers[2] = kernel.threads;
+}
+
+uint64_t bridge_num_launches(const Answer* answer) { return answer->plan.launches.size(); }
+
+/// kernel, groups in x and y, first_kv_head, key_begin, key_end; the last three as the launch sets
+/// them in the params
+void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
+  const orchard::KernelLaunch& launch = answer->plan.launches[n];
+  AttentionParams params{};
+  launch.set(params);
+  numbers[0] = static_cast<int64_t>(launch.kernel);
+  numbers[1] = static_cast<int64_t>(launch.groups[0]);
+  numbers[2] = static_cast<int64_t>(launch.groups[1]);
+  numbers[3] = params.first_kv_head;
+  numbers[4] = params.key_begin;
+  numbers[5] = params.key_end;
+}
+
+const AttentionParams* bridge_params(const Answer* answer) { return &answer->plan.params; }
+int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elements; }
+
+void bridge_strides_in_order_of(const int64_t* like, const int64_t* sizes, int64_t* strides) {
+  std::array<int64_t, 4> a, b;
+  std::copy_n(like, 4, a.begin());
+  std::copy_n(sizes, 4, b.begin());
+  const auto result = orchard::strides_in_order_of(a, b);
+  std::copy(result.begin(), result.end(), strides);
+}
+
+/// How many there are; writes as many as fit.
+uint64_t bridge_head_dims(int64_t* head_dims, uint64_t capacity) {
+  const auto all = orchard::kernel_head_dims();
+  std::copy_n(all.begin(), std::min<size_t>(capacity, all.size()), head_dims);
+  return all.size();
+}
+
+void bridge_buffers(int64_t* numbers) {
+  for (int64_t number : {ORCHARD_BUFFERS}) *numbers++ = number;
+}
+
+/// Of the fields of AttentionParams, and behind them its size.
+void bridge_offsets(uint64_t* offsets) {
+  for (uint64_t offset : {ORCHARD_OFFSETS, sizeof(AttentionParams)}) *offsets++ = offset;
+}
+
+}  // extern "C"
