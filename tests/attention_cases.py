@@ -3,78 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from orchard_ops.testing import MathResult, assert_attention_close, math_attention
+from orchard_ops.scoring import Scoring
+from orchard_ops.testing import DTYPES, SEED, Case, assert_attention_close
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = [
+    "DTYPES",
+    "HEAD_DIMS",
+    "SEED",
+    "Case",
+    "check_case",
+    "far_scores",
+    "lse_of",
+    "run",
+    "uneven_scores",
+]
+
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # the plan's, see test_plan.py
-SEED = 0x0123_4567_89AB_CDEF
 
 
-@dataclass(frozen=True)
-class Case:
-    """One attention problem. Windows and diagonal as in orchard::flash_attn_fwd."""
-
-    q_len: int
-    kv_len: int
-    head_dim: int = 64
-    batch: int = 1
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    dtype: torch.dtype = torch.float32
-    dropout_p: float = 0.0
-    window_left: int = -1
-    window_right: int = -1
-    diagonal: int = 0
-    scale: float | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            str(self.dtype).removeprefix("torch."),
-            f"B{self.batch}H{self.num_heads}/{self.num_kv_heads}",
-            f"L{self.q_len}S{self.kv_len}D{self.head_dim}",
-        ]
-        if (self.window_left, self.window_right, self.diagonal) != (-1, -1, 0):
-            parts.append(f"window{self.window_left},{self.window_right}at{self.diagonal}")
-        if self.dropout_p:
-            parts.append(f"drop{self.dropout_p}")
-        if self.scale is not None:
-            parts.append(f"scale{self.scale}")
-        return "-".join(parts)
-
-    def but(self, **changes: object) -> Case:
-        return replace(self, **changes)
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, dout on the CPU."""
-        generator = torch.Generator().manual_seed(1)
-
-        def draw(heads: int, length: int) -> Tensor:
-            shape = (self.batch, heads, length, self.head_dim)
-            return torch.randn(shape, generator=generator).to(self.dtype)
-
-        q, do = draw(self.num_heads, self.q_len), draw(self.num_heads, self.q_len)
-        k, v = (draw(self.num_kv_heads, self.kv_len) for _ in range(2))
-        return q, k, v, do
-
-    def math(self, dtype: torch.dtype, *operands: Tensor, dlse: Tensor | None = None) -> MathResult:
-        return math_attention(
-            *operands, dlse, dtype=dtype, scale=self.scale,
-            dropout_p=self.dropout_p, dropout_seed=SEED, window_left=self.window_left,
-            window_right=self.window_right, diagonal=self.diagonal,
-        )  # fmt: skip
-
-    def scoring(self) -> tuple:
-        """The arguments of flash_attn_fwd behind q, k and v, but for impl."""
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return (
-            None, None, None, torch.tensor(SEED), self.dropout_p, scale,
-            self.window_left, self.window_right, self.diagonal, 0.0,
-        )  # fmt: skip
+def lse_of(row_stats: Tensor, scoring: Scoring) -> Tensor:
+    """The natural logarithm of a row's sum of exponentials, as flash_attn returns it."""
+    return row_stats.sum(dim=-1) * scoring.unit
 
 
 def run(
@@ -86,11 +39,14 @@ def run(
     dlse: Tensor | None = None,
     impl: str = "metal",
 ) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk, dv by the functional ops."""
-    ops = torch.ops.orchard
-    out, lse = ops.flash_attn_fwd(q, k, v, *case.scoring(), impl)
-    grads = ops.flash_attn_bwd(do, dlse, q, k, v, out, lse, *case.scoring(), False, impl)
-    return (out, lse, *grads[:3])
+    """out, lse, dq, dk, dv by the functional ops; with a mask or sinks also dmask, dsinks."""
+    ops, scoring = torch.ops.orchard, case.scoring(q.device)
+    out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
+    mask_grad = case.mask not in ("", "bool")
+    grads = ops.flash_attn_bwd(do, dlse, q, k, v, out, row_stats, *scoring, mask_grad, impl)
+    dmask, dsinks = (x if x is not None and x.numel() else None for x in grads[3:])
+    results = (out, lse_of(row_stats, scoring), *grads[:3])
+    return (*results, dmask, dsinks) if case.mask or case.sinks else results
 
 
 def check_case(case: Case, device: str = "mps", impl: str = "metal") -> tuple[Tensor, ...]:

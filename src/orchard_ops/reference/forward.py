@@ -20,7 +20,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
     """
     p = Problem(query, key, value, scoring)
     out = empty_in_order_of(query, value.shape[-1])
-    stats = [torch.empty((*query.shape[:2], 0, 2), dtype=p.dtype, device=p.device)]
+    stats: list[Tensor] = []
     for block in p.blocks():
         x, _ = p.scores(p.rows_by_kv_head(query, block), block)
         origin, total, _ = p.exponentials(x)
@@ -30,6 +30,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
             x.mul_(keep)
         rows = torch.bmm(p.by_kv_head(x), block.cols(p.v))
         block.rows(out).copy_(p.rows_by_head(rows, block).div_(total.clamp_(min=1.0)))
+    if not stats:  # nothing to compute
+        return out, torch.empty((*query.shape[:3], 2), dtype=p.dtype, device=p.device)
     row_stats = torch.cat(stats, dim=2)
     logarithm = torch.log2 if scoring.plain else torch.log
     sums = row_stats[..., 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,24 @@ from .. import dropout
 from ..scoring import Scoring
 from .products import product
 
-BLOCK_ELEMENTS = 1 << 22
-"""Scores of a block, over all batches and query heads: 16 MiB in float32."""
-ENOUGH_ROWS = 256
-"""Fewer rows make too many operations, and read and write all of dk and dv too often: a block has
-as many even if its scores are more than BLOCK_ELEMENTS ..."""
-MOST_ELEMENTS = 1 << 24
-"""... but not more than these, 64 MiB in float32. Where a single group of rows (`dropout.GROUP`)
-exceeds that, the block is this group: 64 bytes for every batch, query head and key."""
+
+class Limits(NamedTuple):
+    """How large a block may be, in scores over all batches and query heads."""
+
+    elements: int
+    """What a block has ..."""
+    enough_rows: int
+    """... unless it has fewer rows: these make too many operations, and read and write all of dk
+    and dv too often. Then it has as many rows ..."""
+    most_elements: int
+    """... but not more scores than these. Where a single group of rows (`dropout.GROUP`) exceeds
+    that, the block is this group: 64 bytes for every batch, query head and key."""
+
+
+CPU_LIMITS = Limits(1 << 21, 128, 1 << 23)
+"""8 and 32 MiB in float32: larger blocks do not stay in the caches."""
+GPU_LIMITS = Limits(1 << 22, 256, 1 << 24)
+"""16 and 64 MiB in float32: every operation of a block is a launch."""
 
 _OPEN = 1 << 42
 """A window this wide hides nothing (`scoring.MAX_DIAGONAL`); wider ones would overflow int64."""
@@ -49,12 +60,15 @@ def _range(x: Tensor, dim: int, first: int, end: int) -> Tensor:
     return x if end - first == x.shape[dim] else x.narrow(dim, first, end - first)
 
 
-def blocks(batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring) -> Iterator[Block]:
+def blocks(
+    batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring, limits: Limits
+) -> Iterator[Block]:
     """Blocks that begin at multiples of `dropout.GROUP`."""
     if batch * num_heads == 0:
         return
     row_elements = max(1, batch * num_heads * kv_len)
-    step = max(BLOCK_ELEMENTS // row_elements, min(ENOUGH_ROWS, MOST_ELEMENTS // row_elements))
+    most_rows = limits.most_elements // row_elements
+    step = max(limits.elements // row_elements, min(limits.enough_rows, most_rows))
     step = max(1, step // dropout.GROUP) * dropout.GROUP
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
@@ -133,7 +147,8 @@ class Problem:
         return x.to(self.dtype).view(-1, self.num_heads, 1, 1)
 
     def blocks(self) -> Iterator[Block]:
-        return blocks(self.batch, self.num_heads, self.q_len, self.kv_len, self.scoring)
+        limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
+        return blocks(self.batch, self.num_heads, self.q_len, self.kv_len, self.scoring, limits)
 
     def rows_by_kv_head(self, x: Tensor, block: Block) -> Tensor:
         """(B, Hq, L, E) -> the block's rows as (N, group * rows, E) in compute precision."""

@@ -12,28 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orchard_ops
-from orchard_ops.testing import assert_attention_close, math_attention
+from orchard_ops.testing import Memory, assert_attention_close, math_attention
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """How a (B, H, L, D) operand lies."""
-
-    order: tuple[int, ...]  # dimensions from slowest to fastest
-    offset: int  # elements before the first
-    gap: int  # elements between the fastest dimension's rows
-
-    def place(self, x: Tensor, device: str) -> Tensor:
-        """x's values in this memory, NaN around them."""
-        sizes = [x.shape[d] for d in self.order]
-        sizes[-1] += self.gap
-        storage = torch.full((self.offset + math.prod(sizes),), math.nan, dtype=x.dtype)
-        view = storage[self.offset :].view(sizes).narrow(-1, 0, x.shape[self.order[-1]])
-        view = view.permute([self.order.index(d) for d in range(4)])
-        view.copy_(x)
-        return storage.to(device).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 @dataclass(frozen=True)

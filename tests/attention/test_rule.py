@@ -1,0 +1,92 @@
+"""The tolerance rule: what it must refuse, and what it must grant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from attention_cases import check_case
+from torch import Tensor
+
+from orchard_ops.testing import SEED, Case, MathResult, assert_attention_close, math_attention
+
+
+def results(x: MathResult, dtype: torch.dtype, **changes: Tensor) -> list[Tensor | None]:
+    x = dataclasses.replace(x, **changes)
+    parts = (x.out, x.lse.float(), x.dq, x.dk, x.dv)
+    return [None if part is None else part.to(dtype) for part in parts]
+
+
+@pytest.mark.parametrize("constant", (-1e5, -1e7, -1e9))
+def test_refuses_weights_from_a_rounded_lse(constant: float):
+    """exp(score - lse) with lse in float32, beside a constant that leaves log(n) no room.
+
+    The scores are the constant, since a sum with others would be rounded in any mathematics.
+    """
+    case = Case(40, 56, 32, num_heads=1)
+    q, k, v, do = case.operands()
+    operands = q.zero_(), k, v, do
+    mask = torch.full((1, 1, 40, 56), constant)
+    arguments = case.scoring()._asdict() | {"attn_mask": mask, "dropout_seed": SEED}
+    ref, eager = (
+        math_attention(*operands, dtype=dtype, **arguments)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_attention_close(results(eager, case.dtype), ref, eager)
+    scores = q @ k.mT + mask
+    weights = torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
+    with pytest.raises(AssertionError, match="dv: max error"):
+        assert_attention_close(results(eager, case.dtype, dv=weights.mT @ do), ref, eager)
+
+
+@pytest.mark.parametrize(("size", "error"), [(1e3, 6e-5), (1e4, 5e-4), (1e5, 8e-3), (1e9, 0.5)])
+def test_refuses_two_roundings_of_one_score(size: float, error: float):
+    """One key has all the weight of its row: its weight is 1, however large the score."""
+    case = Case(16, 16, 16, num_heads=1, scale=size)
+    _, _, v, do = case.operands()
+    q = torch.eye(16).view(1, 1, 16, 16)
+    ref, eager = (case.math(dtype, q, q, v, do) for dtype in (torch.float64, torch.float32))
+    assert_attention_close(results(eager, case.dtype), ref, eager)
+    with pytest.raises(AssertionError, match="dv: max error"):
+        assert_attention_close(results(eager, case.dtype, dv=eager.dv * (1 + error)), ref, eager)
+
+
+@pytest.mark.parametrize("name", ("out", "dq", "dk", "dv"))
+def test_refuses_an_error_of_a_thousandth(name: str):
+    case = Case(70, 90, 64, window_right=0, diagonal=20)
+    operands = case.operands()
+    ref, eager = (case.math(dtype, *operands) for dtype in (torch.float64, torch.float32))
+    worse = {name: getattr(eager, name) * 1.001}
+    with pytest.raises(AssertionError, match=f"{name}: max error"):
+        assert_attention_close(results(eager, case.dtype, **worse), ref, eager)
+
+
+@pytest.mark.parametrize("head_dim", (1, 16, 64, 200))
+@pytest.mark.parametrize("seed", range(8))
+def test_grants_single_keys(head_dim: int, seed: int):
+    """dq of a row with one key is 0, as a difference of sums that are rounded in float32."""
+    check_case(Case(33, 1, head_dim, batch=2, seed=seed), device="cpu", impl="auto")
+
+
+def test_mathematics_of_a_float_mask_with_an_empty_row():
+    """0 and no NaN, as F.scaled_dot_product_attention; nothing else changes."""
+    case = Case(6, 7, 8, mask="float32")
+    operands = [x.double() for x in case.operands()]
+    scoring = case.scoring()
+    mask = scoring.attn_mask.clone()
+    mask[:, :, 2] = -math.inf
+    arguments = scoring._asdict() | {"attn_mask": mask, "dropout_seed": SEED}
+    x = math_attention(*operands, torch.ones(1, 2, 6), dtype=torch.float64, **arguments)
+    rows = [0, 1, 3, 4, 5]
+    q, k, v, do = operands
+    arguments["attn_mask"] = mask[:, :, rows]
+    y = math_attention(
+        q[:, :, rows], k, v, do[:, :, rows], torch.ones(1, 2, 5), dtype=torch.float64, **arguments
+    )
+    for name in ("out", "dq", "dmask"):
+        assert torch.equal(getattr(x, name)[:, :, 2], torch.zeros_like(getattr(x, name)[:, :, 2]))
+        torch.testing.assert_close(getattr(x, name)[:, :, rows], getattr(y, name))
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(getattr(x, name), getattr(y, name))
