@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 
 import orchard_ops
-from orchard_ops import _ops, attention, checks
+from orchard_ops import attention, checks
+from orchard_ops.ops import autograd, eager
+from orchard_ops.scoring import Scoring
 
 if sys.platform != "linux":
     pytest.skip("counted on the simulated device", allow_module_level=True)
@@ -64,9 +66,9 @@ class TestRecordingEngine:
     def test_launches_are_recorded_as_they_would_run(self):
         q, k, v = qkv()
         with simulator.recording() as executed:
-            orchard_ops.flash_attn(q, k, v)
+            orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         with simulator.recording(execute=False) as recorded:
-            orchard_ops.flash_attn(q, k, v)
+            orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert len(recorded) == len(executed) == 1
         for field in ("kernel", "threads", "group", "arguments"):
             assert getattr(recorded[0], field) == getattr(executed[0], field)
@@ -76,10 +78,10 @@ class TestRecordingEngine:
         q, k, v = (x + 0.625 for x in qkv())
         before = simulator.launches()
         with simulator.recording(execute=False):
-            out = orchard_ops.flash_attn(q, k, v)
+            out = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert simulator.launches() == before
         with simulator.recording() as launches:
-            expected = orchard_ops.flash_attn(q, k, v)
+            expected = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert len(launches) == 1
         assert not torch.equal(out, expected)  # what lay in memory
 
@@ -110,15 +112,17 @@ class TestNoWaitingAndNoExtraMemory:
     def test_forward(self, dropout_p: float):
         q, k, v = qkv()
         with Counted() as counted:
-            out = orchard_ops.flash_attn(q, k, v, is_causal=True, dropout_p=dropout_p)
+            out = orchard_ops.flash_attn(
+                q, k, v, enable_gqa=True, is_causal=True, dropout_p=dropout_p
+            )
         assert counted.num_waits == 0
-        assert counted.num_allocations == 2  # out, lse
-        assert counted.peak_bytes == out.numel() * HALF + B * H * L * 4
+        assert counted.num_allocations == 2  # out, row_stats
+        assert counted.peak_bytes == out.numel() * HALF + B * H * L * 2 * 4
 
     @pytest.mark.parametrize("head_dim", (D, 64))
     def test_backward(self, dropout_p: float, head_dim: int):
         leaves = qkv(requires_grad=True, head_dim=head_dim)
-        out = orchard_ops.flash_attn(*leaves, is_causal=True, dropout_p=dropout_p)
+        out = orchard_ops.flash_attn(*leaves, enable_gqa=True, is_causal=True, dropout_p=dropout_p)
         dout = torch.randn_like(out)
         with Counted() as counted:
             grads = torch.autograd.grad(out, leaves, dout)
@@ -142,26 +146,25 @@ SCALARS = {
 def problem() -> dict:
     """A call of the functional ops: dense float32 operands and the numbers of the scoring."""
     q, k, v = (x.detach() for x in qkv(dtype=torch.float32))
-    out, lse = (
+    out, row_stats = (
         x.contiguous()
         for x in torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(SCALARS), "reference")
     )
     operands = dict(zip(OPERANDS, (q, k, v, out, torch.randn_like(out))))
-    return {**operands, "lse": lse, **SCALARS}
+    return {**operands, "row_stats": row_stats, **SCALARS}
 
 
-def scoring(call: dict) -> tuple:
-    dropout_p, scale, *window = (call[name] for name in SCALARS)
-    return (None, None, None, torch.tensor(3), dropout_p, scale, *window, 0.0)
+def scoring(call: dict) -> Scoring:
+    return Scoring(dropout_seed=torch.tensor(3), **{name: call[name] for name in SCALARS})
 
 
 def run_op(passes: str, call: dict, impl: str = "metal") -> tuple[torch.Tensor, ...]:
-    """out and lse, or dq, dk and dv."""
+    """out and row_stats, or dq, dk and dv."""
     q, k, v, out, dout = (call[name] for name in OPERANDS)
     if passes == "forward":
         return torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(call), impl)
     return torch.ops.orchard.flash_attn_bwd(
-        dout, None, q, k, v, out, call["lse"], *scoring(call), False, impl
+        dout, None, q, k, v, out, call["row_stats"], *scoring(call), False, impl
     )[:3]  # fmt: skip
 
 
@@ -197,7 +200,7 @@ class TestPlans:
         leaves = qkv(requires_grad=True)
 
         def step() -> None:
-            orchard_ops.flash_attn(*leaves, window_left=5).sum().backward()
+            orchard_ops.flash_attn(*leaves, enable_gqa=True, window_left=5).sum().backward()
 
         step()
         with Counted() as counted:
@@ -205,7 +208,9 @@ class TestPlans:
                 step()
         assert counted.num_plans == 0
         with Counted() as counted:
-            orchard_ops.flash_attn(*(x.detach()[:, :, 1:] for x in leaves), window_left=5)
+            orchard_ops.flash_attn(
+                *(x.detach()[:, :, 1:] for x in leaves), enable_gqa=True, window_left=5
+            )
         assert counted.num_plans == 1
 
     def check_not_mistaken(self, passes: str, changed: dict, call: dict) -> None:
@@ -234,7 +239,7 @@ class TestPlans:
     def test_numbers_tell_plans_apart(self, passes: str, name: str, number: float):
         call = problem() | {"window_left": 9, "window_right": 9}
         changed = call | {name: number}
-        changed["out"], changed["lse"] = run_op("forward", changed, "reference")
+        changed["out"], changed["row_stats"] = run_op("forward", changed, "reference")
         self.check_not_mistaken(passes, changed, call)
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -267,7 +272,7 @@ class TestPlans:
 
         def num_plans(scale: int) -> int:
             with Counted() as counted:
-                orchard_ops.flash_attn(q, k, v, scale=float(scale))
+                orchard_ops.flash_attn(q, k, v, enable_gqa=True, scale=float(scale))
             remembered.append(torch.ops.orchard.plans_remembered())
             return counted.num_plans
 
@@ -290,9 +295,12 @@ class TestPlans:
             start.wait()
             for scale in scales:
                 call = SCALARS | {"scale": float(scale)}
-                _, lse = torch.ops.orchard.flash_attn_fwd(ones, ones, ones, *scoring(call), "metal")
-                if abs(lse.item() - 16 * scale) > 1e-5 * 16 * scale:
-                    wrong.append((scale, lse.item()))
+                _, row_stats = torch.ops.orchard.flash_attn_fwd(
+                    ones, ones, ones, *scoring(call), "metal"
+                )
+                lse = row_stats.sum().item() * scoring(call).unit
+                if abs(lse - 16 * scale) > 1e-5 * 16 * scale:
+                    wrong.append((scale, lse))
                 if torch.ops.orchard.plans_remembered() > MOST_PLANS:
                     wrong.append(scale)
             done.append(number)
@@ -320,7 +328,9 @@ class GPT(torch.nn.Module):
         for layer in self.layers:
             q, k, v = layer(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
             dropout_p = 0.1 if self.training else 0.0
-            attended = orchard_ops.flash_attn(q, k, v, is_causal=True, dropout_p=dropout_p)
+            attended = orchard_ops.flash_attn(
+                q, k, v, enable_gqa=True, is_causal=True, dropout_p=dropout_p
+            )
             x = x + attended.transpose(1, 2).flatten(2)
         return x
 
@@ -382,7 +392,7 @@ def test_plainly_right_only_where_the_checks_agree():
             right = True
         except (ValueError, TypeError):
             right = False
-        plainly = checks.plainly_right(q, k, v)
+        plainly = checks.plainly_right(q, k, v, enable_gqa=True)
         assert right or not plainly, (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
         if right and q.dim() == 4 and k.shape == v.shape:
             assert plainly, (q.shape, k.shape)
@@ -403,7 +413,7 @@ def record_attend(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         seen.append(args)
         return args[0], args[0]
 
-    monkeypatch.setattr(_ops, "attend", attend)
+    monkeypatch.setattr(autograd, "attend", attend)
     return seen
 
 
@@ -418,12 +428,12 @@ def test_the_usual_call_is_prepared_as_any_other(
     with torch.autocast("mps", dtype=autocast or torch.float16, enabled=autocast is not None):
         for call in CALLS:
             torch.manual_seed(7)
-            orchard_ops.flash_attn(*operands, **call)
+            orchard_ops.flash_attn(*operands, enable_gqa=True, **call)
         short_calls = len(CALLS) - prepared.call_count
         monkeypatch.setattr(attention, "_is_usual", lambda *_: False)
         for call in CALLS:
             torch.manual_seed(7)
-            orchard_ops.flash_attn(*operands, **call)
+            orchard_ops.flash_attn(*operands, enable_gqa=True, **call)
     assert short_calls == (0 if autocast is torch.bfloat16 else len(CALLS))
     for short, long in zip(seen[: len(CALLS)], seen[len(CALLS) :], strict=True):
         for a, b in zip(short, long, strict=True):
@@ -438,7 +448,7 @@ def test_the_usual_call_is_prepared_as_any_other(
 @pytest.mark.parametrize(
     "wrong",
     (
-        {"dropout_p": 1.0},
+        {"dropout_p": 1.5},
         {"dropout_p": -0.1},
         {"window_left": -2},
         {"window_right": -2},
@@ -449,7 +459,7 @@ def test_the_usual_call_is_prepared_as_any_other(
 )
 def test_what_is_malformed_is_not_usual(wrong: dict):
     with pytest.raises(ValueError, match="orchard::flash_attn"):
-        orchard_ops.flash_attn(*qkv(), **wrong)
+        orchard_ops.flash_attn(*qkv(), enable_gqa=True, **wrong)
 
 
 @pytest.mark.parametrize("requires_grad", (False, True))
@@ -461,7 +471,9 @@ def test_the_short_way_through_autograd_gives_the_same(
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(5)
-        out, lse = orchard_ops.flash_attn(*leaves, dropout_p=dropout_p, return_lse=True)
+        out, lse = orchard_ops.flash_attn(
+            *leaves, enable_gqa=True, dropout_p=dropout_p, return_lse=True
+        )
         assert out.requires_grad == lse.requires_grad == requires_grad
         if not requires_grad:
             return [out, lse]
@@ -470,7 +482,7 @@ def test_the_short_way_through_autograd_gives_the_same(
 
     short = run()
     asked = []
-    monkeypatch.setattr(_ops, "_nothing_between", lambda tensors: bool(asked.append(tensors)))
+    monkeypatch.setattr(eager, "nothing_between", lambda tensors: bool(asked.append(tensors)))
     long = run()
     assert len(asked) == 1 + requires_grad
     for a, b in zip(short, long, strict=True):
@@ -485,9 +497,9 @@ class Subclass(torch.Tensor):
 class TestNothingBetween:
     def test_plain_tensors_and_parameters(self):
         q, k, v = qkv()
-        assert _ops._nothing_between((q, Parameter(k), v, None))
+        assert eager.nothing_between((q, Parameter(k), v, None))
         with torch.no_grad():
-            assert _ops._nothing_between((q, k, v))
+            assert eager.nothing_between((q, k, v))
 
     def test_not_what_must_see_the_op(self):
         from torch.overrides import TorchFunctionMode
@@ -502,32 +514,32 @@ class TestNothingBetween:
                 return func(*args, **(kwargs or {}))
 
         q = torch.ones(1)
-        assert _ops._nothing_between((q,))
-        assert not _ops._nothing_between((q, q.as_subclass(Subclass)))
+        assert eager.nothing_between((q,))
+        assert not eager.nothing_between((q, q.as_subclass(Subclass)))
         with FunctionMode():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         with DispatchMode():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         with torch.autograd.forward_ad.dual_level():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         inside = []
-        torch.func.grad(lambda x: (inside.append(_ops._nothing_between((x,))), x.sum())[1])(q)
-        torch.vmap(lambda x: (inside.append(_ops._nothing_between((x,))), x)[1])(q)
+        torch.func.grad(lambda x: (inside.append(eager.nothing_between((x,))), x.sum())[1])(q)
+        torch.vmap(lambda x: (inside.append(eager.nothing_between((x,))), x)[1])(q)
         assert inside == [False, False]
 
     def test_not_below_autograd(self):
         q = torch.ones(1)
         with torch._C._AutoDispatchBelowAutograd():
-            assert not _ops._nothing_between((q,))
-        assert _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
+        assert eager.nothing_between((q,))
 
     @pytest.mark.parametrize("way", (orchard_ops.flash_attn, torch.ops.orchard.flash_attn))
     def test_nothing_is_recorded_below_autograd(self, way):
         leaves = qkv(requires_grad=True)
-        expected = way(*leaves)
+        expected = way(*leaves, enable_gqa=True)
         assert expected.requires_grad
         with torch._C._AutoDispatchBelowAutograd():
-            out = way(*leaves)
+            out = way(*leaves, enable_gqa=True)
         assert not out.requires_grad
         assert torch.equal(out, expected)
 
@@ -538,12 +550,12 @@ class TestNothingBetween:
 
         @torch.library.custom_op("orchard_test::attention", mutates_args=())
         def attention_op(q: torch.Tensor) -> torch.Tensor:
-            inside.append(orchard_ops.flash_attn(q, *weights))
+            inside.append(orchard_ops.flash_attn(q, *weights, enable_gqa=True))
             return inside[-1]
 
         out = attention_op(q)
         assert not inside[0].requires_grad
-        expected = orchard_ops.flash_attn(q, *weights)
+        expected = orchard_ops.flash_attn(q, *weights, enable_gqa=True)
         assert expected.requires_grad
         assert torch.equal(out, expected)
 
@@ -561,7 +573,7 @@ class TestNothingBetween:
 
         leaves = qkv(requires_grad=True)
         with Log() as log:
-            out = orchard_ops.flash_attn(*leaves)
+            out = orchard_ops.flash_attn(*leaves, enable_gqa=True)
             torch.autograd.grad(out, leaves, torch.ones_like(out))
         assert log.names.count("orchard::flash_attn_fwd") == 1
         assert log.names.count("orchard::flash_attn_bwd") == 1
@@ -569,7 +581,7 @@ class TestNothingBetween:
 
 def test_numbers_of_the_short_way_agree_with_sdpa():
     q, k, v = (x.float() for x in qkv())
-    out = orchard_ops.flash_attn(q, k, v, is_causal=True)
+    out = orchard_ops.flash_attn(q, k, v, enable_gqa=True, is_causal=True)
     expected = F.scaled_dot_product_attention(
         q.cpu(), k.cpu(), v.cpu(), is_causal=True, enable_gqa=True
     )

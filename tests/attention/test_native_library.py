@@ -37,7 +37,9 @@ def test_the_library_states_the_schemas_that_are_registered(op: str):
     assert schema in interface().partition(": ")[2].split("; ")
 
 
-STATEMENT = 'extern "C" const char* orchard_library_interface() { return "orchard_ops interface 1"; }'
+STATEMENT = (
+    'extern "C" const char* orchard_library_interface() { return "orchard_ops interface 1"; }'
+)
 REGISTER = 'extern "C" const char* orchard_register_ops() { __builtin_trap(); }'
 LOADED = """
 import warnings, torch
