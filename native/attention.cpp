@@ -101,9 +101,15 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last) {
 }
 
 /// (B, H, L) float32
-Tensor empty_row_stats(const Tensor& q) {
+Tensor empty_rows(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
+}
+
+/// (B, H, L, 2) float32: where a row's exponentials count from, and the logarithm of their sum.
+Tensor empty_row_stats(const Tensor& q) {
+  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
+  return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
 }
 
 void log_metal(const char* op, const Plan& plan) {
@@ -161,36 +167,39 @@ void throw_refusal(const Plan& plan) {
   if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
 }
 
-/// out and lse on Metal. Throws MetalError.
+/// out and row_stats on Metal. Throws MetalError.
 std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
   const auto& [q, k, v] = x;
   const uint64_t seed = checked_seed(s);
   Tensor out = empty_in_order_of(q, v.size(3));
-  Tensor lse = empty_row_stats(q);
+  Tensor row_stats = empty_row_stats(q);
   const auto plan = cached_plan_forward(make_problem(x, s), layout_of(out));
   throw_refusal(*plan);
   if (out.numel() > 0 && k.size(2) == 0) {  // no keys: nothing to launch
     torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    Tensor origin = torch::stable::select(row_stats, 3, 0);
+    Tensor log_sum = torch::stable::select(row_stats, 3, 1);
+    torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
+    torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
   } else if (out.numel() > 0) {
     AttentionParams params = plan->params;
     set_seed(params, seed);
     log_metal("flash_attn_fwd", *plan);
     dispatch(plan->kernels[0], plan->launches[0].groups,
         {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-            {kBufferLse, lse}},
+            {kBufferRowStats, row_stats}},
         params);
   }
-  return {out, lse};
+  return {out, row_stats};
 }
 
 /// dq, dk, dv on Metal. Throws MetalError.
 std::array<Tensor, 3> run_backward(const BackwardCall& call) {
   const auto& [q, k, v] = call.operands;
   const Tensor &out = call.out, &dout = call.dout;
-  const Tensor lse = dense_row_stats(call.lse, q);
+  const Tensor row_stats = dense_row_stats(call.row_stats, q);
   OptionalTensor dlse;
-  if (call.dlse.has_value()) dlse = dense_row_stats(*call.dlse, q);
+  if (call.dlse.has_value()) dlse = dense_rows(*call.dlse, q);
   const uint64_t seed = checked_seed(call.scoring);
   Problem problem = make_problem(call.operands, call.scoring);
   auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
@@ -202,7 +211,7 @@ std::array<Tensor, 3> run_backward(const BackwardCall& call) {
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
     return {dq, dk, dv};
   }
-  const Tensor delta = empty_row_stats(q);
+  const Tensor delta = empty_rows(q);
   OptionalTensor ds;
   if (plan->ds_elements > 0) {
     ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
@@ -224,11 +233,13 @@ std::array<Tensor, 3> run_backward(const BackwardCall& call) {
   // Code that a flag passes over at run time still wants its buffer, so dlse has a stand-in that is
   // never read. What is no part of a variant, as ds where dS is not stored, is not bound.
   const Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
-      {kBufferDlse, dlse.has_value() ? *dlse : lse}, {kBufferDelta, delta}};
-  Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-      {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk}, {kBufferDv, dv}};
-  Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferLse, lse},
-      {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}};  // as far as a kernel has them
+      {kBufferDlse, dlse.has_value() ? *dlse : row_stats}, {kBufferDelta, delta}};
+  Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk},
+      {kBufferDv, dv}};
+  Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
+      {kBufferDq, dq}};  // as far as a kernel has them
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});

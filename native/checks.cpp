@@ -19,6 +19,11 @@ void check_device(const Tensor& x, const Tensor& query) {
   check(device_type_of(x) == device_type_of(query), "mixture of devices");
 }
 
+bool has_rows_of(const Tensor& x, const Tensor& q) {
+  return x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2) &&
+         x.scalar_type() == ScalarType::Float;
+}
+
 }  // namespace
 
 int32_t device_type_of(const Tensor& x) {
@@ -69,15 +74,22 @@ void check_like_out(const Tensor& x, const Operands& operands) {
       "out or dout");
 }
 
-Tensor dense_row_stats(const Tensor& x, const Tensor& q) {
+Tensor dense_rows(const Tensor& x, const Tensor& q) {
   check_device(x, q);
-  check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
-            x.size(2) == q.size(2) && x.scalar_type() == ScalarType::Float,
-      "row statistics");
+  check(x.dim() == 3 && has_rows_of(x, q), "dlse");
   const auto strides = x.strides();
   const bool dense =
       strides[2] == 1 && strides[1] == q.size(2) && strides[0] == q.size(1) * q.size(2);
   return dense ? x : torch::stable::contiguous(x);  // the usual case without the dispatcher
+}
+
+Tensor dense_row_stats(const Tensor& x, const Tensor& q) {
+  check_device(x, q);
+  check(x.dim() == 4 && has_rows_of(x, q) && x.size(3) == 2, "row_stats");
+  const auto strides = x.strides();
+  const bool dense = strides[3] == 1 && strides[2] == 2 && strides[1] == 2 * q.size(2) &&
+                     strides[0] == 2 * q.size(1) * q.size(2);
+  return dense ? x : torch::stable::contiguous(x);
 }
 
 }  // namespace orchard

@@ -24,7 +24,8 @@ uint64_t checked_seed(const Scoring& scoring);
 /// dout and out of a backward.
 void check_like_out(const Tensor& x, const Operands& operands);
 
-/// Row statistics as dense float32: (B, H, L).
+/// Dense float32: a number a row, (B, H, L), and two a row, (B, H, L, 2).
+Tensor dense_rows(const Tensor& x, const Tensor& query);
 Tensor dense_row_stats(const Tensor& x, const Tensor& query);
 
 }  // namespace orchard

@@ -21,7 +21,7 @@ constexpr int kInterface = 2;
 
 /// The schemas of the two ops that Python defines, without default values, and of the plan.
 std::string forward_schema() {
-  return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor lse)";
+  return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor row_stats)";
 }
 std::string backward_schema() {
   return "flash_attn_bwd(" + backward_arguments() +

@@ -39,7 +39,7 @@ using OptionalTensor = std::optional<Tensor>;
   X(OptionalTensor, dlse)
 #define ORCHARD_RESULTS(X) \
   X(Tensor, out)           \
-  X(Tensor, lse)
+  X(Tensor, row_stats)
 
 #define ORCHARD_FIELD(Type, name) Type name;
 

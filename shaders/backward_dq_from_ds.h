@@ -6,13 +6,13 @@
 //   dq = scale * dQ
 //
 // A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them; K is
-// staged once for all. Tiles of dS that no query of theirs sees have not been written, and are not
-// read. T: tensors, F: operands.
+// staged once for all. Tiles of dS whose queries see none of their keys have not been written, and
+// are not read. T is the tensors' type, F that of the operands.
 #pragma once
 
 #include "dscore.h"
+#include "keys.h"
 #include "loader.h"
-#include "mask.h"
 #include "score.h"
 
 /// Rows [row0, ...) of dq / scale from the keys of earlier dispatches: (query head, row, BD) float.
@@ -64,8 +64,8 @@ METAL_FUNC PartialDq<BD> partial_dq(
   return partial;
 }
 
-template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, bool VEC>
-[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS* ORCHARD_SIMD_WIDTH)]] void
+template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, typename V>
+[[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B, Hkv, S, D)
     device float* ds [[buffer(kBufferDs)]],                                // DscoreTiles
     device T* dq [[buffer(kBufferDq)]],                                    // (B, Hq, L, D)
@@ -74,33 +74,29 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  const int kThreads = SIMDGROUPS * ORCHARD_SIMD_WIDTH;
   const int kDepth = BD / 8;
-  const int BQ = 8 * R * SIMDGROUPS;
-  threadgroup uint4 k_storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
-  threadgroup F* k_block = reinterpret_cast<threadgroup F*>(k_storage);  // (BK, BD)
+  const int kGroupRows = 8 * R * SIMDGROUPS;
+  threadgroup uint4 storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
 
-  const int heads = params.num_heads / params.num_kv_heads;  // of a key/value head
-  const int index = group.x + params.first_kv_head * heads;
-  const int batch = index / params.num_heads;
-  const int head = index % params.num_heads;
-  const int group_row0 = (grid.y - 1 - group.y) * BQ;
+  const int first_head = params.first_kv_head * (params.num_heads / params.num_kv_heads);
+  const Head head = query_head(group.x + first_head, params);
+  const Window window = head.window;
+  const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
-  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
-  const HeadRows<T> k_rows =
-      head_rows(key, params.k, batch, head / heads, params.kv_len, params.head_dim);
-  const BlockRange blocks = of_dispatch(
-      key_blocks(group_row0, min(group_row0 + BQ, params.q_len), BK, params), BK, params);
-  RightOperand<T, F, BK, BD, kThreads, VEC, true> k;
-  k.start(k_rows, blocks.begin * BK, k_block, thread_index, at);
-  Tile<float, R, kDepth> sum;
-  zero(sum);
+  const Range blocks = of_dispatch(
+      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK, params);
+  const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
+  RightOperand<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, true> k;
+  k.start(head.key_rows(key, params.k), blocks.begin * BK,
+      reinterpret_cast<threadgroup F*>(storage), thread_index, at);
+  Tile<float, R, kDepth> dq_sum;
+  zero(dq_sum);
   const PartialDq<BD> partial = partial_dq<BD>(ds, group.x, row0, at, params);
   if (params.key_begin > 0) {
-    partial.load(sum);
+    partial.load(dq_sum);
   }
-  const Unmasked unmasked = unmasked_keys(row0, 8 * R, BK, params);
+  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
   const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
@@ -111,7 +107,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     for (int r = 0; r < R; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < BK / 8; c++) {
-        const bool written = all_seen || sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8, params);
+        const bool written = all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8);
         ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
       }
     }
@@ -119,19 +115,15 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
     k.store();
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    mma_AB(sum, ds_block, k);
+    mma_AB(dq_sum, ds_block, k);
     k.advance();
     tile += ds_tiles.row_of_tiles() * (BK / 8);
   }
 
   if (params.key_end < params.kv_len) {
-    partial.store(sum);
+    partial.store(dq_sum);
     return;
   }
-  float factor[R];
-  ORCHARD_UNROLL
-  for (int r = 0; r < R; r++) {
-    factor[r] = score_derivative(params);
-  }
-  store_rows<VEC>(dq, params.dq, batch, head, row0, params.q_len, params.head_dim, sum, factor, at);
+  scale(dq_sum, score_derivative(params));
+  store_rows<V::kVec>(head.query_output(dq, params.dq), dq_sum, row0, at);
 }

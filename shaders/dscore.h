@@ -54,7 +54,7 @@ METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
 /// dS^T = P^T (dP^T - delta); ds holds dP^T before.
 template <int COLS>
 METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
-    thread const Tile<float, 1, COLS>& p, thread const ColumnStats<COLS>& delta) {
+    thread const Tile<float, 1, COLS>& p, thread const ColumnValues<COLS>& delta) {
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
     ds.fragments[0][c] = p.fragments[0][c] * (ds.fragments[0][c] - delta.pairs[c]);

@@ -14,7 +14,7 @@ enum AttentionBuffer {
   kBufferKey = 1,
   kBufferValue = 2,
   kBufferOut = 3,
-  kBufferLse = 4,
+  kBufferRowStats = 4,
   kBufferDout = 5,
   kBufferDlse = 6,
   kBufferDelta = 7,
@@ -27,6 +27,9 @@ enum AttentionBuffer {
 
 /// Threads of a simdgroup.
 #define ORCHARD_SIMD_WIDTH 32
+
+/// Threads of a threadgroup. The parentheses keep clang-format from taking a product for a pointer.
+#define ORCHARD_THREADS(SIMDGROUPS) ((SIMDGROUPS) * (ORCHARD_SIMD_WIDTH))
 
 /// Strides of a (B, H, length, head_dim) tensor, in elements.
 struct TensorStrides {
@@ -58,7 +61,7 @@ struct AttentionParams {
   int32_t window_left;
   int32_t window_right;
   float scale;                 ///< softmax scale
-  float scale_log2;            ///< scale * log2(e): the forward takes exponentials of two
+  float scale_log2;            ///< scale * log2(e): exponentials are powers of two
   uint32_t dropout_seed[2];    ///< Philox key: low, high
   uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)

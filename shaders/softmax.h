@@ -3,8 +3,6 @@
 
 #include "tile.h"
 
-constant float kLn2Low = -1.904654e-9f;  // ln(2) - M_LN2_F
-
 /// exp2 of scores; the fast variant's error is far below that of the operands' rounding.
 METAL_FUNC float exp2_score(float x) { return fast::exp2(x); }
 
@@ -75,58 +73,76 @@ struct OnlineSoftmax {
   /// Sum over the whole row.
   METAL_FUNC float total(int r) const { return row_sum(sum[r]); }
 
-  /// Natural logarithm of the row's denominator; -inf for a row without a key.
-  METAL_FUNC float lse(int r, float total) const {
-    // ln(2) in two parts: the backward needs every bit of lse, whose error is the weights' relative
-    // one.
-    const float small = fma(origin[r], kLn2Low, log(total));
-    return total == 0.0f ? -INFINITY : fma(origin[r], M_LN2_F, small);
+  /// What the backward needs of a row: the origin of its exponentials, and the logarithm of their
+  /// sum. They stay apart, since one number would lose the logarithm beside a large origin. A row
+  /// without a key has the lowest origin and a logarithm of -inf.
+  METAL_FUNC float2 row_stats(int r, float total) const {
+    return float2(origin[r], total == 0.0f ? -INFINITY : log2(total));
   }
 };
 
-/// lse as the backward uses it: 0 for a row without a key, whose weights are all masked (or
-/// exp(-inf)), so that 0 is what they stay.
-METAL_FUNC float finite_lse(float lse) { return lse == -INFINITY ? 0.0f : lse; }
-
-/// A weight from its score and its row's lse. The difference is taken before the change to powers
-/// of two: near the largest scores it is exact.
-METAL_FUNC float weight(float score, float lse) { return exp2_score((score - lse) * M_LOG2E_F); }
-
-/// p = exp(s - lse) with a row-wise lse.
-template <int ROWS, int COLS>
-METAL_FUNC void weights(thread Tile<float, ROWS, COLS>& s, thread const float* lse) {
-  ORCHARD_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLS; c++) {
-      s.fragments[r][c].x = weight(s.fragments[r][c].x, lse[r]);
-      s.fragments[r][c].y = weight(s.fragments[r][c].y, lse[r]);
-    }
-  }
+/// Scores of -inf alone leave a sum of zero, whose logarithm is -inf. Their weights shall be
+/// exp2(-inf), not NaN.
+METAL_FUNC float finite_log_sum(float log_sum) {
+  return max(log_sum, numeric_limits<float>::lowest());
 }
 
-/// lse or delta of the queries in a transposed tile's columns, from row0 on; beyond the rows the
-/// last one's.
+/// Two weights from their scores and their rows' statistics. The first difference is the number
+/// that the forward has exponentiated.
+METAL_FUNC float2 weights(float2 scores, float2 origin, float2 log_sum) {
+  const float2 exponents = (scores - origin) - log_sum;
+  return float2(exp2_score(exponents.x), exp2_score(exponents.y));
+}
+
+/// Makes weights of scores: statistics of this lane's row of each row of fragments.
+template <int ROWS>
+struct RowStats {
+  float origin[ROWS];
+  float log_sum[ROWS];
+
+  METAL_FUNC void set(int r, float2 stats) {
+    origin[r] = stats.x;
+    log_sum[r] = finite_log_sum(stats.y);
+  }
+
+  METAL_FUNC float2 operator()(float2 s, int r, int) const {
+    return weights(s, float2(origin[r]), float2(log_sum[r]));
+  }
+};
+
+/// One number for each of the queries in a transposed tile's columns, from row0 on. Columns beyond
+/// the rows take the last row's.
 template <int COLS>
-struct ColumnStats {
+struct ColumnValues {
   float2 pairs[COLS];
 
-  METAL_FUNC void load(const device float* stats, int row0, int length, LanePosition at) {
+  METAL_FUNC void load(const device float* values, int row0, int length, LanePosition at) {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       const int row = row0 + 8 * c + at.col;
-      pairs[c] = float2(stats[min(row, length - 1)], stats[min(row + 1, length - 1)]);
+      pairs[c] = float2(values[min(row, length - 1)], values[min(row + 1, length - 1)]);
     }
   }
 };
 
-/// p = exp(s - lse) of a transposed tile, (keys, queries).
+/// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues.
 template <int COLS>
-METAL_FUNC void weights_transposed(
-    thread Tile<float, 1, COLS>& s, thread const ColumnStats<COLS>& lse) {
-  ORCHARD_UNROLL
-  for (int c = 0; c < COLS; c++) {
-    s.fragments[0][c].x = weight(s.fragments[0][c].x, finite_lse(lse.pairs[c].x));
-    s.fragments[0][c].y = weight(s.fragments[0][c].y, finite_lse(lse.pairs[c].y));
+struct ColumnStats {
+  float2 origin[COLS];
+  float2 log_sum[COLS];
+
+  METAL_FUNC void load(const device float2* stats, int row0, int length, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      const int row = row0 + 8 * c + at.col;
+      const float2 first = stats[min(row, length - 1)];
+      const float2 second = stats[min(row + 1, length - 1)];
+      origin[c] = float2(first.x, second.x);
+      log_sum[c] = float2(finite_log_sum(first.y), finite_log_sum(second.y));
+    }
   }
-}
+
+  METAL_FUNC float2 operator()(float2 s, int, int c) const {
+    return weights(s, origin[c], log_sum[c]);
+  }
+};

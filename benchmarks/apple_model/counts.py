@@ -60,9 +60,9 @@ class Variant:
     @property
     def arguments(self) -> list[str]:
         """Of the template."""
-        inside = re.search(rf"decltype\({self.family}<([^>]*)>", self.instantiation)
+        inside = re.search(rf"decltype\({self.family}<([^<>]*)", self.instantiation)
         assert inside, self.instantiation
-        return [x.strip() for x in inside[1].split(",")]
+        return [x.strip() for x in inside[1].split(",")][:-1]  # the last one is the Variant
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,11 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
     draw = lambda n: torch.randn((1, 1, n, head_dim), generator=generator).to(DTYPES[dtype])  # noqa: E731
     q, out, dout, dq = (draw(q_len) for _ in range(4))
     k, v_, dk, dv = (draw(kv_len) for _ in range(4))
-    lse, delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(3))
+    delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(2))
+    row_stats = torch.zeros(1, 1, q_len, 2)
     ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
     tensors = dict(
-        query=q, key=k, value=v_, out=out, lse=lse, dout=dout, dlse=dlse, delta=delta,
+        query=q, key=k, value=v_, out=out, row_stats=row_stats, dout=dout, dlse=dlse, delta=delta,
         dq=dq, dk=dk, dv=dv, ds=ds,
     )  # fmt: skip
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,9 +37,13 @@ class Guarded:
         meta = torch.empty_strided(like.shape, like.stride(), device="meta")
         return self.empty(list(like.shape), list(empty_in_order_of(meta).stride()), like.dtype)
 
-    def row_stats(self, q: Tensor) -> Tensor:
+    def rows(self, q: Tensor) -> Tensor:
         b, h, l = q.shape[:3]
         return self.empty([b, h, l], [h * l, l, 1], torch.float32)
+
+    def row_stats(self, q: Tensor) -> Tensor:
+        b, h, l = q.shape[:3]
+        return self.empty([b, h, l, 2], [2 * h * l, 2 * l, 2, 1], torch.float32)
 
     def assert_margins_untouched(self) -> None:
         for buffer in self._buffers:
@@ -61,34 +66,36 @@ class Attention:
         self.disturb: Callable[[Params], None] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
-        """out, lse"""
+        """out, row_stats"""
         guarded = self.outputs()
-        out, lse = guarded.in_order_of(q), guarded.row_stats(q)
-        self.run(self.prepare_forward(q, k, v, out, lse, s))
+        out, row_stats = guarded.in_order_of(q), guarded.row_stats(q)
+        self.run(self.prepare_forward(q, k, v, out, row_stats, s))
         guarded.assert_margins_untouched()
-        return out, lse
+        return out, row_stats
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, s: Scoring,
+        row_stats: Tensor, s: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk, dv"""
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
-        stats = guarded.row_stats(q)
+        delta = guarded.rows(q)
         elements = self.ds_elements(q, k, v, out, dout, s)
-        ds = guarded.empty([elements], [1], torch.float32) if elements else stats
-        self.run(self.prepare_backward(dout, dlse, q, k, v, out, lse, stats, ds, dq, dk, dv, s))
+        ds = guarded.empty([elements], [1], torch.float32) if elements else delta
+        self.run(
+            self.prepare_backward(dout, dlse, q, k, v, out, row_stats, delta, ds, dq, dk, dv, s)
+        )
         guarded.assert_margins_untouched()
         return dq, dk, dv
 
     def prepare_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Scoring
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_stats: Tensor, s: Scoring
     ) -> list[Launch]:
-        """The kernels of the plan in order; they write out and lse."""
+        """The kernels of the plan in order; they write out and row_stats."""
         plan = self._planner.forward(q, k, v, out, s)
         _set_seed(plan.params, s.dropout_seed)
-        return self._prepare(plan, q=q, k=k, v=v, out=out, lse=lse)
+        return self._prepare(plan, q=q, k=k, v=v, out=out, row_stats=row_stats)
 
     def ds_elements(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, s: Scoring
@@ -98,7 +105,8 @@ class Attention:
 
     def prepare_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, s: Scoring,
+        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        s: Scoring,
     ) -> list[Launch]:  # fmt: skip
         """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
         plan = self._planner.backward(q, k, v, out, dout, s)
@@ -108,8 +116,8 @@ class Attention:
             set_strides(params, name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
-            plan, q=q, k=k, v=v, out=out, lse=lse, dout=dout,
-            dlse=lse if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
+            plan, q=q, k=k, v=v, out=out, row_stats=row_stats, dout=dout,
+            dlse=row_stats if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
 
     def run(self, launches: list[Launch]) -> None:
@@ -135,3 +143,8 @@ class Attention:
 
 def _set_seed(params: Params, seed: int) -> None:
     params.dropout_seed[:] = (ctypes.c_uint32(seed).value, ctypes.c_uint32(seed >> 32).value)
+
+
+def lse_of(row_stats: Tensor) -> Tensor:
+    """The natural logarithm of the softmax's denominator; the kernels' units are powers of two."""
+    return row_stats.sum(-1) * math.log(2)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.planner import compile_planner
+
 from . import peer, workloads
 from .paths import (
     KERNELS,
@@ -32,8 +34,6 @@ from .paths import (
     SPEED_PLANNER,
     SPEED_SOURCES,
 )
-from benchmarks.planner import compile_planner
-
 from .plans import Kernel, Planner, every_variant
 
 sys.path[:0] = [str(ROOT), str(ROOT / "native")]

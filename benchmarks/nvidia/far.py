@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .attention import Attention
+from .attention import Attention, lse_of
 from .plans import Scoring
 
 # run(attention) gives the operands q, k, v, dout, the scoring and the results out, lse, dq, dk, dv,
@@ -17,8 +17,9 @@ FarCase = tuple[str, Callable[[Attention], Checked]]
 
 
 def _run(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, s: Scoring):
-    out, lse = attention.forward(q, k, v, s)
-    return (out, lse, *attention.backward(dout, None, q, k, v, out, lse, s))
+    out, row_stats = attention.forward(q, k, v, s)
+    grads = attention.backward(dout, None, q, k, v, out, row_stats, s)
+    return (out, lse_of(row_stats), *grads)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -50,8 +50,8 @@ def _scoring(q: Tensor, budget_mb: int) -> Scoring:
 def our_step(attention: Attention, budget_mb: int) -> memory.Step:
     def step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> object:
         scoring = _scoring(q, budget_mb)
-        out, lse = attention.forward(q, k, v, scoring)
-        return out, attention.backward(dout, None, q, k, v, out, lse, scoring)
+        out, row_stats = attention.forward(q, k, v, scoring)
+        return out, attention.backward(dout, None, q, k, v, out, row_stats, scoring)
 
     return step
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from orchard_ops.testing import MathResult, assert_attention_close
 
 from . import cases, controls, far, reference
-from .attention import Attention
+from .attention import Attention, lse_of
 from .driver import Kernels
 from .environment import describe
 from .plans import Params, Planner
@@ -124,10 +124,9 @@ class Prover:
 
             def run() -> tuple[Tensor, ...]:
                 q, k, v, dout = placed
-                out, lse = self.attention.forward(q, k, v, scoring)
-                return (
-                    out, lse, *self.attention.backward(dout, dlse, q, k, v, out, lse, scoring)
-                )  # fmt: skip
+                out, row_stats = self.attention.forward(q, k, v, scoring)
+                grads = self.attention.backward(dout, dlse, q, k, v, out, row_stats, scoring)
+                return (out, lse_of(row_stats), *grads)
 
             results = run()
             if group == "under sanitizer":

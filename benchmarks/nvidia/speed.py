@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from orchard_ops.testing import assert_attention_close
 
 from . import peer, reference, speed_report, timing
-from .attention import Attention
+from .attention import Attention, lse_of
 from .driver import Kernels, Launch
 from .environment import describe
 from .plans import Params, Planner, Scoring
@@ -116,8 +116,11 @@ class Operands:
     def like_q(self) -> Tensor:
         return torch.full_like(self.q, torch.nan)
 
-    def row_stats(self) -> Tensor:
+    def rows(self) -> Tensor:
         return torch.full(self.q.shape[:3], torch.nan, device=self.q.device)
+
+    def row_stats(self) -> Tensor:
+        return torch.full((*self.q.shape[:3], 2), torch.nan, device=self.q.device)
 
     def check(self, side: Side) -> dict[str, tuple[float, float]]:
         """Runs it once: some heads must agree with the mathematics, the others be finite."""
@@ -127,7 +130,10 @@ class Operands:
             if not torch.isfinite(x).all():
                 raise AssertionError(f"{name}: NaN or infinity")
         exact = self._exact_for_peer if side.is_peer else self._exact
-        return exact.check({name: self._cut(x) for name, x in side.results.items()})
+        results = {name: self._cut(x) for name, x in side.results.items()}
+        if "row_stats" in results:
+            results["lse"] = lse_of(results.pop("row_stats"))
+        return exact.check(results)
 
 
 class Bench:
@@ -162,18 +168,19 @@ class Bench:
     # ---- launches
 
     def _forward(self, mode: str, x: Operands) -> Side:
-        out, lse = x.like_q(), x.row_stats()
-        launches = self.attention[mode].prepare_forward(x.q, x.k, x.v, out, lse, x.work.scoring)
-        return Side(launches, {"out": out, "lse": lse})
+        out, row_stats = x.like_q(), x.row_stats()
+        attention, scoring = self.attention[mode], x.work.scoring
+        launches = attention.prepare_forward(x.q, x.k, x.v, out, row_stats, scoring)
+        return Side(launches, {"out": out, "row_stats": row_stats})
 
-    def _backward(self, mode: str, x: Operands, out: Tensor, lse: Tensor) -> Side:
-        delta = x.row_stats()
+    def _backward(self, mode: str, x: Operands, out: Tensor, row_stats: Tensor) -> Side:
+        delta = x.rows()
         dq, dk, dv = (x.like_q() for _ in range(3))
         attention, scoring = self.attention[mode], x.work.scoring
         elements = attention.ds_elements(x.q, x.k, x.v, out, x.dout, scoring)
         ds = torch.full((max(elements, 1),), torch.nan, device=self.device)
         launches = attention.prepare_backward(
-            x.dout, None, x.q, x.k, x.v, out, lse, delta, ds, dq, dk, dv, scoring
+            x.dout, None, x.q, x.k, x.v, out, row_stats, delta, ds, dq, dk, dv, scoring
         )
         return Side(launches, {"dq": dq, "dk": dk, "dv": dv})
 

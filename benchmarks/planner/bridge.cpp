@@ -1,5 +1,5 @@
-// The plan of native/plan behind a C interface, for planner/__init__.py: what the library decides on
-// a Mac is asked here without torch. Compiled with two lists that mirror.py reads from
+// The plan of native/plan behind a C interface, for planner/__init__.py: what the library decides
+// on a Mac is asked here without torch. Compiled with two lists that mirror.py reads from
 // shaders/params.h: ORCHARD_BUFFERS, the names of the buffers, and ORCHARD_OFFSETS, an offsetof for
 // each field of AttentionParams.
 #include <algorithm>
@@ -39,7 +39,8 @@ Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dou
                                  : orchard::plan_backward(*problem, *out, *dout);
   for (const KernelPlan& kernel : answer->plan.kernels) {
     std::string joined;
-    for (const std::string& name : kernel.alternatives) joined += (joined.empty() ? "" : ",") + name;
+    for (const std::string& name : kernel.alternatives)
+      joined += (joined.empty() ? "" : ",") + name;
     answer->alternatives.push_back(joined);
   }
   return answer;

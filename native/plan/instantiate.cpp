@@ -19,16 +19,18 @@ KernelPlan make_kernel(const Problem& p, const std::string& family, const TileCh
   kernel.family = family;
   kernel.tile_name = tile.name;
   kernel.name = join(family, "_", dtype.torch, "_d", bd, tile.name.empty() ? "" : "_", tile.name);
-  std::string switches;
-  for (const char* flag : flags) {
-    const bool on = *flag != '!';
+  const char* chunks = "false";
+  const char* dropout = "false";
+  for (const std::string flag : flags) {
     // A kernel's name says which loads it uses either way, and dropout only if it is on.
-    if (on || std::string(flag) == "!chunks") kernel.name += on ? join("_", flag) : "_elements";
-    switches += on ? ", true" : ", false";
+    if (flag == "!chunks") kernel.name += "_elements";
+    if (flag[0] != '!') kernel.name += "_" + flag;
+    if (flag == "chunks") chunks = "true";
+    if (flag == "dropout") dropout = "true";
   }
-  const std::string args =
-      join(family, "<", dtype.metal, ", ", tile.operand.empty() ? "" : tile.operand + ", ", bd,
-          ", ", tile.args, tile.args.empty() ? "" : ", ", kSimdgroups, switches, ">");
+  const std::string args = join(family, "<", dtype.metal, ", ",
+      tile.operand.empty() ? "" : tile.operand + ", ", bd, ", ", tile.args,
+      tile.args.empty() ? "" : ", ", kSimdgroups, ", Variant<", chunks, ", ", dropout, ">>");
   kernel.instantiation = join("template [[host_name(\"", kernel.name, "\")]] [[kernel]] decltype(",
       args, ") ", args, ";\n");
   kernel.tile = join(tile.text, tile.text.empty() ? "" : ", ", "head_dim padded to ", bd, "; ",

@@ -5,7 +5,7 @@
 
 namespace orchard {
 
-/// The template's last arguments, VEC and DROPOUT: a name each, with '!' before what is off.
+/// What Variant (shaders/loader.h) says, VEC and DROPOUT: a name each, with '!' before what is off.
 std::vector<const char*> switches(const Problem& problem, bool chunks);
 
 /// `length`: of the queries, or keys, that the threadgroups of a head share.

@@ -46,7 +46,7 @@ SEMANTICS = [
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-threadsafe-statics",
-    "-ffp-contract=fast",
+    "-ffp-contract=fast-honor-pragmas",
     # half and bfloat are rounded after every operation, as on a GPU.
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),

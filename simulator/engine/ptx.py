@@ -64,7 +64,15 @@ def _build(program: str, arch: str, equal_rate: bool) -> str:
     ir = ir.replace(f".p{_CONSTANT}", f".p{_GLOBAL}")  # in the names of intrinsics
     with tempfile.TemporaryDirectory(prefix="simulator-") as folder:
         output = Path(folder) / "program.ptx"
-        back = [CLANG, "-x", "ir", *target, "-O3", "-ffp-contract=fast", "-Wno-override-module"]
+        back = [
+            CLANG,
+            "-x",
+            "ir",
+            *target,
+            "-O3",
+            "-ffp-contract=fast-honor-pragmas",
+            "-Wno-override-module",
+        ]
         run([*back, "-S", "-", "-o", str(output)], ir)
         return _limit_threads(output.read_text())
 

@@ -27,7 +27,7 @@ from .place import environment, find_place
 from .testing import assert_attention_close, math_attention
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""One head dim per kernel width of ``native/plan.cpp``."""
+"""One head dim per kernel width of ``native/plan/tiles.cpp``."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORING_HEAD_DIM = 64  # from here on a backward stores dS

@@ -69,11 +69,13 @@ def test_other_libraries_are_told_apart(source: str, reason: str, tmp_path: Path
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "other.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
+    variables = {"ORCHARD_NATIVE_LIBRARY": str(library), "PYTHONPATH": ":".join(sys.path)}
     result = subprocess.run(
         [sys.executable, "-c", LOADED],
-        env={**os.environ, "ORCHARD_NATIVE_LIBRARY": str(library), "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert f"other.so {reason}" in result.stdout
 

@@ -83,7 +83,13 @@ def fingerprint() -> str:
     """Changes whenever the library could: sources, flags, tools, headers, symbol lists."""
     digest = hashlib.sha256()
     tools = Path(__file__).resolve().parent
-    for directory in (ROOT / "native", ROOT / "native" / "plan", ROOT / "shaders", tools, tools / "symbols"):
+    for directory in (
+        ROOT / "native",
+        ROOT / "native" / "plan",
+        ROOT / "shaders",
+        tools,
+        tools / "symbols",
+    ):
         for path in sorted(path for path in directory.iterdir() if path.is_file()):
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for distribution in ("torch", "ziglang"):

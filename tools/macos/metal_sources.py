@@ -30,9 +30,7 @@ HEAD_DIMS = range(8, 257, 8)
 MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
-def kernels(
-    dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float
-) -> tuple[Kernel, ...]:
+def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> tuple[Kernel, ...]:
     """What the plan runs for such a call: forward, then backward."""
     shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.

@@ -23,7 +23,8 @@ from attention_cases import SEED
 from simulator import engine
 from torch import Tensor
 
-from benchmarks.planner import BUFFERS, Params, Place, Planner, compile_planner
+from benchmarks.planner import BUFFERS as BUFFERS
+from benchmarks.planner import Params, Place, Planner, compile_planner
 
 ROOT = Path(__file__).resolve().parents[3]
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (

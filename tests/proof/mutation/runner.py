@@ -211,7 +211,8 @@ def sources_digest() -> str:
 
 def killers_digest() -> str:
     here = Path(__file__).parent
-    return _digest([here / "killers.py", here / "harness.py", ROOT / "tests/attention_cases.py"])
+    cases = ROOT / "tests" / "attention_cases.py"
+    return _digest([*sorted((here / "killers").glob("*.py")), here / "harness.py", cases])
 
 
 class Progress:

@@ -1,0 +1,90 @@
+// Pairs of right operands on their way through a kernel's loop, with the barriers that staging
+// needs: K and V where the loop runs over keys, Q and dO where it runs over queries.
+#pragma once
+
+#include "loader.h"
+
+/// K and V of a head, BK keys at a time. BUFFERS: 2, staged side by side; 1, staged one after the
+/// other in the same threadgroup memory; 0, read from device memory by each simdgroup.
+template <typename T, typename F, int BK, int BD, int THREADS, bool VEC, int BUFFERS>
+struct KeyValueBlocks {
+  static constant constexpr const int kChunks = BK * StagedRow<F, BD>::kLength * sizeof(F) / 16;
+  static constant constexpr const int kStorage = BUFFERS > 0 ? BUFFERS* kChunks : 1;  // of 16 bytes
+
+  RightOperand<T, F, BK, BD, THREADS, VEC, (BUFFERS > 0)> k;
+  RightOperand<T, F, BK, BD, THREADS, VEC, (BUFFERS > 0)> v;
+
+  METAL_FUNC void start(HeadRows<T> keys, HeadRows<T> values, int key0, threadgroup uint4* storage,
+      uint thread_index, LanePosition at) {
+    threadgroup uint4* value_storage = storage + (BUFFERS == 2 ? kChunks : 0);
+    k.start(keys, key0, reinterpret_cast<threadgroup F*>(storage), thread_index, at);
+    v.start(values, key0, reinterpret_cast<threadgroup F*>(value_storage), thread_index, at);
+  }
+
+  /// Behind it K can be read; with two buffers V as well.
+  METAL_FUNC void stage_keys() {
+    k.fetch();
+    if (BUFFERS == 2) {
+      v.fetch();
+    }
+    barrier_if<(BUFFERS > 0)>();  // the previous block has been read
+    k.store();
+    if (BUFFERS == 2) {
+      v.store();
+    }
+    barrier_if<(BUFFERS > 0)>();
+  }
+
+  /// K is read no more; V is on its way.
+  METAL_FUNC void stage_values() {
+    if (BUFFERS == 1) {
+      v.fetch();
+    }
+    barrier_if<BUFFERS == 1>();  // K has been read
+    if (BUFFERS == 1) {
+      v.store();
+    }
+  }
+
+  /// Behind it V can be read.
+  METAL_FUNC void wait_for_values() const { barrier_if<BUFFERS == 1>(); }
+
+  /// To the next keys.
+  METAL_FUNC void advance() {
+    k.advance();
+    v.advance();
+  }
+};
+
+/// Q and dO of a head, BQ queries at a time, staged side by side.
+template <typename T, typename F, int BQ, int BD, int THREADS, bool VEC>
+struct QueryBlocks {
+  static constant constexpr const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;
+  static constant constexpr const int kStorage = 2 * kChunks;  // of 16 bytes
+
+  RightOperand<T, F, BQ, BD, THREADS, VEC, true> q;
+  RightOperand<T, F, BQ, BD, THREADS, VEC, true> dout;
+
+  METAL_FUNC void start(HeadRows<T> queries, HeadRows<T> gradients, int row0,
+      threadgroup uint4* storage, uint thread_index, LanePosition at) {
+    q.start(queries, row0, reinterpret_cast<threadgroup F*>(storage), thread_index, at);
+    dout.start(
+        gradients, row0, reinterpret_cast<threadgroup F*>(storage + kChunks), thread_index, at);
+  }
+
+  /// Behind it both can be read.
+  METAL_FUNC void stage() {
+    q.fetch();
+    dout.fetch();
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+    q.store();
+    dout.store();
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  /// To the next queries.
+  METAL_FUNC void advance() {
+    q.advance();
+    dout.advance();
+  }
+};

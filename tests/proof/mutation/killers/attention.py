@@ -1,0 +1,372 @@
+"""A kernel on one problem, against float64 and the exact number of its products."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from attention_cases import SEED, Case
+from torch import Tensor
+
+from orchard_ops import dropout
+from orchard_ops.testing import MathResult, assert_attention_close
+
+from ..harness import (
+    DELTA,
+    DKV,
+    DKV_PAIRS,
+    DQ,
+    DQ_FROM_DS,
+    DTYPE_NUMBERS,
+    FORWARD,
+    Guarded,
+    Params,
+    Sources,
+    launch,
+    place,
+    request,
+    with_seed,
+)
+from .compiled import compile_kernel, template_arguments
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+KEYS_SIDE = (DKV, DKV_PAIRS)  # the same arguments; the plan's choice is by the width
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Operands of a case, its results, and what the forward hands to the backward kernels."""
+
+    operands: tuple[Tensor, ...]
+    dlse: Tensor | None
+    ref: MathResult
+    eager: MathResult
+    out: Tensor
+    row_stats: Tensor
+    delta: Tensor
+    ds: Tensor  # gradient of the scores, float64
+    ds_rounding: float  # what float32 makes of it at most
+    visible: Tensor  # (q_len, kv_len)
+
+
+@functools.cache
+def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Reference:
+    q, k, v, do = case.operands()
+    q, k = q + shifts[0], k + shifts[1]
+    dlse = None
+    if with_dlse:
+        generator = torch.Generator().manual_seed(2)
+        dlse = torch.randn(q.shape[:3], generator=generator)
+    ref, eager = (case.math(t, q, k, v, do, dlse=dlse) for t in (torch.float64, case.dtype))
+    out = ref.out.to(case.dtype)
+    delta = (do.double() * out.double()).sum(-1)
+    if dlse is not None:
+        delta -= dlse.double()
+    row = torch.arange(case.q_len)[:, None] + case.diagonal
+    key = torch.arange(case.kv_len)
+    left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
+    visible = (key >= row - left) & (key <= row + right)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    group = case.num_heads // case.num_kv_heads
+    k64, v64 = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    score = scale * q.double() @ k64.mT
+    p = torch.where(visible, torch.exp(score - ref.lse[..., None]), 0.0)
+    dp = do.double() @ v64.mT
+    if case.dropout_p:
+        shape = (case.batch, case.num_heads, case.q_len, case.kv_len)
+        kept = dropout.dropout_mask(SEED, case.dropout_p, shape)
+        dp = torch.where(kept, dp * dropout.rescale(case.dropout_p), 0.0)
+    ds = p * (dp - delta[..., None])
+    size = (p * (dp.abs() + delta.abs()[..., None])).max() * (4 + score.abs().max())
+    rounding = 4 * torch.finfo(F32).eps * size.item()
+    stats = row_stats(score, visible)
+    return Reference((q, k, v, do), dlse, ref, eager, out, stats, delta, ds, rounding, visible)
+
+
+def row_stats(score: Tensor, visible: Tensor) -> Tensor:
+    """As the forward leaves them, with the largest score as the origin: (..., q_len, 2)."""
+    score = torch.where(visible, score.double() / math.log(2), -math.inf)
+    origin = score.amax(-1).clamp(min=torch.finfo(F32).min).float()
+    log_sum = torch.exp2(score - origin[..., None]).sum(-1).log2().float()
+    return torch.stack((origin, log_sum), -1)
+
+
+def ds_tiles(ds: Tensor) -> Tensor:
+    """dS (..., q_len, kv_len) as DscoreTiles lays it out, ragged tiles filled up with zeros."""
+    *heads, q_len, kv_len = ds.shape
+    blocks = -(-q_len // 8), -(-kv_len // 8)
+    full = ds.new_zeros(*heads, blocks[0] * 8, blocks[1] * 8)
+    full[..., :q_len, :kv_len] = ds
+    return (
+        full.unflatten(-1, (blocks[1], 8))
+        .unflatten(-3, (blocks[0], 8))
+        .permute(*range(len(heads)), -2, -4, -1, -3)
+    )  # fmt: skip  (..., key block, query block, key, query)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A kernel on one problem, by the tolerance rule, with the exact number of matrix products."""
+
+    name: str
+    family: str
+    case: Case
+    layouts: tuple[str, ...] = ("padded",) * 5  # of q, k, v, out and dout
+    dlse: bool = False
+    check: bool = False
+    tile: tuple[int, ...] = ()  # instead of the plan's: (R, BK), or (BQ,)
+    shifts: tuple[float, float] = (0.0, 0.0)  # added to all of q, to all of k
+    schedule: int | None = None  # seed of a random order of threads
+    store_ds: bool = False  # of DKV: also leaves dS
+    kv_heads: tuple[int, int] | None = None  # only those, of batch * num_kv_heads
+
+    def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
+        given = reference(self.case, self.dlse, self.shifts)
+        q, k, v, _ = given.operands
+        x = self._operands()
+        kernel, params = self._plan(sources, x)
+        library = compile_kernel(sources, self.family, kernel, self.check)
+        note("compiled")
+        stats = Guarded.like(given.row_stats, "dense")
+        delta = Guarded.like(given.delta.float()[None], "dense")
+        rows = (1, *given.delta.shape)
+        key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
+        if self.family == FORWARD:
+            inputs = {"query": x["query"]} | key | value
+            stats = Guarded(given.row_stats.shape, dense(given.row_stats.shape), F32)
+            results = {"out": empty(q, self.layouts[3]), "row_stats": stats}
+        elif self.family == DELTA:
+            inputs = {"out": x["out"]} | dout
+            if given.dlse is not None:
+                inputs["dlse"] = Guarded.like(given.dlse[None], "dense")
+                inputs["dlse"].tensor[..., ~given.visible.any(1)] = math.nan
+            results = {"delta": Guarded(rows, dense(rows), F32)}
+        elif self.family == DQ:
+            inputs = {"query": x["query"], "row_stats": stats, "delta": delta} | key | value | dout
+            results = {"dq": empty(q, self.layouts[0])}
+        elif self.family in KEYS_SIDE:
+            inputs = {"query": x["query"], "row_stats": stats, "delta": delta} | key | value | dout
+            results = {"dk": empty(k, self.layouts[1]), "dv": empty(v, self.layouts[2])}
+            if self.store_ds:
+                shape = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).shape
+                results["ds"] = Guarded(shape, dense(shape), F32)
+        else:
+            inputs = {"ds": self._stored_ds(given)} | key
+            results = {"dq": empty(q, self.layouts[0])}
+        strides = {
+            name: tuple(results[name].tensor.stride())
+            for name in ("out", "dq", "dk", "dv")
+            if name in results
+        }
+        first = self.kv_heads[0] if self.kv_heads else 0
+        block = with_seed(
+            params, has_dlse=int(self.dlse), first_kv_head=first, key_end=self.case.kv_len,
+            **strides,
+        )  # fmt: skip
+        counters = launch(
+            library, kernel, sources.buffers, block, inputs, results,
+            seed=self.schedule, workers=1,
+        )  # fmt: skip
+        self._compare(given, {name: y.tensor for name, y in results.items()})
+        assert counters.mma == self._products(kernel), "not the expected number of matrix products"
+        if not self.check:  # which leaves gaps
+            assert counters.threadgroup_memory == self._staged(kernel), "threadgroup memory"
+
+    def _query_heads(self) -> slice:
+        """Of batch * num_heads, those whose key/value heads run."""
+        group = self.case.num_heads // self.case.num_kv_heads
+        first, last = self.kv_heads or (0, self.case.batch * self.case.num_kv_heads)
+        return slice(first * group, last * group)
+
+    def _stored_ds(self, given: Reference) -> Guarded:
+        """dS as the key's side leaves it: NaN in tiles that nobody sees."""
+        tiles = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).float()
+        seen = ds_tiles(given.visible.double()).flatten(-2).any(-1)
+        tiles = torch.where(seen[..., None, None], tiles, math.nan)
+        stored = Guarded(tiles.shape, dense(tiles.shape), F32)
+        stored.tensor.copy_(tiles)
+        return stored
+
+    def plan(self, sources: Sources) -> tuple[dict, Params]:
+        """The kernel that runs, and its parameters."""
+        return self._plan(sources, self._operands())
+
+    def _operands(self) -> dict[str, Guarded]:
+        """Numbers that take no part in the problem are NaN: no result may show it."""
+        given = reference(self.case, self.dlse, self.shifts)
+        q, k, v, do = given.operands
+        tensors = {"query": q, "key": k, "value": v, "out": given.out, "dout": do}
+        placed = {
+            name: Guarded.like(tensor, layout)
+            for (name, tensor), layout in zip(tensors.items(), self.layouts)
+        }
+        for name, x in placed.items():
+            takes_part = given.visible.any(0 if name in ("key", "value") else 1)
+            x.tensor[:, :, ~takes_part] = math.nan
+        return placed
+
+    def _plan(self, sources: Sources, x: dict[str, Guarded]) -> tuple[dict, Params]:
+        case = self.case
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        short = {"q": "query", "k": "key", "v": "value", "out": "out", "dout": "dout"}
+        plan, params = sources.plan(
+            request(
+                {name: place(x[full]) for name, full in short.items()},
+                DTYPE_NUMBERS[case.dtype], self.family != FORWARD, dropout_p=case.dropout_p,
+                scale=scale, window_left=case.window_left, window_right=case.window_right,
+                diagonal=case.diagonal,
+                scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40,
+            )
+        )  # fmt: skip
+        assert not plan["refusal"], plan["refusal"]
+        kernel = kernel_of(plan, self.family, case.kv_len)
+        if self.tile:
+            self._retile(kernel)
+        if self.kv_heads:
+            heads = self._query_heads() if self.family == DQ_FROM_DS else slice(*self.kv_heads)
+            kernel["groups"][0] = heads.stop - heads.start
+        return kernel, params
+
+    def _retile(self, kernel: dict) -> None:
+        arguments = template_arguments(kernel)
+        arguments[3 : 3 + len(self.tile)] = [str(n) for n in self.tile]
+        old = re.search(r"decltype\((.*)\)", kernel["instantiation"])[1]
+        new = f"{self.family}<{', '.join(arguments)}>"
+        line = kernel["instantiation"].replace(old, new)
+        name = f"{kernel['name']}_tile_{'_'.join(map(str, self.tile))}"
+        kernel["instantiation"] = line.replace(kernel["name"], name)
+        kernel["name"] = name
+        if self.family not in KEYS_SIDE:
+            kernel["groups"][1] = -(-self.case.q_len // (32 * self.tile[0]))
+
+    def _compare(self, given: Reference, results: dict[str, Tensor]) -> None:
+        if self.kv_heads:
+            results = self._only_those_heads(given, results)
+        for name, x in results.items():
+            if name == "ds":
+                self._compare_ds(given, x)
+                continue
+            if name == "delta":
+                size = (given.operands[3].double() * given.out.double()).abs().sum(-1)
+                size = size + (0 if given.dlse is None else given.dlse.abs())
+                expected = torch.where(given.visible.any(1), given.delta, 0.0)
+                error = (x[0].double() - expected).abs()
+                assert (error <= 16 * torch.finfo(F32).eps * size.max()).all(), "delta"
+                continue
+            named = dict.fromkeys(("out", "lse", "dq", "dk", "dv"))
+            if name == "row_stats":
+                alone = ~given.visible.any(1)
+                assert (x[..., alone, 0] == torch.finfo(F32).min).all(), "origin without a key"
+                assert (x[..., alone, 1] == -math.inf).all(), "log_sum without a key"
+                named["lse"] = lse_of(x)
+            else:
+                named[name] = x
+            assert_attention_close(list(named.values()), given.ref, given.eager)
+
+    def _only_those_heads(self, given: Reference, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The other heads must be untouched; they get the right values, to be compared at once."""
+        whole = {}
+        for name, x in results.items():
+            if name == "ds":
+                whole[name] = x
+                continue
+            ran = self._query_heads() if name == "dq" else slice(*self.kv_heads or ())
+            right = getattr(given.ref, name).to(x.dtype).flatten(0, 1)
+            mine = x.flatten(0, 1)
+            assert mine[: ran.start].isnan().all() and mine[ran.stop :].isnan().all(), name
+            right[ran] = mine[ran]
+            whole[name] = right.view(x.shape)
+        return whole
+
+    def _compare_ds(self, given: Reference, x: Tensor) -> None:
+        """Exact to float32's sums where anything is seen, zero or untouched elsewhere."""
+        heads = self._query_heads()
+        expected = ds_tiles(given.ds.flatten(0, 1)[heads])
+        seen = ds_tiles(given.visible.double()).bool().expand(expected.shape)
+        error = (x.double() - expected).abs()
+        assert (error[seen] <= given.ds_rounding).all(), "dS"
+        tiles = seen.flatten(-2).any(-1, keepdim=True)[..., None].expand(expected.shape)
+        assert (x[tiles & ~seen] == 0).all(), "dS of what is not seen"
+        rest = x[~tiles]
+        assert (rest.isnan() | (rest == 0)).all(), "dS of tiles that nobody sees"
+
+    def _products(self, kernel: dict) -> int:
+        """8 x 8 x 8 products if exactly the blocks between the first and last visible one run."""
+        case, arguments = self.case, template_arguments(kernel)
+        if self.family == DELTA:
+            return 0
+        seen = reference(case, self.dlse, self.shifts).visible
+        width = int(arguments[2]) // 8
+        if self.family in KEYS_SIDE:
+            block, keys = int(arguments[3]), keys_of_group(self.family)
+            blocks = sum(_span(part.any(1), block) for part in seen.split(keys, dim=1))
+            products = 4 * (block // 8) * width * keys // 32
+        else:
+            r, block = int(arguments[3]), int(arguments[4])
+            blocks = sum(_span(part.any(0), block) for part in seen.split(32 * r))
+            of_family = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1}
+            products = of_family[self.family] * r * (block // 8) * width
+        heads = self._query_heads()
+        return (heads.stop - heads.start) * blocks * 4 * products
+
+    def _staged(self, kernel: dict) -> int:
+        """Bytes of staged rows, each with 16 bytes of padding, and of exchanged partial tiles."""
+        arguments = template_arguments(kernel)
+        if self.family == DELTA:
+            return 0
+        row = int(arguments[2]) * (2 if arguments[1] == "half" else 4) + 16
+        if self.family in KEYS_SIDE:
+            rows = int(arguments[3])
+            handed_over = 2 * (rows // 8) * 32 * 8 if self.family == DKV_PAIRS else 0
+            return 2 * rows * row + handed_over
+        buffers = {FORWARD: int(arguments[5]), DQ: 2, DQ_FROM_DS: 1}[self.family]
+        return max(buffers * int(arguments[4]) * row, 16)
+
+
+def keys_of_group(family: str) -> int:
+    return {DKV: 32, DKV_PAIRS: 16}[family]
+
+
+def lse_of(row_stats: Tensor) -> Tensor:
+    """The public lse: a natural logarithm."""
+    return (row_stats.double().sum(-1) * math.log(2)).float()
+
+
+def kernel_of(plan: dict, family: str, kv_len: int) -> dict:
+    """The plan's kernel of the family; of the two for the key's side, either can be made of the
+    other."""
+    if family not in KEYS_SIDE:
+        (kernel,) = (k for k in plan["kernels"] if k["family"] == family)
+        return dict(kernel)
+    (kernel,) = (k for k in plan["kernels"] if k["family"] in KEYS_SIDE)
+    for name in ("name", "instantiation"):
+        text = kernel[name].replace(DKV_PAIRS, DKV)
+        kernel = kernel | {name: text.replace(DKV, family)}
+    groups = [kernel["groups"][0], -(-kv_len // keys_of_group(family))]
+    return kernel | {"family": family, "groups": groups}
+
+
+def _span(seen: Tensor, block: int) -> int:
+    """Blocks from the first to the last seen position."""
+    places = seen.nonzero()
+    return int(places.max()) // block - int(places.min()) // block + 1 if len(places) else 0
+
+
+def empty(like: Tensor, layout: str) -> Guarded:
+    """An output: all NaN; the kernels write adjacent columns and pairs of them."""
+    _, h, n, d = like.shape
+    chunk = 16 // like.element_size()
+    wide = -(-d // chunk) * chunk + chunk
+    strides = {
+        "padded": (h * (n + 1) * wide, (n + 1) * wide, wide, 1),
+        "blhd": (h * n * d, d, h * d, 1),
+    }.get(layout, (h * n * d, n * d, d, 1))
+    return Guarded(like.shape, strides, like.dtype)
+
+
+def dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()

@@ -1,0 +1,81 @@
+"""The kernels that this process has compiled."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import struct
+from collections.abc import Collection
+from pathlib import Path
+
+from simulator import engine
+
+from ..harness import Sources
+
+
+def template_arguments(kernel: dict) -> list[str]:
+    """All of them; the last two are those of Variant."""
+    return re.search(r"decltype\(\w+<(.*)>\) ", kernel["instantiation"])[1].split(", ")
+
+
+_libraries: dict[tuple[Path, str, bool], engine.Library] = {}  # of this process, by kernel name
+
+
+def compile_kernel(
+    sources: Sources, family: str, kernel: dict, check: bool = False
+) -> engine.Library:
+    """The first problem's kernel by itself, all others of a family at once: that is faster."""
+    key = (sources.root, kernel["name"], check)
+    if key not in _libraries:
+        line = kernel["instantiation"]
+        together = compiled_together(family, check)
+        lines = together if line in together else (line,)
+        library = engine.compile(sources.text(family) + "".join(lines), check=check)
+        for name in library.names:
+            _libraries[(sources.root, name, check)] = library
+    return _libraries[key]
+
+
+@functools.cache
+def compiled_together(family: str, check: bool) -> tuple[str, ...]:
+    from .problems import KITCHEN_SINK, problems  # which needs this module
+
+    sources, lines = Sources(), {}
+    for killer in problems():
+        if killer.family == family and killer.check == check and killer.case != KITCHEN_SINK:
+            lines[killer.plan(sources)[0]["instantiation"]] = None
+    return tuple(lines)
+
+
+def machine_code() -> dict[str, str]:
+    """A digest of the code of each kernel that this process has compiled."""
+    return {
+        f"{name} {check}": hashlib.sha256(_text_section(library.path)).hexdigest()[:16]
+        for (_, name, check), library in _libraries.items()
+    }
+
+
+def _text_section(path: Path) -> bytes:
+    elf = path.read_bytes()
+    (sections,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    table = [struct.unpack_from("<2I4Q", elf, sections + size * i) for i in range(count)]
+    strings = table[names][4]
+    for name, _, _, _, offset, length in table:
+        if elf[strings + name :].startswith(b".text\0"):
+            return elf[offset : offset + length]
+    raise ValueError("no .text section")
+
+
+def library_paths() -> set[Path]:
+    """What this process has compiled, in the engine's cache."""
+    return {library.path for library in _libraries.values()}
+
+
+def forget_libraries(keep: Collection[str]) -> None:
+    """Removes what this process has compiled from the engine's cache, but for `keep`."""
+    for path in library_paths():
+        if str(path) not in keep:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
