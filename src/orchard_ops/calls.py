@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from . import native, switches
+from . import native
+from .environment import switched_on
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
@@ -55,9 +56,19 @@ class Stats:
 NOT_MPS = "the tensors are on "
 
 
+def debug_enabled() -> bool:
+    """ORCHARD_DEBUG=1, or the older name ORCHARD_DEBUG_FLASHATN=1."""
+    return switched_on("ORCHARD_DEBUG") or switched_on("ORCHARD_DEBUG_FLASHATN")
+
+
+def strict() -> bool:
+    """ORCHARD_STRICT=1: a call on mps that Metal cannot run raises instead of falling back."""
+    return switched_on("ORCHARD_STRICT")
+
+
 def insists_on_metal(device_type: str, impl: str) -> bool:
     """Whether a call that Metal cannot run raises instead of falling back."""
-    return impl == "metal" or (device_type == "mps" and impl == "auto" and switches.strict())
+    return impl == "metal" or (device_type == "mps" and impl == "auto" and strict())
 
 
 def _users_level() -> int:
@@ -78,7 +89,7 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
     """Counts a call about to run on the reference; raises where the caller insisted on Metal."""
     if insists_on_metal(device_type, impl):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
-    if switches.debug():
+    if debug_enabled():
         print(f"[orchard] {op}: reference ({reason})", file=sys.stderr)
     unasked = device_type == "mps" and impl == "auto"
     if unasked and reason not in _warned:

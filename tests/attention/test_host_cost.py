@@ -25,9 +25,9 @@ class TestRecordingEngine:
     def test_launches_are_recorded_as_they_would_run(self):
         q, k, v = qkv()
         with simulator.recording() as executed:
-            orchard_ops.flash_attn(q, k, v)
+            orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         with simulator.recording(execute=False) as recorded:
-            orchard_ops.flash_attn(q, k, v)
+            orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert len(recorded) == len(executed) == 1
         for field in ("kernel", "threads", "group", "arguments"):
             assert getattr(recorded[0], field) == getattr(executed[0], field)
@@ -36,7 +36,7 @@ class TestRecordingEngine:
         # Operands of no other test: memory that is used again may still hold the results of those.
         q, k, v = (x + 0.625 for x in qkv())
         with simulator.recording() as executed, simulator.recording(execute=False):
-            out = orchard_ops.flash_attn(q, k, v)
+            out = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert executed == []
         with simulator.recording() as launches:
             expected = orchard_ops.flash_attn(q, k, v)
@@ -70,15 +70,17 @@ class TestNoWaitingAndNoExtraMemory:
     def test_forward(self, dropout_p: float):
         q, k, v = qkv()
         with Counted() as counted:
-            out = orchard_ops.flash_attn(q, k, v, is_causal=True, dropout_p=dropout_p)
+            out = orchard_ops.flash_attn(
+                q, k, v, enable_gqa=True, is_causal=True, dropout_p=dropout_p
+            )
         assert counted.num_waits == 0
-        assert counted.num_allocations == 2  # out, lse
-        assert counted.peak_bytes == out.numel() * HALF + B * H * L * 4
+        assert counted.num_allocations == 2  # out, row_stats
+        assert counted.peak_bytes == out.numel() * HALF + B * H * L * 2 * 4
 
     @pytest.mark.parametrize("head_dim", (D, 64))
     def test_backward(self, dropout_p: float, head_dim: int):
         leaves = qkv(requires_grad=True, head_dim=head_dim)
-        out = orchard_ops.flash_attn(*leaves, is_causal=True, dropout_p=dropout_p)
+        out = orchard_ops.flash_attn(*leaves, enable_gqa=True, is_causal=True, dropout_p=dropout_p)
         dout = torch.randn_like(out)
         with Counted() as counted:
             grads = torch.autograd.grad(out, leaves, dout)
@@ -100,7 +102,9 @@ class GPT(torch.nn.Module):
         for layer in self.layers:
             q, k, v = layer(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
             dropout_p = 0.1 if self.training else 0.0
-            attended = orchard_ops.flash_attn(q, k, v, is_causal=True, dropout_p=dropout_p)
+            attended = orchard_ops.flash_attn(
+                q, k, v, enable_gqa=True, is_causal=True, dropout_p=dropout_p
+            )
             x = x + attended.transpose(1, 2).flatten(2)
         return x
 

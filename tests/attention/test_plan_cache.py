@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from counted import Counted, qkv
 
 import orchard_ops
+from orchard_ops.scoring import Scoring
 
-MOST_PLANS = 256  # native/plan_cache.h
+MOST_PLANS = 256  # native/plan/plan_cache.h
 OPERANDS = ("q", "k", "v", "out", "dout")
 TOLERANCE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -27,26 +28,25 @@ SCALARS = {
 def problem() -> dict:
     """A call of the functional ops: dense float32 operands and the numbers of the scoring."""
     q, k, v = (x.detach() for x in qkv(dtype=torch.float32))
-    out, lse = (
+    out, row_stats = (
         x.contiguous()
         for x in torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(SCALARS), "reference")
     )
     operands = dict(zip(OPERANDS, (q, k, v, out, torch.randn_like(out))))
-    return {**operands, "lse": lse, **SCALARS}
+    return {**operands, "row_stats": row_stats, **SCALARS}
 
 
-def scoring(call: dict) -> tuple:
-    dropout_p, scale, *window = (call[name] for name in SCALARS)
-    return (None, None, None, torch.tensor(3), dropout_p, scale, *window, 0.0)
+def scoring(call: dict) -> Scoring:
+    return Scoring(dropout_seed=torch.tensor(3), **{name: call[name] for name in SCALARS})
 
 
 def run_op(passes: str, call: dict, impl: str = "metal") -> tuple[torch.Tensor, ...]:
-    """out and lse, or dq, dk and dv."""
+    """out and row_stats, or dq, dk and dv."""
     q, k, v, out, dout = (call[name] for name in OPERANDS)
     if passes == "forward":
         return torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(call), impl)
     return torch.ops.orchard.flash_attn_bwd(
-        dout, None, q, k, v, out, call["lse"], *scoring(call), False, impl
+        dout, None, q, k, v, out, call["row_stats"], *scoring(call), False, impl
     )[:3]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class TestPlans:
         leaves = qkv(requires_grad=True)
 
         def step() -> None:
-            orchard_ops.flash_attn(*leaves, window_left=5).sum().backward()
+            orchard_ops.flash_attn(*leaves, enable_gqa=True, window_left=5).sum().backward()
 
         step()
         with Counted() as counted:
@@ -90,7 +90,9 @@ class TestPlans:
                 step()
         assert counted.num_plans == 0
         with Counted() as counted:
-            orchard_ops.flash_attn(*(x.detach()[:, :, 1:] for x in leaves), window_left=5)
+            orchard_ops.flash_attn(
+                *(x.detach()[:, :, 1:] for x in leaves), enable_gqa=True, window_left=5
+            )
         assert counted.num_plans == 1
 
     def check_not_mistaken(self, passes: str, changed: dict, call: dict) -> None:
@@ -119,7 +121,7 @@ class TestPlans:
     def test_numbers_tell_plans_apart(self, passes: str, name: str, number: float):
         call = problem() | {"window_left": 9, "window_right": 9}
         changed = call | {name: number}
-        changed["out"], changed["lse"] = run_op("forward", changed, "reference")
+        changed["out"], changed["row_stats"] = run_op("forward", changed, "reference")
         self.check_not_mistaken(passes, changed, call)
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -152,7 +154,7 @@ class TestPlans:
 
         def num_plans(scale: int) -> int:
             with Counted() as counted:
-                orchard_ops.flash_attn(q, k, v, scale=float(scale))
+                orchard_ops.flash_attn(q, k, v, enable_gqa=True, scale=float(scale))
             remembered.append(torch.ops.orchard.plans_remembered())
             return counted.num_plans
 
@@ -175,9 +177,12 @@ class TestPlans:
             start.wait()
             for scale in scales:
                 call = SCALARS | {"scale": float(scale)}
-                _, lse = torch.ops.orchard.flash_attn_fwd(ones, ones, ones, *scoring(call), "metal")
-                if abs(lse.item() - 16 * scale) > 1e-5 * 16 * scale:
-                    wrong.append((scale, lse.item()))
+                _, row_stats = torch.ops.orchard.flash_attn_fwd(
+                    ones, ones, ones, *scoring(call), "metal"
+                )
+                lse = row_stats.sum().item() * scoring(call).unit
+                if abs(lse - 16 * scale) > 1e-5 * 16 * scale:
+                    wrong.append((scale, lse))
                 if torch.ops.orchard.plans_remembered() > MOST_PLANS:
                     wrong.append(scale)
             done.append(number)

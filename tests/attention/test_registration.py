@@ -9,6 +9,7 @@ from attention_cases import SEED
 from torch.utils.checkpoint import checkpoint
 
 import orchard_ops
+from orchard_ops.scoring import Scoring
 
 DEVICES = ("cpu", "mps")
 # PyTorch's own autograd-registration check knows cpu, cuda and xpu only.
@@ -31,8 +32,10 @@ def qkv(device: str, requires_grad: bool = True) -> list[torch.Tensor]:
     return [x.requires_grad_(requires_grad) for x in (q, k, v)]
 
 
-def scoring(p: float) -> tuple:
-    return (None, None, None, torch.tensor(SEED), p, 0.25, -1, 0, 2, 0.0)
+def scoring(p: float) -> Scoring:
+    return Scoring(
+        dropout_seed=torch.tensor(SEED), dropout_p=p, scale=0.25, window_right=0, diagonal=2
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -40,7 +43,10 @@ class TestOpcheck:
     @pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"window_left": 3, "scale": 0.3}])
     def test_flash_attn(self, device: str, kwargs: dict):
         torch.library.opcheck(
-            torch.ops.orchard.flash_attn, qkv(device), kwargs, test_utils=UTILITIES[device]
+            torch.ops.orchard.flash_attn,
+            qkv(device),
+            kwargs | {"enable_gqa": True},
+            test_utils=UTILITIES[device],
         )
 
     @pytest.mark.parametrize("p", (0.0, 0.3))
@@ -55,11 +61,11 @@ class TestOpcheck:
     @pytest.mark.parametrize("with_dlse", (False, True))
     def test_backward(self, device: str, p: float, with_dlse: bool):
         q, k, v = qkv(device, requires_grad=False)
-        out, lse = torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(p))
-        dlse = torch.randn_like(lse) if with_dlse else None
+        out, row_stats = torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(p))
+        dlse = torch.randn_like(row_stats[..., 1]) if with_dlse else None
         torch.library.opcheck(
             torch.ops.orchard.flash_attn_bwd,
-            (torch.randn_like(out), dlse, q, k, v, out, lse, *scoring(p), False),
+            (torch.randn_like(out), dlse, q, k, v, out, row_stats, *scoring(p), False),
             test_utils=UTILITIES[device],
         )
 
@@ -69,13 +75,14 @@ class TestOpcheck:
         torch.library.opcheck(
             torch.ops.orchard.flash_attn,
             (*qkv(device), mask),
-            {"sinks": sinks},
+            {"sinks": sinks, "enable_gqa": True},
             test_utils=UTILITIES[device],
         )
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0) -> torch.Tensor:
-    return torch.ops.orchard.flash_attn(q, k, v, dropout_p=p, is_causal=True).square()
+    out = torch.ops.orchard.flash_attn(q, k, v, dropout_p=p, is_causal=True, enable_gqa=True)
+    return out.square()
 
 
 def gradients(out: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -155,10 +162,12 @@ def test_forward_mode_is_refused(device: str):
 
 def test_meta_tensors_have_shapes():
     q, k, v = (torch.empty(2, h, n, 16, device="meta") for h, n in ((4, 9), (2, 11), (2, 11)))
-    out, lse = orchard_ops.flash_attn(q, k, v, dropout_p=0.1, is_causal=True, return_lse=True)
+    out, lse = orchard_ops.flash_attn(
+        q, k, v, dropout_p=0.1, is_causal=True, enable_gqa=True, return_lse=True
+    )
     assert (out.shape, lse.shape) == ((2, 4, 9, 16), (2, 4, 9))
     grads = torch.autograd.grad(
-        orchard_ops.flash_attn(*(x.requires_grad_() for x in (q, k, v))).sum(), (q, k, v)
+        attention(*(x.requires_grad_() for x in (q, k, v))).sum(), (q, k, v)
     )
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
@@ -216,7 +225,7 @@ def test_vmap_over_masks_and_slopes():
         in_dims = (0, None if mask is None else 0, None if slopes is None else 0)
 
         def call(q, mask, slopes):
-            return torch.ops.orchard.flash_attn(q, k, v, mask, alibi_slopes=slopes)
+            return torch.ops.orchard.flash_attn(q, k, v, mask, alibi_slopes=slopes, enable_gqa=True)
 
         out = torch.vmap(call, in_dims=in_dims)(q, mask, slopes)
         loop = [
@@ -277,7 +286,7 @@ def test_only_wanted_gradients_are_returned(device: str, frozen: list[int]):
 @pytest.mark.parametrize("device", DEVICES)
 def test_lse_alone_has_a_gradient(device: str):
     q, k, v = qkv(device)
-    _, lse = orchard_ops.flash_attn(q, k, v, return_lse=True)
+    _, lse = orchard_ops.flash_attn(q, k, v, enable_gqa=True, return_lse=True)
     dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)
     scores = torch.matmul(q, k.repeat_interleave(2, dim=1).transpose(-1, -2)) / 4.0
     expected = torch.autograd.grad(torch.logsumexp(scores, -1).sum(), (q, k))
@@ -291,9 +300,9 @@ def test_lse_alone_has_a_gradient(device: str):
 def test_autocast(device: str, dtype: torch.dtype):
     inputs = qkv(device)
     with torch.autocast(device, dtype=dtype):
-        out = torch.ops.orchard.flash_attn(*inputs)
+        out = torch.ops.orchard.flash_attn(*inputs, enable_gqa=True)
     assert out.dtype == dtype
-    expected = torch.ops.orchard.flash_attn(*(x.to(dtype) for x in inputs))
+    expected = torch.ops.orchard.flash_attn(*(x.to(dtype) for x in inputs), enable_gqa=True)
     assert torch.equal(out, expected)
     out.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in inputs)
@@ -304,8 +313,9 @@ def test_autocast_unites_mixed_dtypes(device: str):
     """Rotary embeddings often leave q and k in float32 where v is half already."""
     q, k, v = qkv(device, requires_grad=False)
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = torch.ops.orchard.flash_attn(q, k, v.bfloat16())
-    expected = torch.ops.orchard.flash_attn(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        out = torch.ops.orchard.flash_attn(q, k, v.bfloat16(), enable_gqa=True)
+    halves = [x.bfloat16() for x in (q, k, v)]
+    expected = torch.ops.orchard.flash_attn(*halves, enable_gqa=True)
     assert torch.equal(out, expected)
 
 

@@ -12,7 +12,8 @@ from counted import HKV, B, D, H, L, S, qkv
 from torch.nn import Parameter
 
 import orchard_ops
-from orchard_ops import _ops, attention, checks
+from orchard_ops import attention, checks
+from orchard_ops.ops import autograd, eager
 
 
 def _operands() -> list[tuple[torch.Tensor, ...]]:
@@ -53,7 +54,7 @@ def test_plainly_right_only_where_the_checks_agree():
             right = True
         except (ValueError, TypeError):
             right = False
-        plainly = checks.plainly_right(q, k, v)
+        plainly = checks.plainly_right(q, k, v, enable_gqa=True)
         assert right or not plainly, (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
         if right and q.dim() == 4 and k.shape == v.shape:
             assert plainly, (q.shape, k.shape)
@@ -74,7 +75,7 @@ def record_attend(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         seen.append(args)
         return args[0], args[0]
 
-    monkeypatch.setattr(_ops, "attend", attend)
+    monkeypatch.setattr(autograd, "attend", attend)
     return seen
 
 
@@ -89,12 +90,12 @@ def test_the_usual_call_is_prepared_as_any_other(
     with torch.autocast("mps", dtype=autocast or torch.float16, enabled=autocast is not None):
         for call in CALLS:
             torch.manual_seed(7)
-            orchard_ops.flash_attn(*operands, **call)
+            orchard_ops.flash_attn(*operands, enable_gqa=True, **call)
         short_calls = len(CALLS) - prepared.call_count
         monkeypatch.setattr(attention, "_is_usual", lambda *_: False)
         for call in CALLS:
             torch.manual_seed(7)
-            orchard_ops.flash_attn(*operands, **call)
+            orchard_ops.flash_attn(*operands, enable_gqa=True, **call)
     assert short_calls == (0 if autocast is torch.bfloat16 else len(CALLS))
     for short, long in zip(seen[: len(CALLS)], seen[len(CALLS) :], strict=True):
         for a, b in zip(short, long, strict=True):
@@ -109,7 +110,7 @@ def test_the_usual_call_is_prepared_as_any_other(
 @pytest.mark.parametrize(
     "wrong",
     (
-        {"dropout_p": 1.0},
+        {"dropout_p": 1.5},
         {"dropout_p": -0.1},
         {"window_left": -2},
         {"window_right": -2},
@@ -120,7 +121,7 @@ def test_the_usual_call_is_prepared_as_any_other(
 )
 def test_what_is_malformed_is_not_usual(wrong: dict):
     with pytest.raises(ValueError, match="orchard::flash_attn"):
-        orchard_ops.flash_attn(*qkv(), **wrong)
+        orchard_ops.flash_attn(*qkv(), enable_gqa=True, **wrong)
 
 
 @pytest.mark.parametrize("requires_grad", (False, True))
@@ -132,7 +133,9 @@ def test_the_short_way_through_autograd_gives_the_same(
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(5)
-        out, lse = orchard_ops.flash_attn(*leaves, dropout_p=dropout_p, return_lse=True)
+        out, lse = orchard_ops.flash_attn(
+            *leaves, enable_gqa=True, dropout_p=dropout_p, return_lse=True
+        )
         assert out.requires_grad == lse.requires_grad == requires_grad
         if not requires_grad:
             return [out, lse]
@@ -141,7 +144,7 @@ def test_the_short_way_through_autograd_gives_the_same(
 
     short = run()
     asked = []
-    monkeypatch.setattr(_ops, "_nothing_between", lambda tensors: bool(asked.append(tensors)))
+    monkeypatch.setattr(eager, "nothing_between", lambda tensors: bool(asked.append(tensors)))
     long = run()
     assert len(asked) == 1 + requires_grad
     for a, b in zip(short, long, strict=True):
@@ -156,9 +159,9 @@ class Subclass(torch.Tensor):
 class TestNothingBetween:
     def test_plain_tensors_and_parameters(self):
         q, k, v = qkv()
-        assert _ops._nothing_between((q, Parameter(k), v, None))
+        assert eager.nothing_between((q, Parameter(k), v, None))
         with torch.no_grad():
-            assert _ops._nothing_between((q, k, v))
+            assert eager.nothing_between((q, k, v))
 
     def test_not_what_must_see_the_op(self):
         from torch.overrides import TorchFunctionMode
@@ -173,32 +176,32 @@ class TestNothingBetween:
                 return func(*args, **(kwargs or {}))
 
         q = torch.ones(1)
-        assert _ops._nothing_between((q,))
-        assert not _ops._nothing_between((q, q.as_subclass(Subclass)))
+        assert eager.nothing_between((q,))
+        assert not eager.nothing_between((q, q.as_subclass(Subclass)))
         with FunctionMode():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         with DispatchMode():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         with torch.autograd.forward_ad.dual_level():
-            assert not _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
         inside = []
-        torch.func.grad(lambda x: (inside.append(_ops._nothing_between((x,))), x.sum())[1])(q)
-        torch.vmap(lambda x: (inside.append(_ops._nothing_between((x,))), x)[1])(q)
+        torch.func.grad(lambda x: (inside.append(eager.nothing_between((x,))), x.sum())[1])(q)
+        torch.vmap(lambda x: (inside.append(eager.nothing_between((x,))), x)[1])(q)
         assert inside == [False, False]
 
     def test_not_below_autograd(self):
         q = torch.ones(1)
         with torch._C._AutoDispatchBelowAutograd():
-            assert not _ops._nothing_between((q,))
-        assert _ops._nothing_between((q,))
+            assert not eager.nothing_between((q,))
+        assert eager.nothing_between((q,))
 
     @pytest.mark.parametrize("way", (orchard_ops.flash_attn, torch.ops.orchard.flash_attn))
     def test_nothing_is_recorded_below_autograd(self, way):
         leaves = qkv(requires_grad=True)
-        expected = way(*leaves)
+        expected = way(*leaves, enable_gqa=True)
         assert expected.requires_grad
         with torch._C._AutoDispatchBelowAutograd():
-            out = way(*leaves)
+            out = way(*leaves, enable_gqa=True)
         assert not out.requires_grad
         assert torch.equal(out, expected)
 
@@ -209,12 +212,12 @@ class TestNothingBetween:
 
         @torch.library.custom_op("orchard_test::attention", mutates_args=())
         def attention_op(q: torch.Tensor) -> torch.Tensor:
-            inside.append(orchard_ops.flash_attn(q, *weights))
+            inside.append(orchard_ops.flash_attn(q, *weights, enable_gqa=True))
             return inside[-1]
 
         out = attention_op(q)
         assert not inside[0].requires_grad
-        expected = orchard_ops.flash_attn(q, *weights)
+        expected = orchard_ops.flash_attn(q, *weights, enable_gqa=True)
         assert expected.requires_grad
         assert torch.equal(out, expected)
 
@@ -232,7 +235,7 @@ class TestNothingBetween:
 
         leaves = qkv(requires_grad=True)
         with Log() as log:
-            out = orchard_ops.flash_attn(*leaves)
+            out = orchard_ops.flash_attn(*leaves, enable_gqa=True)
             torch.autograd.grad(out, leaves, torch.ones_like(out))
         assert log.names.count("orchard::flash_attn_fwd") == 1
         assert log.names.count("orchard::flash_attn_bwd") == 1
@@ -240,7 +243,7 @@ class TestNothingBetween:
 
 def test_numbers_of_the_short_way_agree_with_sdpa():
     q, k, v = (x.float() for x in qkv())
-    out = orchard_ops.flash_attn(q, k, v, is_causal=True)
+    out = orchard_ops.flash_attn(q, k, v, enable_gqa=True, is_causal=True)
     expected = F.scaled_dot_product_attention(
         q.cpu(), k.cpu(), v.cpu(), is_causal=True, enable_gqa=True
     )

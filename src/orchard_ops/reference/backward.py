@@ -44,7 +44,7 @@ def backward(
     mask = scoring.attn_mask
     dq = empty_in_order_of(query)
     dk, dv = (torch.zeros(x.shape, dtype=p.dtype, device=p.device) for x in (p.k, p.v))
-    dmask = dsinks = query.new_empty(0)
+    dmask, dsinks = query.new_empty(0), query.new_empty(0)
     if mask is not None and mask_grad:
         dmask = torch.zeros(mask.shape, dtype=p.dtype, device=p.device)
     if scoring.sinks is not None:
