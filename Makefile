@@ -36,6 +36,12 @@ endif
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
+ifeq ($(SYSTEM),Darwin)
+demo: $(VENV)/ready $(PLUGIN)
+	$(PY) -m orchard_ops demo $(ARGS)
+
+bench: $(PLUGIN)
+else
 demo: $(VENV)/ready
 	@if sh tools/system_tools.sh; then \
 	  $(MAKE) --no-print-directory $(PLUGIN) && $(ON_MPS) -m orchard_ops demo $(ARGS); \
@@ -43,8 +49,9 @@ demo: $(VENV)/ready
 	  echo "Without a simulated device the demo runs the reference kernels on the CPU."; \
 	  $(PY) -m orchard_ops demo $(ARGS); \
 	fi
+endif
 
-bench: $(VENV)/ready $(if $(filter Darwin,$(SYSTEM)),$(PLUGIN))
+bench: $(VENV)/ready
 	$(PY) -m orchard_ops bench $(ARGS)
 
 memory: $(VENV)/dev tools $(PLUGIN)

@@ -3,7 +3,8 @@
 The suite runs on one of three devices. On the simulated one (Linux) everything runs. On an Apple
 GPU the simulator, and the instruments of proof that are built on it, stay out: they need Linux and
 clang-19. On the CPU alone, with whatever torch there is (`make versions`), what needs no mps
-device runs. The rule looks at folders and at what a test's code names, so that a new test needs no mark.
+device runs. The rule looks at folders and at what a test's code names, so that a new test needs no
+mark.
 """
 
 from __future__ import annotations

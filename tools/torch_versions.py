@@ -1,8 +1,8 @@
 """Tests what needs no mps device on other releases of torch: `make versions`.
 
-Each release gets an environment of its own, which is thrown away: `torch_versions.py [RELEASE ...]`,
-by default the oldest supported one and the newest that pip finds. Exit status 1: a test failed;
-2: an environment could not be made.
+Each release gets an environment of its own, which is thrown away. Releases are the arguments; by
+default the oldest supported one and the newest that pip finds. Exit status 1: a test failed; 2: an
+environment could not be made.
 """
 
 from __future__ import annotations

@@ -22,11 +22,12 @@ import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("simulator", "mutation", "dialect", "fuzz", "benchmarks"):
+        if name.partition(".")[0] in ("simulator", "mutation", "dialect", "fuzz"):
             raise ModuleNotFoundError(f"no {name} here", name=name)
 
 sys.meta_path.insert(0, Missing())
-import torch, pytest  # with the platform that they are built for
+import pytest, sysconfig, torch._inductor.config  # with the platform that they are built for
+sysconfig.get_config_vars()
 sys.platform = PLATFORM
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]))
 """
@@ -58,8 +59,8 @@ def test_a_mac_runs_the_op_and_the_commands_on_its_gpu():
     } <= files(tests)
     kernels = [test for test in tests if "test_kernels" in test]
     assert len(kernels) > 600 and any("test_other_tiles" in test for test in kernels)
-    for linux_only in ("test_robustness", "test_host_cost.py::test_launch", "faults"):
-        assert not [test for test in tests if linux_only in test and "corrupt" in test]
+    assert "attention/test_host_cost.py" not in files(tests)  # it counts in the simulator
+    assert not [test for test in tests if "corrupt" in test]
     assert "left out by rule: proof, simulator" in printed
     assert re.search(r"\d+/\d+ tests collected \(\d+ deselected\)", printed)
 
@@ -79,8 +80,8 @@ def test_another_torch_runs_what_needs_no_device():
 
 def test_the_quick_run_is_small_and_has_kernels_of_every_kind():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "--quick", "-p", "no:cacheprovider",
-         "tests/attention"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "--quick", "tests/attention"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     tests = set(re.findall(r"^tests/\S.*::.+$", done.stdout, re.MULTILINE))
     kernels = [test for test in tests if "test_kernels" in test]
@@ -91,7 +92,7 @@ def test_the_quick_run_is_small_and_has_kernels_of_every_kind():
 
 @pytest.mark.parametrize("target", ("test", "demo", "selftest", "bench"))
 def test_a_mac_builds_the_library_that_it_tests(target: str):
-    """`make -n` with everything up to date but one shader: its rule must come before the tests."""
+    """`make -n` after an edit of one shader: the library's rule comes before what uses it."""
     done = subprocess.run(
         ["make", "-n", "-W", "shaders/mask.h", "SYSTEM=Darwin", target], cwd=ROOT,
         capture_output=True, text=True, timeout=60,
@@ -99,4 +100,4 @@ def test_a_mac_builds_the_library_that_it_tests(target: str):
     assert done.returncode == 0, done.stderr
     build = done.stdout.index("native/build.py src/orchard_ops/liborchard_ops.dylib")
     run = done.stdout.index("-m pytest" if target == "test" else f"-m orchard_ops {target}")
-    assert target == "demo" or build < run  # the demo's recipe builds by a make of its own
+    assert build < run
