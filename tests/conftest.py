@@ -1,7 +1,8 @@
-"""The device under test: a Mac's GPU, or on Linux the simulated one."""
+"""The device under test: a Mac's GPU, on Linux the simulated one, or the CPU alone (rooms.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -10,11 +11,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMULATED = sys.platform != "darwin"
-#: Folders whose tests need the simulated device or its engine: the marker `simulated`.
-SIMULATED_FOLDERS = (ROOT / "tests" / "proof", ROOT / "tests" / "simulator")
+DEVICE = rooms.device(sys.platform, os.environ)
+SIMULATED = DEVICE == rooms.SIMULATED
+LEFT_OUT = pytest.StashKey[list[Path]]()
 
 if SIMULATED:
     import simulator
@@ -61,31 +63,42 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
 
 
-def _is_simulated(path: Path) -> bool:
-    return any(path.is_relative_to(folder) for folder in SIMULATED_FOLDERS)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="for the loop of work: `make quick`")
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """A Mac does not even import them."""
-    return True if not SIMULATED and _is_simulated(collection_path) else None
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not rooms.leaves_out(collection_path, DEVICE):
+        return None
+    config.stash.setdefault(LEFT_OUT, []).append(collection_path)
+    return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if _is_simulated(item.path):
-            item.add_marker(pytest.mark.simulated)
-    if not SIMULATED:
-        left_out = [item for item in items if item.get_closest_marker("simulated")]
-        items[:] = [item for item in items if not item.get_closest_marker("simulated")]
-        config.hook.pytest_deselected(items=left_out)
+    left: list[pytest.Item] = []
+    items[:], left = rooms.split(items, DEVICE)
+    if config.getoption("quick"):
+        items[:], more = rooms.quick(items)
+        left += more
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
+    """What the rule leaves out is said, beside pytest's own count of deselected tests."""
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    paths = config.stash.get(LEFT_OUT, [])
+    names = ", ".join(sorted(path.relative_to(rooms.TESTS).as_posix() for path in paths))
+    return f"on {DEVICE}: {len(items)} tests, {versions}; left out by rule: {names or 'nothing'}"
 
 
 @pytest.fixture
-def recording() -> Callable[..., AbstractContextManager[list]]:
-    """`with recording() as launches:` is the simulator's record of what runs on the device."""
-    if not SIMULATED:
-        pytest.skip("a Mac keeps no record of its launches")
-    return simulator.recording
+def recording() -> Callable[..., AbstractContextManager[list | None]]:
+    """`with recording() as launches:` is the simulator's record of what runs on the device.
+
+    A Mac keeps none: `launches` is None there, and the test judges by the results alone.
+    """
+    return simulator.recording if SIMULATED else contextlib.nullcontext
 
 
 @pytest.fixture

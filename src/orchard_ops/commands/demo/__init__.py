@@ -43,7 +43,7 @@ def run(
         attention: of the model under test.
 
     Returns:
-        The exit status: `endings.RIGHT`, or `endings.WRONG` if the losses differ or calls fell back.
+        The exit status: `endings.RIGHT`; `endings.WRONG` if losses differ or calls fell back.
 
     Raises:
         CannotRun: no such device, no text, or nothing can be written.
