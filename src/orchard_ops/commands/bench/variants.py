@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ... import native
 from ...arguments import prepare
-from ..place import Place
 from ...plan import Kernel, plan
+from ..place import Place
 from .cases import DTYPES, Case
 from .contenders import Contender, ours
 
