@@ -104,8 +104,9 @@ class Text:
             is_type = is_word or (before.is_op(">", "*", "&") and not before.lead)
             after_type = is_type and after.is_op("(", ";", "=", ",", ")", "[", "{", ":", ">")
             enumerator = before.is_op("{", ",") and self._in_enum(i)
+            alias = before.text == "using" and after.is_op("=")
             ends = before.is_op(",") and after.is_op(",", ";", "=", "[")
-            if after_type or enumerator or (ends and self._in_declaration(i)):
+            if after_type or enumerator or alias or (ends and self._in_declaration(i)):
                 names.add(token.text)
         return names
 

@@ -87,8 +87,8 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
 
 
 @functools.cache
-def row_stats(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-    """As the forward of the repository leaves them: the backward takes its very scores."""
+def forward_results(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> tuple[Tensor, Tensor]:
+    """out and row_stats of the repository's forward: the backward takes its very scores."""
     sources, forward = Sources(), Attention("", FORWARD, case, shifts=shifts)
     x = forward._operands()
     kernel, params = forward._plan(sources, x)
@@ -100,7 +100,7 @@ def row_stats(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> Tensor:
         {name: x[name] for name in ("query", "key", "value")}, {"out": out, "row_stats": stats},
         workers=1,
     )  # fmt: skip
-    return stats.tensor.clone()
+    return out.tensor.clone(), stats.tensor.clone()
 
 
 def ds_tiles(ds: Tensor) -> Tensor:
@@ -139,7 +139,12 @@ class Attention:
         kernel, params = self._plan(sources, x)
         library = compile_kernel(sources, self.family, kernel, self.check)
         note("compiled")
-        delta = Guarded.like(given.delta.float()[None], "dense")
+        delta = given.delta
+        if self.family in (DQ, *KEYS_SIDE):
+            # As the weights are the forward's, so is the output.
+            out = forward_results(self.case, self.shifts)[0].double()
+            delta = delta + (given.operands[3].double() * (out - given.out.double())).sum(-1)
+        delta = Guarded.like(delta.float()[None], "dense")
         rows = (1, *given.delta.shape)
         key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
         if self.family == FORWARD:
@@ -201,7 +206,7 @@ class Attention:
         return slice(first * group, last * group)
 
     def _row_stats(self) -> Guarded:
-        return Guarded.like(row_stats(self.case, self.shifts), "dense")
+        return Guarded.like(forward_results(self.case, self.shifts)[1], "dense")
 
     def _stored_ds(self, given: Reference) -> Guarded:
         """dS as the key's side leaves it: NaN in tiles that nobody sees."""
