@@ -70,7 +70,9 @@ def enable(
     global _bridge, _set_arg_bytes
     if _bridge is None:
         if platform.system() != "Linux":
-            raise RuntimeError("simulator: for Linux only; a Mac has the real device")
+            raise RuntimeError(
+                "simulator: the simulated device is for Linux; a Mac has the real one"
+            )
         import torch
 
         if torch.version.cuda is not None or torch.version.hip is not None:

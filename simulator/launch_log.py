@@ -80,7 +80,9 @@ _only_recording = threading.Lock()
 def _unexecuted() -> Iterator[list[Launch]]:
     device = library.get()
     if not _only_recording.acquire(blocking=False):
-        raise RuntimeError("simulator: recording(execute=False) inside another one")
+        raise RuntimeError(
+            "simulator: recording(execute=False) inside another one; such blocks do not nest"
+        )
     mine: list[Launch] = []
     device.simulator_set_only_recording(1)
     try:

@@ -56,9 +56,17 @@ def needs(item: Any) -> str | None:
     if {"checked", "recording"} & set(item.fixturenames):
         return APPLE_GPU
     values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
-    functions = [item.function, *(x for x in values if isinstance(x, types.FunctionType))]
-    on_mps = "mps" in map(str, values) or any(_names(f, "mps") for f in functions)
-    return APPLE_GPU if on_mps else None
+    # Cases may stand in a table of the module, by the names that the test is parametrized with.
+    module = item.function.__globals__
+    tables = [module.get(name) for name in item.function.__code__.co_names]
+    names = [value for value in values if isinstance(value, str)]
+    cases = [t[name] for t in tables if isinstance(t, dict) for name in names if name in t]
+    for case in (values, *cases):
+        parts = case if isinstance(case, (list, tuple)) else (case,)
+        functions = [x for x in parts if isinstance(x, types.FunctionType)]
+        if "mps" in map(str, parts) or any(_names(f, "mps") for f in functions):
+            return APPLE_GPU
+    return APPLE_GPU if _names(item.function, "mps") else None
 
 
 def split(items: Iterable[Any], device: str) -> tuple[list[Any], list[Any]]:
