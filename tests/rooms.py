@@ -9,6 +9,7 @@ mark.
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,9 @@ def leaves_out(path: Path, device: str) -> bool:
     if device == CPU:
         wanted = room == "attention" and (not inside or _matches(inside[0], _ANY_TORCH))
         return path != TESTS and (path.is_dir() or path.name.startswith("test_")) and not wanted
-    return device == APPLE_GPU and room in _LINUX_ONLY
+    if device == APPLE_GPU:
+        return room in _LINUX_ONLY or (path.name.startswith("test_") and _imports_simulator(path))
+    return False
 
 
 def needs(item: Any) -> str | None:
@@ -86,6 +89,20 @@ def quick(items: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     chosen = {id(item) for item in of_kernels[:: max(1, len(of_kernels) // _KERNEL_CASES)]}
     chosen |= {id(item) for item in items if _matches(item.path.name, _QUICK)}
     return [x for x in items if id(x) in chosen], [x for x in items if id(x) not in chosen]
+
+
+def _imports_simulator(file: Path) -> bool:
+    """Whether a module imports the simulator when it is loaded, itself or through one beside it."""
+    found = []
+    for statement in ast.parse(file.read_text()).body:
+        if isinstance(statement, ast.Import):
+            found += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom):
+            found.append(statement.module or "")
+    beside = [file.with_name(f"{name}.py") for name in found]
+    return any(name.partition(".")[0] == "simulator" for name in found) or any(
+        _imports_simulator(other) for other in beside if other.exists() and other != file
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
