@@ -9,6 +9,7 @@ mark.
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,9 @@ def leaves_out(path: Path, device: str) -> bool:
     if device == CPU:
         wanted = room == "attention" and (not inside or _matches(inside[0], _ANY_TORCH))
         return path != TESTS and (path.is_dir() or path.name.startswith("test_")) and not wanted
-    return device == APPLE_GPU and room in _LINUX_ONLY
+    if device == APPLE_GPU:
+        return room in _LINUX_ONLY or (path.name.startswith("test_") and _imports_simulator(path))
+    return False
 
 
 def needs(item: Any) -> str | None:
@@ -56,9 +59,17 @@ def needs(item: Any) -> str | None:
     if {"checked", "recording"} & set(item.fixturenames):
         return APPLE_GPU
     values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
-    functions = [item.function, *(x for x in values if isinstance(x, types.FunctionType))]
-    on_mps = "mps" in map(str, values) or any(_names(f, "mps") for f in functions)
-    return APPLE_GPU if on_mps else None
+    # Cases may stand in a table of the module, by the names that the test is parametrized with.
+    module = item.function.__globals__
+    tables = [module.get(name) for name in item.function.__code__.co_names]
+    names = [value for value in values if isinstance(value, str)]
+    cases = [t[name] for t in tables if isinstance(t, dict) for name in names if name in t]
+    for case in (values, *cases):
+        parts = case if isinstance(case, (list, tuple)) else (case,)
+        functions = [x for x in parts if isinstance(x, types.FunctionType)]
+        if "mps" in map(str, parts) or any(_names(f, "mps") for f in functions):
+            return APPLE_GPU
+    return APPLE_GPU if _names(item.function, "mps") else None
 
 
 def split(items: Iterable[Any], device: str) -> tuple[list[Any], list[Any]]:
@@ -78,6 +89,20 @@ def quick(items: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     chosen = {id(item) for item in of_kernels[:: max(1, len(of_kernels) // _KERNEL_CASES)]}
     chosen |= {id(item) for item in items if _matches(item.path.name, _QUICK)}
     return [x for x in items if id(x) in chosen], [x for x in items if id(x) not in chosen]
+
+
+def _imports_simulator(file: Path) -> bool:
+    """Whether a module imports the simulator when it is loaded, itself or through one beside it."""
+    found = []
+    for statement in ast.parse(file.read_text()).body:
+        if isinstance(statement, ast.Import):
+            found += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom):
+            found.append(statement.module or "")
+    beside = [file.with_name(f"{name}.py") for name in found]
+    return any(name.partition(".")[0] == "simulator" for name in found) or any(
+        _imports_simulator(other) for other in beside if other.exists() and other != file
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -22,15 +22,14 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
 def install(python: Path, release: str) -> bool:
-    """torch for the CPU from PyTorch's own index, else whatever the default index has."""
+    """torch for the CPU where PyTorch's own index can be reached, else the default index's."""
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = "torch" if release == NEWEST else f"torch=={release}"
+    packages = ["torch" if release == NEWEST else f"torch=={release}", *TESTING]
     if sys.platform == "linux":
-        index = ["--index-url", CPU_WHEELS, "--retries", "0", "--timeout", "10"]
-        from_index = subprocess.run([*pip, torch, *index], stderr=subprocess.DEVNULL)
-        if from_index.returncode == 0:
-            torch = "torch"  # it is there; only what else is needed is installed below
-    return subprocess.run([*pip, torch, *TESTING]).returncode == 0
+        index = ["--extra-index-url", CPU_WHEELS, "--retries", "0", "--timeout", "10"]
+        if subprocess.run([*pip, *packages, *index], stderr=subprocess.DEVNULL).returncode == 0:
+            return True
+    return subprocess.run([*pip, *packages]).returncode == 0
 
 
 def run(release: str) -> int:
