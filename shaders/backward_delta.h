@@ -18,10 +18,11 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   const Head head = query_head(group.x, params);
   const int row0 = (group.y * SIMDGROUPS + simdgroup) * 8;
   const LanePosition at = lane_position(lane);
+  const Range every_row = {0, params.q_len};
   const DeviceRows<T, V::kVec> out_rows =
-      device_rows<V::kVec>(head.query_rows(out, params.out), row0, at);
+      device_rows<V::kVec>(head.rows(out, params.out, head.head, every_row), row0, at);
   const DeviceRows<T, V::kVec> dout_rows =
-      device_rows<V::kVec>(head.query_rows(dout, params.dout), row0, at);
+      device_rows<V::kVec>(head.rows(dout, params.dout, head.head, every_row), row0, at);
   float part = 0.0f;
   ORCHARD_UNROLL
   for (int d = 0; d < BD / 8; d++) {
@@ -33,8 +34,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   const int row = row0 + at.row;
   if (row < params.q_len && at.col == 0) {
     const int64_t stats = (int64_t)group.x * params.q_len + row;
-    // The dlse of a row without a key may be anything.
-    const bool subtracts = params.has_dlse && out_rows.rows.has(row - out_rows.rows.first);
-    delta[stats] = subtracts ? sum - dlse[stats] : sum;
+    const float difference = params.has_dlse ? sum - dlse[stats] : sum;
+    // Whatever a row without a key holds, its delta meets weights of zero and must not be NaN.
+    delta[stats] = head.window.seeing_rows().has(row) ? difference : 0.0f;
   }
 }

@@ -8,6 +8,8 @@
 struct Range {
   int begin;
   int end;
+
+  METAL_FUNC bool has(int index) const { return index >= begin && index < end; }
 };
 
 /// Where a simdgroup's blocks may begin, on the axis of its loop, for all pairs in them to be seen.
