@@ -1,6 +1,8 @@
 # One command each; every target does its own set-up.
 #   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
-#   make test   the whole suite
+#   make test   the whole suite; on a Mac what is not Linux-only (tests/rooms.py)
+#   make quick  a part of it that takes a minute and a half, for the loop of work
+#   make versions  what needs no mps device, on the oldest and the newest torch
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
 #   make abi    which torch releases that wheel's library loads into, and why
@@ -19,7 +21,7 @@ ifeq ($(SYSTEM),Darwin)
 CPU_BUILD :=
 CPU_INDEX :=
 ON_MPS := $(PY)
-PLUGIN :=
+PLUGIN := src/orchard_ops/liborchard_ops.dylib
 WHEEL := -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 else
 CPU_BUILD := +cpu
@@ -30,10 +32,16 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test bench memory lint format native wheel abi tools clean
+.PHONY: demo test quick versions bench memory lint format native wheel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
+ifeq ($(SYSTEM),Darwin)
+demo: $(VENV)/ready $(PLUGIN)
+	$(PY) -m orchard_ops demo $(ARGS)
+
+bench: $(PLUGIN)
+else
 demo: $(VENV)/ready
 	@if sh tools/system_tools.sh; then \
 	  $(MAKE) --no-print-directory $(PLUGIN) && $(ON_MPS) -m orchard_ops demo $(ARGS); \
@@ -41,6 +49,7 @@ demo: $(VENV)/ready
 	  echo "Without a simulated device the demo runs the reference kernels on the CPU."; \
 	  $(PY) -m orchard_ops demo $(ARGS); \
 	fi
+endif
 
 bench: $(VENV)/ready
 	$(PY) -m orchard_ops bench $(ARGS)
@@ -50,6 +59,13 @@ memory: $(VENV)/dev tools $(PLUGIN)
 
 test: $(VENV)/dev tools lint $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+quick: $(VENV)/dev tools $(PLUGIN)
+	$(PY) -m pytest -q -n 2 --dist worksteal --quick -m "not slow" $(ARGS)
+
+# Throwaway environments: $(VENV) keeps the torch that everything else is checked with.
+versions:
+	$(PYTHON) tools/torch_versions.py $(ARGS)
 
 engine: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal tests/simulator/test_engine*.py $(ARGS)
@@ -90,9 +106,10 @@ format: $(VENV)/dev
 	$(PY) -m ruff format .
 	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format -i
 
-native: $(NATIVE)
+native: $(PLUGIN)
 
-$(NATIVE): $(wildcard native/*.cpp native/*.h native/*.py native/plan/* shaders/*.h) $(VENV)/ready
+# For the simulated device on Linux, or for the package itself on a Mac: what is edited is what runs.
+$(PLUGIN): $(shell find native shaders -name '*.h' -o -name '*.cpp' -o -name '*.py') $(VENV)/ready
 	$(PY) native/build.py $@
 
 wheel: $(VENV)/dev tools

@@ -199,7 +199,7 @@ def peak_on_meta_device(step: Step, problem: Problem, length: int) -> int:
 
 def scratch_budget(megabytes: int) -> contextlib.AbstractContextManager[None]:
     """The backward's scratch budget for the block."""
-    from orchard_ops._variables import environment_variables
+    from orchard_ops.commands.environment import environment_variables
 
     return environment_variables(**{SCRATCH_VARIABLE: str(megabytes)})
 

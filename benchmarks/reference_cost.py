@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
-from orchard_ops.place import chip
+from orchard_ops.commands import machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "reference_cost.json"
 BATCH, HEADS = 1, 8
@@ -202,10 +201,7 @@ def main() -> None:
         return
     result: dict = {
         "environment": {
-            "cpu": chip(),
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **machine.host(),
             "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
             "batch": BATCH,
             "heads": HEADS,

@@ -124,7 +124,7 @@ void log_metal(const char* op, const Plan& plan) {
 const char* switched_off(const std::string& impl) {
   if (impl == "reference") return "impl=\"reference\" was asked for";
   if (switched_on("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
-  if (switched_on("PYTORCH_MPS_FAST_MATH")) {
+  if (torch_fast_math()) {
     return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
            "need";
   }

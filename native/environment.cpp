@@ -50,6 +50,11 @@ bool debug_enabled() {
   return switched_on("ORCHARD_DEBUG") || switched_on("ORCHARD_DEBUG_FLASHATN");
 }
 
+bool torch_fast_math() {
+  const std::string value = env_text("PYTORCH_MPS_FAST_MATH");
+  return !value.empty() && value != "0";
+}
+
 int64_t scratch_bytes() {
   constexpr int64_t kDefaultMiB = 256;
   const std::string text = env_text("ORCHARD_BACKWARD_SCRATCH_MB");

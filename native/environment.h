@@ -14,6 +14,10 @@ bool switched_on(const char* name);
 /// ORCHARD_DEBUG or its older name.
 bool debug_enabled();
 
+/// PYTORCH_MPS_FAST_MATH, which is PyTorch's: whatever it holds but nothing or 0 is taken to be on,
+/// since a wrong guess the other way would give wrong numbers.
+bool torch_fast_math();
+
 /// What a backward may take for dS. 0 is the low-memory mode.
 int64_t scratch_bytes();
 

@@ -33,8 +33,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   const int row = row0 + at.row;
   if (row < params.q_len && at.col == 0) {
     const int64_t stats = (int64_t)group.x * params.q_len + row;
-    const Range rows = head.window.seeing_rows();
-    const bool subtracts = params.has_dlse && row >= rows.begin && row < rows.end;
+    // The dlse of a row without a key may be anything.
+    const bool subtracts = params.has_dlse && out_rows.rows.has(row - out_rows.rows.first);
     delta[stats] = subtracts ? sum - dlse[stats] : sum;
   }
 }

@@ -13,6 +13,7 @@ This module imports torch only in enable(), so that the engine can be used witho
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from . import library
 from .build import compile_flags
 from .fault_injection import faults
-from .launch_log import Argument, Launch, clear_launches, launches, recording
+from .launch_log import Argument, Launch, recording
 from .strictness import strict
 
 if TYPE_CHECKING:
@@ -35,13 +36,11 @@ __all__ = [
     "Waits",
     "check",
     "checking",
-    "clear_launches",
     "compile_flags",
     "enable",
     "enabled",
     "fallback_ops",
     "faults",
-    "launches",
     "memory",
     "recording",
     "reset_peak",
@@ -71,7 +70,9 @@ def enable(
     global _bridge, _set_arg_bytes
     if _bridge is None:
         if platform.system() != "Linux":
-            raise RuntimeError("simulator: for Linux only; a Mac has the real device")
+            raise RuntimeError(
+                "simulator: the simulated device is for Linux; a Mac has the real one"
+            )
         import torch
 
         if torch.version.cuda is not None or torch.version.hip is not None:
@@ -81,6 +82,8 @@ def enable(
                 "--index-url https://download.pytorch.org/whl/cpu`"
             )
         device = library.load()
+        # A backward pass just before the end of the program must not abort it (device/exit.cpp).
+        atexit.register(device.simulator_settle_autograd)
         from . import torch_bindings
 
         torch_bindings.install()

@@ -102,6 +102,8 @@ class EngineBridge:
         started = time.perf_counter()
         with spoil:
             counters = compiled.launch(kernel, threads, group, buffers, seed=self.schedule_seed)
+        if not launch_log.wanted():
+            return
         launch_log.add(
             launch_log.Launch(
                 kernel=kernel,

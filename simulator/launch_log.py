@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
 
 from . import library
-
-# Enough for the longest test; a training run of any length keeps the last ones only.
-MAX_LAUNCHES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,31 +32,23 @@ class Launch:
 
 
 _lock = threading.Lock()
-_launches: collections.deque[Launch] = collections.deque(maxlen=MAX_LAUNCHES)
 _recordings: list[list[Launch]] = []
+
+
+def wanted() -> bool:
+    """Whether a block records; else nothing is kept, so that long runs do not grow."""
+    return bool(_recordings)
 
 
 def add(launch: Launch) -> None:
     with _lock:
-        _launches.append(launch)
         for recording in _recordings:
             recording.append(launch)
 
 
-def launches() -> list[Launch]:
-    """The launches since clear_launches(), oldest first; at most the last 10 000 of them."""
-    with _lock:
-        return list(_launches)
-
-
-def clear_launches() -> None:
-    with _lock:
-        _launches.clear()
-
-
 @contextlib.contextmanager
 def recording(execute: bool = True) -> Iterator[list[Launch]]:
-    """Collects the launches of the block, of all threads, and leaves launches() alone.
+    """Collects the launches of the block, of all threads. Blocks nest.
 
     execute=False is the recording engine: kernels are written down and not run, so that only the
     host's work is left to measure. Results are then whatever lay in memory, the list fills at the
@@ -92,7 +80,9 @@ _only_recording = threading.Lock()
 def _unexecuted() -> Iterator[list[Launch]]:
     device = library.get()
     if not _only_recording.acquire(blocking=False):
-        raise RuntimeError("simulator: recording(execute=False) inside another one")
+        raise RuntimeError(
+            "simulator: recording(execute=False) inside another one; such blocks do not nest"
+        )
     mine: list[Launch] = []
     device.simulator_set_only_recording(1)
     try:

@@ -68,6 +68,8 @@ _PROTOTYPES = {
     # device/engine.cpp
     "simulator_install_engine": (None, [POINTER(EngineCallbacks)]),
     "simulator_reply": (None, [c_void_p, c_char_p]),
+    # device/exit.cpp
+    "simulator_settle_autograd": (None, []),
     # device/faults.cpp
     "simulator_arm_fault": (c_int64, [c_int32, c_int64]),
     "simulator_disarm_fault": (None, [c_int64]),

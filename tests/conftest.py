@@ -1,20 +1,24 @@
-"""The device under test: a Mac's GPU, or on Linux the simulated one."""
+"""The device under test: a Mac's GPU, on Linux the simulated one, or the CPU alone (rooms.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMULATED = sys.platform != "darwin"
+DEVICE = rooms.device(sys.platform, os.environ)
+SIMULATED = DEVICE == rooms.SIMULATED
+LEFT_OUT = pytest.StashKey[list[Path]]()
 
 if SIMULATED:
-    sys.path.insert(0, str(ROOT))
     import simulator
 
     _library = ROOT / "build" / "native" / "liborchard_ops.so"
@@ -57,6 +61,44 @@ def fresh_stats() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     """A fallback nobody asked for is an error. (pyproject would import the package too early.)"""
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="for the loop of work: `make quick`")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not rooms.leaves_out(collection_path, DEVICE):
+        return None
+    config.stash.setdefault(LEFT_OUT, []).append(collection_path)
+    return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left: list[pytest.Item] = []
+    items[:], left = rooms.split(items, DEVICE)
+    if config.getoption("quick"):
+        items[:], more = rooms.quick(items)
+        left += more
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
+    """What the rule leaves out is said, beside pytest's own count of deselected tests."""
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    paths = config.stash.get(LEFT_OUT, [])
+    names = ", ".join(sorted(path.relative_to(rooms.TESTS).as_posix() for path in paths))
+    return f"on {DEVICE}: {len(items)} tests, {versions}; left out by rule: {names or 'nothing'}"
+
+
+@pytest.fixture
+def recording() -> Callable[..., AbstractContextManager[list | None]]:
+    """`with recording() as launches:` is the simulator's record of what runs on the device.
+
+    A Mac keeps none: `launches` is None there, and the test judges by the results alone.
+    """
+    return simulator.recording if SIMULATED else contextlib.nullcontext
 
 
 @pytest.fixture

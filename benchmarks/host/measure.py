@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,7 +30,7 @@ from simulator.engine import cache
 from torch import Tensor
 
 import orchard_ops
-from orchard_ops.place import chip
+from orchard_ops.commands import machine
 
 from . import probe
 
@@ -152,11 +150,7 @@ def main() -> None:
         }
     result = {
         "environment": {
-            "cpu": chip(),
-            "cpus": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **machine.host(),
             "device": "simulated mps, recording engine",
             "repeats": arguments.repeats,
             "batches": arguments.batches,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from orchard_ops.commands.machine import software
 
 
 def describe(sources: Path) -> dict[str, object]:
@@ -17,8 +18,7 @@ def describe(sources: Path) -> dict[str, object]:
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": driver,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **software(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "sources": json.loads(sources.read_text()),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orchard_ops import dropout
 from orchard_ops.testing import MathResult
+from orchard_ops.testing.mathematics import largest
 
 from .plans import Scoring
 
@@ -32,10 +33,6 @@ def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
     return hidden
 
 
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
-
-
 def attention(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, s: Scoring,
     dtype: torch.dtype,
@@ -50,24 +47,26 @@ def attention(
     out, dq = torch.zeros_like(q), torch.zeros_like(q)
     dk, dv, dk_size = (torch.zeros_like(k_all) for _ in range(3))
     lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
-    dq_cancelled = score_size = 0.0
+    dq_cancelled = score_size = lse_size = 0.0
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         rows = slice(row0, row1)
-        sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
-        score_size = max(score_size, _largest(sizes))
-        del sizes
         scores = torch.matmul(q[:, :, rows], k_all.transpose(-1, -2)) * s.scale
         hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         row_lse = torch.logsumexp(scores, dim=-1)
         empty = (row_lse == -math.inf).unsqueeze(-1)
-        weights = torch.exp(scores - row_lse.unsqueeze(-1).masked_fill(empty, 0.0))
+        # Anew, not exp(scores - lse): lse has no room for log(n) beside a large score.
+        weights = torch.softmax(scores.masked_fill_(empty, 0.0), dim=-1).masked_fill_(empty, 0.0)
         del scores
-        weights.masked_fill_(empty, 0.0)
+        sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
+        sizes *= weights
+        lse_size = max(lse_size, largest(sizes.sum(-1)))
+        score_size = max(score_size, largest((sizes * (1.0 - weights)).sum(-1)))
+        del sizes
         kept = weights
         if has_dropout:
             keep = dropout.keep_block(
@@ -91,12 +90,12 @@ def attention(
         dq[:, :, rows] = torch.matmul(dscores, k_all)
         dk += torch.matmul(dscores.transpose(-1, -2), q[:, :, rows])
         size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
-        dq_cancelled = max(dq_cancelled, _largest(torch.matmul(size, k_all.abs())))
+        dq_cancelled = max(dq_cancelled, largest(torch.matmul(size, k_all.abs())))
         dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
     dk, dv, dk_size = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size))
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
     return MathResult(
-        out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, _largest(dk_size),
-        score_size=score_size,
+        out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, largest(dk_size),
+        score_size=score_size, lse_size=lse_size,
     )  # fmt: skip

@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "exit.h"
 #include "memory.h"
 #include "waits.h"
 
@@ -24,6 +25,7 @@ struct MpsGuard final : c10::impl::DeviceGuardImplInterface {
   c10::Device getDevice() const override { return mps_device(); }
   void setDevice(c10::Device device) const override {
     TORCH_CHECK(device.is_mps(), "Expected a MPS device, but got ", device);
+    note_device_worker();
   }
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }

@@ -11,7 +11,7 @@
 namespace simulator {
 namespace {
 
-// As launch_log.py keeps of executed launches: a long run keeps the last ones.
+// A long run keeps the last ones.
 constexpr size_t kMaxRecorded = 10'000;
 
 struct Recorded {

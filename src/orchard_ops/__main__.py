@@ -7,65 +7,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .commands import endings
+from .commands.arguments import heads, mebibytes, positive_integer, seconds, seed
+
+_STATUS = (
+    "Exit status 0: {right}; 1: {wrong}; 2: it cannot run here or as asked; 3: the command itself "
+    "failed; 130: interrupted; 141: its output was closed. What is done by then is kept."
+)
+
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.command import run
+    from .commands.bench.command import run
 
     return run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
+    from .commands.demo import run
 
     return run(args)
 
 
 def _selftest(args: argparse.Namespace) -> int:
-    from .selftest import run
+    from .commands.selftest import run
 
     return run(args)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)  # argparse names the option and the value
-    return number
-
-
-_positive.__name__ = "positive integer"
-
-
-def _mebibytes(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
-
-
-_mebibytes.__name__ = "whole number of MiB"
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e6:
-        raise ValueError(text)
-    return number
-
-
-_seconds.__name__ = "positive number"
-
-
-def _heads(text: str) -> tuple[int, int]:
-    """ "32/8": query and key/value heads; "12": 12 of each."""
-    num_heads, _, num_kv_heads = text.partition("/")
-    heads, kv_heads = _positive(num_heads), _positive(num_kv_heads or num_heads)
-    if heads % kv_heads:
-        raise ValueError(text)
-    return heads, kv_heads
-
-
-_heads.__name__ = "HEADS or HEADS/KV_HEADS"
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +42,16 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    from .bench.cases import DTYPES, MASKS, MODES, PRESETS
-    from .bench.contenders import SDPA, SDPA_MATH
+    from .commands.bench.cases import DTYPES, MASKS, MODES, PRESETS
+    from .commands.bench.contenders import SDPA, SDPA_MATH
 
     parser = commands.add_parser(
         "bench",
         help="time and memory of the op beside SDPA on this machine",
         description="Measures forward and training (forward and backward) through the op and "
         "through F.scaled_dot_product_attention in turns, after the op's result has passed against "
-        "float64. Writes CSV, JSON and plots. Exit status 0: measured; 1: a result is wrong or a "
-        "call failed; 2: it cannot run here.",
+        "float64. Writes CSV, JSON and plots. "
+        + _STATUS.format(right="measured", wrong="a result is wrong or a call failed"),
     )
     _add_device(parser)
     parser.add_argument("--quick", action="store_true", help="one series, two lengths, few rounds")
@@ -93,15 +59,19 @@ def _add_bench(commands: Any) -> None:
         "--cases", nargs="+", choices=tuple(PRESETS), metavar="NAME",
         help="; ".join(p.series.rsplit(" ", 1)[0] for p in PRESETS.values()),
     )  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=_positive, metavar="L")
+    parser.add_argument("--lengths", nargs="+", type=positive_integer, metavar="L")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument(
-        "--heads", nargs="+", type=_heads, metavar="H/HKV", help="instead of the case's: 12 or 32/8"
+        "--heads",
+        nargs="+",
+        type=heads,
+        metavar="H/HKV",
+        help="instead of the case's: 12 or 32/8",
     )
-    parser.add_argument("--head-dims", nargs="+", type=_positive, metavar="D")
+    parser.add_argument("--head-dims", nargs="+", type=positive_integer, metavar="D")
     parser.add_argument("--masks", nargs="+", choices=MASKS)
-    parser.add_argument("--batch", type=_positive, default=1, help="default: %(default)s")
+    parser.add_argument("--batch", type=positive_integer, default=1, help="default: %(default)s")
     parser.add_argument(
         "--against", nargs="+", choices=(SDPA, SDPA_MATH), default=(SDPA,),
         help=f"{SDPA}: whatever PyTorch chooses; {SDPA_MATH}: its unfused math path "
@@ -113,12 +83,14 @@ def _add_bench(commands: Any) -> None:
         "file names), and which is the fastest; measures forward unless --modes says more",
     )  # fmt: skip
     parser.add_argument(
-        "--scratch", nargs="+", type=_mebibytes, metavar="MB",
+        "--scratch", nargs="+", type=mebibytes, metavar="MB",
         help="also training with these budgets for the backward's scratch, 0 being the low-memory "
         "mode; measures training unless --modes says more",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=_seconds, help="time budget of a case (default: 3; 0.5 with --quick)"
+        "--seconds",
+        type=seconds,
+        help="time budget of a case (default: 3; 0.5 with --quick)",
     )
     parser.add_argument(
         "--output", metavar="DIR",
@@ -127,7 +99,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="measure nothing, make the plots of this JSON file again"
     )
-    parser.set_defaults(command=_bench)
+    parser.set_defaults(name="bench", command=_bench)
 
 
 def _add_demo(commands: Any) -> None:
@@ -137,10 +109,10 @@ def _add_demo(commands: Any) -> None:
         description="Trains a byte-level GPT with grouped-query attention and attention dropout on "
         "the source of Python's standard library through torch.ops.orchard.flash_attn, beside the "
         "same model on the cpu through SDPA with the same dropout masks, and compares the losses "
-        "at every step. Exit status 0: they agree; 1: they differ, or calls fell back; 2: it "
-        "cannot run here.",
+        "at every step. "
+        + _STATUS.format(right="they agree", wrong="they differ, or calls fell back"),
     )
-    parser.add_argument("--steps", type=_positive, default=300, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive_integer, default=300, help="default: %(default)s")
     _add_device(parser)
     parser.add_argument(
         "--output", default="demo-output", metavar="DIR",
@@ -148,11 +120,11 @@ def _add_demo(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write every figure of the run to FILE")
     parser.add_argument(
-        "--sample-bytes", type=_positive, default=240, metavar="N",
+        "--sample-bytes", type=positive_integer, default=240, metavar="N",
         help="length of the text sampled in the end (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.set_defaults(command=_demo)
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+    parser.set_defaults(name="demo", command=_demo)
 
 
 def _add_selftest(commands: Any) -> None:
@@ -160,7 +132,7 @@ def _add_selftest(commands: Any) -> None:
         "selftest",
         help="compare every kernel variant with float64 on this machine",
         description="Runs every kernel variant forward and backward, twice, and compares with "
-        "float64 on the cpu. Exit status 0: all are right; 1: some are not; 2: it cannot run here.",
+        "float64 on the cpu. " + _STATUS.format(right="all are right", wrong="some are not"),
     )
     _add_device(parser)
     parser.add_argument("--quick", action="store_true", help="one variant per dtype")
@@ -168,7 +140,7 @@ def _add_selftest(commands: Any) -> None:
         "--report", default="orchard-selftest.json", metavar="FILE",
         help="where the report goes (default: %(default)s)",
     )  # fmt: skip
-    parser.set_defaults(command=_selftest)
+    parser.set_defaults(name="selftest", command=_selftest)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -188,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "command"):
         parser.print_help()
         return 0
-    return args.command(args)
+    return endings.exit_status(args.name, lambda: args.command(args))
 
 
 if __name__ == "__main__":

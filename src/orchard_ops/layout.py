@@ -11,8 +11,9 @@ from torch import Tensor
 def stride_order(strides: Sequence[int]) -> list[int]:
     """Dimensions of a (B, H, L, D) tensor from the slowest to the fastest; D is always last.
 
-    ``native/plan/`` follows the same rule: a stable sort of B, H, L by descending stride. Strides
-    that torch.export cannot compare, since a length is unknown, are taken to be in order.
+    ``native/plan/params.cpp`` follows the same rule: a stable sort of B, H, L by descending
+    stride. Strides that torch.export cannot compare, since a length is unknown, are taken to be in
+    order.
     """
     if not any(isinstance(stride, torch.SymInt) for stride in strides):
         return [*sorted(range(3), key=lambda d: -strides[d]), 3]

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import orchard_ops
-from orchard_ops.demo.attention import orchard_attention
-from orchard_ops.demo.model import GPT, ModelConfig
+from orchard_ops.commands.demo.attention import orchard_attention
+from orchard_ops.commands.demo.model import GPT, ModelConfig
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, context_length=24)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import simulator
 import torch
 from attention_cases import DTYPES, HEAD_DIMS, Case, check_case, far_scores, run, uneven_scores
 
@@ -40,36 +39,44 @@ STORING_HEAD_DIMS = tuple(d for d in HEAD_DIMS if d >= 64)  # whose backward tak
 @pytest.mark.parametrize("dropout_p", (0.0, 0.25))
 @pytest.mark.parametrize("odd", (0, 1))
 def test_every_variant_without_scratch(
-    head_dim: int, dtype: torch.dtype, dropout_p: float, odd: int, monkeypatch: pytest.MonkeyPatch
-):
+    head_dim: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    odd: int,
+    recording,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     case = Case(37, 51, head_dim - odd, dtype=dtype, dropout_p=dropout_p)
-    with simulator.recording() as launches:
+    with recording() as launches:
         check_case(case)
-    assert not any("_ds_" in launch.kernel for launch in launches)
+    if launches is not None:
+        assert not any("_ds_" in launch.kernel for launch in launches)
 
 
-def test_scratch_is_shared_by_as_many_heads_as_fit(monkeypatch: pytest.MonkeyPatch):
+def test_scratch_is_shared_by_as_many_heads_as_fit(recording, monkeypatch: pytest.MonkeyPatch):
     """dS of a group of two query heads takes 2 x 43 x 41 tiles, 882 KiB: one group in 1 MiB."""
     case = Case(341, 325, 64, batch=2, num_heads=6, num_kv_heads=3, window_right=0, dropout_p=0.1)
     together = check_case(case)
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
-    with simulator.recording() as launches:
+    with recording() as launches:
         apart = check_case(case)
-    assert sum("dq_from_ds" in launch.kernel for launch in launches) == 6
+    if launches is not None:
+        assert sum("dq_from_ds" in launch.kernel for launch in launches) == 6
     for one, other in zip(together, apart):
         assert torch.equal(one.cpu(), other.cpu())
 
 
-def test_keys_are_divided_where_one_head_does_not_fit(monkeypatch: pytest.MonkeyPatch):
+def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: pytest.MonkeyPatch):
     """dS of one head takes 8 x 1027 tiles of 8 x 8, 2.006 MiB: two parts in 2 MiB."""
     case = Case(64, 8210, 64, num_heads=2, num_kv_heads=2, dtype=torch.float16, window_left=2000,
                 window_right=6150, dropout_p=0.1)  # fmt: skip
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
-    with simulator.recording() as launches:
+    with recording() as launches:
         check_case(case)
-    names = [launch.kernel.split("_float16")[0] for launch in launches]
-    assert names.count("attention_backward_dq_from_ds") == 4
+    if launches is not None:
+        names = [launch.kernel.split("_float16")[0] for launch in launches]
+        assert names.count("attention_backward_dq_from_ds") == 4
 
 
 TILES = [
@@ -83,17 +90,20 @@ TILES = [
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "tile"), TILES)
-def test_other_tiles(dtype: torch.dtype, head_dim: int, tile: str, monkeypatch: pytest.MonkeyPatch):
+def test_other_tiles(
+    dtype: torch.dtype, head_dim: int, tile: str, recording, monkeypatch: pytest.MonkeyPatch
+):
     """Those that `bench` may sweep on a device."""
     case = Case(75, 83, head_dim, dtype=dtype, window_right=3, dropout_p=0.1)
     monkeypatch.setenv("ORCHARD_TILES", f"attention_forward={tile}")
     try:
-        with simulator.recording() as launches:
+        with recording() as launches:
             check_case(case)
     except RuntimeError as error:  # two staged blocks of 32 x 128 floats are more than 32 KiB
         assert (head_dim, tile[3:]) == (128, "k32_b2") and "has no tile" in str(error)
     else:
-        assert f"_{tile}_" in launches[0].kernel
+        if launches is not None:
+            assert f"_{tile}_" in launches[0].kernel
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))

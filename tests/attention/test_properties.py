@@ -91,7 +91,7 @@ def test_agrees_with_sdpa(device: str, problem: dict):
     eager = sdpa(*tensors, is_causal)
     q, k, v, do = (m.place(x, device) for x, m in zip(tensors, problem["memory"]))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = torch.ops.orchard.flash_attn(q, k, v, is_causal=is_causal)
+    out = torch.ops.orchard.flash_attn(q, k, v, is_causal=is_causal, enable_gqa=True)
     grads = torch.autograd.grad(out, (q, k, v), do)
     rounding = math_attention(*tensors, dtype=torch.float64, window_right=0 if is_causal else -1)
     for i, (name, x) in enumerate(zip(("out", "dq", "dk", "dv"), (out, *grads))):
@@ -106,9 +106,9 @@ def test_attention_over_two_halves_merges_by_lse(device: str, problem: dict, spl
     """softmax over all keys = the halves weighted with exp(lse)."""
     q, k, v, _ = (x.float().to(device) for x in operands(problem))
     cut = round(split * problem["kv_len"])
-    whole, lse = orchard_ops.flash_attn(q, k, v, return_lse=True)
+    whole, lse = orchard_ops.flash_attn(q, k, v, return_lse=True, enable_gqa=True)
     parts = [
-        orchard_ops.flash_attn(q, k[:, :, rows], v[:, :, rows], return_lse=True)
+        orchard_ops.flash_attn(q, k[:, :, rows], v[:, :, rows], return_lse=True, enable_gqa=True)
         for rows in (slice(0, cut), slice(cut, None))
     ]
     merged_lse = torch.logaddexp(parts[0][1], parts[1][1])
@@ -122,9 +122,9 @@ def test_attention_over_two_halves_merges_by_lse(device: str, problem: dict, spl
 def test_keys_may_come_in_any_order(device: str, problem: dict):
     q, k, v, _ = (x.float().to(device) for x in operands(problem))
     order = torch.randperm(problem["kv_len"]).to(device)
-    shuffled = orchard_ops.flash_attn(q, k[:, :, order], v[:, :, order])
+    shuffled = orchard_ops.flash_attn(q, k[:, :, order], v[:, :, order], enable_gqa=True)
     torch.testing.assert_close(
-        shuffled.cpu(), orchard_ops.flash_attn(q, k, v).cpu(), rtol=1e-4, atol=1e-5
+        shuffled.cpu(), orchard_ops.flash_attn(q, k, v, enable_gqa=True).cpu(), rtol=1e-4, atol=1e-5
     )
 
 
@@ -135,10 +135,12 @@ def test_causal_output_does_not_depend_on_the_future(device: str, problem: dict,
     q, k, v, _ = (x.to(device) for x in operands(problem))
     n = min(problem["q_len"], problem["kv_len"])
     q, k, v = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-    before = orchard_ops.flash_attn(q, k, v, is_causal=True)
+    before = orchard_ops.flash_attn(q, k, v, is_causal=True, enable_gqa=True)
     tail = torch.full_like(k[:, :, :1], 7.0).expand(-1, -1, extra, -1)
     longer = [torch.cat((x, tail), dim=2) for x in (k, v)]
-    assert torch.equal(orchard_ops.flash_attn(q, *longer, is_causal=True).cpu(), before.cpu())
+    assert torch.equal(
+        orchard_ops.flash_attn(q, *longer, is_causal=True, enable_gqa=True).cpu(), before.cpu()
+    )
 
 
 @given(
@@ -164,7 +166,9 @@ def test_falling_back_gives_the_same_result_to_rounding(
     found = []
     for impl in ("metal", "reference"):
         leaves = [x.to("mps").requires_grad_() for x in (q, k, v)]
-        out = orchard_ops.flash_attn(*leaves, scale=scale, window_right=right, impl=impl)
+        out = orchard_ops.flash_attn(
+            *leaves, scale=scale, window_right=right, impl=impl, enable_gqa=True
+        )
         grads = torch.autograd.grad(out, leaves, do.to("mps"))
         found.append([x.detach().cpu() for x in (out, *grads)])
     math = math_attention(q, k, v, do, dtype=torch.float64, scale=scale, window_right=right)

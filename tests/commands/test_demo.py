@@ -16,12 +16,12 @@ from torch import Tensor
 
 import orchard_ops
 from orchard_ops.__main__ import build_parser, main
-from orchard_ops.demo import run
-from orchard_ops.demo.attention import orchard_attention, sdpa_math_attention
-from orchard_ops.demo.data import Corpus, batches, indent_with_tabs, load_corpus
-from orchard_ops.demo.model import GPT, ModelConfig, generate
-from orchard_ops.demo.training import TOLERANCE, Comparison, TrainingConfig, train_twins
-from orchard_ops.place import chip
+from orchard_ops.commands.demo import run
+from orchard_ops.commands.demo.attention import orchard_attention, sdpa_math_attention
+from orchard_ops.commands.demo.data import Corpus, batches, indent_with_tabs, load_corpus
+from orchard_ops.commands.demo.model import GPT, ModelConfig, generate
+from orchard_ops.commands.demo.training import TOLERANCE, Comparison, TrainingConfig, train_twins
+from orchard_ops.commands.machine import chip
 
 MODEL = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, context_length=24)
 TRAINING = TrainingConfig(
@@ -260,7 +260,7 @@ def test_demo_reports_everything(
     assert len(report["config"]["text_sha256"]) == 64
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["device"] == device.type
-    assert report["environment"]["cpu"] == chip() != ""
+    assert report["environment"]["machine"] == chip() != ""
     assert platform.release() not in str(report["environment"])
     for name in ("device", "cpu"):
         assert len(report["losses"][name]) == STEPS
@@ -360,7 +360,7 @@ def test_machine_without_mps(tmp_path: Path) -> None:
 
     refused = demo("--device", "mps")
     assert refused.returncode == 2
-    assert 'no "mps" device here' in refused.stdout
+    assert 'no "mps" device here' in refused.stderr
     assert not (tmp_path / "out").exists()
 
     ran = demo()

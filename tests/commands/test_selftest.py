@@ -9,8 +9,8 @@ import pytest
 import torch
 from attention_cases import HEAD_DIMS
 
-from orchard_ops import selftest
 from orchard_ops.__main__ import main
+from orchard_ops.commands import selftest
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:

@@ -316,3 +316,7 @@ def test_every_variant_is_in_the_text_for_apples_compiler() -> None:
     }  # fmt: skip
     assert all(text.isascii() for text in texts.values())
     assert not any('#include "' in text for text in texts.values())
+    parts = metal_sources.sources(per_file=24)
+    divided = [re.findall(r'host_name\("(\w+)"\)', text) for text in parts.values()]
+    assert max(map(len, divided)) == 24
+    assert sorted(name for part in divided for name in part) == sorted(set.union(*names.values()))

@@ -1,4 +1,4 @@
-"""Metal on the simulated device: an extension in C++, torch.mps.compile_shader, faults, launches.
+"""Metal on the simulated device: an extension in C++, torch.mps.compile_shader, faults.
 
 The extension is simulator/example/extension.cpp, compiled here against the installed torch.
 """
@@ -328,45 +328,7 @@ def test_inductor(shape):
     }
 
 
-# --------------------------------------------------------------------------------- the record
-
-
-def test_launches(shaders):
-    x = torch.ones(10, device=MPS)
-    out = torch.empty(10, device=MPS)
-    simulator.clear_launches()
-    shaders.scale(out[2:], x, 2.0, threads=8, group_size=4)
-    (launch,) = simulator.launches()
-    assert (launch.kernel, launch.threads, launch.group) == ("scale", (8, 1, 1), (4, 1, 1))
-    assert [(a.index, a.nbytes, a.is_tensor) for a in launch.arguments] == [
-        (0, 32, True),
-        (1, 40, True),
-        (2, 4, False),
-    ]
-    assert launch.counters is not None and launch.seconds > 0
-    simulator.clear_launches()
-    assert simulator.launches() == []
-
-
-def test_recordings_nest_and_leave_the_log_alone(shaders):
-    x = torch.ones(4, device=MPS)
-    simulator.clear_launches()
-    with simulator.recording() as outer:
-        shaders.scale(x, x, 1.0)
-        with simulator.recording() as inner:
-            shaders.scale(x, x, 1.0)
-    shaders.scale(x, x, 1.0)
-    assert (len(outer), len(inner), len(simulator.launches())) == (2, 1, 3)
-
-
-def test_log_is_bounded():
-    from simulator import launch_log
-
-    launch = launch_log.Launch("none", (1, 1, 1), (1, 1, 1), (), None, 0.0)
-    for _ in range(launch_log.MAX_LAUNCHES + 5):
-        launch_log.add(launch)
-    assert len(simulator.launches()) == launch_log.MAX_LAUNCHES
-    simulator.clear_launches()
+# ---------------------------------------------------------------------------------- the checks
 
 
 def test_check_switches_at_once():

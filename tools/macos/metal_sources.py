@@ -1,6 +1,7 @@
-"""Writes what Apple's Metal compiler should be shown: `metal_sources.py DIRECTORY`.
+"""Writes what Apple's Metal compiler should be shown: `metal_sources.py DIRECTORY [PER_FILE]`.
 
-One file per kernel family, with every variant that the plan can ask for, with dS stored and in
+One file per kernel family, or several of PER_FILE variants each for a compiler that runs in
+parallel, with every variant that the plan can ask for, with dS stored and in
 low-memory mode, and the forward's other tiles that `bench --tiles` measures by default. Xcode's
 compiler needs no GPU, so a Mac without one (a hosted CI machine) can still say whether the text
 compiles:
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 
-from orchard_ops._variables import environment_variables  # the package also loads the plan
-from orchard_ops.bench.cases import PRESETS
+from orchard_ops.commands.bench.cases import PRESETS
+from orchard_ops.commands.environment import environment_variables
 from orchard_ops.plan import Kernel, plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,20 +56,28 @@ def every_kernel(*call: Any) -> Iterator[Kernel]:
             yield kernels(*call)[0]
 
 
-def sources() -> dict[str, str]:
-    """Kernel family -> its text with one instantiation per variant."""
+def sources(per_file: int | None = None) -> dict[str, str]:
+    """Kernel family -> its text with one instantiation per variant.
+
+    With `per_file`, a family is divided into files of so many variants, "family_0", "family_1", ...
+    """
     variants: dict[str, dict[str, str]] = {family: {} for family in embed_shaders.FAMILIES}
     for call in itertools.product(DTYPES, HEAD_DIMS, (0, 1), (0.0, 0.1)):
         for kernel in every_kernel(*call):
             variants[kernel.family][kernel.name] = kernel.instantiation
-    return {
-        family: embed_shaders.flatten(header) + "\n" + "".join(variants[family].values())
-        for family, header in embed_shaders.FAMILIES.items()
-    }
+    texts = {}
+    for family, header in embed_shaders.FAMILIES.items():
+        text = embed_shaders.flatten(header) + "\n"
+        instantiations = list(variants[family].values())
+        size = per_file or len(instantiations)
+        for part, first in enumerate(range(0, len(instantiations), size)):
+            name = f"{family}_{part}" if per_file else family
+            texts[name] = text + "".join(instantiations[first : first + size])
+    return texts
 
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for family, text in sources().items():
-        (directory / f"{family}.metal").write_text(text, encoding="ascii")
+    for name, text in sources(int(sys.argv[2]) if sys.argv[2:] else None).items():
+        (directory / f"{name}.metal").write_text(text, encoding="ascii")

@@ -212,7 +212,8 @@ def _footprint(text: Text, name: int, begin: int, end: int) -> tuple[str, str]:
         while stop < end and not text.tokens[stop].is_op(";", "{"):
             stop = text.stream.closing.get(stop, stop) + 1
         words = [text.word(k) for k in range(i, min(i + 3, stop))]
-        if words[:1] == ["const"] and words[1:2] and words[1] in ("int", "short", "uint"):
+        is_constant = words[:1] == ["const"] and words[1:2] and words[1] in ("int", "short", "uint")
+        if words[:1] == ["using"] or is_constant:
             constants.append(text.stream.source(i, stop) + ";")
         elif words[:1] == ["threadgroup"] and vocabulary.declares_variable(text, i):
             kind = text.word(i + 1)
@@ -225,4 +226,4 @@ def _footprint(text: Text, name: int, begin: int, end: int) -> tuple[str, str]:
 
 def _constant_only(declarations: Sequence[str]) -> list[str]:
     """Those that stand for compile-time constants: made of template parameters and each other."""
-    return [d for d in declarations if re.match(r"const \w+ (k[A-Z]\w*|[A-Z]+) =", d)]
+    return [d for d in declarations if re.match(r"const \w+ (k[A-Z]\w*|[A-Z]+) =|using \w+ =", d)]

@@ -154,6 +154,7 @@ def check(example: Example) -> str:
         warnings.simplefilter("ignore", orchard_ops.OrchardFallbackWarning)
         arguments = dict(
             attn_mask=mask, dropout_p=e.dropout_p, is_causal=e.is_causal, scale=e.scale,
+            enable_gqa=True,
             window_left=e.window_left, window_right=e.window_right, softcap=e.softcap,
             alibi_slopes=None if slopes is None else slopes.to(e.device), sinks=sinks,
         )  # fmt: skip

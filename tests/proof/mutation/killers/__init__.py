@@ -11,7 +11,7 @@ import itertools
 
 from ..harness import FAMILIES
 from . import backward, forward, plan, positions
-from .attention import Attention, reference
+from .attention import Attention, reference, row_stats
 from .compiled import compiled_together, forget_libraries, library_paths, machine_code
 from .problems import problems
 from .properties import Property
@@ -39,5 +39,6 @@ def prepare() -> None:
     for killer in killers():
         if isinstance(killer, Attention):
             reference(killer.case, killer.dlse, killer.shifts)
+            row_stats(killer.case, killer.shifts)
     for family, check in itertools.product(FAMILIES, (False, True)):
         compiled_together(family, check)

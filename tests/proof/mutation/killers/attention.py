@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from attention_cases import SEED, Case
+from simulator import engine
 from torch import Tensor
 
 from orchard_ops import dropout
@@ -46,7 +47,6 @@ class Reference:
     ref: MathResult
     eager: MathResult
     out: Tensor
-    row_stats: Tensor
     delta: Tensor
     ds: Tensor  # gradient of the scores, float64
     ds_rounding: float  # what float32 makes of it at most
@@ -83,16 +83,24 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
     ds = p * (dp - delta[..., None])
     size = (p * (dp.abs() + delta.abs()[..., None])).max() * (4 + score.abs().max())
     rounding = 4 * torch.finfo(F32).eps * size.item()
-    stats = row_stats(score, visible)
-    return Reference((q, k, v, do), dlse, ref, eager, out, stats, delta, ds, rounding, visible)
+    return Reference((q, k, v, do), dlse, ref, eager, out, delta, ds, rounding, visible)
 
 
-def row_stats(score: Tensor, visible: Tensor) -> Tensor:
-    """As the forward leaves them, with the largest score as the origin: (..., q_len, 2)."""
-    score = torch.where(visible, score.double() / math.log(2), -math.inf)
-    origin = score.amax(-1).clamp(min=torch.finfo(F32).min).float()
-    log_sum = torch.exp2(score - origin[..., None]).sum(-1).log2().float()
-    return torch.stack((origin, log_sum), -1)
+@functools.cache
+def row_stats(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+    """As the forward of the repository leaves them: the backward takes its very scores."""
+    sources, forward = Sources(), Attention("", FORWARD, case, shifts=shifts)
+    x = forward._operands()
+    kernel, params = forward._plan(sources, x)
+    shape = (*x["query"].tensor.shape[:3], 2)
+    stats, out = Guarded(shape, dense(shape), F32), empty(x["query"].tensor, "padded")
+    launch(
+        engine.compile(sources.text(FORWARD) + kernel["instantiation"]), kernel, sources.buffers,
+        with_seed(params, key_end=case.kv_len, out=tuple(out.tensor.stride())),
+        {name: x[name] for name in ("query", "key", "value")}, {"out": out, "row_stats": stats},
+        workers=1,
+    )  # fmt: skip
+    return stats.tensor.clone()
 
 
 def ds_tiles(ds: Tensor) -> Tensor:
@@ -131,13 +139,13 @@ class Attention:
         kernel, params = self._plan(sources, x)
         library = compile_kernel(sources, self.family, kernel, self.check)
         note("compiled")
-        stats = Guarded.like(given.row_stats, "dense")
         delta = Guarded.like(given.delta.float()[None], "dense")
         rows = (1, *given.delta.shape)
         key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
         if self.family == FORWARD:
             inputs = {"query": x["query"]} | key | value
-            stats = Guarded(given.row_stats.shape, dense(given.row_stats.shape), F32)
+            shape = (*given.delta.shape, 2)
+            stats = Guarded(shape, dense(shape), F32)
             results = {"out": empty(q, self.layouts[3]), "row_stats": stats}
         elif self.family == DELTA:
             inputs = {"out": x["out"]} | dout
@@ -146,10 +154,20 @@ class Attention:
                 inputs["dlse"].tensor[..., ~given.visible.any(1)] = math.nan
             results = {"delta": Guarded(rows, dense(rows), F32)}
         elif self.family == DQ:
-            inputs = {"query": x["query"], "row_stats": stats, "delta": delta} | key | value | dout
+            inputs = (
+                {"query": x["query"], "row_stats": self._row_stats(), "delta": delta}
+                | key
+                | value
+                | dout
+            )
             results = {"dq": empty(q, self.layouts[0])}
         elif self.family in KEYS_SIDE:
-            inputs = {"query": x["query"], "row_stats": stats, "delta": delta} | key | value | dout
+            inputs = (
+                {"query": x["query"], "row_stats": self._row_stats(), "delta": delta}
+                | key
+                | value
+                | dout
+            )
             results = {"dk": empty(k, self.layouts[1]), "dv": empty(v, self.layouts[2])}
             if self.store_ds:
                 shape = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).shape
@@ -181,6 +199,9 @@ class Attention:
         group = self.case.num_heads // self.case.num_kv_heads
         first, last = self.kv_heads or (0, self.case.batch * self.case.num_kv_heads)
         return slice(first * group, last * group)
+
+    def _row_stats(self) -> Guarded:
+        return Guarded.like(row_stats(self.case, self.shifts), "dense")
 
     def _stored_ds(self, given: Reference) -> Guarded:
         """dS as the key's side leaves it: NaN in tiles that nobody sees."""

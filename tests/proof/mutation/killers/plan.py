@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.planner import BUFFERS
 from orchard_ops import dropout
 
 from ..harness import (
-    BUFFERS,
     DELTA,
     DKV,
     DKV_PAIRS,

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._variables import environment_variables
-from ..calls import NOT_MPS, stats
-from ..explain import explain
+from ...calls import NOT_MPS, stats
+from ...explain import explain
+from ..environment import environment_variables
 from .cases import Case
 
 OURS = "orchard_ops"

@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from .. import native
-from ..arguments import prepare
+from ... import native
+from ...arguments import prepare
+from ...plan import Kernel, plan
 from ..place import Place
-from ..plan import Kernel, plan
 from .cases import DTYPES, Case
 from .contenders import Contender, ours
 

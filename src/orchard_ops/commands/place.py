@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import platform
-import re
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -51,44 +47,3 @@ def find_place(requested: str) -> Place:
             "nothing about a Mac)",
         )
     return Place(torch.device("mps"), "apple_gpu", f"Apple GPU {torch.backends.mps.get_name()}")
-
-
-def sysctl(name: str) -> str:
-    """A value of macOS, or "" if it has none of this name."""
-    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def chip() -> str:
-    """As the maker calls it: "Apple M2 Pro", or the model of the CPU."""
-    if sys.platform == "darwin":
-        return sysctl("machdep.cpu.brand_string") or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def system() -> str:
-    """ "macOS 15.5"; elsewhere the name alone, as a kernel's release names a host."""
-    return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
-
-
-def environment(place: Place) -> dict[str, str | int]:
-    """What a reader needs to compare this run with another one."""
-    import orchard_ops
-
-    return {
-        "orchard_ops": orchard_ops.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": system(),
-        "machine": platform.machine(),
-        "cpu": chip(),
-        "cpu_threads": torch.get_num_threads(),
-        "device": str(place.device),
-        "kind": place.kind,
-        "description": place.description,
-    }

@@ -12,16 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from . import machine
+from .. import machine
 from .contenders import OURS
-from .results import OUT_OF_MEMORY, CaseResult, Results
+from .results import OUT_OF_MEMORY, PLOT_FORMATS, CaseResult, Results
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 _LINES: tuple[tuple[str, Any], ...] = (("o", "-"), ("s", "--"), ("^", ":"), ("v", "-."))
 """Marker and line of each contender, in the order of `_COLORS`."""
 _MAX_IN_PANEL = 8
 """With more contenders the legend stands beside the panels."""
-FORMATS = ("png", "svg")
 
 
 def save(results: Results, stem: Path) -> list[Path]:
@@ -50,7 +49,7 @@ def save(results: Results, stem: Path) -> list[Path]:
         grid[0][0].legend(handles=handles, fontsize=8)
     else:
         figure.legend(handles=handles, fontsize=7, loc="outside right upper")
-    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in FORMATS]
+    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in PLOT_FORMATS]
     for path in paths:
         # Without a date in it, the same results give the same file.
         metadata = {"Date": None} if path.suffix == ".svg" else None

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calls import Stats
-from ..place import Place, environment
+from ...calls import Stats
+from .. import machine
+from ..place import Place
 from .data import Corpus
 from .model import ModelConfig
 from .training import TOLERANCE, Comparison, TrainingConfig
@@ -16,7 +17,7 @@ from .training import TOLERANCE, Comparison, TrainingConfig
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run."""
+    """One run, whole or stopped before its end."""
 
     place: Place
     model: ModelConfig
@@ -47,6 +48,9 @@ class Outcome:
                 f"the losses differ by {first:.1e} at step {step}, more than {TOLERANCE:.0e} "
                 f"(at most {worst:.1e}, at step {worst_step})"
             )
+        done, steps = comparison.num_steps, self.training.steps
+        if done < steps:  # what comes after the last step says nothing
+            return [*failures, f"stopped after step {done} of {steps}"]
         if not comparison.held_out_relative_difference <= TOLERANCE:
             failures.append(
                 f"the held-out losses differ by {comparison.held_out_relative_difference:.1e}, "
@@ -88,7 +92,7 @@ class Outcome:
                 "text_files": self.corpus.num_files,
                 "text_sha256": self.corpus.sha256,
             },
-            "environment": environment(self.place),
+            "environment": machine.describe(self.place),
             "losses": {
                 "device": [_finite(loss) for loss in device_run.losses],
                 "cpu": [_finite(loss) for loss in cpu_run.losses],

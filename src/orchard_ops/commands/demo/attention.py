@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .. import dropout
+from ... import dropout
 
 
 def orchard_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -102,6 +103,20 @@ class Comparison:
     def held_out_relative_difference(self) -> float:
         return _relative_difference(self.device_held_out, self.cpu_held_out)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that both runs have done."""
+        return min(len(self.device_run.losses), len(self.cpu_run.losses))
+
+    @contextmanager
+    def in_whole_steps(self) -> Iterator[None]:
+        """Takes back a step that only one of the runs has done when the block ends."""
+        try:
+            yield
+        finally:
+            for run in (self.device_run, self.cpu_run):
+                del run.losses[self.num_steps :], run.step_seconds[self.num_steps :]
+
     def largest_difference(self) -> tuple[float, int]:
         """The largest relative difference and its step (from 1). nan counts as the largest."""
         differences = self.relative_differences
@@ -160,7 +175,7 @@ def train_twins(
     device: torch.device,
     attention: Attention,
     twin_attention: Attention,
-    on_step: Callable[[float, float], None] | None = None,
+    on_step: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Trains a model on the device through `attention` and its twin on the cpu, step by step.
 
@@ -170,7 +185,8 @@ def train_twins(
         device: of the first model; the twin is always on the cpu.
         attention: the first model's attention function.
         twin_attention: the twin's. Both must take the same draws from torch's cpu generator.
-        on_step: called after every step with the two losses.
+        on_step: called after every step with the comparison so far, whose runs grow and whose
+            held-out losses are nan until the end. An exception leaves it with whole steps.
 
     Raises:
         RuntimeError: the attention functions drew different random numbers, so that their dropout
@@ -183,7 +199,8 @@ def train_twins(
         batches(corpus.held_out, training.batch_size, config.context_length, training.seed),
         training.held_out_batches,
     )
-    with torch.random.fork_rng(devices=[]):
+    so_far = Comparison(device_run, cpu_run, math.nan, math.nan)
+    with torch.random.fork_rng(devices=[]), so_far.in_whole_steps():
         torch.manual_seed(training.seed)
         for step in range(training.steps):
             tokens, targets = next(train)
@@ -200,7 +217,7 @@ def train_twins(
                     "from torch's cpu generator, so their dropout masks differ"
                 )
             if on_step is not None:
-                on_step(device_run.losses[-1], cpu_run.losses[-1])
+                on_step(so_far)
         return Comparison(
             device_run,
             cpu_run,

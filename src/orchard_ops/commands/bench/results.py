@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .machine import Description
+from ..machine import Description
 from .timing import percentile
 
 FORMAT = 1
+PLOT_FORMATS = ("png", "svg")
 
 MEASURED = "measured"
 OUT_OF_MEMORY = "out of memory"
@@ -80,7 +82,7 @@ class Results:
         return all(f.status not in (WRONG, FAILED) for case in self.cases for f in case.figures)
 
 
-def write_json(results: Results, path: Path) -> None:
+def to_json(results: Results) -> str:
     """A line for each contender in each case."""
     head = {"format": FORMAT} | {k: v for k, v in asdict(results).items() if k != "cases"}
     lines = []
@@ -90,11 +92,11 @@ def write_json(results: Results, path: Path) -> None:
         rows = ",\n  ".join(json.dumps(one) for one in figures)
         lines.append(f'{json.dumps(values)[:-1]}, "figures": [\n  {rows}]}}')
     body = ",\n".join(lines)
-    path.write_text(f'{json.dumps(head)[:-1]},\n"cases": [\n{body}\n]}}\n')
+    return f'{json.dumps(head)[:-1]},\n"cases": [\n{body}\n]}}\n'
 
 
 def read_json(path: Path) -> Results:
-    """What `write_json` wrote.
+    """What `to_json` gave.
 
     Raises:
         ValueError: it is not such a file.
@@ -112,23 +114,24 @@ def read_json(path: Path) -> Results:
         raise ValueError(f"{path} is not a result of `orchard_ops bench`: {error}") from error
 
 
-def write_csv(results: Results, path: Path) -> None:
+def to_csv(results: Results) -> str:
     """Times in milliseconds, memory in bytes; empty where there is no figure."""
     machine = results.machine
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ("machine", "device", "system", "torch", "orchard_ops", "date", "series", "length",
-             "mode", "contender", "status", "median_ms", "p20_ms", "p80_ms", "rounds",
-             "peak_bytes", "path")
-        )  # fmt: skip
-        for case in results.cases:
-            for one in case.figures:
-                times = (one.time_ms(p) for p in (50, 20, 80))
-                writer.writerow(
-                    (machine["machine"], machine["kind"], machine["system"], machine["torch"],
-                     machine["orchard_ops"], results.date, case.series, case.length, case.mode,
-                     one.contender, one.status,
-                     *("" if ms is None else f"{ms:.5g}" for ms in times), len(one.samples_ms),
-                     "" if one.peak_bytes is None else one.peak_bytes, one.path)
-                )  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ("machine", "device", "system", "torch", "orchard_ops", "date", "series", "length",
+         "mode", "contender", "status", "median_ms", "p20_ms", "p80_ms", "rounds",
+         "peak_bytes", "path")
+    )  # fmt: skip
+    for case in results.cases:
+        for one in case.figures:
+            times = (one.time_ms(p) for p in (50, 20, 80))
+            writer.writerow(
+                (machine["machine"], machine["kind"], machine["system"], machine["torch"],
+                 machine["orchard_ops"], results.date, case.series, case.length, case.mode,
+                 one.contender, one.status,
+                 *("" if ms is None else f"{ms:.5g}" for ms in times), len(one.samples_ms),
+                 "" if one.peak_bytes is None else one.peak_bytes, one.path)
+            )  # fmt: skip
+    return text.getvalue()

@@ -11,23 +11,26 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
-from ..calls import reset_stats
+from ...calls import reset_stats
+from .. import endings, machine
+from ..console import Console
+from ..endings import CannotRun, writable, write
 from ..place import Place, find_place
-from . import cases, gate, machine, memory, report, timing, variants
+from ..progress import each
+from . import cases, gate, memory, report, timing, variants
 from .contenders import CONTENDERS, OURS, Contender, path
 from .results import (
     FAILED,
     MEASURED,
     OUT_OF_MEMORY,
+    PLOT_FORMATS,
     WRONG,
     CaseResult,
     Figures,
     Results,
     read_json,
-    write_csv,
-    write_json,
+    to_csv,
+    to_json,
 )
 
 Calls = dict[Contender, Callable[[], object]]
@@ -36,8 +39,13 @@ Calls = dict[Contender, Callable[[], object]]
 def run(args: argparse.Namespace) -> int:
     """The command, with arguments as ``__main__`` parses them.
 
+    What is measured is written after every case, under a name of its own until the run is complete.
+
     Returns:
-        The exit status: 0 measured, 1 a result is wrong or failed, 2 it cannot run here.
+        The exit status: `endings.RIGHT`, or `endings.WRONG` if a result is wrong or failed.
+
+    Raises:
+        CannotRun: no such device, no such kernels, or nothing can be written.
     """
     console = Console()
     if args.plot is not None:
@@ -47,31 +55,38 @@ def run(args: argparse.Namespace) -> int:
         chosen = cases.chosen(args, place.kind)
         further = variants.of_cases(chosen, args.tiles, args.scratch, place)
     except ValueError as error:
-        console.print(f"bench: {error}", highlight=False, markup=False)
-        return 2
+        raise CannotRun(str(error)) from error
     results = Results(
         machine.describe(place),
         datetime.now(UTC).strftime("%Y-%m-%d"),
         memory.method(place.device),
     )
-    console.print(f"bench on {machine.where(results.machine)}", highlight=False, markup=False)
+    stem = Path(args.output or "bench-output") / machine.slug(results.machine)
+    whole, table = (writable(stem.with_name(f"{stem.name}.{kind}")) for kind in ("json", "csv"))
+    unfinished = writable(stem.with_name(f"{stem.name}.unfinished.json"))
+    console.say(f"bench on {machine.where(results.machine)}")
     schedule = timing.Schedule(
         seconds=args.seconds or (0.5 if args.quick else 3.0), min_rounds=3 if args.quick else 7
     )
     contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *args.against))]
     reset_stats()
-    with report.progress(console, len(chosen)) as on_case:
-        for case in chosen:
-            on_case(case)
-            results.cases.append(measure(case, contenders + further[case], place, schedule))
-    report.print_table(console, results)
-    stem = Path(args.output or "bench-output") / machine.slug(results.machine)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    write_json(results, stem.with_name(f"{stem.name}.json"))
-    write_csv(results, stem.with_name(f"{stem.name}.csv"))
-    console.print(f"written: {stem}.json, {stem}.csv", highlight=False, markup=False)
+    try:
+        with each(console, chosen) as under_way:
+            for case in under_way:
+                results.cases.append(measure(case, contenders + further[case], place, schedule))
+                write(unfinished, to_json(results))
+        report.print_table(console, results)
+    except BaseException as error:
+        if results.cases:
+            done = f"{len(results.cases)} of {len(chosen)} cases are in {unfinished}"
+            error.add_note(f"{done}, for python -m orchard_ops bench --plot")
+        raise
+    write(whole, to_json(results))
+    write(table, to_csv(results))
+    unfinished.unlink(missing_ok=True)
+    console.say(f"written: {whole}, {table}")
     _plot(console, results, stem)
-    return 0 if results.all_right() else 1
+    return endings.RIGHT if results.all_right() else endings.WRONG
 
 
 def measure(
@@ -83,8 +98,14 @@ def measure(
     """
     problem = case.problem
     result = CaseResult(problem.series, problem.length, case.mode, [])
-    operands = [x.to(place.device) for x in cases.operands(problem)]
     calls: Calls = {}
+    try:
+        operands = [x.to(place.device) for x in cases.operands(problem)]
+    except (RuntimeError, MemoryError) as error:
+        result.figures = [Figures(contender.name, MEASURED) for contender in contenders]
+        for figures in result.figures:
+            _record(figures, error)
+        return result
     for contender in contenders:
         figures = Figures(contender.name, MEASURED)
         result.figures.append(figures)
@@ -142,14 +163,13 @@ def _plot(console: Console, results: Results, stem: Path) -> bool:
     try:
         from . import plot
     except ModuleNotFoundError as error:
-        console.print(
+        console.say(
             f'no plots: they need {error.name}, pip install "orchard_ops[bench]"; then '
-            f"python -m orchard_ops bench --plot {stem}.json",
-            highlight=False, markup=False,
-        )  # fmt: skip
+            f"python -m orchard_ops bench --plot {stem}.json"
+        )
         return False
     written = plot.save(results, stem)
-    console.print(f"plots: {', '.join(map(str, written))}", highlight=False, markup=False)
+    console.say(f"plots: {', '.join(map(str, written))}")
     return True
 
 
@@ -157,8 +177,9 @@ def _plot_again(console: Console, file: Path, output: str | None) -> int:
     try:
         results = read_json(file)
     except (OSError, ValueError) as error:
-        console.print(f"bench: {error}", highlight=False, markup=False)
-        return 2
+        raise CannotRun(str(error)) from error
     folder = file.parent if output is None else Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return 0 if _plot(console, results, folder / file.stem) else 2
+    for ending in PLOT_FORMATS:
+        writable(folder / f"{file.stem}.{ending}")
+    drawn = _plot(console, results, folder / file.stem)
+    return endings.RIGHT if drawn else endings.CANNOT_RUN

@@ -1,46 +1,14 @@
-"""What the bench shows: where it runs, progress, and the table of cases."""
+"""What the bench shows: the table of cases."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..progress import progress_bar
-from .cases import Case
 from .contenders import OURS
 from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
 from .variants import TILE
-
-OnCase = Callable[[Case], None]
-
-
-@contextmanager
-def progress(console: Console, num_cases: int) -> Iterator[OnCase]:
-    """A progress bar; yields the function to call before every case."""
-    done = 0
-
-    def print_line(case: Case) -> None:
-        nonlocal done
-        done += 1
-        console.print(f"{done}/{num_cases}: {case}", highlight=False, markup=False)
-
-    if not console.is_terminal:
-        yield print_line
-        return
-    with progress_bar(console) as bar:
-        task = bar.add_task("...", total=num_cases)
-
-        def advance(case: Case) -> None:
-            nonlocal done
-            bar.update(task, completed=done, description=str(case))
-            done += 1
-
-        yield advance
-        bar.update(task, completed=num_cases)
 
 
 def print_table(console: Console, results: Results) -> None:

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calls import reset_stats, stats
-from ..explain import explain
+from ...calls import reset_stats, stats
+from ...explain import explain
+from .. import endings
+from ..console import Console
+from ..endings import CannotRun, writable, write
 from ..place import find_place
 from .attention import orchard_attention, sdpa_math_attention
 from .data import load_corpus
 from .model import GPT, Attention, ModelConfig, generate
 from .outcome import Outcome
-from .training import TrainingConfig, train_twins
+from .training import Comparison, TrainingConfig, train_twins
 
 _PROMPT = "\tdef __init__(self"
 
@@ -40,15 +43,12 @@ def run(
         attention: of the model under test.
 
     Returns:
-        The exit status: 0 pass, 1 the runs disagree or calls fell back, 2 the demo cannot run.
-    """
-    try:
-        from rich.console import Console
+        The exit status: `endings.RIGHT`; `endings.WRONG` if losses differ or calls fell back.
 
-        from . import report
-    except ModuleNotFoundError as error:
-        print(f'the demo needs {error.name}: pip install "orchard_ops[demo]"')
-        return 2
+    Raises:
+        CannotRun: no such device, no text, or nothing can be written.
+    """
+    from . import report  # it needs matplotlib
 
     start = time.perf_counter()
     console = Console()
@@ -56,35 +56,52 @@ def run(
         place = find_place(args.device)
         corpus = load_corpus()
     except (ValueError, FileNotFoundError) as error:
-        console.print(f"demo: {error}", highlight=False, markup=False)
-        return 2
+        raise CannotRun(str(error)) from error
+    figure = writable(Path(args.output) / "loss.png")
+    file = None if args.json is None else writable(Path(args.json))
     model = model or ModelConfig()
     training = replace(training or TrainingConfig(), steps=args.steps, seed=args.seed)
     num_parameters = sum(p.numel() for p in GPT(model, attention).parameters())
-    report.print_header(console, place, model, training, corpus, num_parameters)
-
     recorder = _KernelNames(attention)
+    so_far: Comparison | None = None
+
+    def keep(comparison: Comparison, sample: bytes = b"") -> Outcome:
+        outcome = Outcome(
+            place, model, training, corpus, comparison, stats(), recorder.kernels,
+            _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
+        )  # fmt: skip
+        report.save_figure(comparison, place, figure)
+        if file is not None:
+            write(file, json.dumps(outcome.as_json(), indent=2, allow_nan=False) + "\n")
+        return outcome
+
+    report.print_header(console, place, model, training, corpus, num_parameters)
     reset_stats()
-    with report.progress(console, str(place.device), training.steps) as on_step:
-        comparison = train_twins(
-            model, training, corpus, place.device, recorder, sdpa_math_attention, on_step
-        )
-    sample = b""
-    if math.isfinite(comparison.device_held_out):
-        sample = generate(
-            comparison.device_run.model, _PROMPT.encode(), args.sample_bytes, seed=args.seed
-        )
-    figure = Path(args.output) / "loss.png"
-    report.save_figure(comparison, place, figure)
-    outcome = Outcome(
-        place, model, training, corpus, comparison, stats(), recorder.kernels,
-        _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
-    )  # fmt: skip
+    try:
+        with report.progress(console, str(place.device), training.steps) as show:
+
+            def on_step(comparison: Comparison) -> None:
+                nonlocal so_far
+                so_far = comparison
+                show(comparison)
+
+            comparison = train_twins(
+                model, training, corpus, place.device, recorder, sdpa_math_attention, on_step
+            )
+        sample = b""
+        if math.isfinite(comparison.device_held_out):
+            sample = generate(
+                comparison.device_run.model, _PROMPT.encode(), args.sample_bytes, seed=args.seed
+            )
+    except BaseException as error:
+        if so_far is not None:
+            keep(so_far)
+            done = f"{so_far.num_steps} of {training.steps} steps"
+            error.add_note(f"{done} are in {figure if file is None else f'{figure} and {file}'}")
+        raise
+    outcome = keep(comparison, sample)
     report.print_outcome(console, outcome)
-    if args.json is not None:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(outcome.as_json(), indent=2, allow_nan=False) + "\n")
-    return 1 if outcome.failures() else 0
+    return endings.WRONG if outcome.failures() else endings.RIGHT
 
 
 class _KernelNames:

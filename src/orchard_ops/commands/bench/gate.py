@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..testing import MathResult, assert_attention_close, math_attention
+from ...testing import MathResult, assert_attention_close, math_attention
 from .cases import DTYPES, Case, Problem, operands
 
 _BLOCK_ELEMENTS = 1 << 23

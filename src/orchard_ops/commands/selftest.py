@@ -15,16 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from . import native
-from ._variables import environment_variables
-from .calls import reset_stats, stats
-from .place import environment, find_place
-from .testing import assert_attention_close, math_attention
+from .. import native
+from ..calls import reset_stats, stats
+from ..scoring import Scoring
+from ..testing import assert_attention_close, math_attention
+from . import endings, machine
+from .console import Console
+from .endings import CannotRun, writable, write
+from .environment import environment_variables
+from .place import Place, find_place
+from .progress import each
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """One head dim per kernel width of ``native/plan/tiles.cpp``."""
@@ -89,13 +93,33 @@ class Outcome:
 class Report:
     """The report file."""
 
-    environment: dict
+    environment: machine.Description
     native_library: str
-    metal_calls: dict[str, int]
-    fallbacks: dict[str, dict[str, int]]
-    seconds: float
-    verdict: str
+    metal_calls: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, dict[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    verdict: str = ""
     outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        return sum(not outcome.passed for outcome in self.outcomes)
+
+    def count(self, num_variants: int, seconds: float) -> None:
+        """Takes the calls so far and the verdict on what has run."""
+        counted = stats()
+        self.metal_calls, self.fallbacks = counted.metal, counted.reference
+        self.seconds = round(seconds, 1)
+        done = len(self.outcomes)
+        if self.failed:
+            self.verdict = f"{self.failed} of {done} variants are wrong"
+        else:
+            self.verdict = f"all {done} variants agree with float64, forward and backward"
+        if done < num_variants:
+            self.verdict += f" (stopped after {done} of {num_variants})"
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def variants(quick: bool) -> Iterator[Variant]:
@@ -146,15 +170,19 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
         for dtype in (torch.float64, variant.dtype)
     )
     q, k, v, do = (_place(x, variant.chunks, device) for x in operands)
-    scoring = (
-        None, None, None, torch.tensor(_SEED), variant.dropout_p, variant.head_dim**-0.5,
-        -1, 0, _DIAGONAL, 0.0,
-    )  # fmt: skip
+    scoring = Scoring(
+        dropout_seed=torch.tensor(_SEED),
+        dropout_p=variant.dropout_p,
+        scale=variant.head_dim**-0.5,
+        window_right=0,
+        diagonal=_DIAGONAL,
+    )
 
     def run() -> list[Tensor]:
         ops = torch.ops.orchard
-        out, lse = ops.flash_attn_fwd(q, k, v, *scoring, impl)
-        grads = ops.flash_attn_bwd(do, None, q, k, v, out, lse, *scoring, False, impl)
+        out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
+        grads = ops.flash_attn_bwd(do, None, q, k, v, out, row_stats, *scoring, False, impl)
+        lse = row_stats.sum(-1) * scoring.unit
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
@@ -170,49 +198,56 @@ def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Exit status 0: every variant is right; 1: one is not; 2: no such device."""
+    """The command. The report is written anew after every variant, so that a stop keeps it.
+
+    Returns:
+        The exit status: `endings.RIGHT`, or `endings.WRONG` if a variant is wrong.
+
+    Raises:
+        CannotRun: no such device, or the report cannot be written.
+    """
     console = Console()
     try:
         place = find_place(args.device)
     except ValueError as error:
-        console.print(str(error))
-        return 2
-    console.print(f"{place.device}: {place.description}", highlight=False)
+        raise CannotRun(str(error)) from error
+    file = writable(Path(args.report))
+    console.say(f"{place.device}: {place.description}")
     impl = "auto" if place.kind == "cpu" else "metal"
+    todo = list(variants(args.quick))
+    report = Report(
+        environment=machine.describe(place)
+        | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
+        native_library=native.why_not() or "loaded",
+    )
     reset_stats()
     started = time.perf_counter()
-    outcomes = []
-    with Progress(console=console) as progress:
-        for variant in progress.track(list(variants(args.quick)), description="kernel variants"):
-            outcomes.append(check(variant, place.device, impl))
-            if not outcomes[-1].passed:
-                console.print(f"[red]FAILED[/red] {variant}: {outcomes[-1].message}")
-    failed = [o for o in outcomes if not o.passed]
-    counted = stats()
-    verdict = (
-        f"{len(failed)} of {len(outcomes)} variants are wrong"
-        if failed
-        else f"all {len(outcomes)} variants agree with float64, forward and backward"
-    )
-    report = Report(
-        environment=environment(place) | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
-        native_library=native.why_not() or "loaded",
-        metal_calls=counted.metal,
-        fallbacks=counted.reference,
-        seconds=round(time.perf_counter() - started, 1),
-        verdict=verdict,
-        outcomes=outcomes,
-    )
-    Path(args.report).write_text(json.dumps(asdict(report), indent=1) + "\n")
+    try:
+        with each(console, todo) as under_way:
+            for variant in under_way:
+                outcome = check(variant, place.device, impl)
+                if not outcome.passed:
+                    console.print(Text(f"FAILED {variant}: {outcome.message}", style="red"))
+                report.outcomes.append(outcome)
+                report.count(len(todo), time.perf_counter() - started)
+                write(file, report.as_json())
+        _print_summary(console, report, place, file)
+    except BaseException as error:
+        if report.outcomes:
+            error.add_note(f"{report.verdict}; report: {file}")
+        raise
+    return endings.WRONG if report.failed else endings.RIGHT
+
+
+def _print_summary(console: Console, report: Report, place: Place, file: Path) -> None:
     table = Table(show_header=False)
     for name, value in (
-        ("verdict", f"[red]{verdict}[/red]" if failed else f"[green]{verdict}[/green]"),
+        ("verdict", Text(report.verdict, style="red" if report.failed else "green")),
         ("device", place.description),
         ("native library", report.native_library),
-        ("Metal calls", ", ".join(f"{n} {op}" for op, n in counted.metal.items())),
+        ("Metal calls", ", ".join(f"{n} {op}" for op, n in report.metal_calls.items())),
         ("time", f"{report.seconds} s"),
-        ("report", f"{args.report} (attach it to an issue)"),
+        ("report", f"{file} (attach it to an issue)"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, value if isinstance(value, Text) else Text(value))
     console.print(table)
-    return 1 if failed else 0

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Console
 from ..place import Place
 from ..progress import progress_bar
 from .data import Corpus
@@ -23,7 +23,7 @@ from .training import TOLERANCE, Comparison, TrainingConfig
 _LINES_WITHOUT_TERMINAL = 10
 """Progress lines where the output is a file or a log, in which a bar cannot move."""
 
-OnStep = Callable[[float, float], None]
+OnStep = Callable[[Comparison], None]
 
 
 def print_header(
@@ -54,16 +54,15 @@ def print_header(
 @contextmanager
 def progress(console: Console, device_name: str, steps: int) -> Iterator[OnStep]:
     """A progress bar with both losses; yields the function to call after every step."""
-    done = 0
 
-    def losses(device_loss: float, cpu_loss: float) -> str:
+    def losses(comparison: Comparison) -> str:
+        device_loss, cpu_loss = comparison.device_run.losses[-1], comparison.cpu_run.losses[-1]
         return f"loss {device_name} {device_loss:.4f}, twin {cpu_loss:.4f}"
 
-    def print_line(device_loss: float, cpu_loss: float) -> None:
-        nonlocal done
-        done += 1
+    def print_line(comparison: Comparison) -> None:
+        done = comparison.num_steps
         if done % max(1, steps // _LINES_WITHOUT_TERMINAL) == 0 or done == steps:
-            console.print(f"step {done}/{steps}: {losses(device_loss, cpu_loss)}", highlight=False)
+            console.print(f"step {done}/{steps}: {losses(comparison)}", highlight=False)
 
     if not console.is_terminal:
         yield print_line
@@ -71,8 +70,8 @@ def progress(console: Console, device_name: str, steps: int) -> Iterator[OnStep]
     with progress_bar(console) as bar:
         task = bar.add_task("loss ...", total=steps)
 
-        def advance(device_loss: float, cpu_loss: float) -> None:
-            bar.update(task, advance=1, description=losses(device_loss, cpu_loss))
+        def advance(comparison: Comparison) -> None:
+            bar.update(task, completed=comparison.num_steps, description=losses(comparison))
 
         yield advance
 

@@ -1,0 +1,51 @@
+"""How far a command is: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+
+
+def progress_bar(console: Console) -> Progress:
+    """How many are done, what is under way (a task's description), time gone and time left."""
+    return Progress(
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+@contextmanager
+def each(console: Console, items: Sequence[Item]) -> Iterator[Iterator[Item]]:
+    """The items; the one under way stands beside a bar, or in a line "3/12: item"."""
+
+    def in_lines() -> Iterator[Item]:
+        for number, item in enumerate(items, start=1):
+            console.print(f"{number}/{len(items)}: {item}", highlight=False, markup=False)
+            yield item
+
+    if not console.is_terminal:
+        yield in_lines()
+        return
+    with progress_bar(console) as bar:
+        task = bar.add_task("...", total=len(items))
+
+        def beside_a_bar() -> Iterator[Item]:
+            for number, item in enumerate(items):
+                bar.update(task, completed=number, description=str(item))
+                yield item
+            bar.update(task, completed=len(items))
+
+        yield beside_a_bar()
