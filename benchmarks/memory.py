@@ -91,7 +91,7 @@ def formula(problem: Problem, length: int) -> dict[str, int]:
     rows = problem.batch * problem.num_heads * length * 4  # float32
     return {
         "out": size * q,
-        "lse": rows,
+        "row_stats": 2 * rows,
         "delta": rows,
         "dq": size * q,
         "dk": size * kv,
@@ -113,7 +113,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
 def our_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> object:
-    out = torch.ops.orchard.flash_attn(q, k, v, is_causal=True)
+    out = torch.ops.orchard.flash_attn(q, k, v, is_causal=True, enable_gqa=True)
     return out, torch.autograd.grad(out, (q, k, v), dout)
 
 
@@ -209,7 +209,7 @@ def planned_scratch(problem: Problem, length: int) -> int:
     import orchard_ops
 
     q, k, v, _ = problem.operands(length, "mps")
-    return orchard_ops.explain(q, k, v, is_causal=True).scratch_bytes
+    return orchard_ops.explain(q, k, v, is_causal=True, enable_gqa=True).scratch_bytes
 
 
 def check_ours(

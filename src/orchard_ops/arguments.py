@@ -200,7 +200,7 @@ def _check_kind(name: str, x: Any) -> None:
 def _mask_to_4d(
     mask: Tensor, batch_shape: tuple[int, ...], has_heads: bool, full: tuple[int, ...]
 ) -> Tensor:
-    """Leading dimensions of 1 where the mask has none; several batch dimensions become one.
+    """The mask with four dimensions, or five (see `_fold_batch`); dimensions it lacks are 1.
 
     `full` is (*batch_shape, Hq, L, S).
     """
@@ -220,11 +220,31 @@ def _mask_to_4d(
     mask = mask[(None,) * (len(full) - len(shape))]
     if len(batch_shape) == 0:
         return mask.unsqueeze(0)
-    if len(batch_shape) > 1:
-        if any(size != 1 for size in mask.shape[: len(batch_shape)]):
-            mask = mask.expand(*batch_shape, *mask.shape[len(batch_shape) :])
-        mask = mask.flatten(0, len(batch_shape) - 1)
-    return mask
+    return _fold_batch(mask, batch_shape) if len(batch_shape) > 1 else mask
+
+
+def _fold_batch(mask: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    """Makes one batch dimension of several, or two where the mask broadcasts over some of them.
+
+    A mask that differs in windows but not in images, (1, windows, ...), stays as small as it is.
+    Where it broadcasts over dimensions between others, it is expanded over the fewest elements.
+    """
+    num_batch = len(batch_shape)
+
+    def group(first: int, end: int) -> Sequence[int]:
+        """The mask's sizes in some of the dimensions: all 1, or all those of the batch."""
+        broadcasts = all(size == 1 for size in mask.shape[first:end])
+        return mask.shape[first:end] if broadcasts else batch_shape[first:end]
+
+    def elements(split: int) -> int:
+        return math.prod(group(0, split)) * math.prod(group(split, num_batch))
+
+    split = min(range(num_batch), key=elements)
+    sizes = [group(0, split), group(split, num_batch)]
+    mask = mask.expand(*sizes[0], *sizes[1], *mask.shape[num_batch:])
+    if elements(split) in (1, math.prod(batch_shape)):
+        return mask.flatten(0, num_batch - 1)
+    return mask.reshape(*map(math.prod, sizes), *mask.shape[num_batch:])
 
 
 def _causal_bias(
@@ -301,6 +321,8 @@ def prepare(
         query, key, value = (_to_4d(x) for x in operands)
         checks.check_problem(_OP, query, key, value)
     if attn_mask is not None:
+        if attn_mask.is_floating_point() and attn_mask.dtype not in (torch.float32, query.dtype):
+            attn_mask = attn_mask.to(torch.promote_types(torch.float32, query.dtype))
         full = (*batch_shape, query.shape[1], query.shape[2], key.shape[2])
         attn_mask = _mask_to_4d(attn_mask, batch_shape, has_heads, full)
     drops_all = dropout_p == 1.0

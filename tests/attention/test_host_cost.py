@@ -39,7 +39,7 @@ class TestRecordingEngine:
             out = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert executed == []
         with simulator.recording() as launches:
-            expected = orchard_ops.flash_attn(q, k, v)
+            expected = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
         assert len(launches) == 1
         assert not torch.equal(out, expected)  # what lay in memory
 

@@ -106,7 +106,7 @@ def path(contender: Contender, operands: Sequence[Tensor], case: Case) -> str:
         before = stats().fallbacks
         contender.call(operands, case)
         q, k, v, _ = operands
-        explanation = explain(q, k, v, is_causal=case.problem.is_causal)
+        explanation = explain(q, k, v, is_causal=case.problem.is_causal, enable_gqa=True)
         if explanation.path == "metal" and stats().fallbacks == before:
             kernels = explanation.kernels if case.training else explanation.kernels[:1]
             return f"Metal: {', '.join(kernels)}"
