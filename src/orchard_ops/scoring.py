@@ -23,7 +23,11 @@ class Scoring(NamedTuple):
     """
 
     attn_mask: Tensor | None = None
-    """Broadcastable to (B, Hq, L, S); bool: True takes part; floating point: added."""
+    """Broadcastable to (B, Hq, L, S); bool: True takes part; floating point: added.
+
+    With five dimensions it is (outer, inner, ...), one of the two being 1: batch entries count as
+    (outer, inner), and the mask broadcasts over one side. So a mask that repeats within the batch
+    need not be copied."""
     alibi_slopes: Tensor | None = None
     """(Hq) or (B, Hq); -slope * |i + diagonal - j| is added."""
     sinks: Tensor | None = None
@@ -57,6 +61,14 @@ class Scoring(NamedTuple):
         finite mask times log2(e) could overflow.
         """
         return math.log(2.0) if self.plain else 1.0
+
+    def mask_batch(self, batch: int) -> tuple[int, ...]:
+        """The batch dimensions as the mask counts them: (batch,) or (outer, inner)."""
+        mask = self.attn_mask
+        if mask is None or mask.dim() != 5:
+            return (batch,)
+        outer, inner = mask.shape[:2]
+        return (batch // inner, inner) if outer == 1 else (outer, batch // outer)
 
     def check(self, op: str, query: Tensor, key: Tensor) -> None:
         """Raises for arguments that are wrong with 4-D q and k that `check_problem` accepts."""
@@ -108,7 +120,13 @@ class Scoring(NamedTuple):
             )
         # A length is compared with its like first: torch.export cannot tell an unknown one from 1.
         full = (*query.shape[:3], key.shape[2])
-        if mask.dim() != 4 or not all(m == f or m == 1 for m, f in zip(mask.shape, full)):
+        batches, repeats = mask.shape[: mask.dim() - 3], True
+        if mask.dim() == 5:
+            repeats = 1 in batches and 0 not in batches and full[0] % math.prod(batches) == 0
+            batches = torch.Size((1,))
+        shape = (*batches, *mask.shape[-3:])
+        fits = len(shape) == 4 and all(m == f or m == 1 for m, f in zip(shape, full))
+        if not (fits and repeats):
             raise ValueError(
                 f"{op}: attn_mask must broadcast to {full}; got shape {tuple(mask.shape)}"
             )

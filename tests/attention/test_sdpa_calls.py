@@ -9,6 +9,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.flop_counter import FlopCounterMode
 
 import orchard_ops
+from orchard_ops import arguments
+from orchard_ops.scoring import Scoring
 
 SHAPES = {
     "2-D": ((5, 8), (7, 8), (7, 8)),
@@ -50,6 +52,72 @@ def test_shapes_that_broadcast(name: str, device: str, quiet_fallback: None):
 def test_head_counts_under_gqa(heads: tuple[int, int, int], device: str, quiet_fallback: None):
     shapes = tuple((2, h, n, 8) for h, n in zip(heads, (5, 7, 7)))
     check(shapes, device, enable_gqa=True)
+
+
+BATCH = (3, 2, 4)
+MASKS = {  # the mask, and how many elements the functional op gets of its batch dimensions
+    "none": ((1, 1, 1), 1),
+    "last": ((1, 1, 4), 4),
+    "last two": ((1, 2, 4), 8),
+    "first": ((3, 1, 1), 3),
+    "first two": ((3, 2, 1), 6),
+    "all": ((3, 2, 4), 24),
+    "middle": ((1, 2, 1), 6),
+    "ends": ((3, 1, 4), 24),
+}
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("kind", ("bool", "float"))
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_broadcast_within_the_batch(
+    name: str, kind: str, device: str, quiet_fallback: None
+):
+    """As the windows of a Swin layer: (1, windows, 1, L, L) for (images, windows, heads, L, D)."""
+    batch, most = MASKS[name]
+    bias = torch.randn(*batch, 1, 5, 7)
+    mask = bias > -1.0 if kind == "bool" else bias
+    mask[..., 0] = True if kind == "bool" else 0.0
+    shapes = tuple((*BATCH, 2, n, 8) for n in (5, 7, 7))
+    check(shapes, device, mask)
+    operands = [torch.randn(s) for s in shapes]
+    passed = arguments.prepare(*operands, mask).scoring.attn_mask
+    assert passed.shape[: passed.dim() - 3].numel() == most
+    if name not in ("middle", "ends"):
+        assert passed.untyped_storage().data_ptr() == mask.untyped_storage().data_ptr()
+    if kind == "float":
+        grads = []
+        for attention in (orchard_ops.flash_attn, F.scaled_dot_product_attention):
+            leaf = bias.clone().requires_grad_()
+            attention(*operands, leaf).square().sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_masks_that_broadcast_within_the_batch():
+    q, k, v = (torch.randn(3, 2, 4, 2, n, 8) for n in (5, 7, 7))
+    for shape in ((3, 1, 4, 1, 5, 7), (3, 2, 1, 1, 5, 7), (1, 4, 1, 5, 7), (2, 1, 1, 5, 7)):
+        mask = torch.randn(shape)
+        dims = (0, 0, 0, 0 if len(shape) == 6 else None)
+        out = torch.vmap(orchard_ops.flash_attn, dims)(q, k, v, mask)
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1, 5, 7), (1, 5, 1, 5, 7), (0, 1, 1, 5, 7)], ids=str)
+def test_a_mask_of_two_batch_dimensions_that_does_not_fit(shape: tuple[int, ...]):
+    q, k = torch.randn(4, 2, 5, 8), torch.randn(4, 2, 7, 8)
+    with pytest.raises(ValueError, match="attn_mask must broadcast"):
+        torch.ops.orchard.flash_attn_fwd(q, k, k, *Scoring(attn_mask=torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
+def test_a_mask_of_another_float_type(dtype: torch.dtype):
+    q, mask = torch.randn(1, 2, 5, 8), torch.randn(5, 5, dtype=dtype, requires_grad=True)
+    out = orchard_ops.flash_attn(q, q, q, mask)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q, mask.float()))
+    (gradient,) = torch.autograd.grad(out.sum(), mask)
+    assert gradient.dtype == dtype
 
 
 def test_a_mask_for_2d_operands():

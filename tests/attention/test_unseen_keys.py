@@ -84,3 +84,25 @@ def test_hidden_by_a_mask(device: str, name: str, kind: str):
     mask = visible if kind == "bool" else torch.zeros(shape).masked_fill(~visible, -math.inf)
     scoring = case.scoring()._replace(attn_mask=mask.to(device))
     check(case, ~of_kv_head, scoring, device, "auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("left", "before_all"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_see_no_key_reach_nothing(device: str, name: str, dtype: torch.dtype):
+    case, _ = WINDOWS[name]
+    case = case.but(dtype=dtype, q_len=case.q_len + 50)
+    operands = q, _, _, do = case.operands()
+    i = torch.arange(case.q_len) + case.diagonal
+    right = case.window_right if case.window_right >= 0 else 1 << 20
+    left = case.window_left if case.window_left >= 0 else 1 << 20
+    blind = (i + right < 0) | (i - left >= case.kv_len)
+    assert blind.any()
+    impl, scoring = "metal" if device == "mps" else "auto", case.scoring(device)
+    expected = results(case, operands, scoring, device, impl)
+    dirty = [x.masked_fill(blind[:, None], math.nan) for x in (q, do)]
+    found = results(case, (dirty[0], *operands[1:3], dirty[1]), scoring, device, impl)
+    for label, x, y in zip(("out", "row_stats", "dq", "dk", "dv"), found, expected):
+        assert torch.equal(x, y), f"{label} depends on a row that sees no key"
+    assert not found[0][:, :, blind].any()
+    assert not found[2][:, :, blind].any()

@@ -27,10 +27,15 @@ def _batch(query: Tensor, dim: int | None) -> int:
 
 
 def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
-    """As `_fold`; a mask that broadcasts over V and B goes on doing so."""
+    """As `_fold`; a mask that broadcasts over V and over the first of B goes on doing so."""
     if mask is None or (dim is None and mask.shape[0] == 1):
         return mask
     mask = _lead(mask, dim, size)
+    if mask.dim() == 6:
+        inner = mask.shape[2]
+        if inner == 1:  # (V, outer, 1, ...)
+            return mask.flatten(0, 1)
+        return mask.expand(size, batch // inner, *mask.shape[2:]).flatten(0, 2)
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 

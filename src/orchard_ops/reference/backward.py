@@ -13,10 +13,10 @@ from .scores import Block, Problem
 
 def _add_mask_gradient(dmask: Tensor, dx: Tensor, block: Block) -> None:
     """Adds the block's score gradient to dmask, summed over the dimensions the mask broadcasts."""
-    summed = [d for d in range(4) if dmask.shape[d] == 1 and dx.shape[d] != 1]
+    summed = [d for d in range(dmask.dim()) if dmask.shape[d] == 1 and dx.shape[d] != 1]
     part = dx.sum(dim=summed, keepdim=True) if summed else dx
-    target = block.rows(dmask) if dmask.shape[2] != 1 else dmask
-    target = block.cols(target, 3) if dmask.shape[3] != 1 else target
+    target = block.rows(dmask, -2) if dmask.shape[-2] != 1 else dmask
+    target = block.cols(target, -1) if dmask.shape[-1] != 1 else target
     target += part
 
 
@@ -54,7 +54,7 @@ def backward(
         x, tanh = p.scores(q, block)
         _, total, sink = p.exponentials(x)
         total.clamp_(min=1.0)  # 0 without a key
-        do = block.rows(dout).to(p.dtype)
+        do = p.rows(dout, block)
         delta = (do * block.rows(out)).sum(-1, keepdim=True)
         if dlse is not None:
             delta -= block.rows(dlse).unsqueeze(-1)
@@ -71,7 +71,7 @@ def backward(
             x.mul_(keep)
         add_product(block.cols(dv), p.by_kv_head(x).transpose(1, 2), do)
         if mask is not None and mask_grad:
-            _add_mask_gradient(dmask, dx, block)
+            _add_mask_gradient(dmask, p.as_masked(dx), block)
         if tanh is not None:
             dx.mul_(tanh.square_().neg_().add_(1.0))
         dx = p.by_kv_head(dx)

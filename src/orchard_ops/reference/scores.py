@@ -46,9 +46,9 @@ class Block:
     col0: int
     col1: int
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The block's rows, dimension 2 of x."""
-        return _range(x, 2, self.row0, self.row1)
+    def rows(self, x: Tensor, dim: int = 2) -> Tensor:
+        """The block's rows, which are dimension `dim` of x."""
+        return _range(x, dim, self.row0, self.row1)
 
     def cols(self, x: Tensor, dim: int = 1) -> Tensor:
         """The block's keys, which are dimension `dim` of x."""
@@ -80,6 +80,13 @@ def blocks(
         yield Block(row0, row1, col0, col1)
 
 
+def seeing_rows(kv_len: int, s: Scoring) -> tuple[int, int]:
+    """The rows that see a key by the windows: from the first to before the last."""
+    begin = -s.diagonal - s.window_right if s.window_right >= 0 else -_OPEN
+    end = kv_len - s.diagonal + s.window_left if s.window_left >= 0 else _OPEN
+    return begin, end
+
+
 def outside_window(block: Block, s: Scoring, device: torch.device) -> Tensor | None:
     """(rows, cols) bool, True where the window hides a key; None where it hides nothing."""
     first, last = block.row0 + s.diagonal, block.row1 - 1 + s.diagonal
@@ -97,13 +104,15 @@ def outside_window(block: Block, s: Scoring, device: torch.device) -> Tensor | N
 
 
 def _unseen(mask: Tensor, num_kv_heads: int) -> Tensor:
-    """True for the keys that the mask hides from every row: (1 or B, 1 or Hkv, 1 or S, 1)."""
+    """True for the keys that the mask hides from every row: (*batch, 1 or Hkv, 1 or S, 1)."""
     if mask.dtype == torch.bool:
-        unseen = mask.any(dim=2).logical_not_()
+        unseen = mask.any(dim=-2).logical_not_()
+    elif mask.shape[-2] > 1:
+        unseen = mask.amax(dim=-2) == -math.inf
     else:
-        unseen = mask.amax(dim=2) == -math.inf if mask.shape[2] > 1 else mask[:, :, 0] == -math.inf
-    if unseen.shape[1] not in (1, num_kv_heads):  # all query heads of a key/value head
-        unseen = unseen.unflatten(1, (num_kv_heads, -1)).all(dim=2)
+        unseen = mask.select(-2, 0) == -math.inf
+    if unseen.shape[-2] not in (1, num_kv_heads):  # all query heads of a key/value head
+        unseen = unseen.unflatten(-2, (num_kv_heads, -1)).all(dim=-2)
     return unseen.unsqueeze(-1)
 
 
@@ -139,8 +148,13 @@ class Problem:
         """Keys or values as (N, S, D); what no row may see is 0, whatever the caller left there."""
         x = x.to(self.dtype)
         if unseen is not None:
-            x = x.masked_fill(unseen, 0.0)
-        return x.flatten(0, 1)
+            x = self.as_masked(x).masked_fill(unseen, 0.0)
+        return x.reshape(-1, *x.shape[-2:])
+
+    def as_masked(self, x: Tensor) -> Tensor:
+        """(B, ...) as a view whose batch dimensions are those of the mask."""
+        batch = self.scoring.mask_batch(self.batch)
+        return x if len(batch) == 1 else x.unflatten(0, batch)
 
     def _per_head(self, x: Tensor) -> Tensor:
         """(Hq) or (B, Hq) -> (1 or B, Hq, 1, 1) in compute precision."""
@@ -150,9 +164,23 @@ class Problem:
         limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
         return blocks(self.batch, self.num_heads, self.q_len, self.kv_len, self.scoring, limits)
 
+    def rows(self, x: Tensor, block: Block) -> Tensor:
+        """(B, Hq, L, E) -> the block's rows in compute precision.
+
+        Rows that the windows leave without a key are 0, whatever the caller left there.
+        """
+        rows = block.rows(x).to(self.dtype)
+        begin, end = seeing_rows(self.kv_len, self.scoring)
+        begin, end = max(begin - block.row0, 0), min(end, block.row1) - block.row0
+        if begin > 0 or end < rows.shape[2]:
+            part = rows[:, :, begin : max(begin, end)]
+            rows = torch.zeros_like(rows)
+            rows[:, :, begin : max(begin, end)] = part
+        return rows
+
     def rows_by_kv_head(self, x: Tensor, block: Block) -> Tensor:
         """(B, Hq, L, E) -> the block's rows as (N, group * rows, E) in compute precision."""
-        rows = block.rows(x).to(self.dtype)
+        rows = self.rows(x, block)
         return rows.reshape(len(self.k), self.group * (block.row1 - block.row0), x.shape[3])
 
     def rows_by_head(self, x: Tensor, block: Block) -> Tensor:
@@ -182,9 +210,13 @@ class Problem:
             x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
         if s.attn_mask is not None:
             mask = s.attn_mask
-            mask = block.rows(mask) if mask.shape[2] != 1 else mask
-            mask = block.cols(mask, 3) if mask.shape[3] != 1 else mask
-            x = x.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else x.add_(mask)
+            mask = block.rows(mask, -2) if mask.shape[-2] != 1 else mask
+            mask = block.cols(mask, -1) if mask.shape[-1] != 1 else mask
+            masked = self.as_masked(x)
+            if mask.dtype == torch.bool:
+                masked.masked_fill_(~mask, -math.inf)
+            else:
+                masked.add_(mask)
         hidden = outside_window(block, s, self.device)
         if hidden is not None:
             x.masked_fill_(hidden, -math.inf)
