@@ -22,6 +22,10 @@ _NUM_TENSORS = 3 + _NUM_SCORING_TENSORS
 """The leading arguments of the forward that may be tensors."""
 
 
+_forward, _backward = FORWARD._op, BACKWARD._op
+"""The same calls in a frame less, for eager code."""
+
+
 def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
     """Forward-mode AD would otherwise see a constant: its tangents do not reach the kernels."""
     if forward_ad._current_level < 0:
@@ -42,14 +46,12 @@ def _needs_grad(args: Sequence[Any]) -> bool:
     return False
 
 
-def _below_autograd() -> AbstractContextManager:
-    """For the call of an op that an autograd.Function wraps.
+def _below_transform() -> AbstractContextManager:
+    """For the call of an op that an autograd.Function wraps under torch.func.
 
     The function has switched off gradients, forward-mode ones too. A torch.func transform that lies
     further out has to record the op as well, and would find nothing to record.
     """
-    if not torch._C._are_functorch_transforms_active():
-        return torch._C._AutoDispatchBelowAutograd()
     stack = ExitStack()
     stack.enter_context(torch._C._AutoDispatchBelowAutograd())
     stack.enter_context(torch.enable_grad())
@@ -83,8 +85,11 @@ class _FlashAttention(_Formula):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, rest = args
-        with _below_autograd():
-            return FORWARD(*tensors, *rest)
+        if torch._C._are_functorch_transforms_active():
+            with _below_transform():
+                return FORWARD(*tensors, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(*tensors, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,7 +133,10 @@ class _FlashAttentionBackward(_Formula):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with _below_autograd():
+        if torch._C._are_functorch_transforms_active():
+            with _below_transform():
+                return BACKWARD(*args)
+        with torch._C._AutoDispatchBelowAutograd():
             return BACKWARD(*args)
 
     @staticmethod
@@ -171,6 +179,9 @@ library.impl("flash_attn_fwd", _forward_kernel, "Autograd")
 library.impl("flash_attn_bwd", _backward_kernel, "Autograd")
 
 
+_record = _FlashAttention.apply
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -179,9 +190,9 @@ def attend(
     if scoring.alibi_slopes is not None or not eager.nothing_between(tensors):
         return FORWARD(query, key, value, *scoring, impl)
     if _needs_grad(tensors):
-        return _FlashAttention.apply(*tensors, (*scoring[_NUM_SCORING_TENSORS:], impl))
+        return _record(*tensors, (*scoring[_NUM_SCORING_TENSORS:], impl))
     with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD(query, key, value, *scoring, impl)
+        return _forward(query, key, value, *scoring, impl)
 
 
 def differentiate(
@@ -194,4 +205,4 @@ def differentiate(
     if torch.is_grad_enabled() or not eager.nothing_between(all_tensors):
         return BACKWARD(*tensors, *scoring, mask_grad, impl)
     with torch._C._AutoDispatchBelowAutograd():
-        return BACKWARD(*tensors, *scoring, mask_grad, impl)
+        return _backward(*tensors, *scoring, mask_grad, impl)
