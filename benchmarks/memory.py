@@ -91,7 +91,7 @@ def formula(problem: Problem, length: int) -> dict[str, int]:
     rows = problem.batch * problem.num_heads * length * 4  # float32
     return {
         "out": size * q,
-        "lse": rows,
+        "row_stats": 2 * rows,
         "delta": rows,
         "dq": size * q,
         "dk": size * kv,

@@ -1,4 +1,4 @@
-"""The memory of a training step: lse, delta, outputs and gradients, byte for byte."""
+"""The memory of a training step: row_stats, delta, outputs and gradients, byte for byte."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SMALL = [(problem, length) for problem in (*PROBLEMS, RAGGED) for length in (33,
 
 
 def bytes_of(problem: Problem, length: int) -> int:
-    """The formula written out once more: lse and delta in float32; out, dq; dk, dv."""
+    """The formula written out once more: row_stats and delta in float32; out, dq; dk, dv."""
     b, h, h_kv, d = problem.batch, problem.num_heads, problem.num_kv_heads, problem.head_dim
     size = {"float16": 2, "bfloat16": 2, "float32": 4}[problem.dtype]
-    return b * length * (2 * 4 * h + size * d * (2 * h + 2 * h_kv))
+    return b * length * (3 * 4 * h + size * d * (2 * h + 2 * h_kv))
 
 
 def scratch_of(problem: Problem, length: int, budget_mb: int) -> int:
