@@ -101,6 +101,19 @@ def place(x: Tensor, layout: str) -> Tensor:
     return view.copy_(x)
 
 
+def hide_unseen(case: Case, x: tuple[Tensor | None, ...]) -> None:
+    """Puts NaN into queries (q, dout, dlse) that see no key, and keys (k, v) that none sees."""
+    left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
+    rows = range(-case.diagonal - right, case.kv_len - case.diagonal + left)
+    keys = range(case.diagonal - left, case.q_len + case.diagonal + right)
+    q, k, v, dout, dlse = x
+    for tensors, seen in (((q, dout, dlse), rows), ((k, v), keys)):
+        for tensor in tensors:
+            if tensor is not None:
+                tensor[:, :, : max(seen.start, 0)] = torch.nan
+                tensor[:, :, max(seen.stop, 0) :] = torch.nan
+
+
 def head_dims(names: list[str]) -> list[int]:
     """The head dims that the variants are made for."""
     return sorted({int(re.search(r"_d(\d+)_", name)[1]) for name in names})

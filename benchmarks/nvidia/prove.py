@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from orchard_ops.testing import MathResult, assert_attention_close
 
-from . import cases, controls, far, reference
+from . import cases, controls, exact, far, reference
 from .attention import Attention, lse_of
 from .driver import Kernels
 from .environment import describe
@@ -38,7 +38,16 @@ from .plans import Params, Planner
 from .report import table
 
 _RESULTS = ("out", "lse", "dq", "dk", "dv")
-_GROUPS = ("variants", "options", "long", "far", "controls", "sanitizers", "under-sanitizer")
+_GROUPS = (
+    "variants",
+    "options",
+    "exact",
+    "long",
+    "far",
+    "controls",
+    "sanitizers",
+    "under-sanitizer",
+)
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 _PATIENCE = 150  # seconds for one of them
 
@@ -119,8 +128,10 @@ class Prover:
         def work(record: Record) -> None:
             record.dtype = str(case.dtype).removeprefix("torch.")
             dense = case.operands()
-            dlse, scoring = dense[4], case.scoring
+            scoring = case.scoring
             placed = [cases.place(x, case.layout) for x in dense[:4]]
+            dlse = None if dense[4] is None else dense[4].clone()
+            cases.hide_unseen(case, (*placed, dlse))
 
             def run() -> tuple[Tensor, ...]:
                 q, k, v, dout = placed
@@ -139,6 +150,13 @@ class Prover:
             _compare(record, results, ref, eager)
 
         self.attempt(group, str(case), work)
+
+    def exact(self, case: cases.Case) -> None:
+        def work(record: Record) -> None:
+            record.dtype = str(case.dtype).removeprefix("torch.")
+            exact.check(self.attention, case)
+
+        self.attempt("exact", str(case), work)
 
     def far(self, case: far.FarCase) -> None:
         label, run = case
@@ -250,6 +268,9 @@ def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
                 prover.case(title, case)
     if "variants" in chosen and stride == 1:
         prover.every_kernel_has_run()
+    if "exact" in chosen:
+        for case in itertools.islice(exact.cases(), 0, None, stride):
+            prover.exact(case)
     if "far" in chosen:
         for case in itertools.islice(far.cases(), 0, None, stride):
             prover.far(case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _RESULTS = ("out", "lse", "dq", "dk", "dv")
 _LISTED = (
+    "exact",
     "long sequences",
     "far addresses",
     "compute-sanitizer",

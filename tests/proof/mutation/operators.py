@@ -32,20 +32,25 @@ _ASSIGNMENTS = {"+=": ("-=", "="), "-=": ("+=", "="), "*=": ("+=", "="), "|=": (
 _COMMUTATIVE_CALLS = {"min", "max", "mulhi", "float2", "vec"}
 _SWAPS = [  # words that can stand for each other, wherever they stand
     ("pair", "transposed"), ("mma_ABt", "mma_AB"), ("min", "max"), ("row_max", "row_sum"),
-    ("q_len", "kv_len"), ("num_heads", "num_kv_heads"), ("window_left", "window_right"),
-    ("keeps_first", "keeps_second"), ("k_block", "v_block"), ("k_shared", "v_shared"),
-    ("q_block", "grad_block"), ("q_shared", "grad_shared"), ("k_rows", "v_rows"),
-    ("q_rows", "grad_rows"), ("dk_sum", "dv_sum"), ("key_blocks", "query_blocks"),
-    ("dk_factor", "dv_factor"), ("scale", "scale_log2"), ("head", "kv_head"),
-    ("row0", "group_row0"), ("key0", "group_key0"), ("row_stride", "col_stride"),
-    ("ROWS", "COLS"), ("begin", "end"), ("first", "last"), ("sizes", "strides"),
-    ("grad_rows", "out_rows"), ("kRowStep", "kColStep"), ("row_block", "col_block"),
-    ("forward_r", "forward_bk"), ("dq_r", "dq_bk"), ("forward_operand", "backward_operand"),
-    ("M_LN2_F", "M_LOG2E_F"), ("exp2", "exp"), ("log", "log2"), ("nearbyint", "floor"),
-    ("by_24", "by_5"), ("heads", "blocks"),
+    ("q_len", "kv_len"), ("num_heads", "num_kv_heads"), ("query_heads", "kv_heads"),
+    ("window_left", "window_right"), ("left", "right"), ("keeps_first", "keeps_second"),
+    ("k", "v"), ("k_rows", "v_rows"), ("queries", "gradients"), ("keys", "values"),
+    ("dk", "dv"), ("dk_sum", "dv_sum"), ("scored", "summed"), ("out_rows", "dout_rows"),
+    ("query_rows", "key_rows"), ("query_output", "key_output"), ("seeing_rows", "seen_keys"),
+    ("key_blocks", "query_blocks"), ("unmasked_keys", "unmasked_rows"),
+    ("scale", "scale_log2"), ("origin", "log_sum"), ("head", "kv_head"),
+    ("row0", "group_row0"), ("key0", "group_key0"), ("row1", "key1"), ("key_begin", "key_end"),
+    ("row_stride", "col_stride"), ("ROWS", "COLS"), ("begin", "end"), ("first", "last"),
+    ("first", "second"), ("sizes", "strides"), ("kRowStep", "kColStep"),
+    ("row_block", "col_block"), ("row_pair", "col_pair"), ("kVec", "kDropout"),
+    ("exp2", "exp"), ("log", "log2"), ("nearbyint", "floor"), ("by_24", "by_5"),
+    ("heads", "blocks"),
 ]  # fmt: skip
-_MEMBER_SWAPS = [("row", "col"), ("x", "y"), ("z", "w"), ("xy", "zw"), ("k", "v"), ("q", "k"),
-                 ("dk", "dv"), ("batch", "head")]  # fmt: skip
+_MEMBER_SWAPS = [
+    ("row", "col"), ("x", "y"), ("z", "w"), ("xy", "zw"), ("q", "k"), ("q", "dout"),
+    ("batch", "head"), ("r", "bk"), ("bq", "simdgroups"), ("dq", "dq_from_ds"),
+    ("torch", "metal"), ("metal", "operand"), ("tile_elements", "sum_elements"),
+]  # fmt: skip
 _STATEMENT_ENDS = (";", "{", "}")
 
 

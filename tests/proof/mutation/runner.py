@@ -36,7 +36,7 @@ from .sites import Code
 
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
-COMPILE_LIMIT = 25.0
+COMPILE_LIMIT = 25.0  # several times what a family's kernels take
 _PARAMS, _PLAN = "shaders/params.h", "native/plan/"
 
 

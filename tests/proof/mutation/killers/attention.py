@@ -48,6 +48,7 @@ class Reference:
     eager: MathResult
     out: Tensor
     delta: Tensor
+    weights: Tensor  # float64, before dropout
     ds: Tensor  # gradient of the scores, float64
     ds_rounding: float  # what float32 makes of it at most
     visible: Tensor  # (q_len, kv_len)
@@ -83,7 +84,7 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
     ds = p * (dp - delta[..., None])
     size = (p * (dp.abs() + delta.abs()[..., None])).max() * (4 + score.abs().max())
     rounding = 4 * torch.finfo(F32).eps * size.item()
-    return Reference((q, k, v, do), dlse, ref, eager, out, delta, ds, rounding, visible)
+    return Reference((q, k, v, do), dlse, ref, eager, out, delta, p, ds, rounding, visible)
 
 
 @functools.cache
@@ -141,9 +142,7 @@ class Attention:
         note("compiled")
         delta = given.delta
         if self.family in (DQ, *KEYS_SIDE):
-            # As the weights are the forward's, so is the output.
-            out = forward_results(self.case, self.shifts)[0].double()
-            delta = delta + (given.operands[3].double() * (out - given.out.double())).sum(-1)
+            delta = delta + self._rounding_of_delta(given)
         delta = Guarded.like(delta.float()[None], "dense")
         rows = (1, *given.delta.shape)
         key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
@@ -198,6 +197,11 @@ class Attention:
         assert counters.mma == self._products(kernel), "not the expected number of matrix products"
         if not self.check:  # which leaves gaps
             assert counters.threadgroup_memory == self._staged(kernel), "threadgroup memory"
+
+    def _rounding_of_delta(self, given: Reference) -> Tensor:
+        """As the weights are the forward's, so is the output that delta is made of."""
+        out = forward_results(self.case, self.shifts)[0].double()
+        return (given.operands[3].double() * (out - given.out.double())).sum(-1)
 
     def _query_heads(self) -> slice:
         """Of batch * num_heads, those whose key/value heads run."""
@@ -311,7 +315,8 @@ class Attention:
     def _compare_ds(self, given: Reference, x: Tensor) -> None:
         """Exact to float32's sums where anything is seen, zero or untouched elsewhere."""
         heads = self._query_heads()
-        expected = ds_tiles(given.ds.flatten(0, 1)[heads])
+        ds = given.ds - given.weights * self._rounding_of_delta(given)[..., None]
+        expected = ds_tiles(ds.flatten(0, 1)[heads])
         seen = ds_tiles(given.visible.double()).bool().expand(expected.shape)
         error = (x.double() - expected).abs()
         assert (error[seen] <= given.ds_rounding).all(), "dS"
