@@ -128,6 +128,7 @@ $(VENV)/ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" "$(TORCH)$(CPU_BUILD)" $(CPU_INDEX) 2>/dev/null || $(PIP) "setuptools>=77" "$(TORCH)"
 	$(PIP) --no-build-isolation -e ".[demo]"
+	$(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "orchard_checkout.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
 # What the suite and the linters need besides.

@@ -100,7 +100,7 @@ def test_other_tiles(
         with recording() as launches:
             check_case(case)
     except RuntimeError as error:  # two staged blocks of 32 x 128 floats are more than 32 KiB
-        assert (head_dim, tile[3:]) == (128, "k32_b2") and "has no tile" in str(error)
+        assert (head_dim, tile[3:]) == (128, "k32_b2") and "names a tile that" in str(error)
     else:
         if launches is not None:
             assert f"_{tile}_" in launches[0].kernel

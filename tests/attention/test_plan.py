@@ -19,7 +19,7 @@ import embed_shaders  # noqa: E402
 
 def explain(case: Case, **options: object) -> orchard_ops.Explanation:
     q, k, v, _ = (x.to("mps") for x in case.operands())
-    return orchard_ops.explain(q, k, v, **options)
+    return orchard_ops.explain(q, k, v, **{"enable_gqa": True, **options})
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))

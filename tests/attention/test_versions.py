@@ -48,7 +48,7 @@ def test_compile_of_the_operator():
     torch.compiler.reset()
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.orchard.flash_attn(q, k, v, is_causal=True)
+        return torch.ops.orchard.flash_attn(q, k, v, is_causal=True, enable_gqa=True)
 
     inputs = operands()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
