@@ -90,18 +90,30 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
 @functools.cache
 def forward_results(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> tuple[Tensor, Tensor]:
     """out and row_stats of the repository's forward: the backward takes its very scores."""
-    sources, forward = Sources(), Attention("", FORWARD, case, shifts=shifts)
+    sources, forward = repository(), Attention("", FORWARD, case, shifts=shifts)
     x = forward._operands()
     kernel, params = forward._plan(sources, x)
     shape = (*x["query"].tensor.shape[:3], 2)
     stats, out = Guarded(shape, dense(shape), F32), empty(x["query"].tensor, "padded")
     launch(
-        engine.compile(sources.text(FORWARD) + kernel["instantiation"]), kernel, sources.buffers,
+        _forward_library(kernel["instantiation"]), kernel, sources.buffers,
         with_seed(params, key_end=case.kv_len, out=tuple(out.tensor.stride())),
         {name: x[name] for name in ("query", "key", "value")}, {"out": out, "row_stats": stats},
         workers=1,
     )  # fmt: skip
     return out.tensor.clone(), stats.tensor.clone()
+
+
+@functools.cache
+def repository() -> Sources:
+    """Its plan is compiled once."""
+    return Sources()
+
+
+@functools.cache
+def _forward_library(line: str) -> engine.Library:
+    """Of the repository's forward: many problems share a kernel."""
+    return engine.compile(repository().text(FORWARD) + line)
 
 
 def ds_tiles(ds: Tensor) -> Tensor:

@@ -39,9 +39,10 @@ def compile_kernel(
 
 @functools.cache
 def compiled_together(family: str, check: bool) -> tuple[str, ...]:
-    from .problems import KITCHEN_SINK, problems  # which needs this module
+    from .attention import repository  # which needs this module, as the next one does
+    from .problems import KITCHEN_SINK, problems
 
-    sources, lines = Sources(), {}
+    sources, lines = repository(), {}
     for killer in problems():
         if killer.family == family and killer.check == check and killer.case != KITCHEN_SINK:
             lines[killer.plan(sources)[0]["instantiation"]] = None
