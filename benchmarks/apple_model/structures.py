@@ -195,11 +195,21 @@ def _last(handles: list[Handle], number: int = 3) -> list[Handle]:
     return handles[-number:]
 
 
-def read_statistics(t: Trace, columns: int) -> Handle:
-    """lse or delta of two query rows for each fragment, one load each: a line serves all lanes."""
+#: Numbers of a query row that make weights of scores: origin and logarithm of the sum.
+STATISTICS = 2
+#: ALU operations on a fragment of weights: scale, two differences.
+WEIGHT_CYCLES = 6
+#: ALU operations on a transposed fragment besides: the logarithms of its queries are kept finite.
+FINITE_CYCLES = 2
+
+
+def read_statistics(t: Trace, columns: int, numbers: int) -> Handle:
+    """So many numbers of two query rows for each fragment, one load for each row: a line serves
+    all lanes."""
     last = None
+    nbytes = 4 * numbers
     for _ in range(2 * columns):
-        last = t.read_device(4 * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=32)
+        last = t.read_device(nbytes * SIMDGROUP, lines=1, cached=REREAD_CACHED, moved=8 * nbytes)
     return last
 
 
@@ -280,7 +290,7 @@ class BackwardDq(Structure):
     rows: int = 1
     bk: int = 16
     keep: bool = True  #: Q and dO in registers
-    score_cycles: int = 6  #: scale, difference to lse, to powers of two
+    score_cycles: int = WEIGHT_CYCLES
 
     @property
     def bq(self) -> int:
@@ -293,7 +303,7 @@ class BackwardDq(Structure):
             q_and_dout=2 * self.rows * words * (self.depth if self.keep else 2),
             s_and_dp=(4 if self.chains == 1 else 6) * columns * self.rows,
             loads=4 * max(words, _words(self.ds_operand)),
-            statistics=2 * self.rows,
+            statistics=3 * self.rows,
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
         )
@@ -326,7 +336,7 @@ class BackwardDkv(Structure):
     bq: int = 16
     keep: bool = True  #: K and V in registers
     store: bool = False  #: dS^T goes to device memory for BackwardDqStored, as floats
-    score_cycles: int = 6
+    score_cycles: int = WEIGHT_CYCLES + FINITE_CYCLES
 
     @property
     def keys(self) -> int:
@@ -337,8 +347,9 @@ class BackwardDkv(Structure):
         return dict(
             dk_and_dv=4 * self.depth * self.rows,
             k_and_v=2 * self.rows * words * (self.depth if self.keep else 2),
-            # delta stays beside S and dP; lse goes before dP comes, P as operand comes after them.
-            s_dp_and_delta=(6 if self.chains == 1 else 8) * columns * self.rows,
+            # While S is summed: S, delta, origin and the logarithm of the sum. The last two go
+            # before dP comes, and P as operand comes after both.
+            s_and_statistics=(8 if self.chains == 1 else 10) * columns * self.rows,
             loads=4 * max(words, _words(self.ds_operand)),
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
@@ -350,7 +361,7 @@ class BackwardDkv(Structure):
     def trace(self, p: Parameters) -> Trace:
         t = Trace(p)
         columns = self.bq // 8
-        lse, delta = (read_statistics(t, columns) for _ in range(2))
+        stats, delta = (read_statistics(t, columns, n) for n in (STATISTICS, 1))
         self.stage(t, self.bq, 2)
         s = self.product_ABt(t, self.rows, columns, not self.keep)
         dp = self.product_ABt(t, self.rows, columns, not self.keep)
@@ -358,7 +369,7 @@ class BackwardDkv(Structure):
         scaled = 2 if self.value_operand == "half" else 0  # P goes up in half's range
         weights, ds = [], []
         for a, b in zip(s, dp, strict=True):
-            x = t.exp2(2, t.alu(self.score_cycles, a, lse))
+            x = t.exp2(2, t.alu(self.score_cycles, a, stats))
             weights.append(t.convert(1, "float", self.value_operand, t.alu(scaled, x)))
             y = t.alu(4, x, b, delta)
             ds.append(t.convert(1, "float", self.ds_operand, y))
@@ -378,7 +389,7 @@ class BackwardDkvPairs(Structure):
     bq: int = 16
     keep: bool = True  #: K, or V, in registers
     store: bool = False  #: dS^T goes to device memory for BackwardDqStored, as floats
-    score_cycles: int = 6
+    score_cycles: int = WEIGHT_CYCLES + FINITE_CYCLES
 
     @property
     def keys(self) -> int:
@@ -389,8 +400,9 @@ class BackwardDkvPairs(Structure):
         return dict(
             dk_or_dv=2 * self.depth,
             k_or_v=words * (self.depth if self.keep else 2),
-            # The second: chains are added up before P is read.
-            dp_p_and_delta=6 * columns,
+            # The first: S and two statistics. The second: dP, P and delta, where chains are added
+            # up before P is read.
+            tiles_and_statistics=(6 if self.chains == 1 else 8) * columns,
             loads=4 * max(words, _words(self.ds_operand)),
             staging=4,
             miscellaneous=MISCELLANEOUS_REGISTERS,
@@ -405,7 +417,7 @@ class BackwardDkvPairs(Structure):
 
     def _role(self, t: Trace, second: bool) -> Trace:
         columns = self.bq // 8
-        statistics = read_statistics(t, columns)  # lse or delta
+        statistics = read_statistics(t, columns, 1 if second else STATISTICS)  # 1: delta
         self.stage(t, self.bq, 2)
         sums = self.product_ABt(t, 1, columns, not self.keep)  # S or dP
         self.spill(t)

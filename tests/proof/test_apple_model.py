@@ -337,12 +337,17 @@ def test_structures_say_what_their_parameters_mean():
     assert said(pairs, "mma_half") == said(whole, "mma_half") / 2
     assert said(pairs, "barrier") == said(whole, "barrier") + 1
     # Of 2 keys' blocks, P of 2 fragments waits as float32: the first writes it, the second reads it
-    # and alone asks for no exponentials.
+    # and alone asks for no exponentials. The first reads two statistics of each query, the second
+    # only delta.
     tiles = 2 * 256
     assert pairs.threadgroup_bytes() == whole.threadgroup_bytes() + 2 * tiles
     first, second = pairs.trace(PLAIN).roles
     same = (first.counts - second.counts) + (second.counts - first.counts)
-    assert same == dict(exp2=4, threadgroup_bytes_read=tiles, threadgroup_bytes_written=tiles)
+    one_number = 2 * 2 * 32 * 4  # of both queries of each lane in each fragment
+    assert same == dict(
+        exp2=4, threadgroup_bytes_read=tiles, threadgroup_bytes_written=tiles,
+        device_bytes_read=one_number,
+    )  # fmt: skip
     # dS of 8 keys x 16 queries as float32
     for kind, plain, writers in ((BackwardDkv, whole, 1), (BackwardDkvPairs, pairs, 2)):
         stored = kind(**vars(plain) | dict(store=True)).trace(PLAIN).mean_counts

@@ -103,6 +103,11 @@ kernel void small(device float* o [[buffer(0)]], uint t [[thread_position_in_gri
 template <int N>
 [[kernel, max_total_threads_per_threadgroup(N * 32)]] void sized(device float* o [[buffer(0)]]) {}
 template [[host_name("sized_2")]] [[kernel]] decltype(sized<2>) sized<2>;
+#define THREADS(N) ((N) * ((31) + 1))
+template <int N>
+[[kernel, max_total_threads_per_threadgroup(THREADS(N))]] void nested(
+    device float* o [[buffer(0)]]) {}
+template [[host_name("nested_3")]] [[kernel]] decltype(nested<3>) nested<3>;
 kernel void large(device float* o [[buffer(0)]], uint t [[thread_position_in_grid]]) {
   threadgroup float s[8193];
   s[t] = t;
@@ -118,8 +123,8 @@ kernel void fits(device float* o [[buffer(0)]], uint t [[thread_position_in_grid
 
 def test_max_threads():
     library = engine.compile(LIMITS)
-    assert library.names == ["fits", "large", "sized_2", "small"]
-    assert [library.max_threads(n) for n in library.names] == [1024, 1024, 64, 64]
+    limits = {name: library.max_threads(name) for name in library.names}
+    assert limits == dict(fits=1024, large=1024, nested_3=96, sized_2=64, small=64)
 
 
 @pytest.mark.parametrize(

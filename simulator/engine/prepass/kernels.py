@@ -15,7 +15,7 @@ from ..vocabulary import KERNEL_ATTRIBUTES
 
 HOST_NAME = re.compile(r'host_name\s*\(\s*((?:"(?:\\.|[^"\\])*"\s*)+)\)')
 _STRING = re.compile(r'"((?:\\.|[^"\\])*)"')
-_MAX_THREADS = re.compile(r"max_total_threads_per_threadgroup\s*\(((?:[^()]|\([^()]*\))*)\)")
+_MAX_THREADS = re.compile(r"\bmax_total_threads_per_threadgroup\s*\(")
 _NUMBERED = re.compile(r"(buffer|threadgroup)\s*\((.*)\)")
 _LITERAL_TAG = re.compile(r"::msl::arg_(\w+)<\(\s*(\d+)\s*\)>")
 _DEFAULT_MAX_THREADS = "1024"
@@ -24,6 +24,19 @@ _PIECES = re.compile(r",(?![^()]*\))")
 
 def host_name(body: str) -> str:
     return "".join(_STRING.findall(HOST_NAME.search(body)[1]))
+
+
+def thread_limit(attributes: str) -> str | None:
+    """The argument of max_total_threads_per_threadgroup, brackets within it included."""
+    found = _MAX_THREADS.search(attributes)
+    if not found:
+        return None
+    begin, depth = found.end(), 1
+    for end in range(begin, len(attributes)):
+        depth += {"(": 1, ")": -1}.get(attributes[end], 0)
+        if depth == 0:
+            return attributes[begin:end]
+    raise ValueError(f"brackets of [[{attributes.strip()}]] do not close")
 
 
 def is_kernel_attribute(body: str) -> bool:
@@ -47,7 +60,7 @@ class Kernels:
 
     def remember(self, attribute: str) -> None:
         """An attribute that may belong to the kernel definition that follows."""
-        if HOST_NAME.search(attribute) or _MAX_THREADS.search(attribute):
+        if HOST_NAME.search(attribute) or thread_limit(attribute) is not None:
             self.pending += f" {attribute} "
 
     # ---- definitions
@@ -61,8 +74,7 @@ class Kernels:
         name, i = self._name(i)
         close = stream.closing[i]
         tags = _number([self._tag(name, a, b) for a, b in stream.split_commas(i + 1, close)])
-        limit = _MAX_THREADS.search(self.pending)
-        expression = limit[1] if limit else _DEFAULT_MAX_THREADS
+        expression = thread_limit(self.pending) or _DEFAULT_MAX_THREADS
         host = host_name(self.pending) if HOST_NAME.search(self.pending) else name
         self.pending = ""
         template_end = self._template_end(begin)
