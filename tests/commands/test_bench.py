@@ -247,7 +247,7 @@ def test_committed_results(file: Path):
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_committed_memory_is_this_reference(mode: str):
     """Bytes do not depend on the machine's load: where they differ, `bench` is to be run again."""
-    committed = results.read_json(COMMITTED / "amd-epyc-cpu.json")
+    committed = results.read_json(COMMITTED / "intel-r-xeon-r-processor-cpu.json")
     if committed.machine["torch"] != torch.__version__:
         pytest.skip(f"the operators of torch {committed.machine['torch']} were measured")
     problem = replace(cases.PRESETS["gpt"], dtype="float32", length=512)
