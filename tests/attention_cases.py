@@ -12,7 +12,6 @@ from orchard_ops.testing import DTYPES, SEED, Case, assert_attention_close
 
 __all__ = [
     "DTYPES",
-    "HEAD_DIMS",
     "SEED",
     "Case",
     "check_case",
@@ -21,8 +20,6 @@ __all__ = [
     "run",
     "uneven_scores",
 ]
-
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # the plan's, see test_plan.py
 
 
 def lse_of(row_stats: Tensor, scoring: Scoring) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import native
+
 
 class Kernel(NamedTuple):
     """One kernel variant that a call would run."""
@@ -42,6 +44,11 @@ class Plan(NamedTuple):
 
 
 _NUMBERS_OF_LAUNCH = 6
+
+
+def head_dims() -> tuple[int, ...]:
+    """The widths that kernels are made in; empty without the native library."""
+    return () if native.why_not() else tuple(torch.ops.orchard.kernel_head_dims())
 
 
 def plan(*arguments: Any) -> Plan:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import DTYPES, HEAD_DIMS, Case
+from attention_cases import DTYPES, Case
 
 import orchard_ops
+from orchard_ops.plan import head_dims
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
@@ -19,12 +20,12 @@ import embed_shaders  # noqa: E402
 
 def explain(case: Case, **options: object) -> orchard_ops.Explanation:
     q, k, v, _ = (x.to("mps") for x in case.operands())
-    return orchard_ops.explain(q, k, v, **{"enable_gqa": True, **options})
+    return orchard_ops.explain(q, k, v, enable_gqa=case.num_heads != case.num_kv_heads, **options)
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))
 def test_head_dims_are_padded_to_the_next_variant(head_dim: int):
-    padded = min(d for d in HEAD_DIMS if d >= head_dim)
+    padded = min(d for d in head_dims() if d >= head_dim)
     explanation = explain(Case(3, 4, head_dim))
     assert explanation.path == "metal" and len(explanation.kernels) == 4
     assert all(f"_d{padded}_" in name for name in explanation.kernels)

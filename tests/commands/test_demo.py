@@ -60,7 +60,7 @@ def slightly_wrong(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) 
 
 
 def not_causal(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    return torch.ops.orchard.flash_attn(query, key, value, None, dropout_p)
+    return torch.ops.orchard.flash_attn(query, key, value, None, dropout_p, enable_gqa=True)
 
 
 def other_masks(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
@@ -335,7 +335,7 @@ def test_calls_that_miss_metal_fail_the_demo(tmp_path: Path) -> None:
 
     def on_the_reference(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         return orchard_ops.flash_attn(
-            query, key, value, None, dropout_p, is_causal=True, impl="reference"
+            query, key, value, None, dropout_p, is_causal=True, enable_gqa=True, impl="reference"
         )
 
     status, report = run_demo(tmp_path, "--device", "mps", attention=on_the_reference)

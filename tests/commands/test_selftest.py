@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import HEAD_DIMS
 
+from orchard_ops import native
 from orchard_ops.__main__ import main
 from orchard_ops.commands import selftest
 
@@ -31,11 +32,22 @@ def test_quick_run_passes(device: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_every_variant_is_covered():
-    assert selftest.HEAD_DIMS == HEAD_DIMS
-    storing = [d for d in HEAD_DIMS if d >= 64]  # run without scratch as well
-    both = len(HEAD_DIMS) + len(storing)
+    head_dims = torch.ops.orchard.kernel_head_dims()
+    storing = [d for d in head_dims if d >= 64]  # run without scratch as well
+    both = len(head_dims) + len(storing)
     in_turns = 3 * 2
     assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2 + in_turns
+    assert {v.head_dim for v in selftest.variants(quick=False)} == set(head_dims)
+
+
+def test_without_kernels_a_few_widths_are_run(monkeypatch: pytest.MonkeyPatch):
+    """The reference has no code of its own for a width."""
+    monkeypatch.setattr(native, "why_not", lambda: "the native library is missing")
+    found = list(selftest.variants(quick=False))
+    assert {v.head_dim for v in found} == {16, 64, 256}
+    assert {(v.dtype, v.chunks, v.dropout_p > 0.0) for v in found} == set(
+        itertools.product(selftest.DTYPES, (True, False), (True, False))
+    )
 
 
 def test_heads_and_keys_take_turns():

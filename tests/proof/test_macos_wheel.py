@@ -36,6 +36,8 @@ import metal_sources  # noqa: E402
 import pack_wheel  # noqa: E402
 from symbol_lists import SymbolList, system_list, torch_lists  # noqa: E402
 
+from orchard_ops import __version__  # noqa: E402
+
 TORCH = "@rpath/libtorch_cpu.dylib"
 LIBCXX = "/usr/lib/libc++.1.dylib"
 SET_ARG = "__ZN2at6native3mps19MetalKernelFunction6setArgEjPKvy"
@@ -143,17 +145,22 @@ def test_a_wrong_name_for_dlsym_is_noticed(library: Path) -> None:
     assert "torch-2.10: no way to pass a struct to a kernel" in problems
 
 
-def test_a_library_with_unknown_imports_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "unknown.c"
-    source.write_text(
-        "int torch_no_such_function(void); int PyLong_AsLong(void);\n"
-        "__attribute__((constructor)) static void load(void) {\n"
-        "  torch_no_such_function(); PyLong_AsLong();\n}\n"
-    )
-    unknown = tmp_path / "unknown.o"
-    compiler = [*cross_compile.COMPILER, "-c", str(source), "-o", str(unknown)]
+def compiled_c(text: str, output: Path) -> Path:
+    source = output.with_suffix(".c")
+    source.write_text(text)
+    compiler = [*cross_compile.COMPILER, "-c", str(source), "-o", str(output)]
     compiler[compiler.index("c++")] = "cc"
     subprocess.run(compiler, check=True)
+    return output
+
+
+def test_a_library_with_unknown_imports_is_refused(tmp_path: Path) -> None:
+    unknown = compiled_c(
+        "int torch_no_such_function(void); int PyLong_AsLong(void);\n"
+        "const char* orchard_register_ops(void) {\n"
+        "  torch_no_such_function(); PyLong_AsLong(); return 0;\n}\n",
+        tmp_path / "unknown.o",
+    )
     with pytest.raises(subprocess.CalledProcessError):  # the stubs do not have them
         cross_compile.link([unknown], tmp_path / "refused.dylib")
     forced = tmp_path / "forced.dylib"
@@ -198,6 +205,7 @@ def test_a_changed_byte_breaks_the_signature(library: Path, position: float) -> 
         (b"@loader_path/../torch/lib", b"@loader_path/../torch/bin", "the only run path"),
         (b"@rpath/liborchard_ops", b"/rpath/liborchard_ops", "the install name"),
         (b"/usr/lib/libc++.1.dylib", b"/usr/lib/libc--.1.dylib", "it needs torch and system"),
+        (b"register_ops", b"register_opt", "the exports are"),
     ],
 )
 def test_a_changed_load_command_is_noticed(
@@ -207,6 +215,23 @@ def test_a_changed_load_command_is_noticed(
     problems = mach_o.load_command_problems(mach_o.parse(changed))
     assert len(problems) == 1
     assert problems[0].startswith(f"not so: {problem}")
+
+
+@pytest.mark.parametrize("at_load", [False, True])
+def test_code_that_runs_at_load_is_noticed(tmp_path: Path, at_load: bool) -> None:
+    """Nothing registers itself: Python asks first which ops the library was built for."""
+    attribute = "__attribute__((constructor)) " if at_load else ""
+    code = compiled_c(
+        f"int started;\n{attribute}void start(void) {{ started = 1; }}\n"
+        '__attribute__((visibility("default"))) int orchard_library_interface(void) '
+        "{ start(); return started; }\n"
+        '__attribute__((visibility("default"))) int orchard_register_ops(void) { return 0; }\n',
+        tmp_path / "code.o",
+    )
+    cross_compile.link([code], tmp_path / "code.dylib")
+    problems = mach_o.load_command_problems(mach_o.parse((tmp_path / "code.dylib").read_bytes()))
+    assert ("not so: nothing runs at load" in problems) == at_load
+    assert not [problem for problem in problems if "exports" in problem]
 
 
 def test_the_library_holds_no_path_of_the_machine_that_built_it(library: Path) -> None:
@@ -222,7 +247,7 @@ def test_the_library_holds_no_path_of_the_machine_that_built_it(library: Path) -
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, library: Path) -> None:
-    assert re.fullmatch(r"orchard_ops-[\d.]+-py3-none-macosx_14_0_arm64\.whl", wheel.name)
+    assert wheel.name == f"orchard_ops-{__version__}-py3-none-macosx_14_0_arm64.whl"
     assert pack_wheel.content_problems(wheel) == []
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("orchard_ops/liborchard_ops.dylib") == library.read_bytes()
@@ -289,11 +314,11 @@ def test_the_source_distribution_builds_a_pure_wheel_on_linux(tmp_path: Path) ->
         archive.extractall(tmp_path)
     (unpacked,) = tmp_path.glob("orchard_ops-*")
     for directory in ("native", "shaders"):
-        for path in (ROOT / directory).iterdir():
-            if path.is_file():
-                assert (unpacked / directory / path.name).read_bytes() == path.read_bytes()
+        for path in (ROOT / directory).rglob("*"):
+            if path.is_file() and path.parent.name != "__pycache__":
+                assert (unpacked / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     pure = backend("build_wheel", unpacked, output)
-    assert re.fullmatch(r"orchard_ops-[\d.]+-py3-none-any\.whl", pure.name)
+    assert pure.name == f"orchard_ops-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(pure) as archive:
         names = archive.namelist()
     assert "orchard_ops/__init__.py" in names

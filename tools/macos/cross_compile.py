@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mach_o import INSTALL_NAME, RPATH
+from mach_o import EXPORTS, INSTALL_NAME, RPATH
 from symbol_lists import MACOS, WEAK, Library, system_list, torch_lists
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +62,6 @@ def write_stubs(directory: Path) -> list[Path]:
             path.write_text(stub(install_name, library), encoding="ascii")
             paths.append(path)
     return paths
-
-
-EXPORTS = ("_orchard_library_interface", "_orchard_register_ops")
 
 
 def link(objects: Sequence[Path], output: Path, *extra: str) -> None:

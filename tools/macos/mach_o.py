@@ -25,6 +25,8 @@ DEPENDENTS = frozenset(
         "/usr/lib/libSystem.B.dylib",
     }
 )
+EXPORTS = ("_orchard_library_interface", "_orchard_register_ops")
+"""What native/module.cpp marks: Python asks what the library is before it registers anything."""
 
 Command = lief.MachO.LoadCommand.TYPE
 _LOADS = {
@@ -121,8 +123,8 @@ def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
         or Command.DYLD_INFO_ONLY in commands,
         "it has an identity (LC_UUID)": commands.count(Command.UUID) == 1,
         "exceptions can unwind": "__unwind_info" in sections,
-        "registration runs at load": bool({"__init_offsets", "__mod_init_func"} & sections),
-        f"nothing is exported, but: {exported}": not exported,
+        "nothing runs at load": not {"__init_offsets", "__mod_init_func"} & sections,
+        f"the exports are {EXPORTS}, but: {exported}": exported == sorted(EXPORTS),
         "the symbol table names every import": fixed_up <= imported,
     }
     return [f"not so: {expectation}" for expectation, holds in expectations.items() if not holds]

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .. import native
+from .. import native, plan
 from ..calls import reset_stats, stats
 from ..scoring import Scoring
 from ..testing import assert_attention_close, math_attention
@@ -30,11 +30,9 @@ from .environment import environment_variables
 from .place import Place, find_place
 from .progress import each
 
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""One head dim per kernel width of ``native/plan/tiles.cpp``."""
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORING_HEAD_DIM = 64  # from here on a backward stores dS
+_REFERENCE_HEAD_DIMS = (16, 64, 256)  # of any width it runs the same code
 _SEED = 20_240_229
 _DIAGONAL = -7  # the first rows see no key
 
@@ -123,11 +121,12 @@ class Report:
 
 
 def variants(quick: bool) -> Iterator[Variant]:
-    """All of them, or a few per dtype."""
+    """All of them, or a few per dtype. Every width of the kernels, where there are kernels."""
+    head_dims = (64,) if quick else plan.head_dims() or _REFERENCE_HEAD_DIMS
     for dtype in DTYPES:
         if dtype == torch.float32 or not quick:
             yield from (Variant(dtype, 64, True, 0.1, problem) for problem in _IN_TURNS)
-        for head_dim in (64,) if quick else HEAD_DIMS:
+        for head_dim in head_dims:
             for chunks in (True,) if quick else (True, False):
                 for dropout_p in (0.1,) if quick else (0.0, 0.1):
                     yield Variant(dtype, head_dim, chunks, dropout_p)

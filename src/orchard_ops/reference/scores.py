@@ -149,7 +149,7 @@ class Problem:
         x = x.to(self.dtype)
         if unseen is not None:
             x = self.as_masked(x).masked_fill(unseen, 0.0)
-        return x.reshape(-1, *x.shape[-2:])
+        return x.reshape(self.batch * self.num_kv_heads, *x.shape[-2:])
 
     def as_masked(self, x: Tensor) -> Tensor:
         """(B, ...) as a view whose batch dimensions are those of the mask."""

@@ -8,16 +8,15 @@ import itertools
 import torch
 from mutation.harness import DTYPE_NUMBERS, FAMILIES, Sources, request
 
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-
 
 @functools.cache
 def variants() -> dict[str, list[dict]]:
     """By family: the plan's kernels for each dtype and head dim, each way of loading, dropout."""
     sources = Sources()
+    head_dims = sources.head_dims()
     found: dict[str, dict[str, dict]] = {family: {} for family in FAMILIES}
     for dtype in DTYPE_NUMBERS.values():
-        for head_dim in (*HEAD_DIMS, *(d - 1 for d in HEAD_DIMS)):
+        for head_dim in (*head_dims, *(d - 1 for d in head_dims)):
             shape = (1, 2, 64, head_dim)
             layout = (shape, torch.empty(shape, device="meta").stride(), 0)
             layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)

@@ -115,7 +115,9 @@ class _KernelNames:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         if not self._asked:
             self._asked = True
-            self.kernels = explain(query, key, value, None, dropout_p, is_causal=True).kernels
+            self.kernels = explain(
+                query, key, value, None, dropout_p, is_causal=True, enable_gqa=True
+            ).kernels
         return self.attention(query, key, value, dropout_p)
 
 
