@@ -92,4 +92,6 @@ def test_no_copies_are_made(monkeypatch: pytest.MonkeyPatch):
     results = sum(x.numel() * x.element_size() for x in kept)
     rows = kept[1].numel()
     row_stats, delta = rows * 8, rows * 4
-    assert simulator.memory().peak - before <= results + row_stats + delta + 8 * 256  # allocation rounding
+    assert (
+        simulator.memory().peak - before <= results + row_stats + delta + 8 * 256
+    )  # allocation rounding
