@@ -45,9 +45,9 @@ def attention(
     b, h, q_len, _ = q.shape
     kv_len = k.shape[2]
     out, dq = torch.zeros_like(q), torch.zeros_like(q)
-    dk, dv, dk_size = (torch.zeros_like(k_all) for _ in range(3))
+    dk, dv, dk_size, dv_size = (torch.zeros_like(k_all) for _ in range(4))
     lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
-    dq_cancelled = score_size = lse_size = 0.0
+    dq_cancelled = score_size = lse_size = out_size = 0.0
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
@@ -77,6 +77,8 @@ def attention(
         row_out = torch.matmul(kept, v_all)
         lse[:, :, rows], out[:, :, rows] = row_lse, row_out
         dv += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows])
+        out_size = max(out_size, largest(torch.matmul(kept, v_all.abs())))
+        dv_size += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows].abs())
         # From here on as autograd has it: softmax's gradient from the unrounded results.
         products = dout[:, :, rows] * row_out
         dscores = torch.matmul(dout[:, :, rows], v_all.transpose(-1, -2))
@@ -92,10 +94,12 @@ def attention(
         size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
         dq_cancelled = max(dq_cancelled, largest(torch.matmul(size, k_all.abs())))
         dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
-    dk, dv, dk_size = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size))
+    dk, dv, dk_size, dv_size = (
+        x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size, dv_size)
+    )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
     return MathResult(
         out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, largest(dk_size),
-        score_size=score_size, lse_size=lse_size,
+        score_size=score_size, lse_size=lse_size, out_size=out_size, dv_size=largest(dv_size),
     )  # fmt: skip
