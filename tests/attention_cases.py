@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from orchard_ops import plan
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import DTYPES, SEED, Case, assert_attention_close
 
@@ -16,10 +19,23 @@ __all__ = [
     "Case",
     "check_case",
     "far_scores",
+    "kernel_head_dims",
     "lse_of",
     "run",
     "uneven_scores",
 ]
+
+
+def kernel_head_dims() -> tuple[int, ...]:
+    """The widths that kernels are made in.
+
+    Where the native library is missing, the plan's source says them, so that the list of tests does
+    not depend on a build.
+    """
+    source = Path(__file__).resolve().parents[1] / "native" / "plan" / "tiles.cpp"
+    listed = re.search(r"kHeadDims\[\] = \{(.*?)\}", source.read_text())
+    assert listed is not None
+    return plan.head_dims() or tuple(map(int, listed[1].split(",")))
 
 
 def lse_of(row_stats: Tensor, scoring: Scoring) -> Tensor:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import DTYPES, Case, check_case, far_scores, run, uneven_scores
+from attention_cases import (
+    DTYPES,
+    Case,
+    check_case,
+    far_scores,
+    kernel_head_dims,
+    run,
+    uneven_scores,
+)
 
-from orchard_ops.plan import head_dims
 from orchard_ops.testing import assert_attention_close
 
 pytestmark = pytest.mark.usefixtures("checked")
 
-HEAD_DIMS = head_dims()
+HEAD_DIMS = kernel_head_dims()
 RAGGED = (1, 7, 31, 33, 63, 64, 65, 100, 127, 130, 257)
 
 

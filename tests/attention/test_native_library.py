@@ -17,6 +17,7 @@ from attention_cases import Case
 import orchard_ops
 from orchard_ops import environment
 from orchard_ops.plan import plan
+from orchard_ops.scoring import Scoring
 
 LIBRARY = Path(os.environ.get("ORCHARD_NATIVE_LIBRARY", ""))
 native = pytest.mark.skipif(sys.platform == "darwin", reason="builds libraries as Linux does")
@@ -90,8 +91,7 @@ def test_a_second_copy_registers_nothing_and_says_so(tmp_path: Path):
 
 def test_the_plan_is_typed():
     q, k, v, _ = (x.to("mps") for x in Case(40, 200, 64, num_heads=4, num_kv_heads=2).operands())
-    seed = torch.tensor(0)
-    result = plan(q, k, v, None, None, None, seed, 0.0, 1.0, -1, -1, 0, 0.0, "auto")
+    result = plan(q, k, v, *Scoring(), "auto")
     assert (result.refusal, result.detail, result.why_not) == ("", "", "")
     families = [kernel.family for kernel in result.kernels]
     assert families[:2] == ["attention_forward", "attention_backward_delta"]
@@ -108,8 +108,7 @@ def test_the_plan_is_typed():
 
 def refusal(*, head_dim: int = 16, softcap: float = 0.0) -> orchard_ops.Explanation:
     x = torch.ones(1, 1, 4, head_dim, device="mps")
-    seed = torch.tensor(0)
-    return plan(x, x, x, None, None, None, seed, 0.0, 1.0, -1, -1, 0, softcap, "auto")
+    return plan(x, x, x, *Scoring(softcap=softcap), "auto")
 
 
 @pytest.mark.parametrize(
