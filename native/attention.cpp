@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -32,6 +33,8 @@ DType dtype_of(const Tensor& x) {
       return DType::kBFloat16;
     case ScalarType::Float:
       return DType::kFloat32;
+    case ScalarType::Bool:
+      return DType::kBool;
     default:
       return DType::kOther;
   }
@@ -48,15 +51,48 @@ Layout layout_of(const Tensor& x) {
   return layout;
 }
 
+/// A mask of four dimensions, or of five (Scoring.attn_mask in Python), as five.
+MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
+  MaskLayout layout;
+  const auto sizes = mask.sizes(), strides = mask.strides();
+  const int64_t dims = mask.dim();
+  for (int d = 0; d < 3; d++) {
+    layout.sizes[2 + d] = sizes[dims - 3 + d];
+    layout.strides[2 + d] = strides[dims - 3 + d];
+  }
+  layout.sizes[0] = sizes[0];
+  layout.strides[0] = strides[0];
+  layout.sizes[1] = dims == 5 ? sizes[1] : 1;
+  layout.strides[1] = dims == 5 ? strides[1] : 0;
+  layout.offset = mask.storage_offset();
+  layout.inner = layout.sizes[1];
+  if (dims == 5 && layout.sizes[1] == 1) layout.inner = batch / layout.sizes[0];
+  return layout;
+}
+
+bool is_float32(const OptionalTensor& x) {
+  return !x.has_value() || x->scalar_type() == ScalarType::Float;
+}
+
 Problem make_problem(const Operands& x, const Scoring& s) {
   Problem problem;
   problem.dtype = dtype_of(x.query);
   problem.q = layout_of(x.query);
   problem.k = layout_of(x.key);
   problem.v = layout_of(x.value);
-  problem.has_mask = s.attn_mask.has_value();
-  problem.has_alibi = s.alibi_slopes.has_value();
+  if (s.attn_mask.has_value()) {
+    problem.has_mask = true;
+    problem.mask_dtype = dtype_of(*s.attn_mask);
+    problem.mask = layout_of_mask(*s.attn_mask, x.query.size(0));
+  }
+  if (s.alibi_slopes.has_value()) {
+    const Tensor& slopes = *s.alibi_slopes;
+    problem.has_alibi = true;
+    problem.alibi_batch = slopes.dim() == 2 ? slopes.stride(0) : 0;
+    problem.alibi_head = slopes.stride(slopes.dim() - 1);
+  }
   problem.has_sinks = s.sinks.has_value();
+  problem.per_head_float32 = is_float32(s.alibi_slopes) && is_float32(s.sinks);
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
   problem.window_left = s.window_left;
@@ -98,6 +134,20 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_strided(
       like, {layout.sizes.begin(), layout.sizes.end()}, {strides.begin(), strides.end()}, dtype);
+}
+
+/// Uninitialised and dense, of the mask's shape and dtype.
+Tensor empty_like_mask(const Tensor& mask) {
+  std::vector<int64_t> sizes, strides(mask.dim());
+  for (int64_t size : mask.sizes()) sizes.push_back(size);
+  int64_t next = 1;
+  for (int64_t d = mask.dim() - 1; d >= 0; d--) {
+    strides[d] = next;
+    next *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mask.get(), &dtype));
+  return empty_strided(mask, sizes, strides, dtype);
 }
 
 /// (B, H, L) float32
@@ -167,6 +217,38 @@ void throw_refusal(const Plan& plan) {
   if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
 }
 
+/// float32 scratch and results of the kernels.
+Tensor empty_floats(const Tensor& like, int64_t elements) {
+  return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
+}
+
+/// What scores read besides q and k, for the kernels that form them.
+struct ScoreTensors {
+  const Scoring& scoring;
+  OptionalTensor map;    ///< of the mask
+  OptionalTensor sinks;  ///< dense
+
+  ScoreTensors(const Operands& x, const Scoring& s, const Plan& plan) : scoring(s) {
+    if (plan.map_elements > 0) map = empty_floats(x.query, 2 * plan.map_elements);
+    if (s.sinks.has_value()) {
+      sinks = s.sinks->stride(0) == 1 ? *s.sinks : torch::stable::contiguous(*s.sinks);
+    }
+  }
+
+  Bindings for_map() const {
+    if (!map.has_value()) return {};
+    return {{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+  }
+
+  void bind(Bindings& tensors) const {
+    if (scoring.attn_mask.has_value()) tensors.bind({kBufferMask, *scoring.attn_mask});
+    if (map.has_value()) tensors.bind({kBufferMaskMap, *map});
+    if (scoring.alibi_slopes.has_value()) {
+      tensors.bind({kBufferAlibiSlopes, *scoring.alibi_slopes});
+    }
+  }
+};
+
 /// out and row_stats on Metal. Throws MetalError.
 std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
   const auto& [q, k, v] = x;
@@ -175,41 +257,64 @@ std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
   Tensor row_stats = empty_row_stats(q);
   const auto plan = cached_plan_forward(make_problem(x, s), layout_of(out));
   throw_refusal(*plan);
-  if (out.numel() > 0 && k.size(2) == 0) {  // no keys: nothing to launch
+  if (out.numel() == 0) return {out, row_stats};
+  if (k.size(2) == 0 && !s.sinks.has_value()) {  // no keys: nothing to launch
     torch::stable::zero_(out);
     Tensor origin = torch::stable::select(row_stats, 3, 0);
     Tensor log_sum = torch::stable::select(row_stats, 3, 1);
     torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
     torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
-  } else if (out.numel() > 0) {
-    AttentionParams params = plan->params;
-    set_seed(params, seed);
-    log_metal("flash_attn_fwd", *plan);
-    dispatch(plan->kernels[0], plan->launches[0].groups,
-        {{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v}, {kBufferOut, out},
-            {kBufferRowStats, row_stats}},
-        params);
+    return {out, row_stats};
+  }
+  AttentionParams params = plan->params;
+  set_seed(params, seed);
+  log_metal("flash_attn_fwd", *plan);
+  const ScoreTensors scores(x, s, *plan);
+  // Code that a flag passes over at run time still wants its buffer, so sinks have a stand-in that
+  // is never read, as keys have where there are none. What is no part of a variant is not bound.
+  const bool has_keys = k.size(2) > 0;
+  Bindings tensors{{kBufferQuery, q}, {kBufferKey, has_keys ? k : q},
+      {kBufferValue, has_keys ? v : q}, {kBufferOut, out}, {kBufferRowStats, row_stats},
+      {kBufferSinks, scores.sinks.has_value() ? *scores.sinks : row_stats}};
+  scores.bind(tensors);
+  const Bindings for_map = scores.for_map();
+  for (const KernelLaunch& launch : plan->launches) {
+    const KernelPlan& kernel = plan->kernels[launch.kernel];
+    if (!has_keys && kernel.role == KernelRole::kMap) continue;
+    launch.set(params);
+    dispatch(kernel, launch.groups, kernel.role == KernelRole::kMap ? for_map : tensors, params);
   }
   return {out, row_stats};
 }
 
-/// dq, dk, dv on Metal. Throws MetalError.
-std::array<Tensor, 3> run_backward(const BackwardCall& call) {
+/// What a backward allocates for its kernels.
+struct Gradients {
+  Tensor dq, dk, dv;
+  OptionalTensor dmask, dsinks;
+};
+
+/// On Metal. Throws MetalError.
+Gradients run_backward(const BackwardCall& call) {
   const auto& [q, k, v] = call.operands;
+  const Scoring& s = call.scoring;
   const Tensor &out = call.out, &dout = call.dout;
   const Tensor row_stats = dense_row_stats(call.row_stats, q);
   OptionalTensor dlse;
   if (call.dlse.has_value()) dlse = dense_rows(*call.dlse, q);
-  const uint64_t seed = checked_seed(call.scoring);
-  Problem problem = make_problem(call.operands, call.scoring);
+  const uint64_t seed = checked_seed(s);
+  Problem problem = make_problem(call.operands, s);
+  problem.mask_grad = call.mask_grad && problem.has_mask;
   auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
   throw_refusal(*plan);
-  Tensor dq = empty_in_order_of(q, q.size(3));
-  Tensor dk = empty_in_order_of(k, k.size(3));
-  Tensor dv = empty_in_order_of(v, v.size(3));
-  if (q.numel() == 0 || k.numel() == 0) {  // no queries or no keys: nothing to launch
-    for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
-    return {dq, dk, dv};
+  Gradients grads{empty_in_order_of(q, q.size(3)), empty_in_order_of(k, k.size(3)),
+      empty_in_order_of(v, v.size(3)), std::nullopt, std::nullopt};
+  if (s.sinks.has_value()) grads.dsinks = empty_floats(q, q.size(1));
+  if (problem.mask_grad) grads.dmask = empty_like_mask(*s.attn_mask);
+  if (q.numel() == 0 || k.numel() == 0) {  // no queries or no keys
+    for (Tensor* x : {&grads.dq, &grads.dk, &grads.dv}) torch::stable::zero_(*x);
+    if (grads.dmask.has_value()) torch::stable::zero_(*grads.dmask);
+    if (q.numel() == 0 && grads.dsinks.has_value()) torch::stable::zero_(*grads.dsinks);
+    if (q.numel() == 0 || !grads.dsinks.has_value()) return grads;
   }
   const Tensor delta = empty_rows(q);
   OptionalTensor ds;
@@ -225,31 +330,49 @@ std::array<Tensor, 3> run_backward(const BackwardCall& call) {
   }
   AttentionParams params = plan->params;
   set_seed(params, seed);
-  params.dq = strides_of(dq);
-  params.dk = strides_of(dk);
-  params.dv = strides_of(dv);
+  params.dq = strides_of(grads.dq);
+  params.dk = strides_of(grads.dk);
+  params.dv = strides_of(grads.dv);
   params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", *plan);
-  // Code that a flag passes over at run time still wants its buffer, so dlse has a stand-in that is
-  // never read. What is no part of a variant, as ds where dS is not stored, is not bound.
-  const Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
+  const ScoreTensors scores(call.operands, s, *plan);
+  // dlse has a stand-in that is never read, as in the forward.
+  Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
       {kBufferDlse, dlse.has_value() ? *dlse : row_stats}, {kBufferDelta, delta}};
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
-      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk},
-      {kBufferDv, dv}};
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
+      {kBufferDk, grads.dk}, {kBufferDv, grads.dv}};
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
-      {kBufferDq, dq}};  // as far as a kernel has them
+      {kBufferDq, grads.dq}};  // as far as a kernel has them
+  Bindings for_mask{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}};
+  Bindings for_sinks;
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
   }
-  const Bindings* tensors[] = {&for_delta, &for_keys, &for_queries};
+  if (grads.dmask.has_value()) for_mask.bind({kBufferDmask, *grads.dmask});
+  for (Bindings* tensors : {&for_keys, &for_queries, &for_mask}) scores.bind(*tensors);
+  OptionalTensor sink_parts;
+  if (scores.sinks.has_value()) {
+    sink_parts = empty_floats(q, query_heads(problem) * blocks_of(q.size(2), 8));
+    for_delta.bind({kBufferSinks, *scores.sinks});
+    for_delta.bind({kBufferRowStats, row_stats});
+    for_delta.bind({kBufferSinkParts, *sink_parts});
+    for_sinks = {{kBufferSinkParts, *sink_parts}, {kBufferDsinks, *grads.dsinks}};
+  }
+  const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
-    dispatch(plan->kernels[launch.kernel], launch.groups, *tensors[launch.kernel], params);
+    const Bindings* tensors[] = {
+        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_sinks};
+    const KernelPlan& kernel = plan->kernels[launch.kernel];
+    const bool for_rows = kernel.role == KernelRole::kRows;
+    if (k.numel() == 0 && !for_rows && kernel.role != KernelRole::kSinkGradient) continue;
+    dispatch(kernel, launch.groups, *tensors[static_cast<int>(kernel.role)], params);
   }
-  return {dq, dk, dv};
+  return grads;
 }
 
 template <size_t N>
@@ -257,7 +380,7 @@ void put_results(StableIValue* stack, const std::array<Tensor, N>& results) {
   for (const Tensor& x : results) *stack++ = torch::stable::detail::from(x);
 }
 
-/// A gradient that nobody asks for on Metal: the plan refuses masks and sinks.
+/// A gradient that nobody asks for.
 Tensor no_gradient(const Tensor& like) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -282,6 +405,7 @@ void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   try {
     check_operands(call.operands);
     check_scalars(call.scoring, call.impl);
+    check_additions(call.scoring, call.operands);
     reason = switched_off(call.impl);
     if (!reason.empty()) throw MetalError(reason);
     put_results(stack, run_forward(call.operands, call.scoring));
@@ -303,13 +427,15 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   try {
     check_operands(call.operands);
     check_scalars(call.scoring, call.impl);
+    check_additions(call.scoring, call.operands);
     check_like_out(call.dout, call.operands);
     check_like_out(call.out, call.operands);
     reason = switched_off(call.impl);
     if (!reason.empty()) throw MetalError(reason);
-    auto [dq, dk, dv] = run_backward(call);
+    const Gradients x = run_backward(call);
     const Tensor& query = call.operands.query;
-    put_results<5>(stack, {dq, dk, dv, no_gradient(query), no_gradient(query)});
+    put_results<5>(stack, {x.dq, x.dk, x.dv, x.dmask.has_value() ? *x.dmask : no_gradient(query),
+                              x.dsinks.has_value() ? *x.dsinks : no_gradient(query)});
     backward_calls++;
     return;
   } catch (const MetalError& error) {

@@ -57,6 +57,40 @@ void check_scalars(const Scoring& s, const std::string& impl) {
   check(s.softcap == 0.0 || (s.softcap >= kSmallest && s.softcap <= kLargest), "softcap");
 }
 
+void check_additions(const Scoring& s, const Operands& operands) {
+  const auto& [q, k, v] = operands;
+  if (s.attn_mask.has_value()) {
+    const Tensor& mask = *s.attn_mask;
+    check_device(mask, q);
+    const int64_t dims = mask.dim();
+    check(dims == 4 || dims == 5, "number of dimensions of attn_mask");
+    const int64_t full[] = {q.size(1), q.size(2), k.size(2)};
+    for (int d = 0; d < 3; d++) {
+      const int64_t size = mask.size(dims - 3 + d);
+      check(size == 1 || size == full[d], "shape of attn_mask");
+    }
+    const int64_t batch = q.size(0), outer = mask.size(0);
+    if (dims == 4) {
+      check(outer == 1 || outer == batch, "shape of attn_mask");
+    } else {
+      const int64_t inner = mask.size(1), entries = outer * inner;
+      check(
+          (outer == 1 || inner == 1) && entries > 0 && batch % entries == 0, "shape of attn_mask");
+    }
+  }
+  if (s.alibi_slopes.has_value()) {
+    const Tensor& slopes = *s.alibi_slopes;
+    check_device(slopes, q);
+    check((slopes.dim() == 1 && slopes.size(0) == q.size(1)) ||
+              (slopes.dim() == 2 && slopes.size(0) == q.size(0) && slopes.size(1) == q.size(1)),
+        "shape of alibi_slopes");
+  }
+  if (s.sinks.has_value()) {
+    check_device(*s.sinks, q);
+    check(s.sinks->dim() == 1 && s.sinks->size(0) == q.size(1), "shape of sinks");
+  }
+}
+
 uint64_t checked_seed(const Scoring& s) {
   check(s.dropout_p >= 0.0 && s.dropout_p < 1.0, "dropout_p");
   if (s.dropout_p == 0.0) return 0;

@@ -18,6 +18,9 @@ int32_t device_type_of(const Tensor& x);
 void check_operands(const Operands& operands);
 void check_scalars(const Scoring& scoring, const std::string& impl);
 
+/// attn_mask, alibi_slopes and sinks.
+void check_additions(const Scoring& scoring, const Operands& operands);
+
 /// The dropout seed; also checks the arguments that decide whether one is needed.
 uint64_t checked_seed(const Scoring& scoring);
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 SHADERS = Path(__file__).resolve().parent.parent / "shaders"
 FAMILIES = {
+    "attention_mask_map": "mask_map.h",
     "attention_forward": "forward.h",
     "attention_backward_delta": "backward_delta.h",
     "attention_backward_dkv": "backward_dkv.h",
     "attention_backward_dkv_pairs": "backward_dkv_pairs.h",
     "attention_backward_dq": "backward_dq.h",
     "attention_backward_dq_from_ds": "backward_dq_from_ds.h",
+    "attention_backward_dsinks": "backward_dsinks.h",
 }
 _LITERAL_LIMIT = 8000  # compilers cap the length of one literal
 

@@ -36,6 +36,7 @@ struct Binding {
 /// The tensors of a dispatch, without memory of their own to allocate.
 class Bindings {
  public:
+  Bindings() = default;
   Bindings(std::initializer_list<Binding> bindings) {
     for (const Binding& binding : bindings) bind(binding);
   }
@@ -44,7 +45,7 @@ class Bindings {
   const Binding* end() const { return bindings_.data() + size_; }
 
  private:
-  std::array<Binding, kBufferParams> bindings_;  // as many as there are buffers of tensors
+  std::array<Binding, kBufferMaskMap + 1> bindings_;  // as many as there are buffers
   size_t size_ = 0;
 };
 

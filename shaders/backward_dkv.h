@@ -2,8 +2,8 @@
 // transposed, so that P^T and dS^T are left operands as they are.
 //
 //   for each query head of the group, each block of BQ queries:
-//     P^T  = exp2((scale * log2(e) * K Q^T - m) - log2(l))     dP^T = drop(V dO^T)
-//     dS^T = P^T (dP^T - delta)
+//     P^T  = exp((score(K Q^T) - m) - log(l))     dP^T = drop(V dO^T)
+//     dS^T = P^T (dP^T - delta) softcap'
 //     dV = dV + drop(P^T) dO
 //     dK = dK + dS^T Q
 //   dv = dV,  dk = scale * dK
@@ -19,7 +19,7 @@
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
-#include "score.h"
+#include "scores.h"
 #include "softmax.h"
 #include "staging.h"
 
@@ -35,6 +35,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     device T* dv [[buffer(kBufferDv)]],                                 // (B, Hkv, S, D)
     device float* ds [[buffer(kBufferDs)]],  // DscoreTiles, bound and written if STORE_DS
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device uchar* attn_mask [[buffer(kBufferMask)]],
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
+    const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -42,6 +45,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const int kDepth = BD / 8;
   const int kBlocks = BQ / 8;
   const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
+  const bool kHides = V::Score::Mask::kAny;
+  const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
   threadgroup uint4 storage[Blocks::kStorage];
 
@@ -56,24 +61,36 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
 
   LeftOperand<T, F, 1, kDepth, V::kVec, true> k;
-  k.load(device_rows<V::kVec>(head.key_rows(key, params.k), key0, at));
+  k.load(device_rows<V::kVec>(head.key_rows(key, params.k, params.head_dim), key0, at));
   LeftOperand<T, F, 1, kDepth, V::kVec, true> v;
-  v.load(device_rows<V::kVec>(head.key_rows(value, params.v), key0, at));
+  v.load(device_rows<V::kVec>(head.key_rows(value, params.v, params.v_head_dim), key0, at));
   Tile<float, 1, kDepth> dk_sum;
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
 
+  const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
     const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
     Blocks rows;
-    rows.start(head.query_rows(query, params.q), head.query_rows(dout, params.dout),
-        blocks.begin * BQ, storage, thread_index, at);
+    rows.start(head.query_rows(query, params.q, params.head_dim),
+        head.query_rows(dout, params.dout, params.v_head_dim), blocks.begin * BQ, storage,
+        thread_index, at);
+    ScoresTransposed<sizeof(T) == 4, typename V::Score, kBlocks> scores;
+    scores.start(head, buffers, key0, at, params);
+    MaskMap<typename V::Score::Mask> visible;
+    visible.start(head, mask_map, params);
     for (int block = blocks.begin; block < blocks.end; block++) {
       const int row0 = block * BQ;
-      ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
+      if (!visible.passes(row0, group_key0)) {
+        rows.advance();
+        continue;
+      }
+      const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
+      scores.fetch(row0, masked);
+      ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
       stats.load(row_stats + stats0, row0, params.q_len, at);
       ColumnValues<kBlocks> row_delta;
       row_delta.load(delta + stats0, row0, params.q_len, at);
@@ -82,7 +99,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
       zero(p);
       mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
-      score(p, params);
+      Tile<float, 1, kBlocks> derivatives;
+      scores.apply(p, derivatives, row0, masked, params);
       map(p, stats);
       if (!unmasked.has(row0)) {
         mask_transposed(p, window, key0, row0, at);
@@ -95,7 +113,10 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
         drop_transposed(ds_block, kept, params.dropout_rescale);
       }
-      dscore_transposed(ds_block, p, row_delta);
+      dscore_transposed<kHides>(ds_block, p, row_delta);
+      if (V::Score::kCapped) {
+        times_derivative<kHides>(ds_block, derivatives);
+      }
       if (STORE_DS) {
         store_dscore(ds_tiles, key0, row0, ds_block, params);
       }
@@ -113,6 +134,6 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
 
   scale(dk_sum, score_derivative(params));
   scale(dv_sum, (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale);
-  store_rows<V::kVec>(head.key_output(dk, params.dk), dk_sum, key0, at);
-  store_rows<V::kVec>(head.key_output(dv, params.dv), dv_sum, key0, at);
+  store_rows<V::kVec>(head.key_output(dk, params.dk, params.head_dim), dk_sum, key0, at);
+  store_rows<V::kVec>(head.key_output(dv, params.dv, params.v_head_dim), dv_sum, key0, at);
 }

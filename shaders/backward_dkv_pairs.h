@@ -1,20 +1,20 @@
 // Attention backward, the key's side, for wide heads: as backward_dkv.h, by pairs of simdgroups. K,
 // V, dK and dV of 8 keys fill more registers than a simdgroup has, so that
 //
-//   the first of a pair:   P^T = exp2((scale * log2(e) * K Q^T - m) - log2(l))
+//   the first of a pair:   P^T = exp((score(K Q^T) - m) - log(l))
 //                          dV = dV + drop(P^T) dO
-//   the second:            dS^T = P^T (drop(V dO^T) - delta)
+//   the second:            dS^T = P^T softcap' (drop(V dO^T) - delta)
 //                          dK = dK + dS^T Q
 //
-// with P^T handed over in threadgroup memory. Both do the same two products, of other matrices. A
-// threadgroup takes 4 SIMDGROUPS keys. P and dS are multiplied as float.
+// with P^T softcap' handed over in threadgroup memory. Both do the same two products, of other
+// matrices. A threadgroup takes 4 SIMDGROUPS keys. P and dS are multiplied as float.
 #pragma once
 
 #include "dropout.h"
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
-#include "score.h"
+#include "scores.h"
 #include "softmax.h"
 #include "staging.h"
 
@@ -51,6 +51,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     device T* dv [[buffer(kBufferDv)]],                                       // (B, Hkv, S, D)
     device float* ds [[buffer(kBufferDs)]],  // DscoreTiles, bound and written if STORE_DS
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device uchar* attn_mask [[buffer(kBufferMask)]],
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
+    const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -59,6 +62,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const int kBlocks = BQ / 8;
   const bool kKeep = BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK or dV, K or V
   const int kHandedOver = SIMDGROUPS / 2 * kBlocks * ORCHARD_SIMD_WIDTH / 2;  // chunks of P^T
+  const bool kHides = V::Score::Mask::kAny;
+  const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
   using Staged = SharedBlock<F, StagedRow<F, BD>::kLength>;
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
@@ -76,8 +81,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
 
   LeftOperand<T, F, 1, kDepth, V::kVec, kKeep> left;  // K or V
-  const HeadRows<T> k_rows = head.key_rows(key, params.k);
-  const HeadRows<T> v_rows = head.key_rows(value, params.v);
+  const HeadRows<T> k_rows = head.key_rows(key, params.k, params.head_dim);
+  const HeadRows<T> v_rows = head.key_rows(value, params.v, params.v_head_dim);
   left.load(device_rows<V::kVec>(second ? v_rows : k_rows, key0, at));
   HandedOver handed_over;
   handed_over.pairs = reinterpret_cast<threadgroup float2*>(storage + Blocks::kStorage) +
@@ -85,23 +90,35 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
 
+  const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
     const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
     Blocks rows;
-    rows.start(head.query_rows(query, params.q), head.query_rows(dout, params.dout),
-        blocks.begin * BQ, storage, thread_index, at);
+    rows.start(head.query_rows(query, params.q, params.head_dim),
+        head.query_rows(dout, params.dout, params.v_head_dim), blocks.begin * BQ, storage,
+        thread_index, at);
+    ScoresTransposed<sizeof(T) == 4, typename V::Score, kBlocks> scores;
+    scores.start(head, buffers, key0, at, params);
+    MaskMap<typename V::Score::Mask> visible;
+    visible.start(head, mask_map, params);
     const Staged scored = second ? rows.dout.staged : rows.q.staged;  // S = K Q^T, dP = V dO^T
     const Staged summed = second ? rows.q.staged : rows.dout.staged;  // dV of dO, dK of Q
     for (int block = blocks.begin; block < blocks.end; block++) {
       const int row0 = block * BQ;
-      ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
+      if (!visible.passes(row0, group_key0)) {
+        rows.advance();
+        continue;
+      }
+      const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
+      ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
       ColumnValues<kBlocks> row_delta;
       if (second) {
         row_delta.load(delta + stats0, row0, params.q_len, at);
       } else {
         stats.load(row_stats + stats0, row0, params.q_len, at);
+        scores.fetch(row0, masked);
       }
       rows.stage();
 
@@ -109,12 +126,18 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       zero(x);
       mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
       if (!second) {
-        score(x, params);
+        Tile<float, 1, kBlocks> derivatives;
+        scores.apply(x, derivatives, row0, masked, params);
         map(x, stats);
         if (!unmasked.has(row0)) {
           mask_transposed(x, window, key0, row0, at);
         }
-        handed_over.store(x);
+        if (V::Score::kCapped) {
+          times_derivative<kHides>(derivatives, x);
+          handed_over.store(derivatives);
+        } else {
+          handed_over.store(x);
+        }
       }
       if (V::kDropout) {
         const uint kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
@@ -124,7 +147,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       if (second) {
         Tile<float, 1, kBlocks> p;
         handed_over.load(p);
-        dscore_transposed(x, p, row_delta);
+        dscore_transposed<kHides>(x, p, row_delta);
         if (STORE_DS) {
           store_dscore(ds_tiles, key0, row0, x, params);
         }
@@ -136,8 +159,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
 
   if (second) {
     scale(sum, score_derivative(params));
-    store_rows<V::kVec>(head.key_output(dk, params.dk), sum, key0, at);
+    store_rows<V::kVec>(head.key_output(dk, params.dk, params.head_dim), sum, key0, at);
   } else {
-    store_rows<V::kVec>(head.key_output(dv, params.dv), sum, key0, at);
+    store_rows<V::kVec>(head.key_output(dv, params.dv, params.v_head_dim), sum, key0, at);
   }
 }

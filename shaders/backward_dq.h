@@ -2,8 +2,8 @@
 // heads whose key's side has stored dS.
 //
 //   for each block of BK keys:
-//     P  = exp2((scale * log2(e) * Q K^T - m) - log2(l))       dP = drop(dO V^T)
-//     dS = P (dP - delta)
+//     P  = exp((score(Q K^T) - m) - log(l))       dP = drop(dO V^T)
+//     dS = P (dP - delta) softcap'
 //     dQ = dQ + dS K
 //   dq = scale * dQ
 //
@@ -13,9 +13,10 @@
 #pragma once
 
 #include "dropout.h"
+#include "dscore.h"
 #include "keys.h"
 #include "loader.h"
-#include "score.h"
+#include "scores.h"
 #include "softmax.h"
 #include "staging.h"
 
@@ -42,6 +43,9 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     const device float* delta [[buffer(kBufferDelta)]],                // (B, Hq, L)
     device T* dq [[buffer(kBufferDq)]],                                // (B, Hq, L, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device uchar* attn_mask [[buffer(kBufferMask)]],
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
+    const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -49,6 +53,8 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
+  const bool kNatural = V::Score::kNatural;
+  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
   using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2>;
   threadgroup uint4 storage[Blocks::kStorage];
 
@@ -63,13 +69,14 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
   LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
-  q.load(device_rows<V::kVec>(head.query_rows(query, params.q), row0, at));
+  q.load(device_rows<V::kVec>(head.query_rows(query, params.q, params.head_dim), row0, at));
   LeftOperand<T, F, R, kDepth, V::kVec, kKeep> do_;
-  do_.load(device_rows<V::kVec>(head.query_rows(dout, params.dout), row0, at));
+  do_.load(device_rows<V::kVec>(head.query_rows(dout, params.dout, params.v_head_dim), row0, at));
   Blocks kv;
-  kv.start(head.key_rows(key, params.k), head.key_rows(value, params.v), blocks.begin * BK, storage,
-      thread_index, at);
-  RowStats<R> stats;
+  kv.start(head.key_rows(key, params.k, params.head_dim),
+      head.key_rows(value, params.v, params.v_head_dim), blocks.begin * BK, storage, thread_index,
+      at);
+  RowStats<R, kNatural> stats;
   float row_delta[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
@@ -78,16 +85,28 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     stats.set(r, row_stats[place]);
     row_delta[r] = delta[place];
   }
+  const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
+  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  scores.start(head, buffers, row0, at, params);
+  MaskMap<typename V::Score::Mask> visible;
+  visible.start(head, mask_map, params);
   Tile<float, R, kDepth> dq_sum;
   zero(dq_sum);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    kv.stage_keys();
+    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    if (!seen.template any<BK>()) {
+      kv.advance();
+      continue;
+    }
+    scores.fetch(key0, seen.masked());
+    kv.stage_keys(seen);
     Tile<float, R, BK / 8> p;
     zero(p);
     mma_ABt<F, kDepth, Chains<T>::kCount>(p, q, kv.k);
-    score(p, params);
+    Tile<float, R, BK / 8> derivatives;
+    scores.apply(p, derivatives, key0, seen.masked(), params);
     map(p, stats);
     if (!unmasked.has(key0)) {
       mask(p, window, row0, key0, 0.0f, at);
@@ -101,10 +120,13 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     }
     Tile<float, R, BK / 8> ds;
     dscore(ds, p, dp, row_delta);
+    if (V::Score::kCapped) {
+      times_derivative<false>(ds, derivatives);
+    }
     mma_AB(dq_sum, ds, kv.k);
     kv.advance();
   }
 
   scale(dq_sum, score_derivative(params));
-  store_rows<V::kVec>(head.query_output(dq, params.dq), dq_sum, row0, at);
+  store_rows<V::kVec>(head.query_output(dq, params.dq, params.head_dim), dq_sum, row0, at);
 }

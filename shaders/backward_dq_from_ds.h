@@ -13,7 +13,7 @@
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
-#include "score.h"
+#include "scores.h"
 
 /// Rows [row0, ...) of dq / scale from the keys of earlier dispatches: (query head, row, BD) float.
 template <int BD>
@@ -70,12 +70,14 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     device float* ds [[buffer(kBufferDs)]],                                // DscoreTiles
     device T* dq [[buffer(kBufferDq)]],                                    // (B, Hq, L, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],  // MaskMap
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
+  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
   threadgroup uint4 storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
 
   const int first_head = params.first_kv_head * (params.num_heads / params.num_kv_heads);
@@ -88,7 +90,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
       window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK, params);
   const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
   RightOperand<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, true> k;
-  k.start(head.key_rows(key, params.k), blocks.begin * BK,
+  k.start(head.key_rows(key, params.k, params.head_dim), blocks.begin * BK,
       reinterpret_cast<threadgroup F*>(storage), thread_index, at);
   Tile<float, R, kDepth> dq_sum;
   zero(dq_sum);
@@ -98,22 +100,32 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   }
   const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
   const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
+  MaskMap<typename V::Score::Mask> visible;
+  visible.start(head, mask_map, params);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
+    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    if (!seen.template any<BK>()) {
+      k.advance();
+      tile += ds_tiles.row_of_tiles() * (BK / 8);
+      continue;
+    }
     const bool all_seen = unmasked.has(key0);
+    const bool passes = visible.passes(row0, key0);
     Tile<float, R, BK / 8> ds_block;
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < BK / 8; c++) {
-        const bool written = all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8);
+        const bool written =
+            passes && (all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8));
         ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
       }
     }
-    k.fetch();
+    k.fetch(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    k.store();
+    k.store(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
     k.advance();
@@ -125,5 +137,5 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     return;
   }
   scale(dq_sum, score_derivative(params));
-  store_rows<V::kVec>(head.query_output(dq, params.dq), dq_sum, row0, at);
+  store_rows<V::kVec>(head.query_output(dq, params.dq, params.head_dim), dq_sum, row0, at);
 }

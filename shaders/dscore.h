@@ -51,13 +51,36 @@ METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
   }
 }
 
+/// A weight, or what is left of it, times x. Where a mask HIDES pairs, their x may be NaN.
+template <bool HIDES>
+METAL_FUNC float2 weighted(float2 p, float2 x) {
+  const float2 product = p * x;
+  if (HIDES) {
+    return float2(p.x == 0.0f ? 0.0f : product.x, p.y == 0.0f ? 0.0f : product.y);
+  }
+  return product;
+}
+
+/// P *= the derivative of softcap.
+template <bool HIDES, int ROWS, int COLS>
+METAL_FUNC void times_derivative(
+    thread Tile<float, ROWS, COLS>& p, thread const Tile<float, ROWS, COLS>& derivatives) {
+  ORCHARD_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      p.fragments[r][c] = weighted<HIDES>(p.fragments[r][c], derivatives.fragments[r][c]);
+    }
+  }
+}
+
 /// dS^T = P^T (dP^T - delta); ds holds dP^T before.
-template <int COLS>
+template <bool HIDES, int COLS>
 METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
     thread const Tile<float, 1, COLS>& p, thread const ColumnValues<COLS>& delta) {
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
-    ds.fragments[0][c] = p.fragments[0][c] * (ds.fragments[0][c] - delta.pairs[c]);
+    ds.fragments[0][c] = weighted<HIDES>(p.fragments[0][c], ds.fragments[0][c] - delta.pairs[c]);
   }
 }
 

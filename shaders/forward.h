@@ -1,11 +1,15 @@
 // Attention forward: out and the rows' statistics.
 //
-//   for each block of BK keys:
-//     S = scale * log2(e) * Q K^T            rows of the simdgroup x BK
-//     where S exceeds m by more than 8, m moves to the row's maximum, and O and l are rescaled
-//     P = exp2(S - m)
+//   for each block of BK keys that the mask does not hide:
+//     S = score(Q K^T)                       rows of the simdgroup x BK
+//     where S exceeds m by more than 2^8, m moves to the row's maximum, and O and l are rescaled
+//     P = exp(S - m)
 //     O = O + drop(P) V;  l = l + rowsum(P)
-//   out = O / l,  row_stats = (m, log2(l))
+//   l = l + exp(sink - m)
+//   out = O / l,  row_stats = (m, log(l))
+//
+// Exponentials and logarithms are powers of two where the score is plain, and natural otherwise
+// (scores.h).
 //
 // A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with
 // Q, S, P and O in registers. T is the tensors' type, F that of the matrix unit's operands. BUFFERS
@@ -15,7 +19,7 @@
 #include "dropout.h"
 #include "keys.h"
 #include "loader.h"
-#include "score.h"
+#include "scores.h"
 #include "softmax.h"
 #include "staging.h"
 
@@ -27,6 +31,10 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     device T* out [[buffer(kBufferOut)]],                  // (B, Hq, L, D)
     device float2* row_stats [[buffer(kBufferRowStats)]],  // (B, Hq, L)
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device uchar* attn_mask [[buffer(kBufferMask)]],
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
+    const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device float* sinks [[buffer(kBufferSinks)]],               // (Hq)
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -34,6 +42,8 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeepQ = R * BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;
+  const bool kNatural = V::Score::kNatural;
+  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
   using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, BUFFERS>;
   threadgroup uint4 storage[Blocks::kStorage];
 
@@ -49,23 +59,35 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
   LeftOperand<T, F, R, kDepth, V::kVec, kKeepQ> q;
-  q.load(device_rows<V::kVec>(head.query_rows(query, params.q), row0, at));
+  q.load(device_rows<V::kVec>(head.query_rows(query, params.q, params.head_dim), row0, at));
   Blocks kv;
-  kv.start(head.key_rows(key, params.k), head.key_rows(value, params.v), blocks.begin * BK, storage,
-      thread_index, at);
+  kv.start(head.key_rows(key, params.k, params.head_dim),
+      head.key_rows(value, params.v, params.v_head_dim), blocks.begin * BK, storage, thread_index,
+      at);
   Tile<float, R, kDepth> o;
   zero(o);
-  OnlineSoftmax<R> softmax;
+  OnlineSoftmax<R, kNatural> softmax;
   softmax.init();
+  const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
+  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  scores.start(head, buffers, row0, at, params);
+  MaskMap<typename V::Score::Mask> visible;
+  visible.start(head, mask_map, params);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    kv.stage_keys();
+    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    if (!seen.template any<BK>()) {
+      kv.advance();
+      continue;
+    }
+    scores.fetch(key0, seen.masked());
+    kv.stage_keys(seen);
     Tile<float, R, BK / 8> s;
     zero(s);
     mma_ABt<F, kDepth, Chains<T>::kCount>(s, q, kv.k);
-    kv.stage_values();
-    score(s, params);
+    kv.stage_values(seen);
+    scores.apply(s, key0, seen.masked(), params);
     if (!unmasked.has(key0)) {
       mask(s, window, row0, key0, -INFINITY, at);
     }
@@ -79,6 +101,9 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     kv.advance();
   }
 
+  if (params.has_sinks) {
+    softmax.take_sink(sink_score<kNatural>(sinks[head.head]), at.col == 0, o);
+  }
   float factor[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
@@ -90,5 +115,5 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     }
   }
   mul_row(o, factor);
-  store_rows<V::kVec>(head.query_output(out, params.out), o, row0, at);
+  store_rows<V::kVec>(head.query_output(out, params.out, params.v_head_dim), o, row0, at);
 }

@@ -23,6 +23,13 @@ enum AttentionBuffer {
   kBufferDv = 10,
   kBufferDs = 11,
   kBufferParams = 12,
+  kBufferMask = 13,
+  kBufferAlibiSlopes = 14,
+  kBufferSinks = 15,
+  kBufferDmask = 16,
+  kBufferSinkParts = 17,
+  kBufferDsinks = 18,
+  kBufferMaskMap = 19,
 };
 
 /// Threads of a simdgroup.
@@ -39,6 +46,17 @@ struct TensorStrides {
   int64_t col;
 };
 
+/// Where attn_mask lies: batch entry b is entry (b / inner_size, b % inner_size) of the mask, and a
+/// stride of 0 is a dimension that it broadcasts.
+struct MaskStrides {
+  int64_t outer;
+  int64_t inner;
+  int64_t head;
+  int64_t row;
+  int64_t col;
+  int64_t inner_size;
+};
+
 /// One attention problem. Row i sees key j iff i + diagonal - window_left <= j and
 /// j <= i + diagonal + window_right; open windows come as ORCHARD_WINDOW_OPEN.
 struct AttentionParams {
@@ -50,21 +68,30 @@ struct AttentionParams {
   TensorStrides dq;
   TensorStrides dk;
   TensorStrides dv;
-  int64_t dq_sums;       ///< elements of buffer ds before PartialDq (backward)
+  MaskStrides mask;      ///< of attn_mask (where the score adds it)
+  MaskStrides dmask;     ///< of its gradient, which has the mask's shape (backward)
+  MaskStrides mask_map;  ///< of its map, (outer, inner, head, blocks of rows, blocks of keys)
+  int64_t alibi_batch;   ///< strides of alibi_slopes, 0 where they are the same for all batches
+  int64_t alibi_head;
+  int64_t dq_sums;  ///< elements of buffer ds before PartialDq (backward)
+  int32_t batch;
   int32_t num_heads;     ///< query heads
   int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads /
                          ///< num_kv_heads)
   int32_t q_len;
   int32_t kv_len;
-  int32_t head_dim;  ///< D <= BD; the kernels pad with zeros
+  int32_t head_dim;    ///< D <= BD; the kernels pad with zeros
+  int32_t v_head_dim;  ///< of v, out and their gradients, the same way
   int32_t diagonal;
   int32_t window_left;
   int32_t window_right;
   float scale;                 ///< softmax scale
   float scale_log2;            ///< scale * log2(e): exponentials are powers of two
+  float softcap;               ///< c of c * tanh(s / c), where scores are capped
   uint32_t dropout_seed[2];    ///< Philox key: low, high
   uint32_t dropout_threshold;  ///< of 65536: a weight whose 16-bit draw lies below is dropped
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
+  int32_t has_sinks;           ///< whether buffer sinks is bound
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
   int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
@@ -79,6 +106,10 @@ struct AttentionParams {
 /// Keys are divided between dispatches at multiples of this, whole blocks of every kernel.
 #define ORCHARD_KEY_CHUNK 64
 
+/// Queries, and keys, of a block of the map of what a mask lets through.
+#define ORCHARD_MAP_BLOCK 32
+
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 8 + 18 * 4,
+static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
+static_assert(sizeof(AttentionParams) == 8 * 32 + 3 * 48 + 3 * 8 + 22 * 4,
     "host and shader must agree on AttentionParams");

@@ -3,18 +3,28 @@
 
 #include "tile.h"
 
-/// exp2 of scores; the fast variant's error is far below that of the operands' rounding.
-METAL_FUNC float exp2_score(float x) { return fast::exp2(x); }
+/// Exponentials of scores in powers of two, or natural ones. exp2's fast variant has an error far
+/// below that of the operands' rounding.
+template <bool NATURAL>
+struct Exponential {
+  static constant constexpr const float kUnit = NATURAL ? 0.693147181f : 1.0f;  // of 2, as a score
+  static constant constexpr const float kPower = NATURAL ? 1.44269504f : 1.0f;  // of a score of 1
 
-constant float kSlack = 8.0f;  // powers of two
+  METAL_FUNC static float of(float x) { return fast::exp2(NATURAL ? x * kPower : x); }
+
+  METAL_FUNC static float logarithm(float x) { return NATURAL ? log(x) : log2(x); }
+};
 
 /// Exponentials count from an origin of each row. It follows the row's largest score only when that
-/// is more than kSlack above it, which is rare after the first keys: weights reach 2^kSlack, and
+/// is more than a slack of 2^8 above it, which is rare after the first keys: weights reach 2^8, and
 /// what was accumulated is seldom brought to a new origin.
-template <int ROWS>
+template <int ROWS, bool NATURAL>
 struct OnlineSoftmax {
-  float origin[ROWS];  // in powers of two; before the first key below all scores
-  float sum[ROWS];     // this lane's part of the row's sum of exp2(s - origin)
+  using Exp = Exponential<NATURAL>;
+  static constant constexpr const float kFar = 8.0f * Exp::kUnit;  // the slack, as a score
+
+  float origin[ROWS];  // before the first key below all scores
+  float sum[ROWS];     // this lane's part of the row's sum of exp(s - origin)
 
   METAL_FUNC void init() {
     ORCHARD_UNROLL
@@ -24,7 +34,7 @@ struct OnlineSoftmax {
     }
   }
 
-  /// Takes a tile of scores in and leaves exp2(s - origin) in it; o is what such weights were
+  /// Takes a tile of scores in and leaves exp(s - origin) in it; o is what such weights were
   /// multiplied into before.
   template <int COLS, int DEPTH>
   METAL_FUNC void update(thread Tile<float, ROWS, COLS>& s, thread Tile<float, ROWS, DEPTH>& o) {
@@ -37,7 +47,7 @@ struct OnlineSoftmax {
       for (int c = 1; c < COLS; c++) {
         top[r] = max(top[r], max(s.fragments[r][c].x, s.fragments[r][c].y));
       }
-      above = above || top[r] - origin[r] > kSlack;
+      above = above || top[r] - origin[r] > kFar;
     }
     if (simd_any(above)) {
       raise(top, o);
@@ -47,27 +57,43 @@ struct OnlineSoftmax {
       float part = 0.0f;
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
-        s.fragments[r][c].x = exp2_score(s.fragments[r][c].x - origin[r]);
-        s.fragments[r][c].y = exp2_score(s.fragments[r][c].y - origin[r]);
+        s.fragments[r][c].x = Exp::of(s.fragments[r][c].x - origin[r]);
+        s.fragments[r][c].y = Exp::of(s.fragments[r][c].y - origin[r]);
         part += s.fragments[r][c].x + s.fragments[r][c].y;
       }
       sum[r] += part;
     }
   }
 
-  /// Moves origins that are more than kSlack below a row's scores to the largest of these.
+  /// Moves origins that are more than the slack below a row's scores to the largest of these.
   template <int DEPTH>
   METAL_FUNC void raise(thread const float* top, thread Tile<float, ROWS, DEPTH>& o) {
     float rescale[ROWS];
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const float largest = row_max(top[r]);
-      const bool moves = largest - origin[r] > kSlack;
-      rescale[r] = moves ? exp2_score(origin[r] - largest) : 1.0f;
+      const bool moves = largest - origin[r] > kFar;
+      rescale[r] = moves ? Exp::of(origin[r] - largest) : 1.0f;
       origin[r] = moves ? largest : origin[r];
       sum[r] *= rescale[r];
     }
     mul_row(o, rescale);
+  }
+
+  /// Takes in one more score for each row, which has no value. `counts`: whether it is this lane,
+  /// of those that share a row, that counts it.
+  template <int DEPTH>
+  METAL_FUNC void take_sink(float sink, bool counts, thread Tile<float, ROWS, DEPTH>& o) {
+    float top[ROWS];
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      top[r] = sink;
+    }
+    raise(top, o);
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      sum[r] += counts ? Exp::of(sink - origin[r]) : 0.0f;
+    }
   }
 
   /// Sum over the whole row.
@@ -77,36 +103,49 @@ struct OnlineSoftmax {
   /// sum. They stay apart, since one number would lose the logarithm beside a large origin. A row
   /// without a key has the lowest origin and a logarithm of -inf.
   METAL_FUNC float2 row_stats(int r, float total) const {
-    return float2(origin[r], total == 0.0f ? -INFINITY : log2(total));
+    return float2(origin[r], Exp::logarithm(total));
   }
 };
 
-/// Scores of -inf alone leave a sum of zero, whose logarithm is -inf. Their weights shall be
-/// exp2(-inf), not NaN.
-METAL_FUNC float finite_log_sum(float log_sum) {
-  return max(log_sum, numeric_limits<float>::lowest());
+/// A sink in the units of the exponents.
+template <bool NATURAL>
+METAL_FUNC float sink_score(float sink) {
+  return NATURAL ? sink : max(sink * 1.44269504f, numeric_limits<float>::lowest());
 }
 
-/// Two weights from their scores and their rows' statistics. The first difference is the number
-/// that the forward has exponentiated.
-METAL_FUNC float2 weights(float2 scores, float2 origin, float2 log_sum) {
-  const float2 exponents = (scores - origin) - log_sum;
-  return float2(exp2_score(exponents.x), exp2_score(exponents.y));
-}
+/// Makes weights of scores, from the statistics of their rows.
+template <bool NATURAL>
+struct Weights {
+  using Exp = Exponential<NATURAL>;
+
+  /// The logarithm of a row's sum in powers of two. Scores of -inf alone leave a sum of zero, whose
+  /// logarithm is -inf: their weights shall be exp(-inf), not NaN.
+  METAL_FUNC static float in_powers(float log_sum) {
+    return max(NATURAL ? log_sum * Exp::kPower : log_sum, numeric_limits<float>::lowest());
+  }
+
+  /// The first difference is the number that the forward has exponentiated. `log_sum` is in powers.
+  METAL_FUNC static float2 of(float2 scores, float2 origin, float2 log_sum) {
+    const float2 difference = scores - origin;
+    const float2 exponents =
+        NATURAL ? fma(difference, float2(Exp::kPower), -log_sum) : difference - log_sum;
+    return float2(fast::exp2(exponents.x), fast::exp2(exponents.y));
+  }
+};
 
 /// Makes weights of scores: statistics of this lane's row of each row of fragments.
-template <int ROWS>
+template <int ROWS, bool NATURAL>
 struct RowStats {
   float origin[ROWS];
-  float log_sum[ROWS];
+  float log_sum[ROWS];  // in powers of two
 
   METAL_FUNC void set(int r, float2 stats) {
     origin[r] = stats.x;
-    log_sum[r] = finite_log_sum(stats.y);
+    log_sum[r] = Weights<NATURAL>::in_powers(stats.y);
   }
 
   METAL_FUNC float2 operator()(float2 s, int r, int) const {
-    return weights(s, float2(origin[r]), float2(log_sum[r]));
+    return Weights<NATURAL>::of(s, float2(origin[r]), float2(log_sum[r]));
   }
 };
 
@@ -126,7 +165,7 @@ struct ColumnValues {
 };
 
 /// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues.
-template <int COLS>
+template <int COLS, bool NATURAL>
 struct ColumnStats {
   float2 origin[COLS];
   float2 log_sum[COLS];
@@ -138,11 +177,13 @@ struct ColumnStats {
       const float2 first = stats[min(row, length - 1)];
       const float2 second = stats[min(row + 1, length - 1)];
       origin[c] = float2(first.x, second.x);
-      log_sum[c] = float2(finite_log_sum(first.y), finite_log_sum(second.y));
+      log_sum[c] = float2(first.y, second.y);
     }
   }
 
   METAL_FUNC float2 operator()(float2 s, int, int c) const {
-    return weights(s, origin[c], log_sum[c]);
+    const float2 powers = float2(
+        Weights<NATURAL>::in_powers(log_sum[c].x), Weights<NATURAL>::in_powers(log_sum[c].y));
+    return Weights<NATURAL>::of(s, origin[c], powers);
   }
 };

@@ -21,28 +21,30 @@ struct KeyValueBlocks {
     v.start(values, key0, reinterpret_cast<threadgroup F*>(value_storage), thread_index, at);
   }
 
-  /// Behind it K can be read; with two buffers V as well.
-  METAL_FUNC void stage_keys() {
-    k.fetch();
+  /// Behind it K can be read; with two buffers V as well. Keys that are not `seen` are zero.
+  template <typename Seen>
+  METAL_FUNC void stage_keys(Seen seen) {
+    k.fetch(seen);
     if (BUFFERS == 2) {
-      v.fetch();
+      v.fetch(seen);
     }
     barrier_if<(BUFFERS > 0)>();  // the previous block has been read
-    k.store();
+    k.store(seen);
     if (BUFFERS == 2) {
-      v.store();
+      v.store(seen);
     }
     barrier_if<(BUFFERS > 0)>();
   }
 
   /// K is read no more; V is on its way.
-  METAL_FUNC void stage_values() {
+  template <typename Seen>
+  METAL_FUNC void stage_values(Seen seen) {
     if (BUFFERS == 1) {
-      v.fetch();
+      v.fetch(seen);
     }
     barrier_if<BUFFERS == 1>();  // K has been read
     if (BUFFERS == 1) {
-      v.store();
+      v.store(seen);
     }
   }
 
@@ -74,11 +76,12 @@ struct QueryBlocks {
 
   /// Behind it both can be read.
   METAL_FUNC void stage() {
-    q.fetch();
-    dout.fetch();
+    const EverySeen seen = {};
+    q.fetch(seen);
+    dout.fetch(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    q.store();
-    dout.store();
+    q.store(seen);
+    dout.store(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 

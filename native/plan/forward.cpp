@@ -22,9 +22,9 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   refuse(p, plan);
   if (!plan.refusal.empty()) return plan;
   const DTypeNames dtype = names(p.dtype);
-  const int bd = padded_head_dim(p.q.sizes[3]);
+  const int bd = padded_head_dim(widest_head_dim(p));
   TileChoice choice = forward_choice(tiles(bd, dtype).forward, dtype.operand);
-  const std::vector<TileChoice> choices = forward_choices(bd, dtype);
+  const std::vector<TileChoice> choices = forward_choices(bd, dtype, p.has_mask);
   const std::string asked = asked_tile(p, "attention_forward");
   if (!asked.empty()) {
     const auto found = std::find_if(choices.begin(), choices.end(),
@@ -42,10 +42,11 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   advise_on_layout(chunks, plan);
-  plan.kernels.push_back(make_kernel(
-      p, "attention_forward", choice, switches(p, chunks), query_heads(p), p.q.sizes[2]));
-  plan.kernels[0].alternatives = names_of(choices);
-  plan.launches = {{0, plan.kernels[0].groups, 0, 0, plan.params.kv_len}};
+  add_mask_map(p, plan);
+  KernelPlan kernel = make_kernel(
+      p, "attention_forward", choice, full_variant(p, chunks), query_heads(p), p.q.sizes[2]);
+  kernel.alternatives = names_of(choices);
+  plan.add(std::move(kernel));
   return plan;
 }
 

@@ -1,43 +1,138 @@
 #include "instantiate.h"
 
 #include "join.h"
+#include "params.h"
 #include "plan.h"
 
 namespace orchard {
 
-std::vector<const char*> switches(const Problem& p, bool chunks) {
-  return {
-      chunks ? "chunks" : "!chunks", dropout_threshold(p.dropout_p) > 0 ? "dropout" : "!dropout"};
+namespace {
+
+/// As a Mask (shaders/masks.h) calls its elements.
+const char* mask_element(const Problem& p) {
+  return p.mask_dtype == DType::kBool ? "uchar" : names(p.mask_dtype).metal;
+}
+
+/// Whether a key of an even number and the next one lie side by side in the mask, aligned to both.
+bool has_pairs(const MaskLayout& mask, int64_t kv_len) {
+  bool even = kv_len % 2 == 0 && mask.sizes[4] > 1 && mask.strides[4] == 1 && mask.offset % 2 == 0;
+  for (int d = 0; d < 4; d++) even &= mask.sizes[d] == 1 || mask.strides[d] % 2 == 0;
+  return even;
+}
+
+const char* word(bool x) { return x ? "true" : "false"; }
+
+/// `score` is the type of that name, `suffix` what a kernel's name says of it.
+Variant variant_of(bool chunks, bool dropout, const std::string& score, const std::string& suffix) {
+  // A kernel's name says which loads it uses either way, and the rest only where it is there.
+  return {join("Variant<", word(chunks), ", ", word(dropout), ", ", score, ">"),
+      join(chunks ? "_chunks" : "_elements", dropout ? "_dropout" : "", suffix)};
+}
+
+struct ScoreType {
+  std::string type, suffix;
+};
+
+ScoreType score_of(const Problem& p) {
+  if (has_plain_scores(p)) return {"PlainScore", ""};
+  std::string mask = "NoMask", suffix;
+  if (p.has_mask) {
+    const bool pairs = has_pairs(p.mask, p.k.sizes[2]);
+    mask = join("Mask<", mask_element(p), ", ", word(pairs), ">");
+    suffix = join("_mask_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch,
+        pairs ? "_pairs" : "");
+  }
+  return {join("Score<", word(p.softcap > 0.0), ", ", word(p.has_alibi), ", ", mask, ">"),
+      join(p.softcap > 0.0 ? "_softcap" : "", p.has_alibi ? "_alibi" : "", suffix)};
+}
+
+KernelRole role_of(const std::string& family) {
+  const auto has = [&](const char* part) { return family.find(part) != std::string::npos; };
+  if (has("_mask_map")) return KernelRole::kMap;
+  if (has("_delta")) return KernelRole::kRows;
+  if (has("_dkv")) return KernelRole::kKeys;
+  if (has("_dmask")) return KernelRole::kMaskGradient;
+  if (has("_dsinks")) return KernelRole::kSinkGradient;
+  return KernelRole::kQueries;
+}
+
+/// A kernel whose name and template arguments are given.
+KernelPlan named_kernel(const std::string& family, const std::string& name,
+    const std::string& arguments, const std::array<uint64_t, 2>& groups) {
+  KernelPlan kernel;
+  kernel.family = family;
+  kernel.role = role_of(family);
+  kernel.name = name;
+  const std::string args = join(family, "<", arguments, ">");
+  kernel.instantiation =
+      join("template [[host_name(\"", name, "\")]] [[kernel]] decltype(", args, ") ", args, ";\n");
+  kernel.groups = groups;
+  kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
+  return kernel;
+}
+
+}  // namespace
+
+Variant full_variant(const Problem& p, bool chunks) {
+  const ScoreType score = score_of(p);
+  return variant_of(chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix);
+}
+
+Variant variant_of_sinks(const Problem& p, bool chunks) {
+  const bool plain = has_plain_scores(p);
+  Variant variant = variant_of(chunks, false, "PlainScore", "");
+  variant.type += !p.has_sinks ? ", NoSinks" : plain ? ", Sinks<false>" : ", Sinks<true>";
+  variant.suffix += !p.has_sinks ? "" : plain ? "_sinks" : "_sinks_natural";
+  return variant;
+}
+
+Variant variant_of_visibility(const Problem& p, bool chunks) {
+  return variant_of(chunks, false,
+      p.has_mask ? "Score<false, false, Mask<uchar, false>>" : "PlainScore",
+      p.has_mask ? "_mask" : "");
 }
 
 KernelPlan make_kernel(const Problem& p, const std::string& family, const TileChoice& tile,
-    const std::vector<const char*>& flags, int64_t heads, int64_t length) {
+    const Variant& variant, int64_t heads, int64_t length) {
   const DTypeNames dtype = names(p.dtype);
-  const int bd = padded_head_dim(p.q.sizes[3]);
+  const int bd = padded_head_dim(widest_head_dim(p));
   const int64_t blocks = blocks_of(length, tile.rows);
-  KernelPlan kernel;
-  kernel.family = family;
+  KernelPlan kernel = named_kernel(family,
+      join(family, "_", dtype.torch, "_d", bd, tile.name.empty() ? "" : "_", tile.name,
+          variant.suffix),
+      join(dtype.metal, ", ", tile.operand.empty() ? "" : tile.operand + ", ", bd, ", ", tile.args,
+          tile.args.empty() ? "" : ", ", kSimdgroups, ", ", variant.type),
+      {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
   kernel.tile_name = tile.name;
-  kernel.name = join(family, "_", dtype.torch, "_d", bd, tile.name.empty() ? "" : "_", tile.name);
-  const char* chunks = "false";
-  const char* dropout = "false";
-  for (const std::string flag : flags) {
-    // A kernel's name says which loads it uses either way, and dropout only if it is on.
-    if (flag == "!chunks") kernel.name += "_elements";
-    if (flag[0] != '!') kernel.name += "_" + flag;
-    if (flag == "chunks") chunks = "true";
-    if (flag == "dropout") dropout = "true";
-  }
-  const std::string args = join(family, "<", dtype.metal, ", ",
-      tile.operand.empty() ? "" : tile.operand + ", ", bd, ", ", tile.args,
-      tile.args.empty() ? "" : ", ", kSimdgroups, ", Variant<", chunks, ", ", dropout, ">>");
-  kernel.instantiation = join("template [[host_name(\"", kernel.name, "\")]] [[kernel]] decltype(",
-      args, ") ", args, ";\n");
   kernel.tile = join(tile.text, tile.text.empty() ? "" : ", ", "head_dim padded to ", bd, "; ",
       heads, " x ", blocks, " threadgroups of ", kSimdgroups * ORCHARD_SIMD_WIDTH, " threads");
-  kernel.groups = {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)};
-  kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
   return kernel;
+}
+
+void add_mask_map(const Problem& p, Plan& plan) {
+  if (!p.has_mask) return;
+  const std::array<int64_t, 5> sizes = mask_map_sizes(p);
+  const int64_t heads = sizes[0] * sizes[1] * sizes[2];
+  const int64_t blocks = sizes[3] * blocks_of(sizes[4], kSimdgroups);
+  KernelPlan kernel = named_kernel("attention_mask_map",
+      join(
+          "attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch),
+      join(mask_element(p), ", ", kSimdgroups),
+      {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
+  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
+      " x ", blocks, " threadgroups of ", kernel.threads, " threads");
+  plan.map_elements = heads * sizes[3] * sizes[4];
+  plan.add(std::move(kernel));
+}
+
+void add_sink_gradient(const Problem& p, Plan& plan) {
+  if (!p.has_sinks) return;
+  const uint64_t heads = static_cast<uint64_t>(p.q.sizes[1]);
+  KernelPlan kernel =
+      named_kernel("attention_backward_dsinks", "attention_backward_dsinks", "1", {heads, 1});
+  kernel.threads = ORCHARD_SIMD_WIDTH;
+  kernel.tile = join("a simdgroup for each of ", heads, " query heads");
+  plan.add(std::move(kernel));
 }
 
 }  // namespace orchard

@@ -5,11 +5,27 @@
 
 namespace orchard {
 
-/// What Variant (shaders/loader.h) says, VEC and DROPOUT: a name each, with '!' before what is off.
-std::vector<const char*> switches(const Problem& problem, bool chunks);
+/// What a kernel is compiled for besides its tile (Variant in shaders/loader.h).
+struct Variant {
+  std::string type;    ///< as the template's argument
+  std::string suffix;  ///< of the kernel's name
+};
+
+/// What of the problem a kernel distinguishes. `chunks`: whether rows load in chunks of 16 bytes.
+Variant full_variant(const Problem& problem, bool chunks);
+/// Besides its loads only whether there are sinks, and the units of scores where there are.
+Variant variant_of_sinks(const Problem& problem, bool chunks);
+/// Besides its loads only whether there is a mask.
+Variant variant_of_visibility(const Problem& problem, bool chunks);
 
 /// `length`: of the queries, or keys, that the threadgroups of a head share.
 KernelPlan make_kernel(const Problem& problem, const std::string& family, const TileChoice& tile,
-    const std::vector<const char*>& flags, int64_t heads, int64_t length);
+    const Variant& variant, int64_t heads, int64_t length);
+
+/// Plans the map of what the mask lets through, where there is a mask.
+void add_mask_map(const Problem& problem, Plan& plan);
+
+/// Plans the sum of the sinks' gradients, where there are sinks.
+void add_sink_gradient(const Problem& problem, Plan& plan);
 
 }  // namespace orchard

@@ -13,7 +13,30 @@ int32_t clamp_window(int64_t window) {
       window < 0 ? ORCHARD_WINDOW_OPEN : std::min<int64_t>(window, ORCHARD_WINDOW_OPEN));
 }
 
+/// Strides of a dense tensor of these sizes; 0 where it has size 1 and is the same for all.
+MaskStrides dense(const std::array<int64_t, 5>& sizes, int64_t inner) {
+  std::array<int64_t, 5> strides{};
+  int64_t next = 1;
+  for (int d = 4; d >= 0; d--) {
+    strides[d] = sizes[d] == 1 ? 0 : next;
+    next *= sizes[d];
+  }
+  return {strides[0], strides[1], strides[2], strides[3], strides[4], inner};
+}
+
+void fill_mask_params(const Problem& p, AttentionParams& params) {
+  std::array<int64_t, 5> strides = p.mask.strides;
+  for (int d = 0; d < 5; d++) strides[d] = p.mask.sizes[d] == 1 ? 0 : strides[d];
+  params.mask = {strides[0], strides[1], strides[2], strides[3], strides[4], p.mask.inner};
+  params.dmask = dense(p.mask.sizes, p.mask.inner);
+  params.mask_map = dense(mask_map_sizes(p), p.mask.inner);
+}
+
 }  // namespace
+
+bool has_plain_scores(const Problem& p) { return !p.has_mask && !p.has_alibi && p.softcap == 0.0; }
+
+int64_t widest_head_dim(const Problem& p) { return std::max(p.q.sizes[3], p.v.sizes[3]); }
 
 int64_t query_heads(const Problem& p) { return p.q.sizes[0] * p.q.sizes[1]; }
 
@@ -23,20 +46,38 @@ int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) /
 
 TensorStrides to_strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
+std::array<int64_t, 5> mask_map_sizes(const Problem& p) {
+  std::array<int64_t, 5> sizes = p.mask.sizes;
+  for (int d = 0; d < 5; d++) {
+    if (p.mask.strides[d] == 0) sizes[d] = 1;
+  }
+  for (int d : {3, 4}) {
+    if (sizes[d] > 1) sizes[d] = blocks_of(sizes[d], ORCHARD_MAP_BLOCK);
+  }
+  return sizes;
+}
+
 void fill_params(const Problem& p, AttentionParams& params) {
   params.q = to_strides(p.q.strides);
   params.k = to_strides(p.k.strides);
   params.v = to_strides(p.v.strides);
+  if (p.has_mask) fill_mask_params(p, params);
+  params.alibi_batch = p.alibi_batch;
+  params.alibi_head = p.alibi_head;
+  params.batch = static_cast<int32_t>(p.q.sizes[0]);
   params.num_heads = static_cast<int32_t>(p.q.sizes[1]);
   params.num_kv_heads = static_cast<int32_t>(p.k.sizes[1]);
   params.q_len = static_cast<int32_t>(p.q.sizes[2]);
   params.kv_len = static_cast<int32_t>(p.k.sizes[2]);
   params.head_dim = static_cast<int32_t>(p.q.sizes[3]);
+  params.v_head_dim = static_cast<int32_t>(p.v.sizes[3]);
   params.diagonal = static_cast<int32_t>(p.diagonal);
   params.window_left = clamp_window(p.window_left);
   params.window_right = clamp_window(p.window_right);
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
+  params.softcap = static_cast<float>(p.softcap);
+  params.has_sinks = p.has_sinks;
   params.dropout_threshold = dropout_threshold(p.dropout_p);
   params.dropout_rescale = 65536.0f / static_cast<float>(65536 - params.dropout_threshold);
 }
@@ -74,6 +115,11 @@ std::array<int64_t, 4> strides_in_order_of(
     next *= std::max<int64_t>(sizes[order[i]], 1);
   }
   return strides;
+}
+
+void Plan::add(KernelPlan kernel) {
+  launches.push_back({kernels.size(), kernel.groups, 0, 0, params.kv_len});
+  kernels.push_back(std::move(kernel));
 }
 
 void KernelLaunch::set(AttentionParams& params) const {

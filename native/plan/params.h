@@ -7,6 +7,10 @@ namespace orchard {
 
 TensorStrides to_strides(const std::array<int64_t, 4>& strides);
 
+/// Sizes of the map of what the mask lets through: (outer, inner, Hq, blocks of queries, blocks of
+/// keys), 1 where it is the same for all.
+std::array<int64_t, 5> mask_map_sizes(const Problem& problem);
+
 /// The params that follow from the problem alone.
 void fill_params(const Problem& problem, AttentionParams& params);
 

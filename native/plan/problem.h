@@ -11,7 +11,7 @@
 
 namespace orchard {
 
-enum class DType { kFloat16, kBFloat16, kFloat32, kOther };
+enum class DType { kFloat16, kBFloat16, kFloat32, kBool, kOther };
 
 /// Where a 4-D tensor (B, H, length, head_dim) lies: sizes, strides and offset in elements.
 struct Layout {
@@ -20,13 +20,28 @@ struct Layout {
   int64_t offset = 0;
 };
 
+/// Where attn_mask lies: as Layout, (outer, inner, Hq, L, S), each size as in the problem or 1.
+/// Batch entry b is entry (b / inner, b % inner), with the numbers that the problem has.
+struct MaskLayout {
+  std::array<int64_t, 5> sizes{};
+  std::array<int64_t, 5> strides{};
+  int64_t offset = 0;
+  int64_t inner = 1;
+};
+
 /// One call, reduced to what decides kernels.
 struct Problem {
   DType dtype = DType::kOther;
   Layout q, k, v;
   bool has_mask = false;
+  bool mask_grad = false;
+  DType mask_dtype = DType::kOther;
+  MaskLayout mask;
   bool has_alibi = false;
   bool has_sinks = false;
+  bool per_head_float32 = true;  ///< whether alibi_slopes and sinks, as far as given, are float32
+  int64_t alibi_batch = 0;       ///< strides of alibi_slopes; 0: the same for all batches
+  int64_t alibi_head = 1;
   double dropout_p = 0.0;
   double scale = 1.0;
   int64_t window_left = -1;
@@ -37,8 +52,12 @@ struct Problem {
   std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."
 };
 
+/// What a kernel of a plan is for.
+enum class KernelRole { kMap, kRows, kKeys, kQueries, kMaskGradient, kSinkGradient };
+
 /// One kernel variant and its grid.
 struct KernelPlan {
+  KernelRole role = KernelRole::kQueries;
   std::string family;         ///< the name of the kernel's template
   std::string name;           ///< host name of the variant, every degree of freedom readable
   std::string instantiation;  ///< the line of Metal that makes the variant
@@ -68,7 +87,17 @@ struct Plan {
   std::vector<KernelPlan> kernels;
   std::vector<KernelLaunch> launches;  ///< in order
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
+  int64_t map_elements = 0;            ///< of the uint2 buffer for the mask's map; 0: none
+
+  /// Adds a kernel and one launch of its whole grid, behind the others.
+  void add(KernelPlan kernel);
 };
+
+/// Whether a score is a scaled dot product and nothing else (Scoring.plain in Python).
+bool has_plain_scores(const Problem& problem);
+
+/// The wider of query's and value's head dim.
+int64_t widest_head_dim(const Problem& problem);
 
 int64_t query_heads(const Problem& problem);
 int64_t kv_heads(const Problem& problem);

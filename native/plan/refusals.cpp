@@ -28,30 +28,24 @@ int64_t longest(const Problem& p) {
 
 std::string no_detail(const Problem&) { return ""; }
 
-constexpr const char* kNoWayAround =
-    "nothing has to change: the reference kernels give the same result, slower";
-
 // In the order in which they are reported.
 const Reason kReasons[] = {
     {"the dtype is not float16, bfloat16 or float32",
         [](const Problem& p) { return p.dtype == DType::kOther; }, no_detail,
         "cast query, key and value to one of these"},
-    {"head_dim is above 256", [](const Problem& p) { return p.q.sizes[3] > kMaxHeadDim; },
-        [](const Problem& p) { return join("got ", p.q.sizes[3]); },
+    {"head_dim is above 256", [](const Problem& p) { return widest_head_dim(p) > kMaxHeadDim; },
+        [](const Problem& p) { return join("got ", widest_head_dim(p)); },
         "F.scaled_dot_product_attention takes such heads and may be faster than the reference "
         "kernels"},
-    {"value's head_dim differs from query's",
-        [](const Problem& p) { return p.v.sizes[3] != p.q.sizes[3]; },
-        [](const Problem& p) { return join("got ", p.v.sizes[3], " and ", p.q.sizes[3]); },
-        "pad the narrower with zeros: value, whose output is then cut to its width, or query and "
-        "key, with scale given as it was without the zeros"},
-    {"attn_mask is given", [](const Problem& p) { return p.has_mask; }, no_detail,
-        "use is_causal, window_left or window_right where they say the same as the mask"},
-    {"alibi_slopes are given", [](const Problem& p) { return p.has_alibi; }, no_detail,
-        kNoWayAround},
-    {"sinks are given", [](const Problem& p) { return p.has_sinks; }, no_detail, kNoWayAround},
-    {"softcap is given", [](const Problem& p) { return p.softcap > 0.0; },
-        [](const Problem& p) { return join("got ", p.softcap); }, kNoWayAround},
+    {"attn_mask is of another dtype than bool, float32 and query's",
+        [](const Problem& p) {
+          return p.has_mask && p.mask_dtype != DType::kBool && p.mask_dtype != DType::kFloat32 &&
+                 p.mask_dtype != p.dtype;
+        },
+        no_detail, "cast it to one of these"},
+    {"alibi_slopes or sinks are not float32",
+        [](const Problem& p) { return (p.has_alibi || p.has_sinks) && !p.per_head_float32; },
+        no_detail, "cast them to float32"},
     {"a length or the diagonal is above 2^28",
         [](const Problem& p) { return longest(p) > ORCHARD_MAX_LENGTH; },
         [](const Problem& p) { return join("got ", longest(p)); },

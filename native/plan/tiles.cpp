@@ -103,12 +103,13 @@ TileChoice delta_choice() {
   return delta;
 }
 
-std::vector<TileChoice> forward_choices(int bd, const DTypeNames& dtype) {
+std::vector<TileChoice> forward_choices(int bd, const DTypeNames& dtype, bool has_mask) {
   std::vector<TileChoice> choices;
   for (const std::string& operand : operands(dtype)) {
     for (int r : {1, 2}) {
       for (int bk : {8, 16, 32}) {
         for (int buffers : {0, 1, 2}) {
+          if (buffers == 0 && has_mask) continue;
           if (buffers * staged_bytes(bk, bd, operand) > kThreadgroupMemory) continue;
           TileChoice choice = forward_choice({r, bk, buffers}, operand);
           if (operand != dtype.operand) choice.name += "_" + operand;

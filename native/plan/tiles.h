@@ -61,8 +61,8 @@ TileChoice delta_choice();
 int keys_of_group(DkvTile tile);
 const char* dkv_family(DkvTile tile);
 
-/// Every tile of the forward that fits, for sweeps on a device.
-std::vector<TileChoice> forward_choices(int head_dim, const DTypeNames& dtype);
+/// Every tile of the forward that fits, for sweeps on a device. A mask needs K and V staged.
+std::vector<TileChoice> forward_choices(int head_dim, const DTypeNames& dtype, bool has_mask);
 
 /// What Problem::tiles asks for this family; empty if nothing.
 std::string asked_tile(const Problem& problem, const std::string& family);

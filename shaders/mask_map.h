@@ -1,0 +1,63 @@
+// The map of what a mask lets through (MaskMap in masks.h), for the kernels to skip what is hidden.
+//
+// A simdgroup takes a block of ORCHARD_MAP_BLOCK queries and keys of one (batch, head) of the mask,
+// each lane a key of it.
+#pragma once
+
+#include "masks.h"
+
+/// Whether a mask lets a pair through.
+METAL_FUNC bool lets_through(uchar element) { return element; }
+
+template <typename E>
+METAL_FUNC bool lets_through(E element) {
+  return float(element) != -INFINITY;
+}
+
+METAL_FUNC int blocks_of(int length) {
+  return (length + ORCHARD_MAP_BLOCK - 1) / ORCHARD_MAP_BLOCK;
+}
+
+template <typename E, int SIMDGROUPS>
+[[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_mask_map(
+    const device uchar* attn_mask [[buffer(kBufferMask)]],
+    device uint2* mask_map [[buffer(kBufferMaskMap)]],
+    constant AttentionParams& params [[buffer(kBufferParams)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  const int rows = params.mask_map.row != 0 ? blocks_of(params.q_len) : 1;
+  const int cols = params.mask_map.col != 0 ? blocks_of(params.kv_len) : 1;
+  const int groups_of_cols = (cols + SIMDGROUPS - 1) / SIMDGROUPS;
+  const int row = group.y / groups_of_cols;
+  const int col = group.y % groups_of_cols * SIMDGROUPS + simdgroup;
+  if (col >= cols) {
+    return;
+  }
+  const int heads = params.mask_map.head != 0 ? params.num_heads : 1;
+  const int inner_size = params.mask_map.inner != 0 ? int(params.mask_map.inner_size) : 1;
+  const int head = group.x % heads;
+  const int batch = group.x / heads;
+  const device E* mask = reinterpret_cast<const device E*>(attn_mask) +
+                         batch / inner_size * params.mask.outer +
+                         batch % inner_size * params.mask.inner + head * params.mask.head;
+  const int row0 = row * ORCHARD_MAP_BLOCK;
+  const int key = col * ORCHARD_MAP_BLOCK + lane;
+  const bool exists = params.mask.col == 0 || key < params.kv_len;
+  const int row_end = params.mask.row == 0 ? 1 : min(row0 + ORCHARD_MAP_BLOCK, params.q_len);
+  bool any = false;
+  bool all = true;
+  if (exists) {
+    const device E* column = mask + key * params.mask.col;
+    for (int i = row0; i < row_end; i++) {
+      const bool passes = lets_through(column[i * params.mask.row]);
+      any = any || passes;
+      all = all && passes;
+    }
+  }
+  const uint bits = simd_sum(any ? 1u << lane : 0u);
+  const uint all_pairs = simd_min(all ? 1u : 0u);
+  if (lane == 0) {
+    mask_map[((int64_t)group.x * rows + row) * cols + col] = uint2(bits, all_pairs);
+  }
+}

@@ -1,0 +1,189 @@
+// What makes a score of a product q k^T, and its derivative: PlainScore, or Score with what the
+// call adds. A variant names its own (loader.h), and kernels use it through Scores and
+// ScoresTransposed.
+#pragma once
+
+#include "loader.h"
+#include "masks.h"
+#include "params.h"
+#include "tile.h"
+
+/// s = scale * (q k^T) and nothing else: exponentials are powers of two.
+struct PlainScore {
+  static constant constexpr const bool kNatural = false;
+  static constant constexpr const bool kCapped = false;
+  using Mask = NoMask;
+};
+
+/// s = softcap * tanh(scale * (q k^T) / softcap) - slope * |position - key| + mask, as far as it
+/// has these parts. Exponentials are natural: a finite mask times log2(e) could overflow.
+template <bool SOFTCAP, bool ALIBI, typename MASK>
+struct Score {
+  static constant constexpr const bool kNatural = true;
+  static constant constexpr const bool kCapped = SOFTCAP;
+  using Mask = MASK;
+};
+
+/// d(score) / d(q k^T) but for softcap's part, in the units of natural exponentials: a common
+/// factor, so it goes onto dq and dk when they are stored.
+METAL_FUNC float score_derivative(constant AttentionParams& params) { return params.scale; }
+
+/// tanh as right as float32 holds it, or with an absolute error near 1e-7, which is far below what
+/// 16-bit operands have rounded away.
+template <bool EXACT>
+METAL_FUNC float2 tanh_of(float2 x) {
+  if (EXACT) {
+    return precise::tanh(x);
+  }
+  const float2 size = abs(x);  // exponentials of it cannot overflow
+  const float2 e = float2(fast::exp2(-2.88539008f * size.x), fast::exp2(-2.88539008f * size.y));
+  const float2 t = (1.0f - e) / (1.0f + e);
+  return float2(x.x < 0.0f ? -t.x : t.x, x.y < 0.0f ? -t.y : t.y);
+}
+
+/// The parts of a head's scores that do not depend on the mask.
+template <bool EXACT, bool SOFTCAP, bool ALIBI>
+struct HeadScore {
+  float factor;  // of a product
+  float cap;
+  float slope;
+
+  METAL_FUNC void start(
+      Head head, const device float* alibi_slopes, constant AttentionParams& params) {
+    factor = SOFTCAP ? params.scale / params.softcap : params.scale;
+    cap = params.softcap;
+    slope = 0.0f;
+    if (ALIBI) {
+      slope = alibi_slopes[head.batch * params.alibi_batch + head.head * params.alibi_head];
+    }
+  }
+
+  /// Scores of two products. `distance` is from their queries' positions to their keys. The caps'
+  /// derivatives go to `derivative`.
+  METAL_FUNC float2 of(float2 product, float2 distance, thread float2& derivative) const {
+    float2 s = product * factor;
+    derivative = float2(1.0f);
+    if (SOFTCAP) {
+      const float2 t = tanh_of<EXACT>(s);
+      derivative = 1.0f - t * t;
+      s = cap * t;
+    }
+    if (ALIBI) {
+      s = fma(float2(-slope), abs(distance), s);
+    }
+    return s;
+  }
+};
+
+/// The scores of tiles (queries, keys) of one head, the queries from row0 on. Rounded the same way
+/// in every kernel, so that the backward has the forward's numbers. EXACT: for float32.
+template <bool EXACT, typename SCORE, int ROWS, int COLS>
+struct Scores {
+  METAL_FUNC void start(Head, ScoreBuffers, int, LanePosition, constant AttentionParams&) {}
+
+  /// Asks for what apply() adds to the tile from key0 on.
+  METAL_FUNC void fetch(int, bool) {}
+
+  METAL_FUNC void apply(
+      thread Tile<float, ROWS, COLS>& s, int, bool, constant AttentionParams& params) const {
+    scale(s, params.scale_log2);
+  }
+
+  METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s, thread Tile<float, ROWS, COLS>&, int,
+      bool, constant AttentionParams& params) const {
+    scale(s, params.scale_log2);
+  }
+};
+
+template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int ROWS, int COLS>
+struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
+  HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
+  MaskTile<MASK, ROWS, COLS> mask;
+  int first_position;  // of this lane's first row, less its first column
+
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, int row0, LanePosition at,
+      constant AttentionParams& params) {
+    head_score.start(head, buffers.alibi_slopes, params);
+    mask.start(head, buffers.mask, row0, at, params);
+    first_position = row0 + at.row + params.diagonal - at.col;
+  }
+
+  /// Asks for the mask of the tile from key0 on, unless it lets all pairs through.
+  METAL_FUNC void fetch(int key0, bool masked) {
+    if (masked) {
+      mask.fetch(key0);
+    }
+  }
+
+  METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s, int key0, bool masked,
+      constant AttentionParams& params) const {
+    Tile<float, ROWS, COLS> derivatives;  // not used
+    apply(s, derivatives, key0, masked, params);
+  }
+
+  /// Makes scores of products, and in `derivatives` what softcap multiplies their gradients by.
+  METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s,
+      thread Tile<float, ROWS, COLS>& derivatives, int key0, bool masked,
+      constant AttentionParams&) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const float distance = float(first_position + 8 * r - key0);
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        const float2 distances = distance - float2(8 * c, 8 * c + 1);
+        s.fragments[r][c] =
+            head_score.of(s.fragments[r][c], distances, derivatives.fragments[r][c]);
+      }
+    }
+    if (masked) {
+      mask.add_to(s);
+    }
+  }
+};
+
+/// The scores of transposed tiles (8 keys, queries) of one head, the keys from key0 on.
+template <bool EXACT, typename SCORE, int COLS>
+struct ScoresTransposed {
+  METAL_FUNC void start(Head, ScoreBuffers, int, LanePosition, constant AttentionParams&) {}
+
+  METAL_FUNC void fetch(int, bool) {}
+
+  METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>&, int, bool,
+      constant AttentionParams& params) const {
+    scale(s, params.scale_log2);
+  }
+};
+
+template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int COLS>
+struct ScoresTransposed<EXACT, Score<SOFTCAP, ALIBI, MASK>, COLS> {
+  HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
+  MaskTileTransposed<MASK, COLS> mask;
+  int first_position;  // of this lane's first query, less its key
+
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, int key0, LanePosition at,
+      constant AttentionParams& params) {
+    head_score.start(head, buffers.alibi_slopes, params);
+    mask.start(head, buffers.mask, key0, at, params);
+    first_position = at.col + params.diagonal - key0 - at.row;
+  }
+
+  /// Asks for the mask of the tile from row0 on, unless it lets all pairs through.
+  METAL_FUNC void fetch(int row0, bool masked) {
+    if (masked) {
+      mask.fetch(row0);
+    }
+  }
+
+  METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
+      int row0, bool masked, constant AttentionParams&) const {
+    const float distance = float(first_position + row0);
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      const float2 distances = distance + float2(8 * c, 8 * c + 1);
+      s.fragments[0][c] = head_score.of(s.fragments[0][c], distances, derivatives.fragments[0][c]);
+    }
+    if (masked) {
+      mask.add_to(s);
+    }
+  }
+};
