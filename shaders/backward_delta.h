@@ -6,6 +6,7 @@
 #pragma once
 
 #include "loader.h"
+#include "scores.h"
 #include "softmax.h"
 
 /// What a row adds to the gradient of its sink, where there are sinks. NATURAL: the units of

@@ -29,6 +29,7 @@ struct NoMask {
 template <typename E, bool PAIRS>
 struct Mask {
   static constant constexpr const bool kAny = true;
+  static constant constexpr const bool kAdds = sizeof(E) > 1;  // not boolean
 };
 
 /// A score with its element of the mask. What a mask hides is -inf even where the score is NaN.
@@ -155,7 +156,7 @@ struct MaskTileTransposed<Mask<E, PAIRS>, COLS> {
 /// Which keys of a block some row of a block of queries sees: key i from its first on is bit i.
 struct SeenKeys {
   uint bits;
-  bool all_pairs;  // every row sees every key
+  bool masked_pairs;  // some pair's score is not what it is without the mask
 
   template <int KEYS>
   METAL_FUNC bool every() const {
@@ -168,7 +169,7 @@ struct SeenKeys {
   }
 
   METAL_FUNC bool has(int i) const { return (bits >> i) & 1; }
-  METAL_FUNC bool masked() const { return !all_pairs; }
+  METAL_FUNC bool masked() const { return masked_pairs; }
 
   template <int COUNT>
   METAL_FUNC static uint low_bits() {
@@ -226,7 +227,7 @@ struct MaskMap<Mask<E, PAIRS>> {
     }
     Seen seen;
     seen.bits = together.x >> (key0 % ORCHARD_MAP_BLOCK);
-    seen.all_pairs = together.y != 0;
+    seen.masked_pairs = Mask<E, PAIRS>::kAdds || together.y == 0;
     return seen;
   }
 
