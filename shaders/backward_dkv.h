@@ -22,6 +22,7 @@
 #include "score.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -63,6 +64,10 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
+  const OutputRows<T> dk_rows = head.key_output(dk, params.dk);
+  const OutputRows<T> dv_rows = head.key_output(dv, params.dv);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
@@ -108,11 +113,18 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       mma_AB(dv_sum, p_operand, rows.dout);
       mma_AB(dk_sum, ds_block, rows.q);
       rows.advance();
+      if (parts.ends_part()) {
+        parts.put_aside(dk_sum, dk_rows, key0, at);
+        parts.put_aside(dv_sum, dv_rows, key0, at);
+        parts.start_next();
+      }
     }
   }
 
+  parts.add_earlier(dk_sum, dk_rows, key0, at);
+  parts.add_earlier(dv_sum, dv_rows, key0, at);
   scale(dk_sum, score_derivative(params));
   scale(dv_sum, (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale);
-  store_rows<V::kVec>(head.key_output(dk, params.dk), dk_sum, key0, at);
-  store_rows<V::kVec>(head.key_output(dv, params.dv), dv_sum, key0, at);
+  store_rows<V::kVec>(dk_rows, dk_sum, key0, at);
+  store_rows<V::kVec>(dv_rows, dv_sum, key0, at);
 }

@@ -17,6 +17,7 @@
 #include "score.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 /// A tile that one simdgroup of a pair leaves for the other: each lane's pairs of elements.
 struct HandedOver {
@@ -84,6 +85,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                       pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
@@ -131,13 +134,23 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       }
       mma_AB(sum, x, summed);
       rows.advance();
+      if (parts.ends_part()) {
+        const OutputRows<T> rows_of_sum =
+            second ? head.key_output(dk, params.dk) : head.key_output(dv, params.dv);
+        parts.put_aside(sum, rows_of_sum, key0, at);
+        parts.start_next();
+      }
     }
   }
 
   if (second) {
+    const OutputRows<T> dk_rows = head.key_output(dk, params.dk);
+    parts.add_earlier(sum, dk_rows, key0, at);
     scale(sum, score_derivative(params));
-    store_rows<V::kVec>(head.key_output(dk, params.dk), sum, key0, at);
+    store_rows<V::kVec>(dk_rows, sum, key0, at);
   } else {
-    store_rows<V::kVec>(head.key_output(dv, params.dv), sum, key0, at);
+    const OutputRows<T> dv_rows = head.key_output(dv, params.dv);
+    parts.add_earlier(sum, dv_rows, key0, at);
+    store_rows<V::kVec>(dv_rows, sum, key0, at);
   }
 }
