@@ -76,44 +76,47 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     Blocks rows;
     rows.start(head.query_rows(query, params.q), head.query_rows(dout, params.dout),
         blocks.begin * BQ, storage, thread_index, at);
-    for (int block = blocks.begin; block < blocks.end; block++) {
-      const int row0 = block * BQ;
-      ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
-      stats.load(row_stats + stats0, row0, params.q_len, at);
-      ColumnValues<kBlocks> row_delta;
-      row_delta.load(delta + stats0, row0, params.q_len, at);
-      rows.stage();
+    for (int block = blocks.begin; block < blocks.end;) {
+      const int last = parts.take(block, blocks.end);
+      for (; block < last; block++) {
+        const int row0 = block * BQ;
+        ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
+        stats.load(row_stats + stats0, row0, params.q_len, at);
+        ColumnValues<kBlocks> row_delta;
+        row_delta.load(delta + stats0, row0, params.q_len, at);
+        rows.stage();
 
-      Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
-      zero(p);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
-      score(p, params);
-      map(p, stats);
-      if (!unmasked.has(row0)) {
-        mask_transposed(p, window, key0, row0, at);
+        Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
+        zero(p);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
+        score(p, params);
+        map(p, stats);
+        if (!unmasked.has(row0)) {
+          mask_transposed(p, window, key0, row0, at);
+        }
+        Tile<float, 1, kBlocks> ds_block;
+        zero(ds_block);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
+        uint kept = 0;
+        if (V::kDropout) {
+          kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+          drop_transposed(ds_block, kept, params.dropout_rescale);
+        }
+        dscore_transposed(ds_block, p, row_delta);
+        if (STORE_DS) {
+          store_dscore(ds_tiles, key0, row0, ds_block, params);
+        }
+        if (V::kDropout) {
+          drop_transposed(p, kept, kPScale);
+        } else {
+          scale(p, kPScale);
+        }
+        const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
+        mma_AB(dv_sum, p_operand, rows.dout);
+        mma_AB(dk_sum, ds_block, rows.q);
+        rows.advance();
       }
-      Tile<float, 1, kBlocks> ds_block;
-      zero(ds_block);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
-      uint kept = 0;
-      if (V::kDropout) {
-        kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-        drop_transposed(ds_block, kept, params.dropout_rescale);
-      }
-      dscore_transposed(ds_block, p, row_delta);
-      if (STORE_DS) {
-        store_dscore(ds_tiles, key0, row0, ds_block, params);
-      }
-      if (V::kDropout) {
-        drop_transposed(p, kept, kPScale);
-      } else {
-        scale(p, kPScale);
-      }
-      const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
-      mma_AB(dv_sum, p_operand, rows.dout);
-      mma_AB(dk_sum, ds_block, rows.q);
-      rows.advance();
-      if (parts.ends_part()) {
+      if (parts.ended()) {
         parts.put_aside(dk_sum, dk_rows, key0, at);
         parts.put_aside(dv_sum, dv_rows, key0, at);
         parts.start_next();

@@ -8,28 +8,32 @@
 
 constant int kPartQueries = 1024;
 
-/// Counts blocks of BQ queries, of all heads of the group.
+/// Blocks of BQ queries, of all heads of the group, in parts.
 template <typename T, int BQ, bool VEC>
 struct SumParts {
   static constant constexpr const bool kDivided = sizeof(T) == 4;
   static_assert(kPartQueries % BQ == 0, "a part ends with a block");
 
-  int queries;  // of this part, up to now
+  int left;     // blocks of this part that are not yet taken
   bool stored;  // an earlier part
 
   METAL_FUNC void start() {
-    queries = 0;
+    left = kPartQueries / BQ;
     stored = false;
   }
 
-  /// Counts one block; says whether it is the last one of a part, whose sums are stored then.
-  METAL_FUNC bool ends_part() {
-    queries += BQ;
-    return kDivided && queries == kPartQueries;
+  /// Takes the blocks from `block` on that belong to this part; says where they end.
+  METAL_FUNC int take(int block, int end) {
+    const int last = kDivided ? min(block + left, end) : end;
+    left -= last - block;
+    return last;
   }
 
+  /// Whether all of this part's blocks have been taken, so that its sums are to be stored.
+  METAL_FUNC bool ended() const { return kDivided && left == 0; }
+
   METAL_FUNC void start_next() {
-    queries = 0;
+    left = kPartQueries / BQ;
     stored = true;
   }
 
