@@ -22,6 +22,7 @@
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -68,6 +69,10 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
+  const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
+  const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
@@ -82,58 +87,68 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     scores.start(head, buffers, key0, at, params);
     MaskMap<typename V::Score::Mask> visible;
     visible.start(head, mask_map, params);
-    for (int block = blocks.begin; block < blocks.end; block++) {
-      const int row0 = block * BQ;
-      if (!visible.passes(row0, group_key0)) {
-        rows.advance();
-        continue;
-      }
-      const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
-      scores.fetch(row0, masked);
-      ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
-      stats.load(row_stats + stats0, row0, params.q_len, at);
-      ColumnValues<kBlocks> row_delta;
-      row_delta.load(delta + stats0, row0, params.q_len, at);
-      rows.stage();
+    for (int block = blocks.begin; block < blocks.end;) {
+      const int last = parts.take(block, blocks.end);
+      for (; block < last; block++) {
+        const int row0 = block * BQ;
+        if (!visible.passes(row0, group_key0)) {
+          rows.advance();
+          continue;
+        }
+        const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
+        scores.fetch(row0, masked);
+        ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
+        stats.load(row_stats + stats0, row0, params.q_len, at);
+        ColumnValues<kBlocks> row_delta;
+        row_delta.load(delta + stats0, row0, params.q_len, at);
+        rows.stage();
 
-      Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
-      zero(p);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
-      Tile<float, 1, kBlocks> derivatives;
-      scores.apply(p, derivatives, row0, masked, params);
-      map(p, stats);
-      if (!unmasked.has(row0)) {
-        mask_transposed(p, window, key0, row0, at);
+        Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
+        zero(p);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
+        Tile<float, 1, kBlocks> derivatives;
+        scores.apply(p, derivatives, row0, masked, params);
+        map(p, stats);
+        if (!unmasked.has(row0)) {
+          mask_transposed(p, window, key0, row0, at);
+        }
+        Tile<float, 1, kBlocks> ds_block;
+        zero(ds_block);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
+        uint kept = 0;
+        if (V::kDropout) {
+          kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+          drop_transposed(ds_block, kept, params.dropout_rescale);
+        }
+        dscore_transposed<kHides>(ds_block, p, row_delta);
+        if (V::Score::kCapped) {
+          times_derivative<kHides>(ds_block, derivatives);
+        }
+        if (STORE_DS) {
+          store_dscore(ds_tiles, key0, row0, ds_block, params);
+        }
+        if (V::kDropout) {
+          drop_transposed(p, kept, kPScale);
+        } else {
+          scale(p, kPScale);
+        }
+        const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
+        mma_AB(dv_sum, p_operand, rows.dout);
+        mma_AB(dk_sum, ds_block, rows.q);
+        rows.advance();
       }
-      Tile<float, 1, kBlocks> ds_block;
-      zero(ds_block);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
-      uint kept = 0;
-      if (V::kDropout) {
-        kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-        drop_transposed(ds_block, kept, params.dropout_rescale);
+      if (parts.ended()) {
+        parts.put_aside(dk_sum, dk_rows, key0, at);
+        parts.put_aside(dv_sum, dv_rows, key0, at);
+        parts.start_next();
       }
-      dscore_transposed<kHides>(ds_block, p, row_delta);
-      if (V::Score::kCapped) {
-        times_derivative<kHides>(ds_block, derivatives);
-      }
-      if (STORE_DS) {
-        store_dscore(ds_tiles, key0, row0, ds_block, params);
-      }
-      if (V::kDropout) {
-        drop_transposed(p, kept, kPScale);
-      } else {
-        scale(p, kPScale);
-      }
-      const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
-      mma_AB(dv_sum, p_operand, rows.dout);
-      mma_AB(dk_sum, ds_block, rows.q);
-      rows.advance();
     }
   }
 
+  parts.add_earlier(dk_sum, dk_rows, key0, at);
+  parts.add_earlier(dv_sum, dv_rows, key0, at);
   scale(dk_sum, score_derivative(params));
   scale(dv_sum, (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale);
-  store_rows<V::kVec>(head.key_output(dk, params.dk, params.head_dim), dk_sum, key0, at);
-  store_rows<V::kVec>(head.key_output(dv, params.dv, params.v_head_dim), dv_sum, key0, at);
+  store_rows<V::kVec>(dk_rows, dk_sum, key0, at);
+  store_rows<V::kVec>(dv_rows, dv_sum, key0, at);
 }

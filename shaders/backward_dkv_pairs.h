@@ -17,6 +17,7 @@
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 /// A tile that one simdgroup of a pair leaves for the other: each lane's pairs of elements.
 struct HandedOver {
@@ -89,6 +90,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                       pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
@@ -105,62 +108,76 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     visible.start(head, mask_map, params);
     const Staged scored = second ? rows.dout.staged : rows.q.staged;  // S = K Q^T, dP = V dO^T
     const Staged summed = second ? rows.q.staged : rows.dout.staged;  // dV of dO, dK of Q
-    for (int block = blocks.begin; block < blocks.end; block++) {
-      const int row0 = block * BQ;
-      if (!visible.passes(row0, group_key0)) {
-        rows.advance();
-        continue;
-      }
-      const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
-      ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
-      ColumnValues<kBlocks> row_delta;
-      if (second) {
-        row_delta.load(delta + stats0, row0, params.q_len, at);
-      } else {
-        stats.load(row_stats + stats0, row0, params.q_len, at);
-        scores.fetch(row0, masked);
-      }
-      rows.stage();
-
-      Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
-      zero(x);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
-      if (!second) {
-        Tile<float, 1, kBlocks> derivatives;
-        scores.apply(x, derivatives, row0, masked, params);
-        map(x, stats);
-        if (!unmasked.has(row0)) {
-          mask_transposed(x, window, key0, row0, at);
+    for (int block = blocks.begin; block < blocks.end;) {
+      const int last = parts.take(block, blocks.end);
+      for (; block < last; block++) {
+        const int row0 = block * BQ;
+        if (!visible.passes(row0, group_key0)) {
+          rows.advance();
+          continue;
         }
-        if (V::Score::kCapped) {
-          times_derivative<kHides>(derivatives, x);
-          handed_over.store(derivatives);
+        const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
+        ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
+        ColumnValues<kBlocks> row_delta;
+        if (second) {
+          row_delta.load(delta + stats0, row0, params.q_len, at);
         } else {
-          handed_over.store(x);
+          stats.load(row_stats + stats0, row0, params.q_len, at);
+          scores.fetch(row0, masked);
         }
-      }
-      if (V::kDropout) {
-        const uint kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-        drop_transposed(x, kept, params.dropout_rescale);
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // P^T is there
-      if (second) {
-        Tile<float, 1, kBlocks> p;
-        handed_over.load(p);
-        dscore_transposed<kHides>(x, p, row_delta);
-        if (STORE_DS) {
-          store_dscore(ds_tiles, key0, row0, x, params);
+        rows.stage();
+
+        Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
+        zero(x);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        if (!second) {
+          Tile<float, 1, kBlocks> derivatives;
+          scores.apply(x, derivatives, row0, masked, params);
+          map(x, stats);
+          if (!unmasked.has(row0)) {
+            mask_transposed(x, window, key0, row0, at);
+          }
+          if (V::Score::kCapped) {
+            times_derivative<kHides>(derivatives, x);
+            handed_over.store(derivatives);
+          } else {
+            handed_over.store(x);
+          }
         }
+        if (V::kDropout) {
+          const uint kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+          drop_transposed(x, kept, params.dropout_rescale);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // P^T is there
+        if (second) {
+          Tile<float, 1, kBlocks> p;
+          handed_over.load(p);
+          dscore_transposed<kHides>(x, p, row_delta);
+          if (STORE_DS) {
+            store_dscore(ds_tiles, key0, row0, x, params);
+          }
+        }
+        mma_AB(sum, x, summed);
+        rows.advance();
       }
-      mma_AB(sum, x, summed);
-      rows.advance();
+      if (parts.ended()) {
+        const OutputRows<T> rows_of_sum = second
+                                              ? head.key_output(dk, params.dk, params.head_dim)
+                                              : head.key_output(dv, params.dv, params.v_head_dim);
+        parts.put_aside(sum, rows_of_sum, key0, at);
+        parts.start_next();
+      }
     }
   }
 
   if (second) {
+    const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
+    parts.add_earlier(sum, dk_rows, key0, at);
     scale(sum, score_derivative(params));
-    store_rows<V::kVec>(head.key_output(dk, params.dk, params.head_dim), sum, key0, at);
+    store_rows<V::kVec>(dk_rows, sum, key0, at);
   } else {
-    store_rows<V::kVec>(head.key_output(dv, params.dv, params.v_head_dim), sum, key0, at);
+    const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
+    parts.add_earlier(sum, dv_rows, key0, at);
+    store_rows<V::kVec>(dv_rows, sum, key0, at);
   }
 }

@@ -101,7 +101,7 @@ struct OnlineSoftmax {
 
   /// What the backward needs of a row: the origin of its exponentials, and the logarithm of their
   /// sum. They stay apart, since one number would lose the logarithm beside a large origin. A row
-  /// without a key has the lowest origin and a logarithm of -inf.
+  /// without a key has the lowest origin and the logarithm of 0, which is -inf.
   METAL_FUNC float2 row_stats(int r, float total) const {
     return float2(origin[r], Exp::logarithm(total));
   }
@@ -164,7 +164,8 @@ struct ColumnValues {
   }
 };
 
-/// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues.
+/// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues. load()
+/// computes nothing of them, so that it need not wait for device memory.
 template <int COLS, bool NATURAL>
 struct ColumnStats {
   float2 origin[COLS];
