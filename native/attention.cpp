@@ -358,10 +358,10 @@ Gradients run_backward(const BackwardCall& call) {
   if (scores.sinks.has_value()) {
     sink_parts = empty_floats(q, query_heads(problem) * blocks_of(q.size(2), 8));
     for_delta.bind({kBufferSinks, *scores.sinks});
-    for_delta.bind({kBufferRowStats, row_stats});
     for_delta.bind({kBufferSinkParts, *sink_parts});
     for_sinks = {{kBufferSinkParts, *sink_parts}, {kBufferDsinks, *grads.dsinks}};
   }
+  if (problem.has_sinks || problem.has_mask) for_delta.bind({kBufferRowStats, row_stats});
   const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
