@@ -14,6 +14,7 @@ from .attention import flash_attn  # noqa: E402
 from .calls import OrchardFallbackWarning, Stats, reset_stats, stats  # noqa: E402
 from .dropout import dropout_mask  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .merge import merge_attentions  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
@@ -27,6 +28,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "flash_attn",
+    "merge_attentions",
     "reset_stats",
     "stats",
 ]
