@@ -14,6 +14,11 @@ from .attention import flash_attn  # noqa: E402
 from .calls import OrchardFallbackWarning, Stats, reset_stats, stats  # noqa: E402
 from .dropout import dropout_mask  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .flash_attention import (  # noqa: E402
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
 from .merge import merge_attentions  # noqa: E402
 
 if native.why_not() is not None:
@@ -28,6 +33,9 @@ __all__ = [
     "dropout_mask",
     "explain",
     "flash_attn",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "merge_attentions",
     "reset_stats",
     "stats",

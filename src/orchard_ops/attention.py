@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import prepare
+from .arguments import Call, prepare
 from .checks import plainly_right
 from .ops import autograd, eager, schema, seed
 from .scoring import Scoring
@@ -119,13 +119,23 @@ def flash_attn(
         sinks=sinks,
         impl=impl,
     )
-    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl)
-    if call.drops_all:
-        out = out * 0.0
-    out = call.restore(out)
-    if not return_lse:
-        return out
+    return run_with_lse(call) if return_lse else run(call)
+
+
+def run(call: Call) -> Tensor:
+    """out of a call that `prepare` has made."""
+    return _run(call)[0]
+
+
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse of a call that `prepare` has made."""
+    out, row_stats = _run(call)
     return out, call.restore(schema.public_lse(row_stats, call.scoring.unit))
+
+
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl)
+    return call.restore(out * 0.0 if call.drops_all else out), row_stats
 
 
 _LARGE = 1e30
