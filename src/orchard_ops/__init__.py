@@ -19,6 +19,7 @@ from .flash_attention import (  # noqa: E402
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from .key_ranges import KeyRanges  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
 
 if native.why_not() is not None:
@@ -27,6 +28,7 @@ one_copy.remember()
 
 __all__ = [
     "Explanation",
+    "KeyRanges",
     "OrchardFallbackWarning",
     "Stats",
     "__version__",
