@@ -23,15 +23,31 @@ CPU = "the CPU"
 
 _LINUX_ONLY = ("simulator", "proof")
 _ANY_TORCH = (
-    "test_reference*", "test_registration*", "test_bad_input*", "test_properties*",
-    "test_versions*", "test_dropout*", "test_constant_scores*", "test_export*", "test_exceptions*",
-    "test_nested_transforms*", "test_rule*", "test_sdpa_calls*", "test_unseen_keys*",
-)  # fmt: skip
+    "test_reference*",
+    "test_registration*",
+    "test_bad_input*",
+    "test_properties*",
+    "test_versions*",
+    "test_dropout*",
+    "test_constant_scores*",
+    "test_export*",
+    "test_exceptions*",
+    "test_nested_transforms*",
+    "test_rule*",
+    "test_sdpa_calls*",
+    "test_unseen_keys*",
+)
 """Files of tests/attention that say something without an mps device."""
 _QUICK = (
-    "test_reference*", "test_registration*", "test_bad_input*", "test_properties*",
-    "test_versions*", "test_dropout*", "test_rule*", "test_plan*",
-)  # fmt: skip
+    "test_reference*",
+    "test_registration*",
+    "test_bad_input*",
+    "test_properties*",
+    "test_versions*",
+    "test_dropout*",
+    "test_rule*",
+    "test_plan*",
+)
 _KERNEL_CASES = 40
 
 

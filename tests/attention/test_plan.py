@@ -91,8 +91,9 @@ def test_dropout_is_a_variant_and_a_tiny_p_is_none():
     case = Case(40, 50, 64)
     names = explain(case, dropout_p=0.1).kernels
     assert [n.split("_float32")[0] for n in names if not n.endswith("_dropout")] == [
-        "attention_backward_delta", "attention_backward_dq_from_ds"
-    ]  # fmt: skip
+        "attention_backward_delta",
+        "attention_backward_dq_from_ds",
+    ]
     assert not any(n.endswith("_dropout") for n in explain(case, dropout_p=1e-6).kernels)
 
 
