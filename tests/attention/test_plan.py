@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
         else:
             blocks = sizes.get("b", 1 if "from_ds" in name else 2)
             assert blocks * sizes["k"] * row <= 32 * 1024
+
+
+def test_explain_takes_the_arguments_of_the_attention():
+    parameters = [
+        dict(inspect.signature(function, eval_str=True).parameters)
+        for function in (orchard_ops.flash_attn, orchard_ops.explain)
+    ]
+    assert parameters[0].pop("return_lse").default is False
+    assert parameters[0] == parameters[1]
+    x = torch.randn(1, 1, 2, 8)
+    with pytest.raises(TypeError, match=r"^orchard_ops\.explain: .* argument 'return_lse'$"):
+        orchard_ops.explain(x, x, x, return_lse=True)
 
 
 def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
