@@ -86,7 +86,12 @@ def needs(item: Any) -> str | None:
     cases = [t[name] for t in tables if isinstance(t, dict) for name in names if name in t]
     for case in (values, *cases):
         parts = case if isinstance(case, (list, tuple)) else (case,)
-        functions = [x for x in parts if isinstance(x, types.FunctionType)]
+        # The product's own functions name mps too, and run on any device.
+        functions = [
+            x
+            for x in parts
+            if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]
+        ]
         if "mps" in map(str, parts) or any(_names(f, "mps") for f in functions):
             return APPLE_GPU
     return APPLE_GPU if _names(item.function, "mps") else None

@@ -81,6 +81,7 @@ def test_another_torch_runs_what_needs_no_device():
     } <= files(tests)
     assert not [name for name in files(tests) if not name.startswith("attention/")]
     assert len(tests) > 150
+    assert sum("test_mark_dynamic" in test for test in tests) == 4  # the function as well as the op
     assert not [test for test in tests if re.search(r"\bmps\b", test)]
     assert "on the CPU: " in printed and "attention/test_kernels.py" in printed
 
