@@ -96,11 +96,16 @@ def flash_attn(
         and (type(is_causal) is bool and type(enable_gqa) is bool and type(softcap) is float)
         and _is_usual(query, key, value, enable_gqa)
     ):  # as `prepare` would bring it, in less time
-        scoring = Scoring(
-            None, None, None, seed.draw(query) if dropout_p > 0.0 else None, dropout_p,
+        scoring = Scoring(  # by position, which takes less time than by name
+            None,  # attn_mask
+            None,  # alibi_slopes
+            None,  # sinks
+            seed.draw(query) if dropout_p > 0.0 else None,
+            dropout_p,
             1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_left, 0 if is_causal else window_right,
-        )  # fmt: skip
+            window_left,
+            0 if is_causal else window_right,
+        )
         out, row_stats = autograd.attend(query, key, value, scoring, "auto")
         return (out, schema.public_lse(row_stats, scoring.unit)) if return_lse else out
     call = prepare(

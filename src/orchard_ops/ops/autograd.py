@@ -196,9 +196,17 @@ def attend(
 
 
 def differentiate(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    row_stats: Tensor, scoring: Scoring, mask_grad: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    row_stats: Tensor,
+    scoring: Scoring,
+    mask_grad: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
     """BACKWARD, as `attend`."""
     tensors = (dout, dlse, query, key, value, out, row_stats)
     all_tensors = (*tensors, *scoring[:_NUM_SCORING_TENSORS])
