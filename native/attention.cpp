@@ -57,6 +57,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   problem.has_mask = s.attn_mask.has_value();
   problem.has_alibi = s.alibi_slopes.has_value();
   problem.has_sinks = s.sinks.has_value();
+  problem.has_key_ranges = s.key_ranges.has_value();
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
   problem.window_left = s.window_left;

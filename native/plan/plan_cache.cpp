@@ -19,11 +19,11 @@ class Key {
  public:
   Key(bool backward, const Problem& problem, const Layout& out, const Layout& dout) {
     // Names every field, so that a new one does not compile until it is part of the key.
-    const auto& [dtype, q, k, v, has_mask, has_alibi, has_sinks, dropout_p, scale, window_left,
-        window_right, diagonal, softcap, scratch_bytes, tiles] = problem;
+    const auto& [dtype, q, k, v, has_mask, has_alibi, has_sinks, has_key_ranges, dropout_p, scale,
+        window_left, window_right, diagonal, softcap, scratch_bytes, tiles] = problem;
     const Fields fields{{q, k, v, out, dout},
-        {backward, static_cast<int64_t>(dtype), has_mask, has_alibi, has_sinks, window_left,
-            window_right, diagonal, scratch_bytes},
+        {backward, static_cast<int64_t>(dtype), has_mask, has_alibi, has_sinks, has_key_ranges,
+            window_left, window_right, diagonal, scratch_bytes},
         {dropout_p, scale, softcap}};
     std::memcpy(words_.data(), &fields, sizeof fields);
     tiles_ = tiles;
@@ -47,10 +47,10 @@ class Key {
  private:
   struct Fields {
     Layout layouts[5];
-    int64_t integers[9];
+    int64_t integers[10];
     double numbers[3];
   };
-  static_assert(sizeof(Fields) == 5 * sizeof(Layout) + (9 + 3) * sizeof(uint64_t) &&
+  static_assert(sizeof(Fields) == 5 * sizeof(Layout) + (10 + 3) * sizeof(uint64_t) &&
                     sizeof(Layout) == 9 * sizeof(uint64_t),
       "a key has no bytes that nobody writes");
 

@@ -27,6 +27,7 @@ struct Problem {
   bool has_mask = false;
   bool has_alibi = false;
   bool has_sinks = false;
+  bool has_key_ranges = false;
   double dropout_p = 0.0;
   double scale = 1.0;
   int64_t window_left = -1;

@@ -50,6 +50,8 @@ const Reason kReasons[] = {
     {"alibi_slopes are given", [](const Problem& p) { return p.has_alibi; }, no_detail,
         kNoWayAround},
     {"sinks are given", [](const Problem& p) { return p.has_sinks; }, no_detail, kNoWayAround},
+    {"key_ranges are given", [](const Problem& p) { return p.has_key_ranges; }, no_detail,
+        kNoWayAround},
     {"softcap is given", [](const Problem& p) { return p.softcap > 0.0; },
         [](const Problem& p) { return join("got ", p.softcap); }, kNoWayAround},
     {"a length or the diagonal is above 2^28",

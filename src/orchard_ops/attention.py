@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import Call, prepare
 from .checks import plainly_right
+from .key_ranges import KeyRanges
 from .ops import autograd, eager, schema, seed
 from .scoring import Scoring
 
@@ -40,6 +41,7 @@ def flash_attn(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_ranges: Tensor | KeyRanges | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,6 +71,10 @@ def flash_attn(
         softcap: c > 0 replaces a score s by c * tanh(s / c).
         alibi_slopes: (Hq) or (B, Hq); -slope * |i - j| is added to the scores. No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
+        key_ranges: which keys each query may see, as `KeyRanges` or their int32 tensor (1 or B, 1
+            or Hq, L, 4), in linear memory: padding, packed documents, prefixes, chunks. Windows,
+            is_causal and alibi_slopes count from its positions instead of i; attn_mask may hide
+            more. Keys that no query sees may hold anything, NaN too. No gradient.
         return_lse: also return the logarithm of the softmax's denominator.
         impl: None chooses per call; "metal" raises with the reason where Metal cannot run it;
             "reference" never uses Metal.
@@ -87,7 +93,8 @@ def flash_attn(
     Partitioning", https://arxiv.org/abs/2307.08691.
     """
     if (
-        (attn_mask is None and alibi_slopes is None and sinks is None and impl is None)
+        (attn_mask is None and alibi_slopes is None and sinks is None)
+        and (key_ranges is None and impl is None)
         and type(dropout_p) is float
         and (0.0 <= dropout_p < 1.0 and softcap == 0.0)
         and (scale is None or (type(scale) is float and abs(scale) < _LARGE))
@@ -122,6 +129,7 @@ def flash_attn(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        key_ranges=key_ranges,
         impl=impl,
     )
     return run_with_lse(call) if return_lse else run(call)
