@@ -47,6 +47,11 @@ def backward(
         if scoring.sinks is None:  # else a row without a key sees its sink
             moved = p.seeing(moved)
     dq = empty_in_order_of(query)
+    query, dout = p.seeing(query), p.seeing(dout)
+    if dlse is not None:
+        moved = dlse.unsqueeze(-1)
+        if scoring.sinks is None:  # else a row without a key sees its sink
+            moved = p.seeing(moved)
     dk, dv = (torch.zeros(x.shape, dtype=p.dtype, device=p.device) for x in (p.k, p.v))
     dmask, dsinks = query.new_empty(0), query.new_empty(0)
     if mask is not None and mask_grad:
