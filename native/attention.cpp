@@ -93,6 +93,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   }
   problem.has_sinks = s.sinks.has_value();
   problem.per_head_float32 = is_float32(s.alibi_slopes) && is_float32(s.sinks);
+  problem.has_key_ranges = s.key_ranges.has_value();
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
   problem.window_left = s.window_left;

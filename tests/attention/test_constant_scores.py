@@ -58,9 +58,11 @@ def differentiated(
         outputs, grads = [out, lse], [dout, torch.ones_like(lse)]
     found = iter(torch.autograd.grad(outputs, inputs, grads))
     return [
-        out.detach(), lse.detach(), *(next(found) for _ in range(3)),
+        out.detach(),
+        lse.detach(),
+        *(next(found) for _ in range(3)),
         *(next(found) if x is not None and x.requires_grad else None for x in optional),
-    ]  # fmt: skip
+    ]
 
 
 def check(device: str, case: Case, operands: tuple[Tensor, ...], scoring: Scoring) -> None:

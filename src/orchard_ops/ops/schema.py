@@ -40,7 +40,7 @@ for _schema in (
     "flash_attn(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
     "int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None) -> Tensor",
+    "Tensor? sinks=None, Tensor? key_ranges=None) -> Tensor",
     f'flash_attn_fwd({_FORWARD}, str impl="auto") -> {_RESULTS}',
     f'flash_attn_bwd({_BACKWARD}, str impl="auto") -> {_GRADIENTS}',
     # The MPS kernels call these when Metal refuses or fails, with the reason: the same text for any
