@@ -62,7 +62,7 @@ def _completed(
 
 
 def spread(choices: Sequence[Any], of: Any) -> list[Any]:
-    """The choices in an order that depends on `of`, so that ties are not always won by the first."""
+    """The choices in an order that depends on `of`, so that ties have no favourite."""
     return sorted(choices, key=lambda choice: digest((of, choice)))
 
 
