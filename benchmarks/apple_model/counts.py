@@ -157,7 +157,7 @@ def _request(
     fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
     fields |= dict(has_sinks=score == "sinks")
     if "bias" in score or "mask" in score:
-        of_mask = harness.DTYPE_NUMBERS[torch.bool] if score == "bool mask" else number
+        of_mask = harness.BOOL if score == "bool mask" else number
         odd = score == "bias, element by element"
         full = q_len * kv_len
         fields["mask"] = harness.MaskPlace(

@@ -33,7 +33,9 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_backward_dkv_pairs",
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
-DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
+MASK_MAP, DSINKS = SMALL_FAMILIES = ("attention_mask_map", "attention_backward_dsinks")
+DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+BOOL = 3  # of a mask
 GUARD_BYTES = 4096
 
 
