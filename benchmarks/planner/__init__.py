@@ -64,6 +64,7 @@ class Kernel:
     alternatives: list[str]
     groups: tuple[int, int]
     threads: int
+    role: int
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,12 @@ class Planner:
         )
 
     def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:
-        texts, numbers = (ctypes.c_char_p * 6)(), (ctypes.c_uint64 * 3)()
+        texts, numbers = (ctypes.c_char_p * 6)(), (ctypes.c_uint64 * 4)()
         self._library.bridge_kernel(answer, ctypes.c_uint64(n), texts, numbers)
         *words, alternatives = (text.decode() for text in texts)
-        x, y, threads = numbers
-        return Kernel(*words, alternatives.split(",") if alternatives else [], (x, y), threads)
+        x, y, threads, role = numbers
+        listed = alternatives.split(",") if alternatives else []
+        return Kernel(*words, listed, (x, y), threads, role)
 
     def _launch(self, answer: ctypes.c_void_p, n: int) -> Launch:
         numbers = (ctypes.c_int64 * 6)()

@@ -58,7 +58,7 @@ void bridge_texts(const Answer* answer, const char** texts) {
 
 uint64_t bridge_num_kernels(const Answer* answer) { return answer->plan.kernels.size(); }
 
-/// family, name, instantiation, tile, tile_name, alternatives; groups in x and y, threads
+/// family, name, instantiation, tile, tile_name, alternatives; groups in x and y, threads, role
 void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_t* numbers) {
   const KernelPlan& kernel = answer->plan.kernels[n];
   for (const std::string* text : {&kernel.family, &kernel.name, &kernel.instantiation, &kernel.tile,
@@ -68,6 +68,7 @@ void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_
   numbers[0] = kernel.groups[0];
   numbers[1] = kernel.groups[1];
   numbers[2] = kernel.threads;
+  numbers[3] = static_cast<uint64_t>(kernel.role);
 }
 
 uint64_t bridge_num_launches(const Answer* answer) { return answer->plan.launches.size(); }
