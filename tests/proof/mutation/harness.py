@@ -47,7 +47,7 @@ class Guarded:
 
     def __init__(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype,
                  offset: int = 0):  # fmt: skip
-        bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
         guard = GUARD_BYTES // dtype.itemsize
         self.extent = sum((n - 1) * s for n, s in zip(shape, strides)) + 1
         storage = torch.full((2 * guard + offset + self.extent,), -1, dtype=bits)

@@ -10,7 +10,7 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, forward, plan, plan_scores, positions
+from . import backward, forward, plan, plan_scores, positions, scores
 from .attention import Attention, forward_results, reference
 from .compiled import compiled_together, forget_libraries, library_paths, machine_code
 from .problems import problems
@@ -20,7 +20,7 @@ __all__ = ["forget_libraries", "killers", "library_paths", "machine_code", "prep
 
 
 @functools.cache
-def killers() -> tuple[Attention | Property, ...]:
+def killers() -> tuple[Attention | Property | scores.Scored, ...]:
     """All of them; for a kernel, in order of cost."""
     return (
         *plan.properties(),
@@ -29,9 +29,11 @@ def killers() -> tuple[Attention | Property, ...]:
         *forward.properties(),
         *backward.properties(),
         *positions.properties(),
+        *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
         *backward.checked(),
+        *scores.checked(),
     )
 
 
@@ -41,5 +43,7 @@ def prepare() -> None:
         if isinstance(killer, Attention):
             reference(killer.case, killer.dlse, killer.shifts)
             forward_results(killer.case, killer.shifts)
+        elif isinstance(killer, scores.Scored):
+            scores.left_by_the_repository(killer.problem)
     for family, check in itertools.product(FAMILIES, (False, True)):
         compiled_together(family, check)
