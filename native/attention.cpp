@@ -352,7 +352,17 @@ Gradients run_backward(const BackwardCall& call) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
   }
-  if (grads.dmask.has_value()) for_mask.bind({kBufferDmask, *grads.dmask});
+  OptionalTensor dmask_parts;
+  if (grads.dmask.has_value()) {
+    if (plan->dmask_part_elements > 0) dmask_parts = empty_floats(q, plan->dmask_part_elements);
+    for_mask.bind({kBufferDmask, dmask_parts.has_value() ? *dmask_parts : *grads.dmask});
+    for_mask.bind({kBufferDlse, dlse.has_value() ? *dlse : row_stats});
+    for_mask.bind({kBufferSinks, scores.sinks.has_value() ? *scores.sinks : row_stats});
+  }
+  Bindings for_mask_sum;
+  if (dmask_parts.has_value()) {
+    for_mask_sum = {{kBufferDmaskParts, *dmask_parts}, {kBufferDmask, *grads.dmask}};
+  }
   for (Bindings* tensors : {&for_keys, &for_queries, &for_mask}) scores.bind(*tensors);
   OptionalTensor sink_parts;
   if (scores.sinks.has_value()) {
@@ -366,7 +376,7 @@ Gradients run_backward(const BackwardCall& call) {
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
     const Bindings* tensors[] = {
-        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_sinks};
+        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_mask_sum, &for_sinks};
     const KernelPlan& kernel = plan->kernels[launch.kernel];
     const bool for_rows = kernel.role == KernelRole::kRows;
     if (k.numel() == 0 && !for_rows && kernel.role != KernelRole::kSinkGradient) continue;
