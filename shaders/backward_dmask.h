@@ -178,9 +178,9 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     for (int block = first_block; block < last_block; block++) {
       const int row0 = block * kGroupRows + simdgroup * 8 * R;
       LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
-      q.load(device_rows<V::kVec>(q_rows, row0, at));
+      q.load_in_loop(device_rows<V::kVec>(q_rows, row0, at));
       LeftOperand<T, F, R, kDepth, V::kVec, kKeep> do_;
-      do_.load(device_rows<V::kVec>(do_rows, row0, at));
+      do_.load_in_loop(device_rows<V::kVec>(do_rows, row0, at));
       RowStats<R, kNatural> stats;
       float row_delta[R];
       ORCHARD_UNROLL

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout
+from ..scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,23 @@ def _hidden(
     return hidden
 
 
+def _entries(mask: Tensor, batch: int) -> tuple[int, ...]:
+    """The batch dimensions as the mask counts them: (batch,) or (outer, inner)."""
+    return Scoring(attn_mask=mask).mask_batch(batch)
+
+
+def _by_batch(mask: Tensor, batch: int) -> Tensor:
+    """A mask of four or five dimensions with four, an entry of the batch each or 1 for all."""
+    if mask.dim() == 4:
+        return mask
+    return mask.expand(*_entries(mask, batch), *mask.shape[2:]).flatten(0, 1)
+
+
+def _sum_as(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, H, L, S), summed over what the mask broadcasts."""
+    return x.unflatten(0, _entries(mask, x.shape[0])).sum_to_size(mask.shape)
+
+
 def math_attention(
     query: Tensor,
     key: Tensor,
@@ -99,7 +117,7 @@ def math_attention(
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
 
     Operands are (B, H, length, D) tensors of any device and dtype, copied to the CPU; the further
-    arguments are those of ``orchard::flash_attn_fwd``, attn_mask has four dimensions. With dtype
+    arguments are those of ``orchard::flash_attn_fwd``. With dtype
     float64 it is the reference; with the operands' own dtype it does as PyTorch's math path does
     (half precision is computed in float32 and the output rounded).
     """
@@ -120,10 +138,10 @@ def math_attention(
         scores = scores - alibi_slopes.cpu().to(compute).view(-1, q.shape[1], 1, 1) * distance
     bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask.cpu(), -math.inf)
+        scores = scores.masked_fill(~_by_batch(attn_mask.cpu(), q.shape[0]), -math.inf)
     elif attn_mask is not None:
         bias = leaf(attn_mask)
-        scores = scores + bias
+        scores = scores + _by_batch(bias, q.shape[0])
     hidden = _hidden(q_len, kv_len, window_left, window_right, diagonal)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
@@ -170,7 +188,7 @@ def math_attention(
         size = weights * row_size
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
         dk_size = torch.matmul(size.transpose(-1, -2), q.abs()) * abs(scale)
-        dmask_size = size if bias is None else size.sum_to_size(bias.shape)
+        dmask_size = size if bias is None else _sum_as(bias, size)
         dsinks_size = size if sink is None else (probabilities[..., kv_len:] * row_size).sum((0, 2))
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return MathResult(
