@@ -310,9 +310,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for record in records:
             if record not in fitted:
                 axes.text(
-                    record["length"], 0.98, "out of\nmemory", color="tab:orange", fontsize=7,
-                    ha="center", va="top", transform=axes.get_xaxis_transform(),
-                )  # fmt: skip
+                    record["length"],
+                    0.98,
+                    "out of\nmemory",
+                    color="tab:orange",
+                    fontsize=7,
+                    ha="center",
+                    va="top",
+                    transform=axes.get_xaxis_transform(),
+                )
         for index, mode in enumerate(records[0]["ours"]):
             peaks = [r["ours"][index]["peak"] / 2**20 for r in records]
             color, line = (("tab:blue", "o-"), ("tab:cyan", "d:"))[index % 2]

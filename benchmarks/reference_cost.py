@@ -130,9 +130,9 @@ def measure_memory() -> list[dict]:
         for length in MEMORY_LENGTHS if name == "reference" else MEMORY_LENGTHS[:-1]:
             for is_causal in (False, True):
                 command = [
-                    sys.executable, "-m", "benchmarks.reference_cost",
-                    "--memory-of", name, str(length), str(int(is_causal)),
-                ]  # fmt: skip
+                    *(sys.executable, "-m", "benchmarks.reference_cost"),
+                    *("--memory-of", name, str(length), str(int(is_causal))),
+                ]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 records.append(
                     {

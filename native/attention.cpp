@@ -93,6 +93,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   }
   problem.has_sinks = s.sinks.has_value();
   problem.per_head_float32 = is_float32(s.alibi_slopes) && is_float32(s.sinks);
+  problem.has_key_ranges = s.key_ranges.has_value();
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
   problem.window_left = s.window_left;
@@ -368,10 +369,10 @@ Gradients run_backward(const BackwardCall& call) {
   if (scores.sinks.has_value()) {
     sink_parts = empty_floats(q, query_heads(problem) * blocks_of(q.size(2), 8));
     for_delta.bind({kBufferSinks, *scores.sinks});
-    for_delta.bind({kBufferRowStats, row_stats});
     for_delta.bind({kBufferSinkParts, *sink_parts});
     for_sinks = {{kBufferSinkParts, *sink_parts}, {kBufferDsinks, *grads.dsinks}};
   }
+  if (problem.has_sinks || problem.has_mask) for_delta.bind({kBufferRowStats, row_stats});
   const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);

@@ -17,9 +17,15 @@ NATIVE = Path(__file__).resolve().parent
 PLAN_SOURCES = tuple(
     NATIVE / "plan" / f"{name}.cpp"
     for name in (
-        "forward", "backward", "dscore_scratch", "instantiate", "params", "refusals", "tiles"
+        "forward",
+        "backward",
+        "dscore_scratch",
+        "instantiate",
+        "params",
+        "refusals",
+        "tiles",
     )
-)  # fmt: skip
+)
 SOURCES = (
     *(
         NATIVE / f"{name}.cpp"
@@ -37,12 +43,22 @@ import embed_shaders  # noqa: E402
 def compile_flags(torch_directory: Path) -> list[str]:
     include = torch_directory / "include"
     flags = [
-        "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNDEBUG",
-        "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DTORCH_STABLE_ONLY",
-        f"-I{NATIVE}", f"-isystem{include}",
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-DNDEBUG",
+        "-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+        "-DTORCH_STABLE_ONLY",
+        f"-I{NATIVE}",
+        f"-isystem{include}",
         f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
-        f"-fmacro-prefix-map={include}/=", f"-fmacro-prefix-map={NATIVE.parent}/=",
-    ]  # fmt: skip
+        f"-fmacro-prefix-map={include}/=",
+        f"-fmacro-prefix-map={NATIVE.parent}/=",
+    ]
     if sys.platform == "darwin":
         flags += ["-arch", "arm64", "-mmacosx-version-min=14.0"]
     return flags
@@ -54,10 +70,14 @@ def link_flags(torch_directory: Path) -> list[str]:
     if sys.platform == "darwin":
         # Installed beside torch in site-packages.
         return [
-            "-dynamiclib", "-arch", "arm64", "-mmacosx-version-min=14.0", *flags[:3],
+            "-dynamiclib",
+            "-arch",
+            "arm64",
+            "-mmacosx-version-min=14.0",
+            *flags[:3],
             "-Wl,-rpath,@loader_path/../torch/lib",
             "-Wl,-install_name,@rpath/liborchard_ops.dylib",
-        ]  # fmt: skip
+        ]
     return ["-shared", *flags, f"-Wl,-rpath,{libraries}"]
 
 

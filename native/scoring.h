@@ -26,7 +26,8 @@ using OptionalTensor = std::optional<Tensor>;
   X(int64_t, window_left)         \
   X(int64_t, window_right)        \
   X(int64_t, diagonal)            \
-  X(double, softcap)
+  X(double, softcap)              \
+  X(OptionalTensor, key_ranges)
 
 #define ORCHARD_OPERANDS(X) \
   X(Tensor, query)          \

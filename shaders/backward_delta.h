@@ -35,8 +35,9 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
     const device float* dlse [[buffer(kBufferDlse)]],  // (B, Hq, L), bound if params.has_dlse
     device float* delta [[buffer(kBufferDelta)]],      // (B, Hq, L)
     constant AttentionParams& params [[buffer(kBufferParams)]],
-    const device float* sinks [[buffer(kBufferSinks)]],          // (Hq), bound if SINKS
-    const device float2* row_stats [[buffer(kBufferRowStats)]],  // (B, Hq, L), the same
+    const device float* sinks [[buffer(kBufferSinks)]],  // (Hq), bound if SINKS
+    const device float2* row_stats
+    [[buffer(kBufferRowStats)]],                            // (B, Hq, L), bound if SINKS or a mask
     device float* sink_parts [[buffer(kBufferSinkParts)]],  // (B, Hq, L / 8 rounded up), the same
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -63,7 +64,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   if (counts) {
     const int64_t place = (int64_t)group.x * params.q_len + row;
     // Whatever a row without a key holds, its delta meets weights of zero and must not be NaN.
-    const bool sees = head.window.seeing_rows().has(row);
+    const bool sees =
+        V::Score::Mask::kAny ? !sees_no_key(row_stats[place]) : head.window.seeing_rows().has(row);
     const float product = sees ? sum : 0.0f;
     const float difference = params.has_dlse ? product - dlse[place] : product;
     delta[place] = sees ? difference : 0.0f;

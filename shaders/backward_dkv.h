@@ -101,7 +101,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         stats.load(row_stats + stats0, row0, params.q_len, at);
         ColumnValues<kBlocks> row_delta;
         row_delta.load(delta + stats0, row0, params.q_len, at);
-        rows.stage();
+        rows.stage(RowSight<kHides>::of(row_stats + stats0, row0, params.q_len, lane));
 
         Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
         zero(p);

@@ -125,7 +125,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           stats.load(row_stats + stats0, row0, params.q_len, at);
           scores.fetch(row0, masked);
         }
-        rows.stage();
+        rows.stage(RowSight<kHides>::of(row_stats + stats0, row0, params.q_len, lane));
 
         Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
         zero(x);

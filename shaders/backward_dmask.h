@@ -28,20 +28,6 @@
 /// more than unfused math does, which sums in blocks.
 constant int kPartBlocks = 32;
 
-/// sum += P (dP - delta) with a row-wise delta.
-template <int ROWS, int COLS>
-METAL_FUNC void add_dscore(thread Tile<float, ROWS, COLS>& sum,
-    thread const Tile<float, ROWS, COLS>& p, thread const Tile<float, ROWS, COLS>& dp,
-    thread const float* delta) {
-  ORCHARD_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLS; c++) {
-      sum.fragments[r][c] += weighted<true>(p.fragments[r][c], dp.fragments[r][c] - delta[r]);
-    }
-  }
-}
-
 /// A sum of tiles, made in parts.
 template <int ROWS, int COLS>
 struct TileSum {
@@ -205,7 +191,9 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
         drop(dp, row0, key0, draws);
         scale(dp, params.dropout_rescale);
       }
-      add_dscore(sum.part, p, dp, row_delta);
+      Tile<float, R, BK / 8> ds;
+      dscore<true>(ds, p, dp, row_delta);
+      add(sum.part, ds);
       sum.taken();
     }
     run++;

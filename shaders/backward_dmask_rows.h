@@ -38,12 +38,11 @@ attention_backward_dmask_rows(const device float2* row_stats
   float sum = 0.0f;
   for (int i = 0; i < sharers.count(); i++) {
     const Head head = sharers.present(params);
-    const Range seeing = head.window.seeing_rows();
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     float of_head = 0.0f;
     for (int row = row0; row < row_end; row += kThreads) {
       const float2 stats = row_stats[stats0 + row];
-      if (!seeing.has(row) || stats.y == -INFINITY) {  // no key, and nothing to move
+      if (sees_no_key(stats)) {  // and has nothing to move
         continue;
       }
       if (params.has_dlse) {

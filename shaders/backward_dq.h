@@ -20,19 +20,6 @@
 #include "softmax.h"
 #include "staging.h"
 
-/// dS = P (dP - delta) with a row-wise delta.
-template <int ROWS, int COLS>
-METAL_FUNC void dscore(thread Tile<float, ROWS, COLS>& ds, thread const Tile<float, ROWS, COLS>& p,
-    thread const Tile<float, ROWS, COLS>& dp, thread const float* delta) {
-  ORCHARD_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLS; c++) {
-      ds.fragments[r][c] = p.fragments[r][c] * (dp.fragments[r][c] - delta[r]);
-    }
-  }
-}
-
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, typename V>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
@@ -53,6 +40,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
+  const bool kHides = V::Score::Mask::kAny;
   const bool kNatural = V::Score::kNatural;
   using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
   using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2>;
@@ -119,9 +107,9 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
       scale(dp, params.dropout_rescale);
     }
     Tile<float, R, BK / 8> ds;
-    dscore(ds, p, dp, row_delta);
+    dscore<kHides>(ds, p, dp, row_delta);
     if (V::Score::kCapped) {
-      times_derivative<false>(ds, derivatives);
+      times_derivative<kHides>(ds, derivatives);
     }
     mma_AB(dq_sum, ds, kv.k);
     kv.advance();

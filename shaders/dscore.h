@@ -74,6 +74,19 @@ METAL_FUNC void times_derivative(
   }
 }
 
+/// dS = P (dP - delta) with a row-wise delta.
+template <bool HIDES, int ROWS, int COLS>
+METAL_FUNC void dscore(thread Tile<float, ROWS, COLS>& ds, thread const Tile<float, ROWS, COLS>& p,
+    thread const Tile<float, ROWS, COLS>& dp, thread const float* delta) {
+  ORCHARD_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      ds.fragments[r][c] = weighted<HIDES>(p.fragments[r][c], dp.fragments[r][c] - delta[r]);
+    }
+  }
+}
+
 /// dS^T = P^T (dP^T - delta); ds holds dP^T before.
 template <bool HIDES, int COLS>
 METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,

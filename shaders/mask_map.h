@@ -43,15 +43,19 @@ template <typename E, int SIMDGROUPS>
                          batch % inner_size * params.mask.inner + head * params.mask.head;
   const int row0 = row * ORCHARD_MAP_BLOCK;
   const int key = col * ORCHARD_MAP_BLOCK + lane;
-  const bool exists = params.mask.col == 0 || key < params.kv_len;
+  const bool for_every_key = params.mask_map.col == 0 && params.mask.col == 0;
+  const bool exists = for_every_key || key < params.kv_len;
   const int row_end = params.mask.row == 0 ? 1 : min(row0 + ORCHARD_MAP_BLOCK, params.q_len);
+  // A mask of keys alone is the same for rows that see different keys.
+  const bool by_row = params.mask.row != 0;
+  const Window window = window_of(params);
   bool any = false;
   bool all = true;
   if (exists) {
     const device E* column = mask + key * params.mask.col;
     for (int i = row0; i < row_end; i++) {
       const bool passes = lets_through(column[i * params.mask.row]);
-      any = any || passes;
+      any = any || (passes && (!by_row || window.sees(i, key)));
       all = all && passes;
     }
   }

@@ -170,11 +170,6 @@ struct SeenKeys {
 
   METAL_FUNC bool has(int i) const { return (bits >> i) & 1; }
   METAL_FUNC bool masked() const { return masked_pairs; }
-
-  template <int COUNT>
-  METAL_FUNC static uint low_bits() {
-    return COUNT < 32 ? (1u << (COUNT % 32)) - 1 : 0xffffffffu;
-  }
 };
 
 /// What a mask lets through in blocks of ORCHARD_MAP_BLOCK queries and keys, as attention_mask_map

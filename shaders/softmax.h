@@ -1,6 +1,7 @@
 // The online softmax of FlashAttention: per row a running origin and a running sum.
 #pragma once
 
+#include "loader.h"
 #include "tile.h"
 
 /// Exponentials of scores in powers of two, or natural ones. exp2's fast variant has an error far
@@ -80,30 +81,69 @@ struct OnlineSoftmax {
     mul_row(o, rescale);
   }
 
-  /// Takes in one more score for each row, which has no value. `counts`: whether it is this lane,
-  /// of those that share a row, that counts it.
+  /// Counts from an origin that is not far below one more score, the same for all rows.
   template <int DEPTH>
-  METAL_FUNC void take_sink(float sink, bool counts, thread Tile<float, ROWS, DEPTH>& o) {
+  METAL_FUNC void make_room_for(float score, thread Tile<float, ROWS, DEPTH>& o) {
     float top[ROWS];
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      top[r] = sink;
+      top[r] = score;
     }
     raise(top, o);
-    ORCHARD_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      sum[r] += counts ? Exp::of(sink - origin[r]) : 0.0f;
-    }
   }
 
   /// Sum over the whole row.
   METAL_FUNC float total(int r) const { return row_sum(sum[r]); }
 
+  METAL_FUNC float exponential(int r, float score) const { return Exp::of(score - origin[r]); }
+
   /// What the backward needs of a row: the origin of its exponentials, and the logarithm of their
-  /// sum. They stay apart, since one number would lose the logarithm beside a large origin. A row
-  /// without a key has the lowest origin and the logarithm of 0, which is -inf.
-  METAL_FUNC float2 row_stats(int r, float total) const {
-    return float2(origin[r], Exp::logarithm(total));
+  /// sum, `total`, of which keys have `of_keys`. They stay apart, since one number would lose the
+  /// logarithm beside a large origin. A row without a key has a logarithm of -inf, and an origin
+  /// that is the lowest number; where it has a sink, its logarithm is -0 (sees_no_key).
+  METAL_FUNC float2 row_stats(int r, float of_keys, float total) const {
+    const float log_sum = Exp::logarithm(total);
+    return float2(origin[r], of_keys == 0.0f ? -abs(log_sum) : log_sum);
+  }
+};
+
+/// Whether a row with these statistics sees no key. Other sums have an exponential of 1 in them, so
+/// that their logarithm has no sign.
+METAL_FUNC bool sees_no_key(float2 stats) { return as_type<int>(stats.y) < 0; }
+
+/// Which of a block's rows see a key: row i of it is bit i.
+struct SeeingRows {
+  uint bits;
+
+  template <int ROWS>
+  METAL_FUNC bool every() const {
+    return (~bits & low_bits<ROWS>()) == 0;
+  }
+
+  METAL_FUNC bool has(int i) const { return (bits >> i) & 1; }
+};
+
+/// The rows of a block from row0 on that see a key, at most 32, by their statistics. Where nothing
+/// HIDES keys from single rows, it is all of them.
+template <bool HIDES>
+struct RowSight {
+  using Rows = EverySeen;
+
+  METAL_FUNC static Rows of(const device float2*, int, int, ushort) {
+    Rows rows;
+    return rows;
+  }
+};
+
+template <>
+struct RowSight<true> {
+  using Rows = SeeingRows;
+
+  METAL_FUNC static Rows of(const device float2* row_stats, int row0, int q_len, ushort lane) {
+    const bool sees = !sees_no_key(row_stats[min(row0 + lane, q_len - 1)]);
+    Rows rows;
+    rows.bits = simd_sum(sees ? 1u << lane : 0u);
+    return rows;
   }
 };
 

@@ -74,9 +74,9 @@ struct QueryBlocks {
         gradients, row0, reinterpret_cast<threadgroup F*>(storage + kChunks), thread_index, at);
   }
 
-  /// Behind it both can be read.
-  METAL_FUNC void stage() {
-    const EverySeen seen = {};
+  /// Behind it both can be read. Rows that are not `seen` are zero.
+  template <typename Seen>
+  METAL_FUNC void stage(Seen seen) {
     q.fetch(seen);
     dout.fetch(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read

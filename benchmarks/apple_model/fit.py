@@ -52,7 +52,7 @@ RANGES: dict[str, list[Any]] = dict(
     pytorch_registers=[60, 70, 80],
     unexplained=[0.0, 0.0, 0.05, 0.1, 0.2],
     slowdown=[1.0, 1.03, 1.06, 1.09],
-)  # fmt: skip
+)
 
 
 def tile(point: dict[str, Any], **changes: Any) -> Prefill:

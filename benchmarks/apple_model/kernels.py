@@ -38,10 +38,18 @@ FAMILIES = (PREFILL, FORWARD, *BACKWARD)
 
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (
-    "mma_half", "mma_bfloat", "mma_float", "exp2", "shuffle", "barrier", "fcvt",
-    "threadgroup_bytes_read", "threadgroup_bytes_written",
-    "device_bytes_read", "device_bytes_written",
-)  # fmt: skip
+    "mma_half",
+    "mma_bfloat",
+    "mma_float",
+    "exp2",
+    "shuffle",
+    "barrier",
+    "fcvt",
+    "threadgroup_bytes_read",
+    "threadgroup_bytes_written",
+    "device_bytes_read",
+    "device_bytes_written",
+)
 
 
 def structure_of(v: Variant, address_cycles: float = 20.0) -> Structure:

@@ -115,9 +115,18 @@ def kernel_row(family: str, dtype: str, head_dim: int, step: int = 1) -> dict[st
 
 def _tile(kernel: Structure) -> dict[str, Any]:
     names = (
-        "rows", "bq", "bk", "keys", "keep_q", "keep", "buffers", "score_operand",
-        "value_operand", "ds_operand", "store",
-    )  # fmt: skip
+        "rows",
+        "bq",
+        "bk",
+        "keys",
+        "keep_q",
+        "keep",
+        "buffers",
+        "score_operand",
+        "value_operand",
+        "ds_operand",
+        "store",
+    )
     return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
 
 

@@ -136,8 +136,9 @@ class Structure:
         """A fragment of the simdgroup's own device rows, eight cache lines."""
         return t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
 
-    def product_ABt(self, t: Trace, rows: int, columns: int, streamed: bool,
-                    direct: bool = False) -> list[Handle]:  # fmt: skip
+    def product_ABt(
+        self, t: Trace, rows: int, columns: int, streamed: bool, direct: bool = False
+    ) -> list[Handle]:
         """rows x columns fragments of A B^T over the depth; A in registers or streamed from device
         rows, B a staged block or device rows. What is loaded from the device is converted where it
         is used."""
@@ -170,8 +171,9 @@ class Structure:
                         sums[0, r, c] = t.alu(2, sums[0, r, c], sums[chain, r, c])
         return [sums[0, r, c] for r in range(rows) for c in range(columns)]
 
-    def product_AB(self, t: Trace, operand: str, rows: int, depth: int, after: Handle,
-                   direct: bool = False) -> None:  # fmt: skip
+    def product_AB(
+        self, t: Trace, operand: str, rows: int, depth: int, after: Handle, direct: bool = False
+    ) -> None:
         """rows x self.depth fragments of A B; B is a staged block (or device rows) of `depth`
         fragments, A is in registers once `after` is done."""
         sums: dict[tuple[int, int], Handle] = {}

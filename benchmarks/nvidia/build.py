@@ -150,9 +150,13 @@ def main() -> None:
         write_sources(SPEED_SOURCES, peer=peer.check_header())
         started = time.monotonic()
         count = build_speed_kernels(
-            build_planner(SPEED_PLANNER), options.dtypes, options.head_dims,
-            options.only != "forward", options.arch, options.jobs,
-        )  # fmt: skip
+            build_planner(SPEED_PLANNER),
+            options.dtypes,
+            options.head_dims,
+            options.only != "forward",
+            options.arch,
+            options.jobs,
+        )
         print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)

@@ -62,9 +62,13 @@ class Case:
     def scoring(self) -> Scoring:
         return Scoring(
             self.head_dim**-0.5 if self.scale is None else self.scale,
-            self.dropout_p, SEED, self.window_left, self.window_right, self.diagonal,
+            self.dropout_p,
+            SEED,
+            self.window_left,
+            self.window_right,
+            self.diagonal,
             self.scratch_bytes,
-        )  # fmt: skip
+        )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v, dout and dlse or None, dense."""
@@ -128,14 +132,25 @@ def every_variant(dims: list[int]) -> Iterator[Case]:
         chunk = 16 // dtype.itemsize
         for scratch_bytes in (_SCRATCH, 0) if dim >= 64 else (_SCRATCH,):
             base = Case(
-                1029, 773, dim, dtype, batch=2, num_heads=4, num_kv_heads=2, dropout_p=p,
+                1029,
+                773,
+                dim,
+                dtype,
+                batch=2,
+                num_heads=4,
+                num_kv_heads=2,
+                dropout_p=p,
                 scratch_bytes=scratch_bytes,
-            )  # fmt: skip
+            )
             yield base
             yield base.but(
-                head_dim=dim - chunk, layout="heads inside", q_len=773, kv_len=1029,
-                window_right=0, diagonal=256,
-            )  # fmt: skip
+                head_dim=dim - chunk,
+                layout="heads inside",
+                q_len=773,
+                kv_len=1029,
+                window_right=0,
+                diagonal=256,
+            )
             yield base.but(head_dim=dim - 3, q_len=773, kv_len=1029)
             yield base.but(layout="every second column", window_left=100, window_right=37)
 

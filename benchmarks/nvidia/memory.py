@@ -125,9 +125,12 @@ def measure(
     except torch.OutOfMemoryError as error:
         unfused["out of memory"] = str(error).split(". ")[0]
     return {
-        "problem": str(problem), "length": length, "formula": terms, "ours": ours,
+        "problem": str(problem),
+        "length": length,
+        "formula": terms,
+        "ours": ours,
         "unfused": unfused,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

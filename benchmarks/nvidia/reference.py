@@ -34,9 +34,14 @@ def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, s: Scoring,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    s: Scoring,
     dtype: torch.dtype,
-) -> MathResult:  # fmt: skip
+) -> MathResult:
     """Computed in float64 if that is the dtype, else in float32 and rounded to it."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
@@ -100,6 +105,13 @@ def attention(
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
     return MathResult(
-        out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, largest(dk_size),
-        score_size=score_size, lse_size=lse_size, out_size=out_size, dv_size=largest(dv_size),
-    )  # fmt: skip
+        out.to(dtype),
+        lse.to(lse_dtype),
+        *rounded,
+        dq_cancelled,
+        largest(dk_size),
+        score_size=score_size,
+        lse_size=lse_size,
+        out_size=out_size,
+        dv_size=largest(dv_size),
+    )

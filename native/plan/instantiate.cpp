@@ -79,18 +79,18 @@ Variant full_variant(const Problem& p, bool chunks) {
   return variant_of(chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix);
 }
 
-Variant variant_of_sinks(const Problem& p, bool chunks) {
-  const bool plain = has_plain_scores(p);
-  Variant variant = variant_of(chunks, false, "PlainScore", "");
-  variant.type += !p.has_sinks ? ", NoSinks" : plain ? ", Sinks<false>" : ", Sinks<true>";
-  variant.suffix += !p.has_sinks ? "" : plain ? "_sinks" : "_sinks_natural";
-  return variant;
-}
-
 Variant variant_of_visibility(const Problem& p, bool chunks) {
   return variant_of(chunks, false,
       p.has_mask ? "Score<false, false, Mask<uchar, false>>" : "PlainScore",
       p.has_mask ? "_mask" : "");
+}
+
+Variant variant_of_sinks(const Problem& p, bool chunks) {
+  const bool plain = has_plain_scores(p);
+  Variant variant = variant_of_visibility(p, chunks);
+  variant.type += !p.has_sinks ? ", NoSinks" : plain ? ", Sinks<false>" : ", Sinks<true>";
+  variant.suffix += !p.has_sinks ? "" : plain ? "_sinks" : "_sinks_natural";
+  return variant;
 }
 
 Variant variant_of_mask_gradient(const Problem& p, bool chunks, bool parts) {

@@ -13,10 +13,10 @@ struct Variant {
 
 /// What of the problem a kernel distinguishes. `chunks`: whether rows load in chunks of 16 bytes.
 Variant full_variant(const Problem& problem, bool chunks);
-/// Besides its loads only whether there are sinks, and the units of scores where there are.
-Variant variant_of_sinks(const Problem& problem, bool chunks);
 /// Besides its loads only whether there is a mask.
 Variant variant_of_visibility(const Problem& problem, bool chunks);
+/// Besides that only whether there are sinks, and the units of scores where there are.
+Variant variant_of_sinks(const Problem& problem, bool chunks);
 
 /// `parts`: whether the threadgroups that share an element of the mask's gradient store floats.
 Variant variant_of_mask_gradient(const Problem& problem, bool chunks, bool parts);

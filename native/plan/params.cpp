@@ -51,6 +51,9 @@ std::array<int64_t, 5> mask_map_sizes(const Problem& p) {
   for (int d = 0; d < 5; d++) {
     if (p.mask.strides[d] == 0) sizes[d] = 1;
   }
+  // Windows hide different keys from the rows of the mask.
+  const bool windowed = p.window_left >= 0 || p.window_right >= 0;
+  if (windowed && sizes[3] > 1) sizes[4] = p.k.sizes[2];
   for (int d : {3, 4}) {
     if (sizes[d] > 1) sizes[d] = blocks_of(sizes[d], ORCHARD_MAP_BLOCK);
   }

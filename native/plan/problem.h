@@ -42,6 +42,9 @@ struct Problem {
   bool per_head_float32 = true;  ///< whether alibi_slopes and sinks, as far as given, are float32
   int64_t alibi_batch = 0;       ///< strides of alibi_slopes; 0: the same for all batches
   int64_t alibi_head = 1;
+  bool has_key_ranges = false;
+  int64_t ranges_batch = 0;  ///< strides of key_ranges in rows; 0: the same for all batches, heads
+  int64_t ranges_head = 0;
   double dropout_p = 0.0;
   double scale = 1.0;
   int64_t window_left = -1;

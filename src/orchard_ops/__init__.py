@@ -14,6 +14,13 @@ from .attention import flash_attn  # noqa: E402
 from .calls import OrchardFallbackWarning, Stats, reset_stats, stats  # noqa: E402
 from .dropout import dropout_mask  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .flash_attention import (  # noqa: E402
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+from .key_ranges import KeyRanges  # noqa: E402
+from .merge import merge_attentions  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
@@ -21,12 +28,17 @@ one_copy.remember()
 
 __all__ = [
     "Explanation",
+    "KeyRanges",
     "OrchardFallbackWarning",
     "Stats",
     "__version__",
     "dropout_mask",
     "explain",
     "flash_attn",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "merge_attentions",
     "reset_stats",
     "stats",
 ]

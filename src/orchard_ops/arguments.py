@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import checks
+from .key_ranges import KeyRanges
 from .ops import seed
 from .scoring import Scoring
 
@@ -285,6 +286,7 @@ def prepare(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_ranges: Tensor | KeyRanges | None = None,
     impl: str | None = None,
 ) -> Call:
     """Checks a call of `flash_attn` and brings it into the functional ops' form. Draws the seed."""
@@ -305,9 +307,17 @@ def prepare(
             attn_mask, query.shape[-2], key.shape[-2], is_causal, window_left, window_right
         )
         attn_mask, is_causal = None, True
-    for name, x in (("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+    ranges = key_ranges.tensor if isinstance(key_ranges, KeyRanges) else key_ranges
+    for name, x in (
+        ("attn_mask", attn_mask),
+        ("alibi_slopes", alibi_slopes),
+        ("sinks", sinks),
+        ("key_ranges", ranges),
+    ):
         if x is not None:
             _check_kind(name, x)
+    if ranges is not None and ranges.dim() > 0 and ranges.stride(-1) != 1:
+        ranges = ranges.contiguous()
 
     checks.check_tensors(_OP, query, key, value)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -339,6 +349,7 @@ def prepare(
         window_right=0 if is_causal else window_right,
         diagonal=diagonal,
         softcap=softcap,
+        key_ranges=ranges,
     )
     scoring._replace(window_right=window_right).check(_OP, query, key)
     return Call((query, key, value), scoring, impl, batch_shape, has_heads, drops_all)

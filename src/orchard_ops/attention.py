@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import prepare
+from .arguments import Call, prepare
 from .checks import plainly_right
+from .key_ranges import KeyRanges
 from .ops import autograd, eager, schema, seed
 from .scoring import Scoring
 
@@ -40,6 +41,7 @@ def flash_attn(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_ranges: Tensor | KeyRanges | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,6 +71,10 @@ def flash_attn(
         softcap: c > 0 replaces a score s by c * tanh(s / c).
         alibi_slopes: (Hq) or (B, Hq); -slope * |i - j| is added to the scores. No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
+        key_ranges: which keys each query may see, as `KeyRanges` or their int32 tensor (1 or B, 1
+            or Hq, L, 4), in linear memory: padding, packed documents, prefixes, chunks. Windows,
+            is_causal and alibi_slopes count from its positions instead of i; attn_mask may hide
+            more. Keys that no query sees may hold anything, NaN too. No gradient.
         return_lse: also return the logarithm of the softmax's denominator.
         impl: None chooses per call; "metal" raises with the reason where Metal cannot run it;
             "reference" never uses Metal.
@@ -87,7 +93,8 @@ def flash_attn(
     Partitioning", https://arxiv.org/abs/2307.08691.
     """
     if (
-        (attn_mask is None and alibi_slopes is None and sinks is None and impl is None)
+        (attn_mask is None and alibi_slopes is None and sinks is None)
+        and (key_ranges is None and impl is None)
         and type(dropout_p) is float
         and (0.0 <= dropout_p < 1.0 and softcap == 0.0)
         and (scale is None or (type(scale) is float and abs(scale) < _LARGE))
@@ -96,11 +103,16 @@ def flash_attn(
         and (type(is_causal) is bool and type(enable_gqa) is bool and type(softcap) is float)
         and _is_usual(query, key, value, enable_gqa)
     ):  # as `prepare` would bring it, in less time
-        scoring = Scoring(
-            None, None, None, seed.draw(query) if dropout_p > 0.0 else None, dropout_p,
+        scoring = Scoring(  # by position, which takes less time than by name
+            None,  # attn_mask
+            None,  # alibi_slopes
+            None,  # sinks
+            seed.draw(query) if dropout_p > 0.0 else None,
+            dropout_p,
             1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_left, 0 if is_causal else window_right,
-        )  # fmt: skip
+            window_left,
+            0 if is_causal else window_right,
+        )
         out, row_stats = autograd.attend(query, key, value, scoring, "auto")
         return (out, schema.public_lse(row_stats, scoring.unit)) if return_lse else out
     call = prepare(
@@ -117,15 +129,26 @@ def flash_attn(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        key_ranges=key_ranges,
         impl=impl,
     )
-    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl)
-    if call.drops_all:
-        out = out * 0.0
-    out = call.restore(out)
-    if not return_lse:
-        return out
+    return run_with_lse(call) if return_lse else run(call)
+
+
+def run(call: Call) -> Tensor:
+    """out of a call that `prepare` has made."""
+    return _run(call)[0]
+
+
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse of a call that `prepare` has made."""
+    out, row_stats = _run(call)
     return out, call.restore(schema.public_lse(row_stats, call.scoring.unit))
+
+
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl)
+    return call.restore(out * 0.0 if call.drops_all else out), row_stats
 
 
 _LARGE = 1e30

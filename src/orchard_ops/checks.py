@@ -11,6 +11,8 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLS = ("auto", "metal", "reference")
+SMALLEST_FLOAT32 = torch.finfo(torch.float32).tiny
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 
@@ -48,9 +50,14 @@ def plainly_right(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """That q, k and v are dense tensors."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
-        check_dense(op, name, x)
+        check_tensor(op, name, x)
+
+
+def check_tensor(op: str, name: str, x: Tensor) -> None:
+    """That x is a dense tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
+    check_dense(op, name, x)
 
 
 def check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .key_ranges import check_tensor
+
 MAX_DIAGONAL = 1 << 40
 """Far beyond any length, and far from overflowing int64."""
 _FLOAT32 = torch.finfo(torch.float32)
@@ -44,21 +46,31 @@ class Scoring(NamedTuple):
     """The key that query 0 stands at."""
     softcap: float = 0.0
     """c > 0 replaces a score s by c * tanh(s / c)."""
+    key_ranges: Tensor | None = None
+    """int32 (1 or B, 1 or Hq, L, 4): a query's (begin, end, position, prefix), see `KeyRanges`.
+
+    The position takes the place of i + diagonal in windows and ALiBi."""
 
     @property
     def plain(self) -> bool:
-        """Whether a score is a scaled dot product and nothing else.
+        """Whether a logit is a scaled dot product and nothing else.
 
-        Windows, sinks and dropout do not change a score.
+        Windows and dropout do not change a logit.
         """
-        return self.attn_mask is None and self.alibi_slopes is None and self.softcap == 0.0
+        return (
+            self.attn_mask is None
+            and self.alibi_slopes is None
+            and self.sinks is None
+            and self.softcap == 0.0
+        )
 
     @property
     def unit(self) -> float:
         """What 1 in ``row_stats`` is as a natural logarithm.
 
-        The exponents are powers of two where the score is plain. Elsewhere they are natural: a
-        finite mask times log2(e) could overflow.
+        The exponents are powers of two where all logits are plain. Elsewhere they are natural: a
+        finite mask times log2(e) could overflow, and a large sink would lose digits on its way to
+        powers of two and back.
         """
         return math.log(2.0) if self.plain else 1.0
 
@@ -90,6 +102,8 @@ class Scoring(NamedTuple):
             raise ValueError(f"{op}: diagonal must be within +-2^40; got {self.diagonal}")
         if self.attn_mask is not None:
             self._check_mask(op, query, key)
+        if self.key_ranges is not None:
+            self._check_key_ranges(op, query)
         self._check_per_head(op, query)
 
     def _check_dropout(self, op: str) -> None:
@@ -131,6 +145,30 @@ class Scoring(NamedTuple):
                 f"{op}: attn_mask must broadcast to {full}; got shape {tuple(mask.shape)}"
             )
 
+    def _check_key_ranges(self, op: str, query: Tensor) -> None:
+        ranges = self.key_ranges
+        assert ranges is not None
+        check_tensor(op, "key_ranges", ranges)
+        if ranges.device != query.device:
+            raise ValueError(
+                f"{op}: key_ranges must be on query's device {query.device}; got {ranges.device}"
+            )
+        batch, num_heads, q_len = query.shape[:3]
+        if not (
+            (ranges.shape[0] == batch or ranges.shape[0] == 1)
+            and (ranges.shape[1] == num_heads or ranges.shape[1] == 1)
+            and ranges.shape[2] == q_len
+        ):
+            raise ValueError(
+                f"{op}: key_ranges must have shape (1 or {batch}, 1 or {num_heads}, {q_len}, 4): "
+                f"batch, heads, queries; got shape {tuple(ranges.shape)}"
+            )
+        if self.diagonal != 0:
+            raise ValueError(
+                f"{op}: diagonal must be 0 with key_ranges, whose positions say where queries "
+                f"stand; got {self.diagonal}: add it to the positions"
+            )
+
     def _check_per_head(self, op: str, query: Tensor) -> None:
         batch, num_heads = query.shape[:2]
         slopes, sinks = self.alibi_slopes, self.sinks
@@ -158,4 +196,4 @@ _KINDS = {name: _SCHEMA_TYPES[kind] for name, kind in Scoring.__annotations__.it
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 """The arguments as every schema of the functional ops has them."""
 TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
-"""The names of the arguments that may be tensors; they come first."""
+"""The names of the arguments that may be tensors."""

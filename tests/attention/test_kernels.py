@@ -54,7 +54,7 @@ def test_every_variant_without_scratch(
     odd: int,
     recording,
     monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
+):
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     case = Case(37, 51, head_dim - odd, dtype=dtype, dropout_p=dropout_p)
     with recording() as launches:
@@ -78,8 +78,17 @@ def test_scratch_is_shared_by_as_many_heads_as_fit(recording, monkeypatch: pytes
 
 def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: pytest.MonkeyPatch):
     """dS of one head takes 8 x 1027 tiles of 8 x 8, 2.006 MiB: two parts in 2 MiB."""
-    case = Case(64, 8210, 64, num_heads=2, num_kv_heads=2, dtype=torch.float16, window_left=2000,
-                window_right=6150, dropout_p=0.1)  # fmt: skip
+    case = Case(
+        64,
+        8210,
+        64,
+        num_heads=2,
+        num_kv_heads=2,
+        dtype=torch.float16,
+        window_left=2000,
+        window_right=6150,
+        dropout_p=0.1,
+    )
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
     with recording() as launches:
         check_case(case)
@@ -91,11 +100,15 @@ def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: py
 TILES = [
     (dtype, head_dim, f"r{r}_k{bk}_b{buffers}{suffix}")
     for dtype, head_dim, suffix in (
-        (torch.float16, 64, ""), (torch.float16, 64, "_float"), (torch.bfloat16, 40, ""),
+        (torch.float16, 64, ""),
+        (torch.float16, 64, "_float"),
+        (torch.bfloat16, 40, ""),
         (torch.float32, 128, ""),
     )
-    for r in (1, 2) for bk in (8, 16, 32) for buffers in (0, 1, 2)
-]  # fmt: skip
+    for r in (1, 2)
+    for bk in (8, 16, 32)
+    for buffers in (0, 1, 2)
+]
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "tile"), TILES)
@@ -256,8 +269,9 @@ def test_far_origins():
     case, operands = far_scores()
     out, lse = run(case, *(x.to("mps") for x in operands))[:2]
     v = operands[2].double()
-    torch.testing.assert_close(out.cpu().double(), v[..., 32:, :].mean(-2, True).expand(out.shape),
-                               rtol=2e-3, atol=2e-3)  # fmt: skip
+    torch.testing.assert_close(
+        out.cpu().double(), v[..., 32:, :].mean(-2, True).expand(out.shape), rtol=2e-3, atol=2e-3
+    )
     torch.testing.assert_close(lse.cpu().double(), case.math(torch.float64, *operands).lse)
 
 

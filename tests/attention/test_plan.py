@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
             assert blocks * sizes["k"] * row <= 32 * 1024
 
 
+def test_explain_takes_the_arguments_of_the_attention():
+    parameters = [
+        dict(inspect.signature(function, eval_str=True).parameters)
+        for function in (orchard_ops.flash_attn, orchard_ops.explain)
+    ]
+    assert parameters[0].pop("return_lse").default is False
+    assert parameters[0] == parameters[1]
+    x = torch.randn(1, 1, 2, 8)
+    with pytest.raises(TypeError, match=r"^orchard_ops\.explain: .* argument 'return_lse'$"):
+        orchard_ops.explain(x, x, x, return_lse=True)
+
+
 def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
     case = Case(100, 200, 64, num_heads=4, num_kv_heads=2)
     explanation = explain(case)
@@ -91,8 +104,9 @@ def test_dropout_is_a_variant_and_a_tiny_p_is_none():
     case = Case(40, 50, 64)
     names = explain(case, dropout_p=0.1).kernels
     assert [n.split("_float32")[0] for n in names if not n.endswith("_dropout")] == [
-        "attention_backward_delta", "attention_backward_dq_from_ds"
-    ]  # fmt: skip
+        "attention_backward_delta",
+        "attention_backward_dq_from_ds",
+    ]
     assert not any(n.endswith("_dropout") for n in explain(case, dropout_p=1e-6).kernels)
 
 

@@ -21,8 +21,12 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 1e-2},
 }
 SCALARS = {
-    "dropout_p": 0.0, "scale": 0.2, "window_left": -1, "window_right": -1, "diagonal": 0,
-}  # fmt: skip
+    "dropout_p": 0.0,
+    "scale": 0.2,
+    "window_left": -1,
+    "window_right": -1,
+    "diagonal": 0,
+}
 
 
 def problem() -> dict:
@@ -47,7 +51,7 @@ def run_op(passes: str, call: dict, impl: str = "metal") -> tuple[torch.Tensor, 
         return torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(call), impl)
     return torch.ops.orchard.flash_attn_bwd(
         dout, None, q, k, v, out, call["row_stats"], *scoring(call), False, impl
-    )[:3]  # fmt: skip
+    )[:3]
 
 
 def with_row_stride(x: torch.Tensor) -> torch.Tensor:

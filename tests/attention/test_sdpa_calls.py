@@ -182,8 +182,9 @@ def test_dropout_of_everything(device: str):
 def test_numbers_may_be_0d_tensors(device: str):
     q = torch.randn(1, 2, 5, 16, device=device)
     out = orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3), window_left=torch.tensor(2))
-    assert torch.equal(out, orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3).item(),
-                                                   window_left=2))  # fmt: skip
+    assert torch.equal(
+        out, orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3).item(), window_left=2)
+    )
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))

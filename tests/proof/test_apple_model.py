@@ -73,8 +73,12 @@ def test_check_sees_another_kernel():
     """A trace with a wider block, or one that streams Q, is not the kernel."""
     real = kernels.structure(kernels.FORWARD, "float16", 64)
     counted = counts.count(kernels.FORWARD, "float16", 64)
-    for change in (dict(bk=2 * real.bk), dict(keep_q=False), dict(value_operand="float"),
-                   dict(buffers=1)):  # fmt: skip
+    for change in (
+        dict(bk=2 * real.bk),
+        dict(keep_q=False),
+        dict(value_operand="float"),
+        dict(buffers=1),
+    ):
         wrong = Forward(**{**vars(real), **change})
         assert kernels.disagreements(wrong, counted)
 
@@ -236,9 +240,10 @@ def test_committed_predictions_are_of_these_models():
     """PyTorch's rows depend on model B and the ensemble alone, not on our kernels."""
     rows = json.loads(PREDICTIONS.read_text())["kernels"]
     committed = next(
-        x for x in rows if (x["family"], x["dtype"], x["head_dim"])
-        == (kernels.PREFILL, "float16", 128)
-    )  # fmt: skip
+        x
+        for x in rows
+        if (x["family"], x["dtype"], x["head_dim"]) == (kernels.PREFILL, "float16", 128)
+    )
     spread = Spread.of(list(result(kernels.PREFILL, "float16", 128).cycles))
     now = [spread.median, spread.low, spread.high]
     assert now == pytest.approx(committed["b_cycles"], abs=1e-3)
@@ -345,9 +350,11 @@ def test_structures_say_what_their_parameters_mean():
     same = (first.counts - second.counts) + (second.counts - first.counts)
     one_number = 2 * 2 * 32 * 4  # of both queries of each lane in each fragment
     assert same == dict(
-        exp2=4, threadgroup_bytes_read=tiles, threadgroup_bytes_written=tiles,
+        exp2=4,
+        threadgroup_bytes_read=tiles,
+        threadgroup_bytes_written=tiles,
         device_bytes_read=one_number,
-    )  # fmt: skip
+    )
     # dS of 8 keys x 16 queries as float32
     for kind, plain, writers in ((BackwardDkv, whole, 1), (BackwardDkvPairs, pairs, 2)):
         stored = kind(**vars(plain) | dict(store=True)).trace(PLAIN).mean_counts

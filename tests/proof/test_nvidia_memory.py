@@ -54,8 +54,10 @@ def on_cpu(planner: plans.Planner, monkeypatch: pytest.MonkeyPatch) -> attention
     kernels = {}
     for scratch_bytes in (0, 1 << 20):
         scoring = plans.Scoring(1.0, window_right=0, scratch_bytes=scratch_bytes)
-        for plan in (planner.forward(q, k, v, q, scoring),
-                     planner.backward(q, k, v, q, dout, scoring)):  # fmt: skip
+        for plan in (
+            planner.forward(q, k, v, q, scoring),
+            planner.backward(q, k, v, q, dout, scoring),
+        ):
             kernels |= {kernel.name: build.source_of(kernel) for kernel in plan.kernels}
     ours = attention.Attention(CpuKernels(kernels), planner)
     ours.outputs = nvidia_memory.Unguarded

@@ -89,9 +89,12 @@ def test_every_variant(variants, tmp_path):
     """12 head dims, of which 9 may store dS; chunks or elements; dropout or not."""
     narrow, wide = 3, 9
     of_dtype = {
-        "forward": 12 * 4, "delta": 12 * 2, "dkv": (narrow + 2 * wide) * 4, "dq": 12 * 4,
+        "forward": 12 * 4,
+        "delta": 12 * 2,
+        "dkv": (narrow + 2 * wide) * 4,
+        "dq": 12 * 4,
         "dq from dS": wide * 2,
-    }  # fmt: skip
+    }
     assert len(variants) == 3 * sum(of_dtype.values()) == 666
     for kernel in variants.values():
         assemble(ptx.compile(build.source_of(kernel)), tmp_path)

@@ -22,9 +22,13 @@ Item = TypeVar("Item")
 def progress_bar(console: Console) -> Progress:
     """How many are done, what is under way (a task's description), time gone and time left."""
     return Progress(
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 @contextmanager

@@ -17,9 +17,20 @@ from ..scoring import TENSORS, Scoring
 from . import eager
 from .schema import BACKWARD, FORWARD, ForwardArgs, library
 
-_NUM_SCORING_TENSORS = len(TENSORS)
-_NUM_TENSORS = 3 + _NUM_SCORING_TENSORS
-"""The leading arguments of the forward that may be tensors."""
+_FIRST_TENSORS = 3 + len(TENSORS) - 1
+"""Of the forward's arguments, those before the numbers; key_ranges stands behind them."""
+assert (*Scoring._fields[: len(TENSORS) - 1], Scoring._fields[-1]) == TENSORS
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The forward's arguments, first those that may be tensors, then a tuple of the others."""
+    return (*args[:_FIRST_TENSORS], args[-2], (*args[_FIRST_TENSORS:-2], args[-1]))
+
+
+def _join(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The forward's arguments, from what `_split` makes of them."""
+    *_, key_ranges, rest = parts
+    return (*parts[:_FIRST_TENSORS], *rest[:-1], key_ranges, rest[-1])
 
 
 _forward, _backward = FORWARD._op, BACKWARD._op
@@ -83,13 +94,12 @@ class _FlashAttention(_Formula):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, rest = args
+    def forward(*parts: Any) -> tuple[Tensor, Tensor]:
         if torch._C._are_functorch_transforms_active():
             with _below_transform():
-                return FORWARD(*tensors, *rest)
+                return FORWARD(*_join(parts))
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward(*tensors, *rest)
+            return _forward(*_join(parts))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,9 +111,8 @@ class _FlashAttention(_Formula):
     def backward(
         ctx: Any, dout: Tensor | None, drow_stats: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, *tensors, out, row_stats = ctx.saved_tensors
-        *numbers, impl = ctx.rest
-        scoring = Scoring(*tensors, *numbers)
+        *tensors, out, row_stats = ctx.saved_tensors
+        query, key, value, scoring, impl = ForwardArgs.read(_join((*tensors, ctx.rest)))
         query_too, key_too, value_too, mask_too, _, sinks_too, *_ = ctx.needs_input_grad
         if dout is None and drow_stats is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -123,6 +132,7 @@ class _FlashAttention(_Formula):
             dmask if mask_too else None,
             None,
             dsinks if sinks_too else None,
+            None,
             None,
             None,
         )
@@ -166,7 +176,7 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     _refuse_trainable_slopes(call.scoring.alibi_slopes)
     args = call.flat()
     formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
-    return formula(*args[:_NUM_TENSORS], args[_NUM_TENSORS:])
+    return formula(*_split(args))
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -186,22 +196,31 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, impl: str
 ) -> tuple[Tensor, Tensor]:
     """FORWARD; in the usual case without the dispatcher's way round to `_forward_kernel`."""
-    tensors = (query, key, value, *scoring[:_NUM_SCORING_TENSORS])
-    if scoring.alibi_slopes is not None or not eager.nothing_between(tensors):
-        return FORWARD(query, key, value, *scoring, impl)
-    if _needs_grad(tensors):
-        return _record(*tensors, (*scoring[_NUM_SCORING_TENSORS:], impl))
+    args = (query, key, value, *scoring, impl)
+    parts = _split(args)
+    if scoring.alibi_slopes is not None or not eager.nothing_between(parts[:-1]):
+        return FORWARD(*args)
+    if _needs_grad(parts):
+        return _record(*parts)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(query, key, value, *scoring, impl)
+        return _forward(*args)
 
 
 def differentiate(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    row_stats: Tensor, scoring: Scoring, mask_grad: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    row_stats: Tensor,
+    scoring: Scoring,
+    mask_grad: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
     """BACKWARD, as `attend`."""
     tensors = (dout, dlse, query, key, value, out, row_stats)
-    all_tensors = (*tensors, *scoring[:_NUM_SCORING_TENSORS])
+    all_tensors = (*tensors, *(getattr(scoring, name) for name in TENSORS))
     if torch.is_grad_enabled() or not eager.nothing_between(all_tensors):
         return BACKWARD(*tensors, *scoring, mask_grad, impl)
     with torch._C._AutoDispatchBelowAutograd():

@@ -48,6 +48,14 @@ def _fold_slopes(slopes: Tensor | None, dim: int | None, size: int, batch: int) 
     return slopes.expand(size, batch, slopes.shape[-1]).flatten(0, 1)
 
 
+def _fold_ranges(ranges: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """(1 or B, ...), maybe mapped -> (1 or V * B, ...)."""
+    if ranges is None or (dim is None and ranges.shape[0] == 1):
+        return ranges
+    ranges = _lead(ranges, dim, size)
+    return ranges.expand(size, batch, *ranges.shape[2:]).flatten(0, 1)
+
+
 def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Scoring:
     if scoring.sinks is not None and dims.sinks is not None:
         raise NotImplementedError("orchard::flash_attn: vmap over sinks is not supported")
@@ -59,6 +67,7 @@ def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Sco
         attn_mask=_fold_mask(scoring.attn_mask, dims.attn_mask, size, batch),  # type: ignore[arg-type]
         alibi_slopes=_fold_slopes(scoring.alibi_slopes, dims.alibi_slopes, size, batch),  # type: ignore[arg-type]
         dropout_seed=seed,
+        key_ranges=_fold_ranges(scoring.key_ranges, dims.key_ranges, size, batch),  # type: ignore[arg-type]
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..key_ranges import KeyRanges
 from ..scoring import Scoring
 from .mathematics import MathResult, math_attention
 
@@ -42,6 +43,11 @@ class Case:
     alibi: str = ""
     """Slopes by "head" or by "batch" and head; "" is none."""
     sinks: bool = False
+    ranges: str = ""
+    """Key ranges: "any" numbers in each row, some beyond the keys; packed "documents" of any
+    lengths; "padding" on both sides, by batch; "prefix" keys besides a window; "" is none."""
+    ranges_full: tuple[bool, bool] = (True, True)
+    """Which of (B, H) the key ranges of "any" do not broadcast over."""
     seed: int = 1
     """Of the numbers that are drawn."""
 
@@ -67,6 +73,9 @@ class Case:
             parts.append(f"alibi_{self.alibi}")
         if self.sinks:
             parts.append("sinks")
+        if self.ranges:
+            full = "".join(name for name, keep in zip("BH", self.ranges_full) if keep)
+            parts.append(f"{self.ranges}ranges{full if self.ranges == 'any' else ''}")
         return "-".join(parts)
 
     def but(self, **changes: object) -> Case:
@@ -110,8 +119,45 @@ class Case:
             attn_mask=mask,
             alibi_slopes=slopes,
             sinks=draw(heads).to(self.dtype) if self.sinks else None,
+            key_ranges=self._draw_ranges(generator) if self.ranges else None,
         )
         return (q, k, v, do), scoring
+
+    def _draw_ranges(self, generator: torch.Generator) -> Tensor:
+        q_len, kv_len = self.q_len, self.kv_len
+
+        def whole(low: int, high: int, *shape: int) -> Tensor:
+            """low ... high - 1"""
+            return torch.randint(low, max(high, low + 1), shape, generator=generator)
+
+        if self.ranges == "documents":
+            count = max(1, min(q_len, kv_len) // 12)
+            cuts = [whole(0, n + 1, count - 1).sort().values for n in (q_len, kv_len)]
+            of_query, of_key = (
+                torch.cat((torch.zeros(1), x, torch.full((1,), n)))
+                for x, n in zip(cuts, (q_len, kv_len))
+            )
+            return KeyRanges.from_cu_seqlens(of_query.int(), of_key.int(), q_len=q_len).tensor
+        if self.ranges == "padding":
+            starts = whole(0, kv_len // 2 + 1, self.batch)
+            lengths = whole(0, kv_len // 2 + 1, self.batch)
+            return KeyRanges.from_lengths(lengths, q_len, starts=starts).tensor
+        if self.ranges == "prefix":
+            return KeyRanges.sliding_window(
+                kv_len // 8, 2, q_len, prefix=kv_len // 6, diagonal=kv_len - q_len
+            ).tensor
+        keeps = zip((self.batch, self.num_heads), self.ranges_full)
+        shape = (*(n if keep else 1 for n, keep in keeps), q_len)
+        begin = whole(-5, kv_len, *shape)
+        return torch.stack(
+            (
+                begin,
+                begin + whole(-3, kv_len, *shape),
+                whole(-5, kv_len + 5, *shape),
+                (whole(0, 2, *shape) * whole(-5, kv_len, *shape)).clamp(max=kv_len // 4),
+            ),
+            dim=-1,
+        ).int()
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout on the CPU."""
@@ -119,11 +165,12 @@ class Case:
 
     def scoring(self, device: torch.device | str = "cpu") -> Scoring:
         """The arguments of flash_attn_fwd behind q, k and v, but for impl."""
-        scoring = self._draw()[1] if self.mask or self.alibi or self.sinks else self._numbers()
+        drawn = self.mask or self.alibi or self.sinks or self.ranges
+        scoring = self._draw()[1] if drawn else self._numbers()
         return scoring._replace(
             **{
                 name: x.to(device)
-                for name in ("attn_mask", "alibi_slopes", "sinks")
+                for name in ("attn_mask", "alibi_slopes", "sinks", "key_ranges")
                 if (x := getattr(scoring, name)) is not None
             }
         )

@@ -64,17 +64,20 @@ class MathResult:
 
 
 def _hidden(
-    q_len: int, kv_len: int, window_left: int, window_right: int, diagonal: int
+    ahead: Tensor, window_left: int, window_right: int, key_ranges: Tensor | None
 ) -> Tensor | None:
-    """(L, S) bool, True where the window hides a key."""
-    if window_left < 0 and window_right < 0:
+    """True where a window or the range of a row hides a key that is `ahead` of the row's place."""
+    if window_left < 0 and window_right < 0 and key_ranges is None:
         return None
-    distance = torch.arange(kv_len) - torch.arange(q_len).unsqueeze(1) - diagonal
-    hidden = torch.zeros(q_len, kv_len, dtype=torch.bool)
+    hidden = torch.zeros(ahead.shape, dtype=torch.bool)
     if window_left >= 0:
-        hidden |= distance < -window_left
+        hidden |= ahead < -window_left
+    if key_ranges is not None:
+        begin, end, _, prefix = key_ranges.cpu().unsqueeze(-2).unbind(-1)
+        j = torch.arange(ahead.shape[-1])
+        hidden = (hidden | (j < begin) | (j >= end)) & (j >= prefix)
     if window_right >= 0:
-        hidden |= distance > window_right
+        hidden |= ahead > window_right
     return hidden
 
 
@@ -113,6 +116,7 @@ def math_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_ranges: Tensor | None = None,
 ) -> MathResult:
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
 
@@ -133,16 +137,19 @@ def math_attention(
     scores = torch.matmul(q, k_all.transpose(-1, -2)) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(q_len) + diagonal
+    if key_ranges is not None:
+        place = key_ranges.cpu().long()[..., 2]
+    ahead = torch.arange(kv_len) - place.unsqueeze(-1)
     if alibi_slopes is not None:
-        distance = (torch.arange(q_len).unsqueeze(1) + diagonal - torch.arange(kv_len)).abs()
-        scores = scores - alibi_slopes.cpu().to(compute).view(-1, q.shape[1], 1, 1) * distance
+        scores = scores - alibi_slopes.cpu().to(compute).view(-1, q.shape[1], 1, 1) * ahead.abs()
     bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~_by_batch(attn_mask.cpu(), q.shape[0]), -math.inf)
     elif attn_mask is not None:
         bias = leaf(attn_mask)
         scores = scores + _by_batch(bias, q.shape[0])
-    hidden = _hidden(q_len, kv_len, window_left, window_right, diagonal)
+    hidden = _hidden(ahead, window_left, window_right, key_ranges)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     logits, sink = scores, None

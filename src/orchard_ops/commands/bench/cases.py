@@ -109,10 +109,16 @@ def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
         for (num_heads, num_kv_heads), head_dim, mask, dtype, length in grid:
             problems.append(
                 replace(
-                    preset, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-                    mask=mask, dtype=dtype, length=length, batch=args.batch,
+                    preset,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    mask=mask,
+                    dtype=dtype,
+                    length=length,
+                    batch=args.batch,
                 )
-            )  # fmt: skip
+            )
     return [Case(p, mode) for p in dict.fromkeys(problems) for mode in modes]
 
 

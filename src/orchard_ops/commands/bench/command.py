@@ -137,9 +137,11 @@ def _times(
     contenders = {contender.name: contender for contender in calls}
     try:
         return timing.interleaved(
-            {contender.name: call for contender, call in calls.items()}, place.device, schedule,
+            {contender.name: call for contender, call in calls.items()},
+            place.device,
+            schedule,
             lambda name: contenders[name].environment(),
-        )  # fmt: skip
+        )
     except (RuntimeError, MemoryError) as error:
         memory.release(place.device)
         fewer = [c for c in calls if c.is_ours]

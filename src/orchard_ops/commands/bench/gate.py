@@ -42,18 +42,30 @@ def _math_by_blocks(problem: Problem, compute: torch.dtype, dtype: torch.dtype) 
                 at_rows = (slice(b, b + 1), heads, slice(row0, row1))
                 at_keys = (slice(b, b + 1), slice(kv_head, kv_head + 1), slice(0, seen))
                 part = math_attention(
-                    q[at_rows], k[at_keys], v[at_keys], dout[at_rows], dtype=compute,
-                    window_right=0 if problem.is_causal else -1, diagonal=row0,
-                )  # fmt: skip
+                    q[at_rows],
+                    k[at_keys],
+                    v[at_keys],
+                    dout[at_rows],
+                    dtype=compute,
+                    window_right=0 if problem.is_causal else -1,
+                    diagonal=row0,
+                )
                 out[at_rows], lse[at_rows], dq[at_rows] = part.out, part.lse, part.dq
                 dk[at_keys] += part.dk
                 dv[at_keys] += part.dv
                 sizes = {name: max(size, getattr(part, name)) for name, size in sizes.items()}
     return MathResult(
-        out.to(dtype), lse, dq.to(dtype), dk.to(dtype), dv.to(dtype),
-        dq_cancelled=sizes["dq_cancelled"], dk_cancelled=sizes["dk_cancelled"],
-        score_size=sizes["score_size"], out_size=sizes["out_size"], dv_size=sizes["dv_size"],
-    )  # fmt: skip
+        out.to(dtype),
+        lse,
+        dq.to(dtype),
+        dk.to(dtype),
+        dv.to(dtype),
+        dq_cancelled=sizes["dq_cancelled"],
+        dk_cancelled=sizes["dk_cancelled"],
+        score_size=sizes["score_size"],
+        out_size=sizes["out_size"],
+        dv_size=sizes["dv_size"],
+    )
 
 
 @functools.lru_cache(maxsize=1)

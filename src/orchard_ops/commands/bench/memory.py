@@ -17,8 +17,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "not enough memory", "invalid buffer size",
-)  # fmt: skip
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "invalid buffer size",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

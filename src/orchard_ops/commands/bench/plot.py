@@ -115,9 +115,15 @@ def _mark_out_of_memory(axes: Any, cases: list[CaseResult], contenders: list[str
             if figures is not None and figures.status == OUT_OF_MEMORY:
                 height = 0.97 if contender == OURS else 0.9
                 axes.text(
-                    case.length, height, "out of\nmemory", color=color, fontsize=7, ha="center",
-                    va="top", transform=axes.get_xaxis_transform(),
-                )  # fmt: skip
+                    case.length,
+                    height,
+                    "out of\nmemory",
+                    color=color,
+                    fontsize=7,
+                    ha="center",
+                    va="top",
+                    transform=axes.get_xaxis_transform(),
+                )
 
 
 def _size(nbytes: float) -> str:

@@ -64,9 +64,11 @@ def _forward_plan(case: Case, device: torch.device) -> Kernel:
 
 
 def of_cases(
-    chosen: Sequence[Case], tiles: Sequence[str] | None, scratch_mb: Sequence[int] | None,
+    chosen: Sequence[Case],
+    tiles: Sequence[str] | None,
+    scratch_mb: Sequence[int] | None,
     place: Place,
-) -> dict[Case, list[Contender]]:  # fmt: skip
+) -> dict[Case, list[Contender]]:
     """The further contenders of each case: tiles in forward cases, scratch budgets in training.
 
     Args:

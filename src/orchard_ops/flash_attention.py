@@ -1,0 +1,302 @@
+"""The functions of FlashAttention-2 by their names, with their arguments and meaning.
+
+(B, S, H, D) layout, causal masks and windows aligned at the bottom right, grouped heads by their
+counts. What differs from the CUDA package on purpose is a table in docs/flash-attention.md.
+
+Reference: T. Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, and the arguments of
+https://github.com/Dao-AILab/flash-attention, version 2.7.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .arguments import prepare
+from .attention import run, run_with_lse
+
+Results = Tensor | tuple[Tensor, Tensor, Tensor]
+_INTEGERS = (int, torch.SymInt, numbers.Integral)
+_REAL = (float, torch.SymFloat, numbers.Real, torch.SymInt)
+_DENSE = "(batch, seqlen, heads, head_dim)"
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """Attention of (B, S, H, D) operands, as ``flash_attn.flash_attn_func``. Nothing is copied.
+
+    Args:
+        q: (B, Sq, Hq, D) float16, bfloat16, float32 (or float64, on the reference); any strides.
+        k: (B, Sk, Hk, D); query head h uses key head h // (Hq / Hk), Hq being a multiple of Hk.
+        v: (B, Sk, Hk, Dv).
+        dropout_p: probability of dropping a weight, in [0, 1], rounded to a multiple of 2^-16; the
+            mask follows torch's cpu generator. 0 for evaluation.
+        softmax_scale: factor on the scores; 1 / sqrt(D) by default.
+        causal: query i sees keys up to i + Sk - Sq: aligned at the bottom right.
+        window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq +
+            right. A negative side is open, and so is one of at least Sk. Causal: right is 0.
+        softcap: c > 0 replaces a score s by c * tanh(s / c); anything else is none.
+        alibi_slopes: (Hq) or (B, Hq) float32; -slope * |i + Sk - Sq - j| is added to the scores. No
+            gradient.
+        deterministic: either; the gradients always have the same bits.
+        return_attn_probs: also return lse and S_dmask.
+
+    Returns:
+        out (B, Sq, Hq, Dv); a row that sees no key is 0. With return_attn_probs (out, lse,
+        S_dmask): lse (B, Hq, Sq) float32, natural logarithm, -inf for a row that sees no key,
+        differentiable; S_dmask is empty, shape (0,), since no matrix of weights exists.
+
+    Raises:
+        ValueError, TypeError: a malformed call; the message says what was wrong and what came.
+        NotImplementedError: alibi_slopes that require grad.
+    """
+    operands = _Operands("flash_attn_func", q, k, v, (("q", q), ("k", k), ("v", v)))
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _dense(operands, options, return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_func` of q, k and v in one tensor, which is read in place.
+
+    Args:
+        qkv: (B, S, 3, H, D), q, k and v in this order. The others: as `flash_attn_func`.
+
+    Returns:
+        As `flash_attn_func`: out (B, S, H, D).
+
+    Raises:
+        As `flash_attn_func`.
+    """
+    op = "flash_attn_qkvpacked_func"
+    q, k, v = _unpack(op, "qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
+    operands = _Operands(op, q, k, v, (("qkv", qkv),))
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _dense(operands, options, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_func` of k and v in one tensor, which is read in place.
+
+    Args:
+        q: (B, Sq, Hq, D).
+        kv: (B, Sk, 2, Hk, D), k and v in this order. The others: as `flash_attn_func`.
+
+    Returns:
+        As `flash_attn_func`: out (B, Sq, Hq, D).
+
+    Raises:
+        As `flash_attn_func`.
+    """
+    op = "flash_attn_kvpacked_func"
+    k, v = _unpack(op, "kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
+    operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _dense(operands, options, return_attn_probs)
+
+
+# ---- a call, its checks, and how it runs --------------------------------------------------------
+
+
+class _Operands(NamedTuple):
+    """q, k and v of a call, and as the caller named what they came in."""
+
+    function: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    given: tuple[tuple[str, Tensor], ...]
+
+    @property
+    def op(self) -> str:
+        return f"orchard_ops.{self.function}"
+
+
+class _Options(NamedTuple):
+    """The further arguments that all functions have in common."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
+
+
+def _unpack(
+    function: str, name: str, packed: Tensor, count: int, dimensions: str
+) -> tuple[Tensor, ...]:
+    """The parts of a packed tensor as views; their gradients are stacked once, not added up."""
+    op = f"orchard_ops.{function}"
+    checks.check_tensor(op, name, packed)
+    axis = packed.dim() - 3
+    if packed.dim() != dimensions.count(",") + 1 or packed.shape[axis] != count:
+        raise ValueError(f"{op}: {name} must be {dimensions}; got shape {tuple(packed.shape)}")
+    return packed.unbind(axis)
+
+
+def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> Results:
+    op, q, k, v, _ = (operands.op, *operands[1:])
+    _check_operands(operands, 4, _DENSE)
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(
+            f"{op}: q, k and v must have the same batch size; got {q.shape[0]}, {k.shape[0]} and "
+            f"{v.shape[0]}"
+        )
+    left, right = _check_options(op, options, return_attn_probs, q, q.shape[0])
+    q_len, kv_len = q.shape[1], k.shape[1]
+    left = -1 if left < 0 or left >= kv_len else left
+    right = -1 if right < 0 or right >= kv_len else right
+    call = prepare(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        dropout_p=options.dropout_p,
+        is_causal=options.causal,
+        scale=options.softmax_scale,
+        enable_gqa=True,
+        window_left=left,
+        window_right=right,
+        softcap=max(options.softcap, 0.0),
+        alibi_slopes=options.alibi_slopes,
+    )
+    if left >= 0 or call.scoring.window_right >= 0 or options.alibi_slopes is not None:
+        call = call._replace(scoring=call.scoring._replace(diagonal=kv_len - q_len))
+    if not return_attn_probs:
+        return run(call).transpose(1, 2)
+    out, lse = run_with_lse(call)
+    return out.transpose(1, 2), lse, q.new_empty(0)
+
+
+def _check_operands(operands: _Operands, dim: int, dimensions: str) -> None:
+    op, q, k, v, given = (operands.op, *operands[1:])
+    for name, x in given:
+        checks.check_tensor(op, name, x)
+        if x.dtype not in checks.DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
+            )
+    names = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
+    if len({x.dtype for _, x in given}) > 1:
+        got = ", ".join(str(x.dtype) for _, x in given)
+        raise TypeError(f"{op}: {names} must have the same dtype; got {got}")
+    if len({x.device for _, x in given}) > 1:
+        got = ", ".join(str(x.device) for _, x in given)
+        raise ValueError(f"{op}: {names} must be on the same device; got {got}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dim:
+            raise ValueError(f"{op}: {name} must be {dimensions}; got shape {tuple(x.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] == 0:
+            raise ValueError(
+                f"{op}: the head_dim of {name} must be at least 1; got shape {tuple(x.shape)}"
+            )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{op}: q and k must have the same head_dim; got {q.shape[-1]} and {k.shape[-1]}"
+        )
+    if k.shape[-3:-1] != v.shape[-3:-1]:
+        raise ValueError(
+            f"{op}: k and v must have the same length and heads; got shapes {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"{op}: the heads of q must be a multiple of those of k and v; got {num_heads} and "
+            f"{num_kv_heads} (operands are {dimensions})"
+        )
+
+
+def _check_options(
+    op: str, options: _Options, return_attn_probs: bool, q: Tensor, batch: int
+) -> tuple[int, int]:
+    """The sides of the window, once everything is right."""
+    dropout_p, scale, causal, window, softcap, slopes = options
+    for name, number in (
+        ("dropout_p", dropout_p),
+        ("softmax_scale", 0.0 if scale is None else scale),
+        ("softcap", softcap),
+    ):
+        if isinstance(number, bool) or not isinstance(number, _REAL):
+            raise TypeError(
+                f"{op}: {name} must be a number; got a {type(number).__name__}, {number!r}"
+            )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1]; got {dropout_p}")
+    if scale is not None and not abs(scale) <= checks.LARGEST_FLOAT32:
+        raise ValueError(f"{op}: softmax_scale must be finite in float32; got {scale}")
+    if not (softcap <= 0.0 or checks.SMALLEST_FLOAT32 <= softcap <= checks.LARGEST_FLOAT32):
+        raise ValueError(
+            f"{op}: softcap must be positive and finite in float32, or at most 0 for none; "
+            f"got {softcap}"
+        )
+    for name, flag in (("causal", causal), ("return_attn_probs", return_attn_probs)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{op}: {name} must be True or False; got {flag!r}")
+    pair = isinstance(window, tuple | list) and len(window) == 2
+    if not pair or not all(
+        isinstance(side, _INTEGERS) and not isinstance(side, bool) for side in window
+    ):
+        raise TypeError(
+            f"{op}: window_size must be two integers, (left, right), -1 for an open side; "
+            f"got {window!r}"
+        )
+    if slopes is not None:
+        _check_slopes(op, slopes, q, batch)
+    return window[0], window[1]
+
+
+def _check_slopes(op: str, slopes: Tensor, q: Tensor, batch: int) -> None:
+    checks.check_tensor(op, "alibi_slopes", slopes)
+    heads = q.shape[-2]
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"{op}: alibi_slopes must have shape ({heads},) or ({batch}, {heads}); "
+            f"got {tuple(slopes.shape)}"
+        )
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"{op}: alibi_slopes must be float32; got {slopes.dtype}: cast them")
+    if slopes.device != q.device:
+        raise ValueError(
+            f"{op}: alibi_slopes must be on the device of q, {q.device}; got {slopes.device}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: alibi_slopes have no gradient; got slopes that require grad: detach them"
+        )
