@@ -364,6 +364,9 @@ Gradients run_backward(const BackwardCall& call) {
   if (dmask_parts.has_value()) {
     for_mask_sum = {{kBufferDmaskParts, *dmask_parts}, {kBufferDmask, *grads.dmask}};
   }
+  if (problem.has_mask) {  // where it adds, the key's side may sum up its gradient
+    for_keys.bind({kBufferDmaskParts, dmask_parts.has_value() ? *dmask_parts : delta});
+  }
   for (Bindings* tensors : {&for_keys, &for_queries, &for_mask}) scores.bind(*tensors);
   OptionalTensor sink_parts;
   if (scores.sinks.has_value()) {

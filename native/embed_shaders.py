@@ -22,6 +22,7 @@ FAMILIES = {
     "attention_backward_dmask": "backward_dmask.h",
     "attention_backward_dmask_rows": "backward_dmask_rows.h",
     "attention_backward_dmask_sum": "backward_dmask_sum.h",
+    "attention_backward_dmask_sum_keys": "backward_dmask_sum_keys.h",
     "attention_backward_dsinks": "backward_dsinks.h",
 }
 _LITERAL_LIMIT = 8000  # compilers cap the length of one literal

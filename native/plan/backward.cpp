@@ -51,9 +51,20 @@ void add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
 constexpr int64_t kMaskGradientGroups = 512;
 constexpr int64_t kPartRows = 1024;  // the queries of a head that one of them takes at least
 
+bool has_mask_gradient(const Problem& p) {
+  return p.mask_grad && p.has_mask && p.mask_dtype != DType::kBool;
+}
+
+/// Whether the key's side sums up the mask's gradient: where all queries share the mask. Pairs of
+/// simdgroups that cap scores do not have dS before the cap's derivative in one place.
+bool has_key_sums(const Problem& p, const TileRow& row) {
+  const bool capped_pairs = row.dkv.simdgroups == 2 && p.softcap > 0.0;
+  return has_mask_gradient(p) && p.mask.sizes[3] == 1 && p.mask.sizes[4] > 1 && !capped_pairs;
+}
+
 /// The gradient of an additive mask, where it is asked for.
 void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& plan) {
-  if (!p.mask_grad || !p.has_mask || p.mask_dtype == DType::kBool) return;
+  if (!has_mask_gradient(p)) return;
   const std::array<int64_t, 5>& sizes = p.mask.sizes;
   const int64_t heads = sizes[0] * sizes[1] * sizes[2];  // of the mask
   const bool shared_rows = sizes[3] == 1, shared_keys = sizes[4] == 1;
@@ -66,6 +77,12 @@ void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& 
   if (shared_keys) {
     add_mask_kernel(p, "attention_backward_dmask_rows",
         groups(heads, shared_rows ? 1 : blocks_of(sizes[3], threads)), plan);
+    return;
+  }
+  if (plan.params.has_key_sums) {
+    plan.dmask_part_elements = query_heads(p) * sizes[4];
+    add_mask_kernel(
+        p, "attention_backward_dmask_sum_keys", groups(heads, blocks_of(sizes[4], threads)), plan);
     return;
   }
   const DTypeNames dtype = names(p.dtype);
@@ -100,6 +117,7 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   plan.params.dout = to_strides(dout.strides);
+  plan.params.has_key_sums = has_key_sums(p, row);
   advise_on_layout(chunks, plan);
 
   add_mask_map(p, plan);
