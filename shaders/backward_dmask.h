@@ -12,7 +12,8 @@
 // same for all that is summed up, and are read once. Where there are few tiles, several
 // threadgroups share one, and backward_dmask_sum.h adds up what each of them stores: O, the type of
 // the gradient's elements, is float then. A mask that all keys share is left to
-// backward_dmask_rows.h.
+// backward_dmask_rows.h, and one that all queries share, where it can, to the key's side
+// (key_sums.h).
 #pragma once
 
 #include "dropout.h"
@@ -83,7 +84,44 @@ struct MaskGradient {
       }
     }
   }
+
+  /// Stores what the columns of all simdgroups' tiles sum up to. `sums` is (SIMDGROUPS, 8 COLS).
+  template <int SIMDGROUPS, int ROWS, int COLS>
+  METAL_FUNC void store_columns(thread const Tile<float, ROWS, COLS>& x, int key0,
+      threadgroup float* sums, uint thread_index, ushort simdgroup, LanePosition at) const {
+    const int kKeys = 8 * COLS;
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      float2 column = x.fragments[0][c];
+      ORCHARD_UNROLL
+      for (int r = 1; r < ROWS; r++) {
+        column += x.fragments[r][c];
+      }
+      column = column_sum(column);
+      if (at.row == 0) {
+        sums[simdgroup * kKeys + 8 * c + at.col] = column.x;
+        sums[simdgroup * kKeys + 8 * c + at.col + 1] = column.y;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = thread_index; i < kKeys; i += ORCHARD_THREADS(SIMDGROUPS)) {
+      float total = 0.0f;
+      for (int j = 0; j < SIMDGROUPS; j++) {
+        total += sums[j * kKeys + i];
+      }
+      store(0, key0 + i, total);
+    }
+  }
 };
+
+/// Of `count` terms, those that a threadgroup sums up which is the index-th of `parts`.
+METAL_FUNC Range terms_of_part(int count, int part, int parts) {
+  const int terms = (count + parts - 1) / parts;
+  Range range;
+  range.begin = min(part * terms, count);
+  range.end = min(range.begin + terms, count);
+  return range;
+}
 
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, typename V, typename O>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -132,9 +170,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   const Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
   const int blocks = seen.template any<BK>() ? max(rows.end - rows.begin, 0) : 0;
   const int runs = (blocks + kPartBlocks - 1) / kPartBlocks;  // of blocks of one head
-  const int terms = (sharers.count() * runs + parts - 1) / parts;
-  const int first_term = part * terms;
-  const int last_term = min(first_term + terms, sharers.count() * runs);
+  const Range terms = terms_of_part(sharers.count() * runs, part, parts);
 
   const int first_row0 = own_block * kGroupRows + simdgroup * 8 * R;
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
@@ -144,12 +180,12 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   TileSum<R, BK / 8> sum;
   sum.start();
   int run = 0;
-  if (first_term < last_term) {
-    sharers.skip(first_term / runs);
-    run = first_term % runs;
+  if (runs > 0) {
+    sharers.skip(terms.begin / runs);
+    run = terms.begin % runs;
   }
 
-  for (int term = first_term; term < last_term; term++) {
+  for (int term = terms.begin; term < terms.end; term++) {
     const Head head = sharers.present(params);
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
@@ -213,27 +249,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     to.store(sum.earlier, first_row0, key0, at);
     return;
   }
-  threadgroup float* sums = reinterpret_cast<threadgroup float*>(storage);  // (SIMDGROUPS, BK)
   threadgroup_barrier(mem_flags::mem_threadgroup);  // K and V have been read
-  ORCHARD_UNROLL
-  for (int c = 0; c < BK / 8; c++) {
-    float2 column = sum.earlier.fragments[0][c];
-    ORCHARD_UNROLL
-    for (int r = 1; r < R; r++) {
-      column += sum.earlier.fragments[r][c];
-    }
-    column = column_sum(column);
-    if (at.row == 0) {
-      sums[simdgroup * BK + 8 * c + at.col] = column.x;
-      sums[simdgroup * BK + 8 * c + at.col + 1] = column.y;
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int i = thread_index; i < BK; i += ORCHARD_THREADS(SIMDGROUPS)) {
-    float total = 0.0f;
-    for (int j = 0; j < SIMDGROUPS; j++) {
-      total += sums[j * BK + i];
-    }
-    to.store(0, key0 + i, total);
-  }
+  to.template store_columns<SIMDGROUPS>(sum.earlier, key0,
+      reinterpret_cast<threadgroup float*>(storage), thread_index, simdgroup, at);
 }

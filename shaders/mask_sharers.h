@@ -4,19 +4,8 @@
 #include "loader.h"
 #include "params.h"
 
-/// How many entries of a mask there are, as its gradient has them: one of size 1 is the same for
-/// all.
-struct MaskEntries {
-  int inners;
-  int heads;
-
-  METAL_FUNC void start(constant AttentionParams& params) {
-    inners = params.dmask.inner != 0 ? int(params.dmask.inner_size) : 1;
-    heads = params.dmask.head != 0 ? params.num_heads : 1;
-  }
-};
-
-/// The heads that share the index-th of the mask's (outer, inner, head), one after the other.
+/// The heads that share the index-th of the mask's (outer, inner, head), one after the other. The
+/// mask's gradient has a stride of 0 where they do.
 struct MaskSharers {
   int outer;
   int inner;
@@ -29,15 +18,15 @@ struct MaskSharers {
   int inner_size;
 
   METAL_FUNC void start(int index, constant AttentionParams& params) {
-    MaskEntries entries;
-    entries.start(params);
     inner_size = int(params.dmask.inner_size);
-    outers = params.dmask.outer != 0 ? 1 : params.batch / inner_size;
-    inners = inner_size / entries.inners;
-    heads = params.num_heads / entries.heads;
-    first_head = index % entries.heads;
-    first_inner = index / entries.heads % entries.inners;
-    outer = index / entries.heads / entries.inners;
+    outers = params.dmask.outer == 0 ? params.batch / inner_size : 1;
+    inners = params.dmask.inner == 0 ? inner_size : 1;
+    heads = params.dmask.head == 0 ? params.num_heads : 1;
+    const int mask_heads = params.num_heads / heads;
+    const int mask_inners = inner_size / inners;
+    first_head = index % mask_heads;
+    first_inner = index / mask_heads % mask_inners;
+    outer = index / mask_heads / mask_inners;
     inner = first_inner;
     head = first_head;
   }

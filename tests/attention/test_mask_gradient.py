@@ -117,14 +117,28 @@ def test_many_windows_share_a_bias(recording):
         assert any("dmask_sum" in launch.kernel for launch in launches)
 
 
-@pytest.mark.parametrize("window_left", (-1, 40))
-def test_long_columns(window_left: int, recording):
-    """Rows beyond 1024 of a key's bias are other threadgroups' part."""
-    case = Case(2100, 40, 16, num_heads=2, window_left=window_left, diagonal=-1000)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("softcap", (0.0, 2.0))
+@pytest.mark.parametrize("shape", ((2, 4), (2, 1), (1, 4), (1, 1)), ids=str)
+def test_biases_of_keys(
+    head_dim: int, softcap: float, shape: tuple[int, int], dtype: torch.dtype, recording
+):
+    """The key's side sums them up, but where a pair of its simdgroups caps scores."""
+    case = SMALL.but(head_dim=head_dim, softcap=softcap, dtype=dtype, window_left=50)
     with recording() as launches:
-        gradients(case, drawn_mask(case, 1, 2, 1, 40))
+        gradients(case, drawn_mask(case, *shape, 1, case.kv_len))
     if launches is not None:
-        assert any("dmask_sum" in launch.kernel for launch in launches)
+        computed_again = any("backward_dmask_float" in launch.kernel for launch in launches)
+        assert computed_again == (head_dim == 128 and softcap > 0.0)
+
+
+@pytest.mark.parametrize("window_left", (-1, 40))
+@pytest.mark.parametrize("softcap", (0.0, 2.0))
+def test_long_columns(softcap: float, window_left: int):
+    """Where a bias of keys is computed again, rows beyond 1024 are other threadgroups' part."""
+    case = Case(2100, 40, 96, num_heads=2, window_left=window_left, diagonal=-1000, softcap=softcap)
+    gradients(case, drawn_mask(case, 1, 2, 1, 40))
 
 
 # ---- what else a call may have
@@ -266,6 +280,20 @@ def test_strides(lay: Callable[[Tensor], Tensor], kv_len: int):
 
 
 # ---- the same bits
+
+
+def test_keys_may_be_divided(recording, monkeypatch: pytest.MonkeyPatch):
+    """dS of one head takes 8 x 1027 tiles of 8 x 8, 2.006 MiB: two parts in 2 MiB."""
+    case = Case(64, 8210, 64, num_heads=2, num_kv_heads=2, dtype=torch.float16)
+    mask = drawn_mask(case, 1, 1, 1, case.kv_len)
+    whole = gradients(case, mask)
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
+    with recording() as launches:
+        divided = gradients(case, mask, by_rule=False)
+    if launches is not None:
+        assert sum("dq_from_ds" in launch.kernel for launch in launches) == 4
+    for x, y in zip(whole[1:4], divided[1:4], strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("shape", ((1, 4, 70, 90), (1, 1, 1, 90), (2, 1, 70, 1)), ids=str)
