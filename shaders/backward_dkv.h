@@ -126,7 +126,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           drop_transposed(ds_block, kept, params.dropout_rescale);
         }
         dscore_transposed<kHides>(ds_block, p, row_delta);
-        sums_of_keys.take(ds_block, block, params);
+        sums_of_keys.take(ds_block, params);
         if (V::Score::kCapped) {
           times_derivative<kHides>(ds_block, derivatives);
         }

@@ -158,7 +158,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           Tile<float, 1, kBlocks> p;
           handed_over.load(p);
           dscore_transposed<kHides>(x, p, row_delta);
-          sums_of_keys.take(x, block, params);
+          sums_of_keys.take(x, params);
           if (STORE_DS) {
             store_dscore(ds_tiles, key0, row0, x, params);
           }

@@ -20,42 +20,15 @@
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
+#include "long_sum.h"
 #include "mask_sharers.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
 
-/// A sum in float32 is made of so many blocks, whose sums are added up: one long sum would lose
-/// more than unfused math does, which sums in blocks.
-constant int kPartBlocks = 32;
-
-/// A sum of tiles, made in parts.
-template <int ROWS, int COLS>
-struct TileSum {
-  Tile<float, ROWS, COLS> part;
-  Tile<float, ROWS, COLS> earlier;
-  int left;  // blocks of this part that are not yet taken
-
-  METAL_FUNC void start() {
-    zero(part);
-    zero(earlier);
-    left = kPartBlocks;
-  }
-
-  /// Behind each block.
-  METAL_FUNC void taken() {
-    left--;
-    if (left == 0) {
-      put_aside();
-    }
-  }
-
-  METAL_FUNC void put_aside() {
-    add(earlier, part);
-    zero(part);
-    left = kPartBlocks;
-  }
-};
+/// Blocks of a head's rows that are summed up one after the other, where rows share a row of the
+/// mask: several threadgroups share the others.
+constant int kRunBlocks = 32;
 
 /// The gradient of one (batch, head) of the mask, or one threadgroup's part of it.
 template <typename O>
@@ -169,7 +142,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   visible.start(first, mask_map, params);
   const Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
   const int blocks = seen.template any<BK>() ? max(rows.end - rows.begin, 0) : 0;
-  const int runs = (blocks + kPartBlocks - 1) / kPartBlocks;  // of blocks of one head
+  const int runs = (blocks + kRunBlocks - 1) / kRunBlocks;  // of blocks of one head
   const Range terms = terms_of_part(sharers.count() * runs, part, parts);
 
   const int first_row0 = own_block * kGroupRows + simdgroup * 8 * R;
@@ -177,7 +150,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
   scores.start(first, buffers, first_row0, at, params);
   scores.fetch(key0, true);
-  TileSum<R, BK / 8> sum;
+  LongTileSum<R, BK / 8> sum;
   sum.start();
   int run = 0;
   if (runs > 0) {
@@ -195,8 +168,8 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     kv.start(head.key_rows(key, params.k, params.head_dim),
         head.key_rows(value, params.v, params.v_head_dim), key0, storage, thread_index, at);
     kv.stage_keys(seen);
-    const int first_block = rows.begin + run * kPartBlocks;
-    const int last_block = min(first_block + kPartBlocks, rows.end);
+    const int first_block = rows.begin + run * kRunBlocks;
+    const int last_block = min(first_block + kRunBlocks, rows.end);
     for (int block = first_block; block < last_block; block++) {
       const int row0 = block * kGroupRows + simdgroup * 8 * R;
       LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
@@ -229,8 +202,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
       }
       Tile<float, R, BK / 8> ds;
       dscore<true>(ds, p, dp, row_delta);
-      add(sum.part, ds);
-      sum.taken();
+      sum.take(ds);
     }
     run++;
     if (run == runs) {

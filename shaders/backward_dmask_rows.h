@@ -11,6 +11,7 @@
 #pragma once
 
 #include "keys.h"
+#include "long_sum.h"
 #include "mask_sharers.h"
 #include "params.h"
 #include "softmax.h"
@@ -35,37 +36,35 @@ attention_backward_dmask_rows(const device float2* row_stats
   const int row_end = shared_rows ? params.q_len : min(row0 + 1, params.q_len);
   MaskSharers sharers;
   sharers.start(group.x, params);
-  float sum = 0.0f;
+  LongSum sum;
+  sum.start();
   for (int i = 0; i < sharers.count(); i++) {
     const Head head = sharers.present(params);
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
-    float of_head = 0.0f;
     for (int row = row0; row < row_end; row += kThreads) {
       const float2 stats = row_stats[stats0 + row];
       if (sees_no_key(stats)) {  // and has nothing to move
         continue;
       }
-      if (params.has_dlse) {
-        of_head += dlse[stats0 + row];
-      }
+      float of_row = params.has_dlse ? dlse[stats0 + row] : 0.0f;
       if (params.has_sinks) {
         const float log_sum = Weights<true>::in_powers(stats.y);
         const float2 score = float2(sink_score<true>(sinks[head.head]));
-        of_head +=
+        of_row +=
             Weights<true>::of(score, float2(stats.x), float2(log_sum)).x * delta[stats0 + row];
       }
+      sum.take(of_row);
     }
-    sum += of_head;
     sharers.advance();
   }
 
   if (!shared_rows) {
     if (row0 < params.q_len) {
-      dmask[(int64_t)group.x * params.q_len + row0] = O(sum);
+      dmask[(int64_t)group.x * params.q_len + row0] = O(sum.total());
     }
     return;
   }
-  const float of_simdgroup = simd_sum(sum);
+  const float of_simdgroup = simd_sum(sum.total());
   if (lane == 0) {
     sums[simdgroup] = of_simdgroup;
   }

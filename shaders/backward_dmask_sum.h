@@ -2,6 +2,7 @@
 // element of it, what they have stored, added up in a fixed order. A thread takes an element.
 #pragma once
 
+#include "long_sum.h"
 #include "params.h"
 #include "tile.h"
 
@@ -18,9 +19,10 @@ attention_backward_dmask_sum(const device float* dmask_parts
   if (element >= elements) {
     return;
   }
-  float sum = 0.0f;
+  LongSum sum;
+  sum.start();
   for (int part = 0; part < params.dmask_parts; part++) {
-    sum += dmask_parts[part * elements + element];
+    sum.take(dmask_parts[part * elements + element]);
   }
-  dmask[element] = O(sum);
+  dmask[element] = O(sum.total());
 }

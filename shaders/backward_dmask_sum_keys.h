@@ -4,6 +4,7 @@
 // (batch, head) of the mask, a thread for each.
 #pragma once
 
+#include "long_sum.h"
 #include "mask_sharers.h"
 #include "params.h"
 #include "tile.h"
@@ -22,11 +23,13 @@ attention_backward_dmask_sum_keys(const device float* key_sums
   }
   MaskSharers sharers;
   sharers.start(group.x, params);
-  float sum = 0.0f;
+  LongSum sum;
+  sum.start();
   for (int i = 0; i < sharers.count(); i++) {
     const Head head = sharers.present(params);
-    sum += key_sums[((int64_t)head.batch * params.num_heads + head.head) * params.kv_len + key];
+    const int64_t index = (int64_t)head.batch * params.num_heads + head.head;
+    sum.take(key_sums[index * params.kv_len + key]);
     sharers.advance();
   }
-  dmask[(int64_t)group.x * params.kv_len + key] = O(sum);
+  dmask[(int64_t)group.x * params.kv_len + key] = O(sum.total());
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "loader.h"
+#include "long_sum.h"
 #include "params.h"
 #include "tile.h"
 
@@ -10,31 +11,22 @@
 /// SUMMED: whether the variant may have such a mask; params.has_key_sums says whether the call has.
 template <bool SUMMED>
 struct KeySums {
-  float part;
-  float earlier;  // parts, since one long sum of float32 would lose too much
+  LongSum sum;
 
-  METAL_FUNC void start() {
-    part = 0.0f;
-    earlier = 0.0f;
-  }
+  METAL_FUNC void start() { sum.start(); }
 
-  /// Adds dS^T of the index-th block of queries.
+  /// Adds dS^T of a block of queries.
   template <int COLS>
-  METAL_FUNC void take(
-      thread const Tile<float, 1, COLS>& ds, int index, constant AttentionParams& params) {
+  METAL_FUNC void take(thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
     if (!SUMMED || !params.has_key_sums) {
       return;
     }
-    float2 sum = ds.fragments[0][0];
+    float2 of_block = ds.fragments[0][0];
     ORCHARD_UNROLL
     for (int c = 1; c < COLS; c++) {
-      sum += ds.fragments[0][c];
+      of_block += ds.fragments[0][c];
     }
-    part += sum.x + sum.y;
-    if (index % 64 == 0) {
-      earlier += part;
-      part = 0.0f;
-    }
+    sum.take(of_block.x + of_block.y);
   }
 
   /// Stores the sums of keys from key0 on, of all queries of a head, to (B, Hq, S).
@@ -43,10 +35,10 @@ struct KeySums {
     if (!SUMMED || !params.has_key_sums) {
       return;
     }
-    const float sum = row_sum(earlier + part);
+    const float total = row_sum(sum.total());
     const int key = key0 + at.row;
     if (at.col == 0 && key < params.kv_len) {
-      sums[((int64_t)head.batch * params.num_heads + head.head) * params.kv_len + key] = sum;
+      sums[((int64_t)head.batch * params.num_heads + head.head) * params.kv_len + key] = total;
     }
   }
 };
