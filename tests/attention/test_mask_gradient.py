@@ -349,3 +349,31 @@ def test_autograd(shape: tuple[int, ...], compiled: bool, fresh_stats: None):
 def test_nothing_to_sum_is_zero(case: Case, shape: tuple[int, ...]):
     dmask = gradients(case, torch.ones(shape), by_rule=False)[3]
     assert not dmask.any()
+
+
+@pytest.mark.parametrize("shape", ((1, 1, 512, 512), (4, 1, 1, 512), (1, 4, 512, 1)), ids=str)
+def test_memory(shape: tuple[int, ...]):
+    """The gradient itself, at most 2 MiB of partial sums, and for a bias of keys (B, Hq, S) floats.
+
+    The gradients of the scores, of the 16 heads here, would take 8 MiB.
+    """
+    import simulator
+
+    case = Case(512, 512, 16, batch=4, num_heads=4, num_kv_heads=4, dtype=torch.float16)
+    q, k, v, dout = (x.to("mps") for x in case.operands())
+    mask = drawn_mask(case, *shape).to("mps")
+    scoring = case.scoring("mps")._replace(attn_mask=mask)
+    ops = torch.ops.orchard
+    out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, "metal")
+    peaks = []
+    for mask_grad in (False, True):
+        simulator.reset_peak()
+        before = simulator.memory().allocated
+        grads = ops.flash_attn_bwd(
+            dout, None, q, k, v, out, row_stats, *scoring, mask_grad, "metal"
+        )
+        peaks.append(simulator.memory().peak - before)
+        del grads
+    more = peaks[1] - peaks[0] - mask.numel() * mask.element_size()
+    bound = 4 * case.batch * case.num_heads * case.kv_len if shape[2] == 1 else 2 * 1024**2
+    assert 0 <= more <= bound + 1024, more
