@@ -9,16 +9,14 @@
 #include "scores.h"
 #include "softmax.h"
 
-/// What a row adds to the gradient of its sink, where there are sinks. NATURAL: the units of
-/// scores.
-template <bool NATURAL>
+/// What a row adds to the gradient of its sink, where there are sinks. Exponentials are natural
+/// then.
 struct Sinks {
   static constant constexpr const bool kAny = true;
 
   METAL_FUNC static float gradient(float sink, float2 stats, float delta) {
-    const float log_sum = Weights<NATURAL>::in_powers(stats.y);
-    const float score = sink_score<NATURAL>(sink);
-    return -Weights<NATURAL>::of(float2(score), float2(stats.x), float2(log_sum)).x * delta;
+    const float log_sum = Weights<true>::in_powers(stats.y);
+    return -Weights<true>::of(float2(sink), float2(stats.x), float2(log_sum)).x * delta;
   }
 };
 

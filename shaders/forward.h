@@ -101,15 +101,16 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     kv.advance();
   }
 
-  const float sink = params.has_sinks ? sink_score<kNatural>(sinks[head.head]) : -INFINITY;
-  if (params.has_sinks) {
+  const bool has_sink = kNatural && params.has_sinks;
+  const float sink = has_sink ? sinks[head.head] : -INFINITY;
+  if (has_sink) {
     softmax.make_room_for(sink, o);
   }
   float factor[R];
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     const float of_keys = softmax.total(r);
-    const float total = params.has_sinks ? of_keys + softmax.exponential(r, sink) : of_keys;
+    const float total = has_sink ? of_keys + softmax.exponential(r, sink) : of_keys;
     factor[r] = of_keys == 0.0f ? 0.0f : (V::kDropout ? params.dropout_rescale : 1.0f) / total;
     const int row = row0 + 8 * r + at.row;
     if (row < params.q_len && at.col == 0) {

@@ -147,12 +147,6 @@ struct RowSight<true> {
   }
 };
 
-/// A sink in the units of the exponents.
-template <bool NATURAL>
-METAL_FUNC float sink_score(float sink) {
-  return NATURAL ? sink : max(sink * 1.44269504f, numeric_limits<float>::lowest());
-}
-
 /// Makes weights of scores, from the statistics of their rows.
 template <bool NATURAL>
 struct Weights {

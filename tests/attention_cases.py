@@ -52,9 +52,15 @@ def run(
     do: Tensor,
     dlse: Tensor | None = None,
     impl: str = "metal",
+    scoring: Scoring | None = None,
 ) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk, dv by the functional ops; with a mask or sinks also dmask, dsinks."""
-    ops, scoring = torch.ops.orchard, case.scoring(q.device)
+    """out, lse, dq, dk, dv by the functional ops; with a mask or sinks also dmask, dsinks.
+
+    `scoring` is the case's own unless it is given.
+    """
+    ops = torch.ops.orchard
+    if scoring is None:
+        scoring = case.scoring(q.device)
     out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
     mask_grad = case.mask not in ("", "bool")
     grads = ops.flash_attn_bwd(do, dlse, q, k, v, out, row_stats, *scoring, mask_grad, impl)

@@ -38,6 +38,9 @@ PREFILL = "prefill_attention"
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORT, LONG = 2, 4  #: blocks of the two launches
+#: What a score may have besides the product; masks have a full matrix, of which each block is seen
+#: in part.
+SCORES = ("softcap", "alibi", "bias", "bias, element by element", "bool mask", "sinks")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,13 @@ def _sources() -> harness.Sources:
 
 
 def _request(
-    dtype: str, head_dim: int, q_len: int, kv_len: int, backward: bool, scratch_bytes: int = 0
+    dtype: str,
+    head_dim: int,
+    q_len: int,
+    kv_len: int,
+    backward: bool,
+    scratch_bytes: int = 0,
+    score: str = "",
 ) -> Any:
     def dense(length: int) -> tuple[Sequence[int], Sequence[int], int]:
         size = length * head_dim
@@ -144,7 +153,16 @@ def _request(
     layouts = {x: dense(q_len) for x in ("q", "out", "dout")}
     layouts |= {x: dense(kv_len) for x in ("k", "v")}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
-    fields = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
+    fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
+    fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
+    fields |= dict(has_sinks=score == "sinks")
+    if "bias" in score or "mask" in score:
+        of_mask = harness.BOOL if score == "bool mask" else number
+        odd = score == "bias, element by element"
+        full = q_len * kv_len
+        fields["mask"] = harness.MaskPlace(
+            (1, 1, 1, q_len, kv_len), (full, full, full, kv_len, 1), int(odd), 1, of_mask
+        )
     return harness.request(layouts, number, backward, **fields)
 
 
@@ -184,11 +202,13 @@ class NoVariant(LookupError):
     has its other form."""
 
 
-def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64) -> Variant:
-    """The kernel that the plan chooses for a dense problem without a mask."""
+def variant(
+    family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64, score: str = ""
+) -> Variant:
+    """The kernel that the plan chooses for a dense problem, with one of SCORES."""
     storing = family in (*TEMPLATES, DQ_FROM_DS)
     request = _request(
-        dtype, head_dim, q_len, kv_len, family != FORWARD, scratch_bytes=(1 << 40) * storing
+        dtype, head_dim, q_len, kv_len, family != FORWARD, (1 << 40) * storing, score
     )
     plan, params = _sources().plan(request)
     template = TEMPLATES.get(family, family)
@@ -238,6 +258,10 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
     delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(2))
     row_stats = torch.zeros(1, 1, q_len, 2)
     ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
+    mask = torch.ones(q_len * kv_len + 1)
+    blocks = -(-q_len // 32) * -(-kv_len // 32)
+    mask_map = torch.tensor((-1, 0), dtype=torch.int32).repeat(blocks)  # keys seen, not by all
+    per_head = torch.ones(1)
     tensors = dict(
         query=q,
         key=k,
@@ -251,6 +275,11 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
         dk=dk,
         dv=dv,
         ds=ds,
+        mask=mask,
+        mask_map=mask_map,
+        alibi_slopes=per_head,
+        sinks=per_head,
+        sink_parts=torch.zeros(q_len),
     )
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
     buffers = {
@@ -263,15 +292,15 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
 
 
 @cache
-def count(family: str, dtype: str, head_dim: int) -> Counts:
+def count(family: str, dtype: str, head_dim: int, score: str = "") -> Counts:
     """A kernel of ours, or PyTorch's prefill kernel (causal, as published). What has no loop
     (DELTA) is all `once`."""
     if family == PREFILL:
         return _count_prefill(dtype, head_dim)
-    v = variant(family, dtype, head_dim)
+    v = variant(family, dtype, head_dim, score=score)
 
     def launch(q_len: int, kv_len: int) -> tuple:
-        sized = variant(family, dtype, head_dim, q_len, kv_len)
+        sized = variant(family, dtype, head_dim, q_len, kv_len, score)
         return _launch(sized, dtype, head_dim, q_len, kv_len)
 
     if family == DELTA:
@@ -284,9 +313,9 @@ def count(family: str, dtype: str, head_dim: int) -> Counts:
     return _counts(*results, v.simdgroups, (SHORT, LONG))
 
 
-def compile_all(cases: Sequence[tuple[str, str, int]], jobs: int = 2) -> None:
+def compile_all(cases: Sequence[tuple[str, str, int, str]], jobs: int = 2) -> None:
     """Fills the engine's cache from several processes."""
-    ours = [_program(variant(*case)) for case in cases if case[0] != PREFILL]
+    ours = [_program(variant(*case, score=score)) for *case, score in cases if case[0] != PREFILL]
     for error in engine.compile_many(ours, check=True, jobs=jobs):
         if error:
             raise error

@@ -21,19 +21,27 @@ RESULTS = counts.ROOT / "benchmarks" / "results" / "apple_model"
 TABLE = RESULTS / "counts.json"
 TOLERANCE = 0.02
 PROBLEM = Problem(1024, heads=1, causal=False)
-Case = tuple[str, str, int]
+Case = tuple[str, str, int, str]  #: family, dtype, head_dim, and what of counts.SCORES
 
 
 @cache
 def cases() -> tuple[Case, ...]:
     """All kernels that the plan takes at these head dims."""
-    every = (
-        (family, dtype, head_dim)
+    plain = [
+        (family, dtype, head_dim, "")
         for family in (kernels.FORWARD, counts.DELTA, *kernels.BACKWARD)
         for dtype in counts.DTYPES
         for head_dim in (64, 128)
-    )
-    return tuple(case for case in every if counts.has(*case))
+        if counts.has(family, dtype, head_dim)
+    ]
+    scored = [
+        (family, dtype, head_dim, score)
+        for score in counts.SCORES
+        for family, dtype, head_dim, _ in plain
+        if dtype == "float16" and family not in (counts.DELTA, *counts.TEMPLATES)
+        if family != counts.DQ_FROM_DS or score == "bool mask"
+    ]
+    return (*plain, *scored)
 
 
 #: What is added up. Products of half operands alone are not gated: more of them instead of float
@@ -55,9 +63,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
+def totals(family: str, dtype: str, head_dim: int, score: str) -> dict[str, float]:
     """Of the problem, over all simdgroups; instructions are counted once for their 32 lanes."""
-    counted = counts.count(family, dtype, head_dim)
+    counted = counts.count(family, dtype, head_dim, score)
     if family == counts.DELTA:
         kernel = None
         rows = counts.variant(family, dtype, head_dim).bq
@@ -79,7 +87,7 @@ def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
     cycles = [issue(family, counted, once).cycles for once in (True, False)]
     result["issue cycles (model A)"] = total(*cycles)
     result["threadgroup memory"] = counted.threadgroup_bytes
-    if kernel:
+    if kernel and not score:
         result["registers (estimate)"] = kernel.register_estimate
     return result
 
@@ -90,6 +98,7 @@ def entry(case: Case) -> dict[str, Any]:
         family=case[0],
         dtype=case[1],
         head_dim=case[2],
+        score=case[3],
         totals=totals(*case),
         a_cycles_per_product=round(issue(case[0], counted).per_product, 3)
         if counted.steady
@@ -104,20 +113,25 @@ def measure() -> list[dict[str, Any]]:
     return [entry(case) for case in cases()]
 
 
+def _case(x: dict[str, Any]) -> Case:
+    return x["family"], x["dtype"], x["head_dim"], x["score"]
+
+
 def compare(
     committed: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]
 ) -> tuple[list[str], list[str]]:
     """What is more than 2 % worse, and what is more than 2 % better, as sentences."""
-    known = {(x["family"], x["dtype"], x["head_dim"]): x["totals"] for x in committed}
+    known = {_case(x): x["totals"] for x in committed}
     worse, better = [], []
     for x in current:
-        case = (x["family"], x["dtype"], x["head_dim"])
+        case = _case(x)
+        name_of_case = " ".join(map(str, filter(None, case)))
         if case not in known:
-            worse.append(f"{' '.join(map(str, case))} is not in {TABLE.name}")
+            worse.append(f"{name_of_case} is not in {TABLE.name}")
             continue
         for name, now in x["totals"].items():
             before = known[case].get(name, 0)
-            text = f"{' '.join(map(str, case))}: {name} {before:g} -> {now:g}"
+            text = f"{name_of_case}: {name} {before:g} -> {now:g}"
             if before:
                 text += f" ({now / before - 1:+.1%})"
             if now > before * (1 + TOLERANCE):

@@ -22,11 +22,12 @@ from build import PLAN_SOURCES  # noqa: E402
 
 _PROBLEM = mirror.Header(ROOT / "native" / "plan" / "problem.h")
 _PARAMS = mirror.Header(ROOT / "shaders" / "params.h")
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32", "bool")
 """In the order of orchard::DType."""
 Params = _PARAMS.type("AttentionParams")
 """AttentionParams of shaders/params.h."""
 _Layout = _PROBLEM.type("Layout")
+_MaskLayout = _PROBLEM.type("MaskLayout")
 _Problem = _PROBLEM.type("Problem")
 _FIELDS = [name for name, _ in Params._fields_]
 _ENUMERATORS = _PARAMS.enumerators("AttentionBuffer")
@@ -41,6 +42,17 @@ Place = tuple[Sequence[int], Sequence[int], int]
 
 
 @dataclass(frozen=True)
+class MaskPlace:
+    """orchard::MaskLayout: of (outer, inner, Hq, L, S), in elements, with the mask's dtype."""
+
+    sizes: Sequence[int]
+    strides: Sequence[int]
+    offset: int
+    inner: int
+    dtype: int
+
+
+@dataclass(frozen=True)
 class Kernel:
     """orchard::KernelPlan"""
 
@@ -52,6 +64,7 @@ class Kernel:
     alternatives: list[str]
     groups: tuple[int, int]
     threads: int
+    role: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class Plan:
     launches: list[Launch]
     params: ctypes.Structure
     ds_elements: int
+    map_elements: int
 
 
 def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
@@ -117,12 +131,14 @@ class Planner:
         for name in (
             "bytes_before_tiles",
             "bytes_of_layout",
+            "bytes_of_mask_layout",
             "num_kernels",
             "num_launches",
             "head_dims",
         ):
             self._function(name).restype = ctypes.c_uint64
-        self._function("ds_elements").restype = ctypes.c_int64
+        for name in ("ds_elements", "map_elements"):
+            self._function(name).restype = ctypes.c_int64
         self._check_mirrors()
 
     def _function(self, name: str) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
@@ -134,11 +150,11 @@ class Planner:
         mirrored = [getattr(Params, name).offset for name in _FIELDS]
         if list(offsets) != [*mirrored, ctypes.sizeof(Params)]:
             raise RuntimeError("planner: its AttentionParams is not that of shaders/params.h")
-        bytes_before_tiles = self._library.bridge_bytes_before_tiles()
-        if (bytes_before_tiles, self._library.bridge_bytes_of_layout()) != (
-            ctypes.sizeof(_Problem),
-            ctypes.sizeof(_Layout),
-        ):
+        bytes_of = [
+            self._function(name)()
+            for name in ("bytes_before_tiles", "bytes_of_layout", "bytes_of_mask_layout")
+        ]
+        if bytes_of != [ctypes.sizeof(x) for x in (_Problem, _Layout, _MaskLayout)]:
             raise RuntimeError("planner: its Problem is not that of native/plan/problem.h")
 
     def plan(
@@ -147,6 +163,7 @@ class Planner:
         dtype: int,
         backward: bool = False,
         tiles: str | bytes = "",
+        mask: MaskPlace | None = None,
         **fields: float,
     ) -> Plan:
         """The plan of a forward or a backward.
@@ -154,6 +171,7 @@ class Planner:
         Args:
             layouts: of q, k, v, out and, for a backward, dout.
             dtype: a number of orchard::DType.
+            mask: where attn_mask lies, if there is one.
             fields: the other fields of orchard::Problem; those left out have its defaults.
         """
         address = ctypes.c_void_p(self._library.bridge_new_problem())
@@ -163,6 +181,9 @@ class Planner:
             problem.dtype = dtype
             for name in ("q", "k", "v"):
                 setattr(problem, name, _layout(layouts[name]))
+            if mask is not None:
+                fields = {"has_mask": True, "mask_dtype": mask.dtype, **fields}
+                problem.mask = _mask_layout(mask)
             for name, value in fields.items():
                 if not hasattr(problem, name):
                     raise AttributeError(f"orchard::Problem has no {name}")
@@ -189,14 +210,16 @@ class Planner:
             [self._launch(answer, n) for n in range(self._library.bridge_num_launches(answer))],
             params,
             self._library.bridge_ds_elements(answer),
+            self._library.bridge_map_elements(answer),
         )
 
     def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:
-        texts, numbers = (ctypes.c_char_p * 6)(), (ctypes.c_uint64 * 3)()
+        texts, numbers = (ctypes.c_char_p * 6)(), (ctypes.c_uint64 * 4)()
         self._library.bridge_kernel(answer, ctypes.c_uint64(n), texts, numbers)
         *words, alternatives = (text.decode() for text in texts)
-        x, y, threads = numbers
-        return Kernel(*words, alternatives.split(",") if alternatives else [], (x, y), threads)
+        x, y, threads, role = numbers
+        listed = alternatives.split(",") if alternatives else []
+        return Kernel(*words, listed, (x, y), threads, role)
 
     def _launch(self, answer: ctypes.c_void_p, n: int) -> Launch:
         numbers = (ctypes.c_int64 * 6)()
@@ -221,6 +244,11 @@ class Planner:
         numbers = (ctypes.c_int64 * len(BUFFERS))()
         self._library.bridge_buffers(numbers)
         return dict(zip(BUFFERS, numbers))
+
+
+def _mask_layout(mask: MaskPlace) -> ctypes.Structure:
+    five = ctypes.c_int64 * 5
+    return _MaskLayout(five(*mask.sizes), five(*mask.strides), mask.offset, mask.inner)
 
 
 def _layout(place: Place) -> ctypes.Structure:

@@ -31,6 +31,7 @@ void bridge_delete_problem(Problem* problem) { delete problem; }
 void bridge_set_tiles(Problem* problem, const char* tiles) { problem->tiles = tiles; }
 uint64_t bridge_bytes_before_tiles() { return offsetof(Problem, tiles); }
 uint64_t bridge_bytes_of_layout() { return sizeof(Layout); }
+uint64_t bridge_bytes_of_mask_layout() { return sizeof(orchard::MaskLayout); }
 
 /// The backward's plan where there is a dout.
 Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dout) {
@@ -57,7 +58,7 @@ void bridge_texts(const Answer* answer, const char** texts) {
 
 uint64_t bridge_num_kernels(const Answer* answer) { return answer->plan.kernels.size(); }
 
-/// family, name, instantiation, tile, tile_name, alternatives; groups in x and y, threads
+/// family, name, instantiation, tile, tile_name, alternatives; groups in x and y, threads, role
 void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_t* numbers) {
   const KernelPlan& kernel = answer->plan.kernels[n];
   for (const std::string* text : {&kernel.family, &kernel.name, &kernel.instantiation, &kernel.tile,
@@ -67,6 +68,7 @@ void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_
   numbers[0] = kernel.groups[0];
   numbers[1] = kernel.groups[1];
   numbers[2] = kernel.threads;
+  numbers[3] = static_cast<uint64_t>(kernel.role);
 }
 
 uint64_t bridge_num_launches(const Answer* answer) { return answer->plan.launches.size(); }
@@ -87,6 +89,7 @@ void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
 
 const AttentionParams* bridge_params(const Answer* answer) { return &answer->plan.params; }
 int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elements; }
+int64_t bridge_map_elements(const Answer* answer) { return answer->plan.map_elements; }
 
 void bridge_strides_in_order_of(const int64_t* like, const int64_t* sizes, int64_t* strides) {
   std::array<int64_t, 4> a, b;

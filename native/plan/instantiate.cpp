@@ -33,8 +33,11 @@ struct ScoreType {
   std::string type, suffix;
 };
 
+bool has_plain_scores(const Problem& p) { return !p.has_mask && !p.has_alibi && p.softcap == 0.0; }
+
+/// Beside sinks the exponentials of plain scores are natural, as sinks are.
 ScoreType score_of(const Problem& p) {
-  if (has_plain_scores(p)) return {"PlainScore", ""};
+  if (has_plain_logits(p)) return {"PlainScore", ""};
   std::string mask = "NoMask", suffix;
   if (p.has_mask) {
     const bool pairs = has_pairs(p.mask, p.k.sizes[2]);
@@ -43,7 +46,8 @@ ScoreType score_of(const Problem& p) {
         pairs ? "_pairs" : "");
   }
   return {join("Score<", word(p.softcap > 0.0), ", ", word(p.has_alibi), ", ", mask, ">"),
-      join(p.softcap > 0.0 ? "_softcap" : "", p.has_alibi ? "_alibi" : "", suffix)};
+      join(p.softcap > 0.0 ? "_softcap" : "", p.has_alibi ? "_alibi" : "", suffix,
+          has_plain_scores(p) ? "_natural" : "")};
 }
 
 KernelRole role_of(const std::string& family) {
@@ -86,10 +90,9 @@ Variant variant_of_visibility(const Problem& p, bool chunks) {
 }
 
 Variant variant_of_sinks(const Problem& p, bool chunks) {
-  const bool plain = has_plain_scores(p);
   Variant variant = variant_of_visibility(p, chunks);
-  variant.type += !p.has_sinks ? ", NoSinks" : plain ? ", Sinks<false>" : ", Sinks<true>";
-  variant.suffix += !p.has_sinks ? "" : plain ? "_sinks" : "_sinks_natural";
+  variant.type += p.has_sinks ? ", Sinks" : ", NoSinks";
+  variant.suffix += p.has_sinks ? "_sinks" : "";
   return variant;
 }
 

@@ -34,7 +34,9 @@ void fill_mask_params(const Problem& p, AttentionParams& params) {
 
 }  // namespace
 
-bool has_plain_scores(const Problem& p) { return !p.has_mask && !p.has_alibi && p.softcap == 0.0; }
+bool has_plain_logits(const Problem& p) {
+  return !p.has_mask && !p.has_alibi && !p.has_sinks && p.softcap == 0.0;
+}
 
 int64_t widest_head_dim(const Problem& p) { return std::max(p.q.sizes[3], p.v.sizes[3]); }
 

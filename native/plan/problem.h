@@ -105,8 +105,8 @@ struct Plan {
   void add(KernelPlan kernel);
 };
 
-/// Whether a score is a scaled dot product and nothing else (Scoring.plain in Python).
-bool has_plain_scores(const Problem& problem);
+/// Whether a logit is a scaled dot product and nothing else (Scoring.plain in Python).
+bool has_plain_logits(const Problem& problem);
 
 /// The wider of query's and value's head dim.
 int64_t widest_head_dim(const Problem& problem);

@@ -31,8 +31,8 @@ std::string no_detail(const Problem&) { return ""; }
 // In the order in which they are reported.
 const Reason kReasons[] = {
     {"the dtype is not float16, bfloat16 or float32",
-        [](const Problem& p) { return p.dtype == DType::kOther; }, no_detail,
-        "cast query, key and value to one of these"},
+        [](const Problem& p) { return p.dtype == DType::kOther || p.dtype == DType::kBool; },
+        no_detail, "cast query, key and value to one of these"},
     {"head_dim is above 256", [](const Problem& p) { return widest_head_dim(p) > kMaxHeadDim; },
         [](const Problem& p) { return join("got ", widest_head_dim(p)); },
         "F.scaled_dot_product_attention takes such heads and may be faster than the reference "

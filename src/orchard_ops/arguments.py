@@ -268,6 +268,13 @@ def _causal_bias(
     return diagonal
 
 
+def _of_kernels(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Slopes or sinks in the dtype that the kernels for operands of `dtype` read them in."""
+    if x is None or not x.is_floating_point():  # Scoring.check says what is wrong with the latter
+        return x
+    return x.to(torch.promote_types(torch.float32, dtype))
+
+
 # ---- the whole ----------------------------------------------------------------------------------
 
 
@@ -335,6 +342,7 @@ def prepare(
             attn_mask = attn_mask.to(torch.promote_types(torch.float32, query.dtype))
         full = (*batch_shape, query.shape[1], query.shape[2], key.shape[2])
         attn_mask = _mask_to_4d(attn_mask, batch_shape, has_heads, full)
+    alibi_slopes, sinks = (_of_kernels(x, query.dtype) for x in (alibi_slopes, sinks))
     drops_all = dropout_p == 1.0
     if drops_all:
         dropout_p = 0.0

@@ -228,24 +228,17 @@ def refused(**changes: object) -> dict:
     return {"query": q, "key": k, "value": v} | changes
 
 
-REFUSALS = {
-    "attn_mask is given": {"attn_mask": torch.ones(6, 7, dtype=torch.bool)},
-    "alibi_slopes are given": {"alibi_slopes": torch.ones(2)},
-    "sinks are given": {"sinks": torch.ones(2)},
-    "softcap is given": {"softcap": 2.0},
-    "value's head_dim differs from query's": {"value": torch.ones(1, 1, 7, 8)},
-}
-DETAILS = {
-    "softcap is given": " (got 2)",
-    "value's head_dim differs from query's": " (got 8 and 16)",
+WIDE = {"query": torch.ones(1, 2, 6, 257), "key": torch.ones(1, 1, 7, 257)}
+REFUSALS = {  # the arguments, and what the reason says of them
+    "query": (WIDE, "head_dim is above 256", " (got 257)"),
+    "value": ({"value": torch.ones(1, 1, 7, 300)}, "head_dim is above 256", " (got 300)"),
 }
 
 
-@pytest.mark.parametrize("reason", REFUSALS)
-def test_refusals_fall_back_with_their_reason(reason: str, fresh_stats: None):
-    arguments = refused()
-    for name, x in REFUSALS[reason].items():
-        arguments[name] = x.to("mps") if isinstance(x, torch.Tensor) else x
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refusals_fall_back_with_their_reason(refusal: str, fresh_stats: None):
+    changes, reason, detail = REFUSALS[refusal]
+    arguments = refused(**{name: x.to("mps") for name, x in changes.items()})
     with pytest.warns(orchard_ops.OrchardFallbackWarning, match=reason) as caught:
         out = orchard_ops.flash_attn(**arguments)
         orchard_ops.flash_attn(**arguments)
@@ -254,16 +247,43 @@ def test_refusals_fall_back_with_their_reason(reason: str, fresh_stats: None):
     torch.testing.assert_close(out.cpu(), orchard_ops.flash_attn(**on_cpu))
     assert orchard_ops.stats().reference[reason] == {"flash_attn_fwd": 2}
     explanation = orchard_ops.explain(**arguments)
-    message = reason + DETAILS.get(reason, "")
+    message = reason + detail
     assert (explanation.path, explanation.reason) == ("reference", message)
     assert explanation.advice
     with pytest.raises(RuntimeError, match=re.escape(f"cannot run this call: {message}")):
         orchard_ops.flash_attn(**arguments, impl="metal")
 
 
+@pytest.mark.parametrize("name", ("alibi_slopes", "sinks"))
+def test_the_functional_op_wants_float32_per_head(name: str, fresh_stats: None):
+    """flash_attn casts; the op below it takes what it gets, and says what would do."""
+    case = Case(6, 7, 16)
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    scoring = case.scoring()._replace(**{name: torch.ones(2, dtype=torch.float16, device="mps")})
+    with pytest.raises(RuntimeError, match="alibi_slopes or sinks are not float32"):
+        torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring, "metal")
+    with pytest.warns(orchard_ops.OrchardFallbackWarning, match="are not float32"):
+        torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring, "auto")
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_slopes_and_sinks_of_any_dtype_run_on_metal(dtype: torch.dtype, fresh_stats: None):
+    """They are cast, and the gradient of sinks comes back in their own dtype."""
+    device = "mps" if dtype != torch.float64 else "cpu"
+    case = Case(6, 7, 16, dtype=torch.float16 if dtype != torch.float64 else dtype)
+    q, k, v, _ = (x.to(device) for x in case.operands())
+    slopes, sinks = torch.tensor((0.5, 0.25), dtype=dtype), torch.tensor((1.0, -2.0), dtype=dtype)
+    slopes, sinks = slopes.to(device), sinks.to(device).requires_grad_()
+    out = orchard_ops.flash_attn(q, k, v, enable_gqa=True, alibi_slopes=slopes, sinks=sinks)
+    out.sum().backward()
+    assert sinks.grad is not None and sinks.grad.dtype == dtype and sinks.grad.all()
+    if device == "mps":
+        assert orchard_ops.stats().metal == {"flash_attn_fwd": 1, "flash_attn_bwd": 1}
+
+
 def test_a_warning_turned_into_an_error_says_what_it_is(fresh_stats: None):
-    with pytest.raises(orchard_ops.OrchardFallbackWarning, match="attn_mask is given"):
-        orchard_ops.flash_attn(**refused(attn_mask=torch.ones(6, 7, device="mps")))
+    with pytest.raises(orchard_ops.OrchardFallbackWarning, match="head_dim is above 256"):
+        orchard_ops.flash_attn(**refused(value=torch.ones(1, 1, 7, 300, device="mps")))
     assert orchard_ops.stats().reference == {}  # it did not run
 
 

@@ -159,7 +159,7 @@ def test_diagnostics_point_into_the_shaders():
 
 
 def instantiation() -> str:
-    arguments = "attention_forward<float, float, 16, 1, 16, 2, 4, true, false>"
+    arguments = "attention_forward<float, float, 16, 1, 16, 2, 4, Variant<true, false, PlainScore>>"
     return f'\ntemplate [[host_name("f")]] [[kernel]] decltype({arguments}) {arguments};\n'
 
 

@@ -14,7 +14,18 @@ from dialect import check, vocabulary
 from dialect.rules import RULES, threadgroup_bytes
 from dialect.text import Text
 from dialect.variants import variants
-from mutation.harness import DELTA, DKV, DKV_PAIRS, DQ_FROM_DS, FAMILIES, ROOT, Params, Sources
+from mutation.harness import (
+    DELTA,
+    DKV,
+    DKV_PAIRS,
+    DQ_FROM_DS,
+    FAMILIES,
+    FORWARD,
+    ROOT,
+    SMALL_FAMILIES,
+    Params,
+    Sources,
+)
 from simulator import engine
 from simulator.engine import arrays, compiler
 
@@ -53,6 +64,8 @@ def _findings(family: str) -> list:
 def _sampled(family: str) -> list[dict]:
     """Variants that together use all of the source."""
     kernels = variants()[family]
+    if family in SMALL_FAMILIES:
+        return kernels
     wanted = ("half", "bfloat", "float")
     widths = {DKV: ("_d64_", "_d64_", "_d80_"), DKV_PAIRS: ("_d128_", "_d128_", "_d256_")}.get(
         family, ("_d64_", "_d128_", "_d256_")
@@ -64,19 +77,30 @@ def _sampled(family: str) -> list[dict]:
             if f"<{t}," in k["instantiation"]
             and word in k["name"]
             and ("dropout" in k["name"] or family in (DELTA, DQ_FROM_DS))
+            and all((f"_{part}" in k["name"]) == (part in score) for part in _PARTS_OF_SCORES)
         )
         for t, word in zip(wanted, widths)
+        for score in _SCORES[family]
+        if not score or word in ("_d64_", "_d128_")
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+_SCORES = dict.fromkeys(
+    FAMILIES, ("", "alibi", "softcap alibi mask_bool", "softcap alibi mask_float32_pairs")
+)
+_SCORES |= {DELTA: ("", "mask sinks", "sinks"), DQ_FROM_DS: ("", "mask")}
+_PARTS_OF_SCORES = ("softcap", "alibi", "mask", "mask_bool", "mask_float32_pairs", "sinks")
+_EVERY_FAMILY = (*FAMILIES, *SMALL_FAMILIES)
+
+
+@pytest.mark.parametrize("family", _EVERY_FAMILY)
 def test_nothing_is_wrong_with_the_shaders(family: str):
     unexpected = [str(f) for f in _findings(family) if f.message not in ACCEPTED]
     assert not unexpected, "\n".join(unexpected)
 
 
 def test_no_exception_is_out_of_date():
-    found = {f.message for family in FAMILIES for f in _findings(family)}
+    found = {f.message for family in _EVERY_FAMILY for f in _findings(family)}
     assert ACCEPTED.keys() <= found, ACCEPTED.keys() - found
 
 
@@ -85,23 +109,24 @@ def test_ascii(path: Path):
     assert path.read_bytes().isascii()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _EVERY_FAMILY)
 def test_threadgroup_memory_of_every_variant(family: str):
     kernels = variants()[family]
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
-    assert (min(sizes.values()) > 0) == (family != DELTA) and max(sizes.values()) <= 32 * 1024
+    none = family in (DELTA, *SMALL_FAMILIES)
+    assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 
 
 def test_threadgroup_memory_is_what_a_launch_takes():
-    family = FAMILIES[0]
+    family = FORWARD
     kernel = _sampled(family)[0]
     source = _source(family)
     size = threadgroup_bytes(source, [kernel["instantiation"]])[kernel["name"]]
     library = engine.compile(source + kernel["instantiation"])
     params = Params(num_heads=1, num_kv_heads=1)  # q_len and kv_len 0: nothing else is read
     params = np.frombuffer(bytes(params), np.uint8)
-    none = {n: np.zeros(64, np.uint8) for n in range(12)}
+    none = {n: np.zeros(64, np.uint8) for n in Sources().buffers.values()}
     threads = (kernel["threads"], 1, 1)
     counters = arrays.launch(library, kernel["name"], threads, threads, {**none, 12: params})
     assert counters.threadgroup_memory == size

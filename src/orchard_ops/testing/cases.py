@@ -118,7 +118,7 @@ class Case:
         scoring = self._numbers()._replace(
             attn_mask=mask,
             alibi_slopes=slopes,
-            sinks=draw(heads).to(self.dtype) if self.sinks else None,
+            sinks=draw(heads) if self.sinks else None,
             key_ranges=self._draw_ranges(generator) if self.ranges else None,
         )
         return (q, k, v, do), scoring

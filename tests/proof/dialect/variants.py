@@ -1,4 +1,4 @@
-"""Every variant of every kernel that the plan can ask for."""
+"""Variants of every kernel: all that plain scores have, and what scores may have beside."""
 
 from __future__ import annotations
 
@@ -6,28 +6,54 @@ import functools
 import itertools
 
 import torch
-from mutation.harness import DTYPE_NUMBERS, FAMILIES, Sources, request
+from mutation.harness import (
+    BOOL,
+    DTYPE_NUMBERS,
+    FAMILIES,
+    SMALL_FAMILIES,
+    MaskPlace,
+    Sources,
+    request,
+)
+
+_LENGTH = 64
 
 
 @functools.cache
 def variants() -> dict[str, list[dict]]:
-    """By family: the plan's kernels for each dtype and head dim, each way of loading, dropout."""
+    """By family: the plan's kernels for each dtype and head dim, each way of loading, dropout.
+
+    Scores of every kind have both loads of one narrow and one wide head dim.
+    """
     sources = Sources()
     head_dims = sources.head_dims()
-    found: dict[str, dict[str, dict]] = {family: {} for family in FAMILIES}
+    found: dict[str, dict[str, dict]] = {family: {} for family in (*FAMILIES, *SMALL_FAMILIES)}
     for dtype in DTYPE_NUMBERS.values():
         for head_dim in (*head_dims, *(d - 1 for d in head_dims)):
-            shape = (1, 2, 64, head_dim)
+            shape = (1, 2, _LENGTH, head_dim)
             layout = (shape, torch.empty(shape, device="meta").stride(), 0)
             layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
-            for backward, dropout_p, scratch_bytes in itertools.product(
-                (False, True), (0.0, 0.5), (0, 1 << 20)
+            scores = scores_of(dtype) if head_dim in (64, 127) else ({},)
+            for backward, dropout_p, scratch_bytes, score in itertools.product(
+                (False, True), (0.0, 0.5), (0, 1 << 20), scores
             ):
-                plan, _ = sources.plan(
-                    request(
-                        layouts, dtype, backward, dropout_p=dropout_p, scratch_bytes=scratch_bytes
-                    )
-                )
+                numbers = {"dropout_p": dropout_p, "scratch_bytes": scratch_bytes}
+                plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **score))
                 for kernel in plan["kernels"]:
                     found[kernel["family"]][kernel["name"]] = kernel
     return {family: list(kernels.values()) for family, kernels in found.items()}
+
+
+def scores_of(dtype: int) -> tuple[dict, ...]:
+    """Fields of a request: every kind of score for operands of a dtype."""
+    full = _LENGTH * _LENGTH
+    masks: list[dict] = [{}]
+    for of_mask, offset in itertools.product({BOOL, dtype, DTYPE_NUMBERS[torch.float32]}, (0, 1)):
+        sizes, strides = (1, 1, 1, _LENGTH, _LENGTH), (full, full, full, _LENGTH, 1)
+        masks.append({"mask": MaskPlace(sizes, strides, offset, 1, of_mask)})
+    return tuple(
+        {"softcap": softcap, "has_alibi": alibi, "has_sinks": sinks, **mask}
+        for mask, softcap, alibi, sinks in itertools.product(
+            masks, (0.0, 2.0), (False, True), (False, True)
+        )
+    )

@@ -24,6 +24,7 @@ from simulator import engine
 from torch import Tensor
 
 from benchmarks.planner import BUFFERS as BUFFERS
+from benchmarks.planner import MaskPlace as MaskPlace
 from benchmarks.planner import Params, Place, Planner, compile_planner
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,7 +33,9 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_backward_dkv_pairs",
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
+MASK_MAP, DSINKS = SMALL_FAMILIES = ("attention_mask_map", "attention_backward_dsinks")
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+BOOL = 3  # of a mask
 GUARD_BYTES = 4096
 
 
@@ -159,6 +162,7 @@ class Sources:
                 for x in plan.launches
             ],
             "scratch_bytes": 4 * plan.ds_elements,
+            "map_elements": plan.map_elements,
         }, plan.params  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, forward, plan, positions
+from . import backward, forward, plan, plan_scores, positions
 from .attention import Attention, forward_results, reference
 from .compiled import compiled_together, forget_libraries, library_paths, machine_code
 from .problems import problems
@@ -24,6 +24,7 @@ def killers() -> tuple[Attention | Property, ...]:
     """All of them; for a kernel, in order of cost."""
     return (
         *plan.properties(),
+        *plan_scores.properties(),
         *(k for k in problems() if not k.check),
         *forward.properties(),
         *backward.properties(),

@@ -13,6 +13,7 @@ from benchmarks.planner import BUFFERS
 from orchard_ops import dropout
 
 from ..harness import (
+    BOOL,
     DELTA,
     DKV,
     DKV_PAIRS,
@@ -69,7 +70,8 @@ def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, fla
     if family in KEYS_SIDE:
         arguments.append(str(tile.endswith("_ds")).lower())
     switches = (str(word in flags).lower() for word in ("chunks", "dropout"))
-    arguments += ["4", f"Variant<{', '.join(switches)}>"]
+    arguments += ["4", f"Variant<{', '.join(switches)}, PlainScore>"]
+    arguments += ["NoSinks"] * (family == DELTA)
     call = f"{family}<{', '.join(arguments)}>"
     sizes = ""
     if family in KEYS_SIDE:
@@ -134,12 +136,14 @@ def plan_of_every_width(sources: Sources) -> None:
             )
             for kernel in plan["kernels"]:
                 kernel.pop("alternatives")
+                kernel.pop("role")
             # All of dS: 2 groups of 2 heads in each batch, 5 x 9 tiles of 8 x 8.
             stored = 4 * 2 * 5 * 9 * 256 if kernels is storing and width >= 64 else 0
             assert plan == {
                 "refusal": "", "detail": "", "advice": "" if chunks else _ADVICE,
                 "kernels": kernels,
                 "scratch_bytes": stored,
+                "map_elements": 0,
                 "launches": [
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
                 ],
@@ -300,7 +304,7 @@ def plan_of_params(sources: Sources) -> None:
     }
     layouts = {
         name: (sizes, strides[name], 0)
-        for name, (sizes, _, _) in _layouts(2, 6, 3, 41, 73, 24).items()
+        for name, (sizes, _, _) in _layouts(2, 6, 3, 41, 73, 24, 20).items()
     }
     for backward in (False, True):
         _, params = sources.plan(request(
@@ -310,9 +314,10 @@ def plan_of_params(sources: Sources) -> None:
         for name, expected in strides.items():
             if backward or name != "dout":
                 assert tuple(getattr(params, name)) == expected, name
-        got = [getattr(params, n) for n in ("num_heads", "num_kv_heads", "q_len", "kv_len",
-               "head_dim", "diagonal", "window_left", "window_right")]  # fmt: skip
-        assert got == [6, 3, 41, 73, 24, -13, 5, 9]
+        got = [getattr(params, n) for n in ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len",
+               "head_dim", "v_head_dim", "diagonal", "window_left", "window_right", "has_sinks",
+               "softcap")]  # fmt: skip
+        assert got == [2, 6, 3, 41, 73, 24, 20, -13, 5, 9, 0, 0.0]
         threshold = round(0.3 * 65536)
         assert params.dropout_threshold == threshold
         floats = (params.scale, params.scale_log2, params.dropout_rescale)
@@ -377,16 +382,18 @@ _HEADS = (2**31 - 1) // 128
 _FAR = 2**32 + 5  # 5 in 32 bits
 _TOO_WIDE = "head_dim is above 256"
 _TOO_LONG = "a length or the diagonal is above 2^28"
+_MASK_DTYPE = "attn_mask is of another dtype than bool, float32 and query's"
+_PER_HEAD_DTYPE = "alibi_slopes or sinks are not float32"
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
-    ({}, {}, 3, "the dtype is not float16, bfloat16 or float32", ""),
+    *(({}, {}, dtype, "the dtype is not float16, bfloat16 or float32", "") for dtype in (BOOL, 4)),
     ({"d": 257}, {}, 0, _TOO_WIDE, "got 257"),
     ({"d": 2**32 + 64}, {}, 0, _TOO_WIDE, "got 4294967360"),
-    ({"dv": 32}, {}, 0, "value's head_dim differs from query's", "got 32 and 64"),
-    ({}, {"has_mask": 1}, 0, "attn_mask is given", ""),
-    ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
-    ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
-    ({}, {"softcap": 2.5}, 0, "softcap is given", "got 2.5"),
-    ({}, {"softcap": 0.25}, 0, "softcap is given", "got 0.25"),
+    ({"dv": 257}, {}, 0, _TOO_WIDE, "got 257"),
+    ({"d": 300, "dv": 257}, {}, 0, _TOO_WIDE, "got 300"),
+    *(({}, {"has_mask": 1, "mask_dtype": of_mask}, dtype, _MASK_DTYPE, "")
+      for dtype, of_mask in ((0, 1), (0, 4), (1, 0), (2, 0), (2, 1), (2, 4))),
+    *(({}, {name: 1, "per_head_float32": 0}, 0, _PER_HEAD_DTYPE, "")
+      for name in ("has_alibi", "has_sinks")),
     ({"l": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
     ({"l": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
     ({"s": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
@@ -404,15 +411,8 @@ _ADVICE_OF = {
     "the dtype is not float16, bfloat16 or float32": "cast query, key and value to one of these",
     _TOO_WIDE: "F.scaled_dot_product_attention takes such heads and may be faster than the "
                "reference kernels",
-    "value's head_dim differs from query's":
-        "pad the narrower with zeros: value, whose output is then cut to its width, or query and "
-        "key, with scale given as it was without the zeros",
-    "attn_mask is given":
-        "use is_causal, window_left or window_right where they say the same as the mask",
-    **dict.fromkeys(
-        ("alibi_slopes are given", "sinks are given", "softcap is given"),
-        "nothing has to change: the reference kernels give the same result, slower",
-    ),
+    _MASK_DTYPE: "cast it to one of these",
+    _PER_HEAD_DTYPE: "cast them to float32",
     _TOO_LONG: "split the queries into several calls: each row of the result stands alone",
     f"batch times heads is above {_HEADS}":
         "split the batch into several calls: each part of the result stands alone",
@@ -436,11 +436,14 @@ def plan_of_refusals(sources: Sources) -> None:
             assert plan.pop("advice") == _ADVICE_OF[refusal]
             assert plan == {
                 "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
-                "launches": [],
+                "launches": [], "map_elements": 0,
             }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),
         ({}, {"diagonal": -_LONG}), ({"b": 1, "h": _HEADS}, {}), ({}, {"softcap": 0.0}),
+        ({"dv": 256}, {}), ({}, {"per_head_float32": 0}), ({}, {"mask_dtype": 4}),
+        *(({}, {"has_mask": 1, "mask_dtype": of_mask}) for of_mask in (0, 2, BOOL)),
+        ({}, {"has_alibi": 1, "has_sinks": 1, "softcap": 9.0}),
     ):  # fmt: skip
         plan, _ = sources.plan(request(_layouts(**sizes), 0, **fields))
         assert not plan["refusal"], plan
