@@ -6,6 +6,8 @@ does the same for the scoring arguments, `arguments.py` for those of `flash_attn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -122,6 +124,58 @@ def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"{op}: the number of query heads must be a multiple of the number of key/value "
             f"heads; got {num_heads} and {num_kv_heads}"
+        )
+
+
+def check_length_first(
+    op: str,
+    dimensions: str,
+    given: Sequence[tuple[str, Tensor]],
+    operands: tuple[Tensor, Tensor, Tensor],
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> None:
+    """Operands whose length precedes their heads: q (..., L, Hq, D), k and v (..., S, Hk, D or Dv).
+
+    `given` are the tensors that the caller named, which q, k and v are or are views of.
+    """
+    for name, x in given:
+        check_tensor(op, name, x)
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
+            )
+    every = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
+    if len({x.dtype for _, x in given}) > 1:
+        got = ", ".join(str(x.dtype) for _, x in given)
+        raise TypeError(f"{op}: {every} must have the same dtype; got {got}")
+    if len({x.device for _, x in given}) > 1:
+        got = ", ".join(str(x.device) for _, x in given)
+        raise ValueError(f"{op}: {every} must be on the same device; got {got}")
+    query, key, value = operands
+    q, k, v = names
+    for name, x in zip(names, operands):
+        if x.dim() != dimensions.count(",") + 1:
+            raise ValueError(f"{op}: {name} must be {dimensions}; got shape {_shape(x)}")
+    for name, x in ((q, query), (v, value)):
+        if x.shape[-1] == 0:
+            raise ValueError(
+                f"{op}: the head_dim of {name} must be at least 1; got shape {_shape(x)}"
+            )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"{op}: {q} and {k} must have the same head_dim; got {query.shape[-1]} and "
+            f"{key.shape[-1]}"
+        )
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(
+            f"{op}: {k} and {v} must have the same length and heads; got shapes {_shape(key)} and "
+            f"{_shape(value)}"
+        )
+    num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"{op}: the heads of {q} must be a multiple of those of {k} and {v}; got {num_heads} "
+            f"and {num_kv_heads} (operands are {dimensions})"
         )
 
 

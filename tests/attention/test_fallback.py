@@ -232,6 +232,7 @@ REFUSALS = {
     "attn_mask is given": {"attn_mask": torch.ones(6, 7, dtype=torch.bool)},
     "alibi_slopes are given": {"alibi_slopes": torch.ones(2)},
     "sinks are given": {"sinks": torch.ones(2)},
+    "key_ranges are given": {"key_ranges": orchard_ops.KeyRanges.chunked(3, 6).tensor},
     "softcap is given": {"softcap": 2.0},
     "value's head_dim differs from query's": {"value": torch.ones(1, 1, 7, 8)},
 }
