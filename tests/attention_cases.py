@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops import plan
+from orchard_ops.ops.schema import public_lse
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import DTYPES, SEED, Case, assert_attention_close
 
@@ -40,7 +41,7 @@ def kernel_head_dims() -> tuple[int, ...]:
 
 def lse_of(row_stats: Tensor, scoring: Scoring) -> Tensor:
     """The natural logarithm of a row's sum of exponentials, as flash_attn returns it."""
-    return row_stats.sum(dim=-1) * scoring.unit
+    return public_lse(row_stats, scoring.unit)
 
 
 def run(

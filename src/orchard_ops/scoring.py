@@ -47,18 +47,24 @@ class Scoring(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether a score is a scaled dot product and nothing else.
+        """Whether a logit is a scaled dot product and nothing else.
 
-        Windows, sinks and dropout do not change a score.
+        Windows and dropout do not change a logit.
         """
-        return self.attn_mask is None and self.alibi_slopes is None and self.softcap == 0.0
+        return (
+            self.attn_mask is None
+            and self.alibi_slopes is None
+            and self.sinks is None
+            and self.softcap == 0.0
+        )
 
     @property
     def unit(self) -> float:
         """What 1 in ``row_stats`` is as a natural logarithm.
 
-        The exponents are powers of two where the score is plain. Elsewhere they are natural: a
-        finite mask times log2(e) could overflow.
+        The exponents are powers of two where all logits are plain. Elsewhere they are natural: a
+        finite mask times log2(e) could overflow, and a large sink would lose digits on its way to
+        powers of two and back.
         """
         return math.log(2.0) if self.plain else 1.0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
+from orchard_ops.ops.schema import public_lse
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import SEED, Case, assert_attention_close, math_attention
 
@@ -49,7 +50,7 @@ def differentiated(
             moved[name] = moved[name].detach().requires_grad_()
     scoring = scoring._replace(**moved)
     out, row_stats = torch.ops.orchard.flash_attn_fwd(*leaves, *scoring)
-    lse = row_stats.sum(-1) * scoring.unit
+    lse = public_lse(row_stats, scoring.unit)
     optional = [scoring.attn_mask, scoring.sinks]
     inputs = [*leaves, *(x for x in optional if x is not None and x.requires_grad)]
     outputs, grads = [out], [dout]
