@@ -1,4 +1,4 @@
-"""Where the model under test runs, said plainly."""
+"""The device that a command runs on, and what it really is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place:
     kind: str
     """"apple_gpu", "simulated" or "cpu"."""
     description: str
-    """For the reader, with what the run's figures do not say."""
+    """A description for the reader, with what the run's figures do not say."""
 
 
 def find_place(requested: str) -> Place:
