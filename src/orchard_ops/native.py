@@ -36,7 +36,10 @@ def _open(path: Path, interface: str) -> str | None:
     PyTorch knows of it. Libraries of old versions register their ops as soon as they are loaded.
     They are recognised by their file, in which the name of the interface function does not occur.
     """
-    stranger = f"{path.name} is not a native library of orchard_ops, or one of another version"
+    stranger = (
+        f"{path.name} is not a native library of orchard_ops, or one of another version; "
+        "reinstall it"
+    )
     try:
         # A Mac's library lists its exports as a prefix tree, which may hold the "orchard_" that
         # they share apart from the rest of each name. So the search is for the rest.

@@ -100,7 +100,10 @@ class Scoring(NamedTuple):
         if self.dropout_p == 0.0:
             return
         if seed is None:
-            raise ValueError(f"{op}: dropout_p is {self.dropout_p} but dropout_seed is None")
+            raise ValueError(
+                f"{op}: dropout_p above 0 needs a dropout_seed; got dropout_p {self.dropout_p} and "
+                "dropout_seed None: pass a 0-dim int64 cpu tensor"
+            )
         on_host = seed.device.type in ("cpu", "meta")
         if seed.dim() != 0 or seed.dtype != torch.int64 or not on_host:
             raise ValueError(

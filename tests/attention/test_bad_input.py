@@ -134,7 +134,8 @@ MALFORMED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "functional op without seed": (
         lambda: functional(q, k, v, dropout_p=0.5),
         ValueError,
-        "dropout_p is 0.5 but dropout_seed is None",
+        "dropout_p above 0 needs a dropout_seed; got dropout_p 0.5 and dropout_seed None: "
+        "pass a 0-dim int64 cpu tensor",
     ),
     "functional op with 3-D": (
         lambda: functional(q[0], k[0], v[0]),

@@ -29,7 +29,7 @@ def find_place(requested: str) -> Place:
     if requested == "mps" and not available:
         raise ValueError(
             'there is no "mps" device here: it needs macOS on Apple silicon and a torch built with '
-            "MPS (torch.backends.mps.is_available() is False)"
+            "MPS (torch.backends.mps.is_available() is False); --device cpu runs the reference"
         )
     if requested == "cpu" or not available:
         why = "as asked for" if requested == "cpu" else "there is no Apple GPU here"

@@ -27,8 +27,8 @@ def _batch(query: Tensor, dim: int | None) -> int:
 
 
 def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
-    """Folds V into a mask's batch. A mask that broadcasts over V or over its outer batch dimension
-    still does."""
+    """Folds V into a mask's batch. One that is the same for all of V and of the outer batch
+    stays."""
     if mask is None or (dim is None and mask.shape[0] == 1):
         return mask
     mask = _lead(mask, dim, size)
@@ -51,7 +51,10 @@ def _fold_slopes(slopes: Tensor | None, dim: int | None, size: int, batch: int) 
 
 def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Scoring:
     if scoring.sinks is not None and dims.sinks is not None:
-        raise NotImplementedError("orchard::flash_attn: vmap over sinks is not supported")
+        raise NotImplementedError(
+            "orchard::flash_attn: vmap over sinks is not implemented; got sinks that differ "
+            "between samples: call flash_attn for each sample in a loop"
+        )
     seed = scoring.dropout_seed
     if seed is not None and dims.dropout_seed is not None:
         # One seed serves all samples, whose masks differ by the batch index.
@@ -96,7 +99,8 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
         return _one_by_one(size, in_dims, args)
     if scoring.sinks is not None or (scoring.attn_mask is not None and call.mask_grad):
         raise NotImplementedError(
-            "orchard::flash_attn: vmap over the gradient of attn_mask or sinks is not supported"
+            "orchard::flash_attn: vmap over the gradient of attn_mask or sinks is not implemented; "
+            "got a mapped gradient of out: differentiate each sample in a loop"
         )
     batch = _batch(call.query, dims.query)
     operands = [_fold(x, d, size) for x, d in zip(call[:7], dims[:7])]
