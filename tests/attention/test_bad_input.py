@@ -1,4 +1,5 @@
-"""Malformed calls raise at once and say the op, what was wrong and what came; edge cases do not."""
+"""Malformed calls raise at once; the message says the op, what was wrong and what it got. Edge
+cases do not raise."""
 
 from __future__ import annotations
 
@@ -381,7 +382,7 @@ def test_a_sink_without_weight_and_a_row_without_keys():
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_causal_and_mask_both_apply(device: str, request: pytest.FixtureRequest):
-    if device == "mps":  # masks run on the reference there, so far
+    if device == "mps":  # masks run on the reference on mps
         request.getfixturevalue("quiet_fallback")
     x, mask = randn(1, 2, 12, 16), torch.rand(12, 12) > 0.3
     out = orchard_ops.flash_attn(*(3 * (x.to(device),)), attn_mask=mask.to(device), is_causal=True)
