@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops.layout import empty_in_order_of
+from orchard_ops.ops.schema import public_lse
 
 from .driver import Kernels, Launch
 from .plans import Params, Plan, Planner, Scoring, set_strides
@@ -176,4 +177,4 @@ def _set_seed(params: Params, seed: int) -> None:
 
 def lse_of(row_stats: Tensor) -> Tensor:
     """The natural logarithm of the softmax's denominator; the kernels' units are powers of two."""
-    return row_stats.sum(-1) * math.log(2)
+    return public_lse(row_stats, math.log(2))

@@ -1,4 +1,4 @@
-"""torch.export and torch.compile with lengths of their own, bounded by nothing but the model."""
+"""torch.export and torch.compile with query and key lengths that vary independently."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_lengths_that_depend_on_data(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("budget", (0.0, 0.1, 0.5, 0.9))
 def test_the_backward_sees_the_forwards_dropout(way, budget: float):
-    """Under a memory budget the partitioner computes again what it may: never the seed."""
+    """Under a memory budget the partitioner repeats computations, but never the draw of the
+    seed."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: way(q, k, v, dropout_p=0.4), backend="aot_eager")
     q, k, v = (x.requires_grad_() for x in qkv(2, 40, 50))
@@ -101,7 +102,7 @@ def test_a_budget_of_0_saves_the_seed_beside_the_inputs():
     reason="this torch has no budgets of regions",
 )
 def test_a_region_with_a_budget_of_0_is_refused():
-    """A region's budget goes before that of a node, so that nothing would save the seed."""
+    """A region's budget takes precedence over a node's, so nothing could save the seed."""
     torch._dynamo.reset()
 
     def region(q: torch.Tensor) -> torch.Tensor:
