@@ -45,7 +45,7 @@ class KeyRanges:
     """True where every begin is known to be 0."""
 
     def __post_init__(self) -> None:
-        check_tensor(_OP, "tensor", self.tensor)
+        check_ranges(_OP, "tensor", self.tensor)
 
     # ---- from what a batch is described by ------------------------------------------------------
 
@@ -328,7 +328,7 @@ def visible(
     return seen if window_right < 0 else seen & (j <= position.long() + min(window_right, _FAR))
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_ranges(op: str, name: str, x: Tensor) -> None:
     """That x may be key ranges of some query."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or KeyRanges; got a {type(x).__name__}")

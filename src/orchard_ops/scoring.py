@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .key_ranges import check_tensor
+from .key_ranges import check_ranges
 
 MAX_DIAGONAL = 1 << 40
 """This is far beyond any length, and sums with it are far from overflowing int64."""
@@ -153,7 +153,7 @@ class Scoring(NamedTuple):
     def _check_key_ranges(self, op: str, query: Tensor) -> None:
         ranges = self.key_ranges
         assert ranges is not None
-        check_tensor(op, "key_ranges", ranges)
+        check_ranges(op, "key_ranges", ranges)
         if ranges.device != query.device:
             raise ValueError(
                 f"{op}: key_ranges must be on query's device {query.device}; got {ranges.device}"

@@ -385,6 +385,7 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {"has_mask": 1}, 0, "attn_mask is given", ""),
     ({}, {"has_alibi": 1}, 0, "alibi_slopes are given", ""),
     ({}, {"has_sinks": 1}, 0, "sinks are given", ""),
+    ({}, {"has_key_ranges": 1}, 0, "key_ranges are given", ""),
     ({}, {"softcap": 2.5}, 0, "softcap is given", "got 2.5"),
     ({}, {"softcap": 0.25}, 0, "softcap is given", "got 0.25"),
     ({"l": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
