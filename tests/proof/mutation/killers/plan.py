@@ -411,7 +411,7 @@ _ADVICE_OF = {
     "attn_mask is given":
         "use is_causal, window_left or window_right where they say the same as the mask",
     **dict.fromkeys(
-        ("alibi_slopes are given", "sinks are given", "softcap is given"),
+        ("alibi_slopes are given", "sinks are given", "key_ranges are given", "softcap is given"),
         "nothing has to change: the reference kernels give the same result, slower",
     ),
     _TOO_LONG: "split the queries into several calls: each row of the result stands alone",
