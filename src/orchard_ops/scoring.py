@@ -21,7 +21,7 @@ class Scoring(NamedTuple):
     """The scoring arguments of ``orchard::flash_attn_fwd``, in the order of its schema.
 
     The weights of a row are softmax(softcap(scale * q @ k^T) - alibi + attn_mask) over the keys
-    that the windows leave, with the sink as one more logit, and dropout on the weights.
+    that windows and key ranges leave, with the sink as one more logit, and dropout on the weights.
     """
 
     attn_mask: Tensor | None = None
