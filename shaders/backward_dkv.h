@@ -22,6 +22,7 @@
 #include "score.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -63,6 +64,10 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
+  const OutputRows<T> dk_rows = head.key_output(dk, params.dk);
+  const OutputRows<T> dv_rows = head.key_output(dv, params.dv);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
@@ -71,48 +76,58 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     Blocks rows;
     rows.start(head.query_rows(query, params.q), head.query_rows(dout, params.dout),
         blocks.begin * BQ, storage, thread_index, at);
-    for (int block = blocks.begin; block < blocks.end; block++) {
-      const int row0 = block * BQ;
-      ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
-      stats.load(row_stats + stats0, row0, params.q_len, at);
-      ColumnValues<kBlocks> row_delta;
-      row_delta.load(delta + stats0, row0, params.q_len, at);
-      rows.stage();
+    for (int block = blocks.begin; block < blocks.end;) {
+      const int last = parts.take(block, blocks.end);
+      for (; block < last; block++) {
+        const int row0 = block * BQ;
+        ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
+        stats.load(row_stats + stats0, row0, params.q_len, at);
+        ColumnValues<kBlocks> row_delta;
+        row_delta.load(delta + stats0, row0, params.q_len, at);
+        rows.stage();
 
-      Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
-      zero(p);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
-      score(p, params);
-      map(p, stats);
-      if (!unmasked.has(row0)) {
-        mask_transposed(p, window, key0, row0, at);
+        Tile<float, 1, kBlocks> p;  // (8 keys, BQ queries)
+        zero(p);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
+        score(p, params);
+        map(p, stats);
+        if (!unmasked.has(row0)) {
+          mask_transposed(p, window, key0, row0, at);
+        }
+        Tile<float, 1, kBlocks> ds_block;
+        zero(ds_block);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
+        uint kept = 0;
+        if (V::kDropout) {
+          kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+          drop_transposed(ds_block, kept, params.dropout_rescale);
+        }
+        dscore_transposed(ds_block, p, row_delta);
+        if (STORE_DS) {
+          store_dscore(ds_tiles, key0, row0, ds_block, params);
+        }
+        if (V::kDropout) {
+          drop_transposed(p, kept, kPScale);
+        } else {
+          scale(p, kPScale);
+        }
+        const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
+        mma_AB(dv_sum, p_operand, rows.dout);
+        mma_AB(dk_sum, ds_block, rows.q);
+        rows.advance();
       }
-      Tile<float, 1, kBlocks> ds_block;
-      zero(ds_block);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T
-      uint kept = 0;
-      if (V::kDropout) {
-        kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-        drop_transposed(ds_block, kept, params.dropout_rescale);
+      if (parts.ended()) {
+        parts.put_aside(dk_sum, dk_rows, key0, at);
+        parts.put_aside(dv_sum, dv_rows, key0, at);
+        parts.start_next();
       }
-      dscore_transposed(ds_block, p, row_delta);
-      if (STORE_DS) {
-        store_dscore(ds_tiles, key0, row0, ds_block, params);
-      }
-      if (V::kDropout) {
-        drop_transposed(p, kept, kPScale);
-      } else {
-        scale(p, kPScale);
-      }
-      const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
-      mma_AB(dv_sum, p_operand, rows.dout);
-      mma_AB(dk_sum, ds_block, rows.q);
-      rows.advance();
     }
   }
 
+  parts.add_earlier(dk_sum, dk_rows, key0, at);
+  parts.add_earlier(dv_sum, dv_rows, key0, at);
   scale(dk_sum, score_derivative(params));
   scale(dv_sum, (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale);
-  store_rows<V::kVec>(head.key_output(dk, params.dk), dk_sum, key0, at);
-  store_rows<V::kVec>(head.key_output(dv, params.dv), dv_sum, key0, at);
+  store_rows<V::kVec>(dk_rows, dk_sum, key0, at);
+  store_rows<V::kVec>(dv_rows, dv_sum, key0, at);
 }

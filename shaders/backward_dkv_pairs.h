@@ -17,6 +17,7 @@
 #include "score.h"
 #include "softmax.h"
 #include "staging.h"
+#include "sum_parts.h"
 
 /// A tile that one simdgroup of a pair leaves for the other: each lane's pairs of elements.
 struct HandedOver {
@@ -84,6 +85,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                       pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
+  SumParts<T, BQ, V::kVec> parts;
+  parts.start();
 
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
@@ -94,50 +97,63 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         blocks.begin * BQ, storage, thread_index, at);
     const Staged scored = second ? rows.dout.staged : rows.q.staged;  // S = K Q^T, dP = V dO^T
     const Staged summed = second ? rows.q.staged : rows.dout.staged;  // dV of dO, dK of Q
-    for (int block = blocks.begin; block < blocks.end; block++) {
-      const int row0 = block * BQ;
-      ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
-      ColumnValues<kBlocks> row_delta;
-      if (second) {
-        row_delta.load(delta + stats0, row0, params.q_len, at);
-      } else {
-        stats.load(row_stats + stats0, row0, params.q_len, at);
-      }
-      rows.stage();
+    for (int block = blocks.begin; block < blocks.end;) {
+      const int last = parts.take(block, blocks.end);
+      for (; block < last; block++) {
+        const int row0 = block * BQ;
+        ColumnStats<kBlocks> stats;  // asked for early: they come from device memory
+        ColumnValues<kBlocks> row_delta;
+        if (second) {
+          row_delta.load(delta + stats0, row0, params.q_len, at);
+        } else {
+          stats.load(row_stats + stats0, row0, params.q_len, at);
+        }
+        rows.stage();
 
-      Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
-      zero(x);
-      mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
-      if (!second) {
-        score(x, params);
-        map(x, stats);
-        if (!unmasked.has(row0)) {
-          mask_transposed(x, window, key0, row0, at);
+        Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
+        zero(x);
+        mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        if (!second) {
+          score(x, params);
+          map(x, stats);
+          if (!unmasked.has(row0)) {
+            mask_transposed(x, window, key0, row0, at);
+          }
+          handed_over.store(x);
         }
-        handed_over.store(x);
-      }
-      if (V::kDropout) {
-        const uint kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
-        drop_transposed(x, kept, params.dropout_rescale);
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // P^T is there
-      if (second) {
-        Tile<float, 1, kBlocks> p;
-        handed_over.load(p);
-        dscore_transposed(x, p, row_delta);
-        if (STORE_DS) {
-          store_dscore(ds_tiles, key0, row0, x, params);
+        if (V::kDropout) {
+          const uint kept = kept_transposed<kBlocks>(key0, row0, draws, lane);
+          drop_transposed(x, kept, params.dropout_rescale);
         }
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // P^T is there
+        if (second) {
+          Tile<float, 1, kBlocks> p;
+          handed_over.load(p);
+          dscore_transposed(x, p, row_delta);
+          if (STORE_DS) {
+            store_dscore(ds_tiles, key0, row0, x, params);
+          }
+        }
+        mma_AB(sum, x, summed);
+        rows.advance();
       }
-      mma_AB(sum, x, summed);
-      rows.advance();
+      if (parts.ended()) {
+        const OutputRows<T> rows_of_sum =
+            second ? head.key_output(dk, params.dk) : head.key_output(dv, params.dv);
+        parts.put_aside(sum, rows_of_sum, key0, at);
+        parts.start_next();
+      }
     }
   }
 
   if (second) {
+    const OutputRows<T> dk_rows = head.key_output(dk, params.dk);
+    parts.add_earlier(sum, dk_rows, key0, at);
     scale(sum, score_derivative(params));
-    store_rows<V::kVec>(head.key_output(dk, params.dk), sum, key0, at);
+    store_rows<V::kVec>(dk_rows, sum, key0, at);
   } else {
-    store_rows<V::kVec>(head.key_output(dv, params.dv), sum, key0, at);
+    const OutputRows<T> dv_rows = head.key_output(dv, params.dv);
+    parts.add_earlier(sum, dv_rows, key0, at);
+    store_rows<V::kVec>(dv_rows, sum, key0, at);
   }
 }

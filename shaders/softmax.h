@@ -75,10 +75,8 @@ struct OnlineSoftmax {
 
   /// What the backward needs of a row: the origin of its exponentials, and the logarithm of their
   /// sum. They stay apart, since one number would lose the logarithm beside a large origin. A row
-  /// without a key has the lowest origin and a logarithm of -inf.
-  METAL_FUNC float2 row_stats(int r, float total) const {
-    return float2(origin[r], total == 0.0f ? -INFINITY : log2(total));
-  }
+  /// without a key has the lowest origin and log2(0), which is -inf.
+  METAL_FUNC float2 row_stats(int r, float total) const { return float2(origin[r], log2(total)); }
 };
 
 /// Scores of -inf alone leave a sum of zero, whose logarithm is -inf. Their weights shall be
@@ -125,7 +123,8 @@ struct ColumnValues {
   }
 };
 
-/// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues.
+/// Makes weights of scores in a transposed tile: statistics of its queries, as ColumnValues. load()
+/// computes nothing of them, so that it need not wait for device memory.
 template <int COLS>
 struct ColumnStats {
   float2 origin[COLS];
@@ -138,11 +137,12 @@ struct ColumnStats {
       const float2 first = stats[min(row, length - 1)];
       const float2 second = stats[min(row + 1, length - 1)];
       origin[c] = float2(first.x, second.x);
-      log_sum[c] = float2(finite_log_sum(first.y), finite_log_sum(second.y));
+      log_sum[c] = float2(first.y, second.y);
     }
   }
 
   METAL_FUNC float2 operator()(float2 s, int, int c) const {
-    return weights(s, origin[c], log_sum[c]);
+    const float2 finite = float2(finite_log_sum(log_sum[c].x), finite_log_sum(log_sum[c].y));
+    return weights(s, origin[c], finite);
   }
 };

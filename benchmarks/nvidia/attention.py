@@ -75,9 +75,16 @@ class Attention:
         return out, row_stats
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        row_stats: Tensor, s: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        row_stats: Tensor,
+        s: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv"""
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
@@ -105,10 +112,21 @@ class Attention:
         return self._planner.backward(q, k, v, out, dout, s).ds_elements
 
     def prepare_backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        row_stats: Tensor,
+        delta: Tensor,
+        ds: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
         s: Scoring,
-    ) -> list[Launch]:  # fmt: skip
+    ) -> list[Launch]:
         """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
         plan = self._planner.backward(q, k, v, out, dout, s)
         params = plan.params
@@ -117,9 +135,20 @@ class Attention:
             set_strides(params, name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
-            plan, q=q, k=k, v=v, out=out, row_stats=row_stats, dout=dout,
-            dlse=row_stats if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
-        )  # fmt: skip
+            plan,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            row_stats=row_stats,
+            dout=dout,
+            dlse=row_stats if dlse is None else dlse,
+            delta=delta,
+            ds=ds,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:

@@ -24,7 +24,7 @@ from ..harness import (
 )
 from .attention import F16, F32, KEYS_SIDE, dense, empty, forward_results, kernel_of, reference
 from .compiled import compile_kernel
-from .operands import dominant_keys, infinite_rows
+from .operands import dominant_keys, infinite_rows, long_sums, sums_of_half
 from .properties import Given, Property
 
 
@@ -119,6 +119,29 @@ def small_weights_dkv(sources: Sources, note: Callable[[str], None], family: str
     )
 
 
+def long_sums_dkv(
+    sources: Sources, note: Callable[[str], None], family: str, head_dim: int, heads: int,
+    q_len: int, check: bool = False,
+) -> None:  # fmt: skip
+    """Parts of 1024 queries are exact; they are added in order."""
+    case, x = long_sums(head_dim, heads, q_len)
+    shapes = dict.fromkeys(("dk", "dv"), (1, 1, 8, head_dim))
+    got = Given("", family, case, check=check).results(sources, note, x, shapes)
+    parts = (x["dout"].flatten(0, 2) / 8).split(1024)
+    dv = functools.reduce(torch.add, (part.sum(0, dtype=torch.float64).to(F32) for part in parts))
+    assert torch.equal(got["dv"], dv.expand(shapes["dv"])), "dv"
+    assert torch.equal(got["dk"], dv[:8, None].expand(shapes["dk"])), "dk"
+
+
+def sums_of_half_dkv(sources: Sources, note: Callable[[str], None], family: str) -> None:
+    """A half type's sum is rounded to it once."""
+    case, x = sums_of_half()
+    shapes = dict.fromkeys(("dk", "dv"), (1, 1, 8, 16))
+    got = Given("", family, case).results(sources, note, x, shapes)
+    dv = (x["dout"].double() * 2.0**-10).sum((1, 2), keepdim=True).to(F16)
+    assert torch.equal(got["dv"], dv.expand(shapes["dv"])), "dv"
+
+
 def dominant_keys_dkv(sources: Sources, note: Callable[[str], None], family: str) -> None:
     """The weights are exactly 1 and 0: the backward takes the forward's numbers."""
     case, x = dominant_keys()
@@ -148,10 +171,17 @@ def properties() -> Iterator[Property]:
         ("dominant keys", dominant_keys_dkv),
         ("scores of -inf", infinite_scores_dkv),
         ("small weights", small_weights_dkv),
+        ("sums of half", sums_of_half_dkv),
     ):
         for family in KEYS_SIDE:
             partial = functools.partial(test, family=family)
             yield Property(f"{family}: {name}", family, partial)
+    for family in KEYS_SIDE:
+        for head_dim, heads, q_len in ((16, 1, 2560), (15, 2, 1280)):
+            partial = functools.partial(
+                long_sums_dkv, family=family, head_dim=head_dim, heads=heads, q_len=q_len
+            )
+            yield Property(f"{family}: {heads} x {q_len} queries", family, partial)
     for family, keys_side in _PARTNERS:
         partial = functools.partial(divided_keys, keys_side=keys_side)
         yield Property(f"{family}: divided keys", family, partial)
@@ -160,6 +190,11 @@ def properties() -> Iterator[Property]:
 
 
 def checked() -> Iterator[Property]:
+    for family in KEYS_SIDE:
+        partial = functools.partial(
+            long_sums_dkv, family=family, head_dim=15, heads=1, q_len=1040, check=True
+        )
+        yield Property(f"{family}: 1040 queries, checked", family, partial)
     for family, keys_side in _PARTNERS:
         partial = functools.partial(divided_keys, keys_side=keys_side, check=True)
         yield Property(f"{family}: divided keys, checked", family, partial)

@@ -114,6 +114,14 @@ def infinite_scores_forward(sources: Sources, note: Callable[[str], None]) -> No
     assert torch.equal(got["row_stats"], x["row_stats"])
 
 
+def rows_without_a_key(sources: Sources, note: Callable[[str], None]) -> None:
+    """They are zero, also where others of their block see infinite values."""
+    case = Case(16, 8, 16, num_heads=1, dtype=F32, window_right=0, diagonal=-8)
+    q, k = torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 8, 16)
+    got = forward_of(sources, note, case, q, k, torch.full_like(k, math.inf))
+    assert (got["out"][:, :, :8] == 0).all() and not got["out"][:, :, 8:].isfinite().any()
+
+
 def properties() -> Iterator[Property]:
     for name, test in (
         ("origins are scores", origins_are_scores),
@@ -129,6 +137,7 @@ def properties() -> Iterator[Property]:
         ("origins beyond 2^27", far_origins),
         ("rows beside others that move", rows_alone),
         ("scores of -inf", infinite_scores_forward),
+        ("rows without a key beside infinite values", rows_without_a_key),
     ):
         yield Property(f"{FORWARD}: {name}", FORWARD, test)
 

@@ -8,7 +8,7 @@ import torch
 from attention_cases import Case
 from torch import Tensor
 
-from .attention import F32
+from .attention import F16, F32
 
 
 def dominant_keys() -> tuple[Case, dict[str, Tensor]]:
@@ -44,3 +44,33 @@ def infinite_rows() -> tuple[Case, dict[str, Tensor]]:
     ones = torch.ones(1, 1, 16, 16)
     return case, {"query": q, "key": k, "value": torch.ones(1, 1, 32, 16), "dout": ones,
                   "row_stats": stats, "out": ones * (stats[..., 1:] > 0)}  # fmt: skip
+
+
+def long_sums(head_dim: int, heads: int, q_len: int) -> tuple[Case, dict[str, Tensor]]:
+    """All weights are 1/8. Each element of dk and dv is a sum of integers / 8, which float32 holds
+    up to 1024 of them and not many more."""
+    case = Case(q_len, 8, head_dim, num_heads=heads, num_kv_heads=1, dtype=F32, scale=1.0)
+    generator = torch.Generator().manual_seed(6)
+    rows, keys = (1, heads, q_len, head_dim), (1, 1, 8, head_dim)
+    value = torch.zeros(keys)
+    value[0, 0, range(8), range(8)] = 1.0  # dP of key j is column j of dout
+    dout = torch.randint(16256, 16384, rows, generator=generator).float()
+    return case, {
+        "query": torch.ones(rows), "key": torch.zeros(keys), "value": value, "dout": dout,
+        "row_stats": torch.tensor((0.0, 3.0)).expand(*rows[:3], 2),
+        "delta": torch.zeros(rows[:3]),
+    }  # fmt: skip
+
+
+def sums_of_half() -> tuple[Case, dict[str, Tensor]]:
+    """All weights are 2^-10. dv is a sum of 2048 half numbers, exact in float32. The first of two
+    heads ends where a part of a float32 sum would."""
+    case = Case(1024, 8, 16, num_heads=2, num_kv_heads=1, dtype=F16)
+    zeros = torch.zeros(1, 1, 8, 16, dtype=F16)
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randint(1024, 2048, (1, 2, 1024, 16), generator=generator).to(F16)
+    return case, {
+        "query": torch.zeros_like(dout), "key": zeros, "value": zeros, "dout": dout,
+        "row_stats": torch.tensor((0.0, 10.0)).expand(1, 2, 1024, 2),
+        "delta": torch.zeros(1, 2, 1024),
+    }  # fmt: skip

@@ -374,6 +374,7 @@ def plan_of_layouts(sources: Sources) -> None:
 
 _LONG = 1 << 28
 _HEADS = (2**31 - 1) // 128
+_FAR = 2**32 + 5  # 5 in 32 bits
 _TOO_WIDE = "head_dim is above 256"
 _TOO_LONG = "a length or the diagonal is above 2^28"
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
@@ -387,6 +388,9 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     ({}, {"softcap": 2.5}, 0, "softcap is given", "got 2.5"),
     ({}, {"softcap": 0.25}, 0, "softcap is given", "got 0.25"),
     ({"l": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
+    ({"l": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
+    ({"s": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
+    ({}, {"diagonal": -_FAR}, 0, _TOO_LONG, f"got {_FAR}"),
     ({"s": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
     ({"s": _LONG + 2}, {"diagonal": _LONG + 1}, 0, _TOO_LONG, f"got {_LONG + 2}"),
     ({}, {"diagonal": _LONG + 1}, 0, _TOO_LONG, f"got {_LONG + 1}"),
@@ -396,11 +400,40 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
 ]  # fmt: skip
 
 
+_ADVICE_OF = {
+    "the dtype is not float16, bfloat16 or float32": "cast query, key and value to one of these",
+    _TOO_WIDE: "F.scaled_dot_product_attention takes such heads and may be faster than the "
+               "reference kernels",
+    "value's head_dim differs from query's":
+        "pad the narrower with zeros: value, whose output is then cut to its width, or query and "
+        "key, with scale given as it was without the zeros",
+    "attn_mask is given":
+        "use is_causal, window_left or window_right where they say the same as the mask",
+    **dict.fromkeys(
+        ("alibi_slopes are given", "sinks are given", "softcap is given"),
+        "nothing has to change: the reference kernels give the same result, slower",
+    ),
+    _TOO_LONG: "split the queries into several calls: each row of the result stands alone",
+    f"batch times heads is above {_HEADS}":
+        "split the batch into several calls: each part of the result stands alone",
+}  # fmt: skip
+
+
+def plan_of_head_dims(sources: Sources) -> None:
+    assert sources.head_dims() == _WIDTHS
+
+
+def plan_of_no_key_heads(sources: Sources) -> None:
+    """No key/value head: delta alone is launched."""
+    plan, _ = sources.plan(request(_layouts(h=4, hk=0), 0, True, scratch_bytes=1 << 30))
+    assert [launch[0] for launch in plan["launches"]] == [0] and not plan["scratch_bytes"]
+
+
 def plan_of_refusals(sources: Sources) -> None:
     for sizes, fields, dtype, refusal, detail in _REFUSALS:
         for backward in (False, True):
             plan, _ = sources.plan(request(_layouts(**sizes), dtype, backward, **fields))
-            assert plan.pop("advice")
+            assert plan.pop("advice") == _ADVICE_OF[refusal]
             assert plan == {
                 "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
                 "launches": [],
@@ -437,7 +470,7 @@ def properties() -> Iterator[Property]:
         plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
         plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
         plan_of_scratch, plan_of_divided_keys, plan_of_large_sums, plan_of_other_tiles,
-        plan_of_buffers,
+        plan_of_buffers, plan_of_head_dims, plan_of_no_key_heads,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

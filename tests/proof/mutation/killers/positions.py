@@ -32,13 +32,14 @@ class _Sparse:
 
 
 def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
-                 strides: tuple[int, ...]) -> dict[str, Tensor]:  # fmt: skip
+                 strides: tuple[int, ...], kv_heads: int) -> dict[str, Tensor]:  # fmt: skip
     """Twelve heads of q_len queries, of which 32 run, and two keys of width 2, row_stride apart."""
+    keys = (1, kv_heads, 2, 2)
     generator = torch.Generator().manual_seed(3)
     rows, stats = (1, 12, 32, 2), (12, 32)
-    sizes = {"query": rows, "key": (1, 1, 2, 2), "value": (1, 1, 2, 2), "out": rows, "dout": rows,
+    sizes = {"query": rows, "key": keys, "value": keys, "out": rows, "dout": rows,
              "row_stats": (*stats, 2), "dlse": stats, "delta": stats, "dq": rows,
-             "dk": (1, 1, 2, 2), "dv": (1, 1, 2, 2)}  # fmt: skip
+             "dk": keys, "dv": keys}  # fmt: skip
     packed = {"key": strides, "value": strides}
     x = {}
     for name, shape in sizes.items():
@@ -47,7 +48,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
         x[name] = _Sparse(shape, place_)
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
     layouts = {
-        short: ((1, 12 if "q" in short or "o" in short else 1, length, 2), tuple(t.stride()), 0)
+        short: ((1, t.shape[1], length, 2), tuple(t.stride()), 0)
         for short, t, length in (
             ("q", x["query"].tensor, q_len), ("k", x["key"].tensor, 2),
             ("v", x["value"].tensor, 2), ("out", x["out"].tensor, q_len),
@@ -74,11 +75,11 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
 
 def positions_beyond_32_bits(
     sources: Sources, note: Callable[[str], None], family: str, q_len: int,
-    strides: tuple[int, ...],
+    strides: tuple[int, ...], kv_heads: int = 1,
 ) -> None:  # fmt: skip
     """Far apart in memory, the same numbers give the same results."""
-    near = _far_results(sources, note, family, 32, (0, 0, 3, 1))
-    far = _far_results(sources, note, family, q_len, strides)
+    near = _far_results(sources, note, family, 32, (0, 6, 3, 1), kv_heads)
+    far = _far_results(sources, note, family, q_len, strides, kv_heads)
     for name in near:
         assert torch.equal(near[name], far[name]), name
 
@@ -156,6 +157,11 @@ def properties() -> Iterator[Property]:
                 positions_beyond_32_bits, family=family, q_len=q_len, strides=strides
             )
             yield Property(f"{family}: {name} beyond 32 bits", family, test)
+    for family in KEYS_SIDE:  # whose threadgroups begin beyond 32 bits
+        test = functools.partial(
+            positions_beyond_32_bits, family=family, q_len=_FAR, strides=(0, 6, 3, 1), kv_heads=12
+        )
+        yield Property(f"{family}: row statistics of a group beyond 32 bits", family, test)
     for family in (*KEYS_SIDE, DQ_FROM_DS):
         test = functools.partial(ds_beyond_32_bits, family=family, kv_len=16)
         yield Property(f"{family}: dS beyond 32 bits", family, test)

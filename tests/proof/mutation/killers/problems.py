@@ -110,6 +110,9 @@ def _attention() -> Iterator[Attention]:
     yield from each("kitchen sink, checked", KITCHEN_SINK, check=True, **first)
     yield from each("causal, checked", _causal, check=True)
     yield from each("blocks of 8, checked", _odd_tiles, check=True)
+    # The rows that take part, none, begin at a key behind the last one.
+    behind = _keyless.but(window_left=3, window_right=2, diagonal=24)
+    yield Attention(f"{DKV}: keys end before the window, checked", DKV, behind, check=True)
     yield from each("nothing visible, checked", _keyless.but(diagonal=-200), check=True)
 
 

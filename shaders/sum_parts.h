@@ -1,0 +1,57 @@
+// dk and dv are sums over all queries of a group's heads. Where T is float, one long sum would lose
+// more than unfused math does, which sums in blocks. So it is made in parts: behind each of them
+// the sum in registers is added to the output's rows in device memory, and begins again from zero.
+// A half type's rounding hides the loss, and its sums stay whole.
+#pragma once
+
+#include "loader.h"
+
+constant int kPartQueries = 1024;
+
+/// Blocks of BQ queries, of all heads of the group, in parts.
+template <typename T, int BQ, bool VEC>
+struct SumParts {
+  static constant constexpr const bool kDivided = sizeof(T) == 4;
+  static_assert(kPartQueries % BQ == 0, "a part ends with a block");
+
+  int left;     // blocks of this part that are not yet taken
+  bool stored;  // an earlier part
+
+  METAL_FUNC void start() {
+    left = kPartQueries / BQ;
+    stored = false;
+  }
+
+  /// Takes the blocks from `block` on that belong to this part; says where they end.
+  METAL_FUNC int take(int block, int end) {
+    const int last = kDivided ? min(block + left, end) : end;
+    left -= last - block;
+    return last;
+  }
+
+  /// Whether all of this part's blocks have been taken, so that its sums are to be stored.
+  METAL_FUNC bool ended() const { return kDivided && left == 0; }
+
+  METAL_FUNC void start_next() {
+    left = kPartQueries / BQ;
+    stored = true;
+  }
+
+  /// Adds the earlier parts to x. The output is read only where this thread has stored to it.
+  template <int COLS>
+  METAL_FUNC void add_earlier(
+      thread Tile<float, 1, COLS>& x, OutputRows<T> from, int row0, LanePosition at) const {
+    if (kDivided && stored) {
+      add_stored_rows<VEC>(x, from, row0, at);
+    }
+  }
+
+  /// Moves x, the sum of this part, to the output.
+  template <int COLS>
+  METAL_FUNC void put_aside(
+      thread Tile<float, 1, COLS>& x, OutputRows<T> to, int row0, LanePosition at) const {
+    add_earlier(x, to, row0, at);
+    store_rows<VEC>(to, x, row0, at);
+    zero(x);
+  }
+};
