@@ -105,7 +105,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   return problem;
 }
 
-/// None if it cannot be allocated.
+/// A tensor, or none if it cannot be allocated.
 OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& strides, int32_t dtype) {
   int32_t device_index = 0;
@@ -126,7 +126,7 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   return *x;
 }
 
-/// Uninitialised, with like's dtype and stride order; the last size may differ.
+/// An uninitialised tensor in like's dtype and stride order, with a last size of its own.
 Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   Layout layout = layout_of(like);
   layout.sizes[3] = last;
@@ -157,7 +157,7 @@ Tensor empty_rows(const Tensor& q) {
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
 }
 
-/// (B, H, L, 2) float32: where a row's exponentials count from, and the logarithm of their sum.
+/// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
 Tensor empty_row_stats(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
@@ -171,7 +171,7 @@ void log_metal(const char* op, const Plan& plan) {
   }
 }
 
-/// Why a call does not even reach the plan; empty if it does.
+/// The reason why a call does not reach the plan; empty if it does.
 const char* switched_off(const std::string& impl) {
   if (impl == "reference") return "impl=\"reference\" was asked for";
   if (switched_on("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
@@ -353,7 +353,20 @@ Gradients run_backward(const BackwardCall& call) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
   }
-  if (grads.dmask.has_value()) for_mask.bind({kBufferDmask, *grads.dmask});
+  OptionalTensor dmask_parts;
+  if (grads.dmask.has_value()) {
+    if (plan->dmask_part_elements > 0) dmask_parts = empty_floats(q, plan->dmask_part_elements);
+    for_mask.bind({kBufferDmask, dmask_parts.has_value() ? *dmask_parts : *grads.dmask});
+    for_mask.bind({kBufferDlse, dlse.has_value() ? *dlse : row_stats});
+    for_mask.bind({kBufferSinks, scores.sinks.has_value() ? *scores.sinks : row_stats});
+  }
+  Bindings for_mask_sum;
+  if (dmask_parts.has_value()) {
+    for_mask_sum = {{kBufferDmaskParts, *dmask_parts}, {kBufferDmask, *grads.dmask}};
+  }
+  if (problem.has_mask) {  // where it adds, the key's side may sum up its gradient
+    for_keys.bind({kBufferDmaskParts, dmask_parts.has_value() ? *dmask_parts : delta});
+  }
   for (Bindings* tensors : {&for_keys, &for_queries, &for_mask}) scores.bind(*tensors);
   OptionalTensor sink_parts;
   if (scores.sinks.has_value()) {
@@ -367,7 +380,7 @@ Gradients run_backward(const BackwardCall& call) {
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
     const Bindings* tensors[] = {
-        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_sinks};
+        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_mask_sum, &for_sinks};
     const KernelPlan& kernel = plan->kernels[launch.kernel];
     const bool for_rows = kernel.role == KernelRole::kRows;
     if (k.numel() == 0 && !for_rows && kernel.role != KernelRole::kSinkGradient) continue;
@@ -461,7 +474,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
   plan.refusal = switched_off(call.impl);
   if (plan.refusal.empty()) {
     const Problem problem = make_problem(call.operands, call.scoring);
-    Layout out = problem.q;  // as the forward would allocate it; dout is taken to be like it
+    Layout out = problem.q;  // as the forward allocates it; dout is taken to be like it
     out.sizes[3] = problem.v.sizes[3];
     out.strides = strides_in_order_of(problem.q.strides, out.sizes);
     out.offset = 0;
@@ -484,7 +497,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
     instantiations.push_back(kernel.instantiation);
     tiles.push_back(kernel.tile);
     tile_names.push_back(kernel.tile_name);
-    std::string joined;  // a list of lists is not among what the stable ABI carries
+    std::string joined;  // the stable ABI has no list of lists
     for (const std::string& name : kernel.alternatives)
       joined += (joined.empty() ? "" : ",") + name;
     alternatives.push_back(joined);

@@ -1,7 +1,8 @@
 """Builds the native library with the system's C++ compiler: `python native/build.py OUTPUT`.
 
-setup.py calls it on a Mac; on Linux it builds what the simulated device loads (`make native`).
-Plain C++ on torch's stable ABI, so one binary serves torch 2.10 and later, and any Python.
+setup.py calls it on a Mac; on Linux it builds what the simulated device loads (`make native`). The
+library is plain C++ on torch's stable ABI, so one binary serves torch 2.10 and later, and any
+Python.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
-#: The plan alone, which needs no torch: what decides kernels can be asked without the library.
+#: The plan alone needs no torch, so it can be asked for kernels without the library.
 PLAN_SOURCES = tuple(
     NATIVE / "plan" / f"{name}.cpp"
     for name in (
@@ -110,7 +111,7 @@ def build(output: Path, objects: Path) -> Path:
     flags = link_flags(Path(torch.__file__).parent)
     linked = output.with_suffix(".partial")
     subprocess.run([compiler, *map(str, compiled), *flags, "-o", str(linked)], check=True)
-    linked.replace(output)  # never half written, and a loaded copy stays intact
+    linked.replace(output)  # whole at once; a loaded copy stays intact
     return output
 
 

@@ -19,6 +19,10 @@ FAMILIES = {
     "attention_backward_dkv_pairs": "backward_dkv_pairs.h",
     "attention_backward_dq": "backward_dq.h",
     "attention_backward_dq_from_ds": "backward_dq_from_ds.h",
+    "attention_backward_dmask": "backward_dmask.h",
+    "attention_backward_dmask_rows": "backward_dmask_rows.h",
+    "attention_backward_dmask_sum": "backward_dmask_sum.h",
+    "attention_backward_dmask_sum_keys": "backward_dmask_sum_keys.h",
     "attention_backward_dsinks": "backward_dsinks.h",
 }
 _LITERAL_LIMIT = 8000  # compilers cap the length of one literal

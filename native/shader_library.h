@@ -45,11 +45,12 @@ class Bindings {
   const Binding* end() const { return bindings_.data() + size_; }
 
  private:
-  std::array<Binding, kBufferMaskMap + 1> bindings_;  // as many as there are buffers
+  std::array<Binding, kBufferDmaskParts + 1> bindings_;  // as many as there are buffers
   size_t size_ = 0;
 };
 
-/// Why an earlier call could not compile this variant; empty if it could, or was never asked to.
+/// The reason why an earlier call could not compile this variant. It is empty if that call could,
+/// or if there was none.
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with

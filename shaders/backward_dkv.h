@@ -17,6 +17,7 @@
 
 #include "dropout.h"
 #include "dscore.h"
+#include "key_sums.h"
 #include "keys.h"
 #include "loader.h"
 #include "scores.h"
@@ -39,6 +40,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    device float* key_sums
+    [[buffer(kBufferDmaskParts)]],  // (B, Hq, S), written if params.has_key_sums
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -87,6 +90,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     scores.start(head, buffers, key0, at, params);
     MaskMap<typename V::Score::Mask> visible;
     visible.start(head, mask_map, params);
+    KeySums<(V::Score::Mask::kAdds)> sums_of_keys;
+    sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
@@ -121,6 +126,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           drop_transposed(ds_block, kept, params.dropout_rescale);
         }
         dscore_transposed<kHides>(ds_block, p, row_delta);
+        sums_of_keys.take(ds_block, params);
         if (V::Score::kCapped) {
           times_derivative<kHides>(ds_block, derivatives);
         }
@@ -143,6 +149,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         parts.start_next();
       }
     }
+    sums_of_keys.store(key_sums, head, key0, at, params);
   }
 
   parts.add_earlier(dk_sum, dk_rows, key0, at);

@@ -12,6 +12,7 @@
 
 #include "dropout.h"
 #include "dscore.h"
+#include "key_sums.h"
 #include "keys.h"
 #include "loader.h"
 #include "scores.h"
@@ -55,6 +56,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    device float* key_sums
+    [[buffer(kBufferDmaskParts)]],  // (B, Hq, S), written if params.has_key_sums
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -108,6 +111,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     visible.start(head, mask_map, params);
     const Staged scored = second ? rows.dout.staged : rows.q.staged;  // S = K Q^T, dP = V dO^T
     const Staged summed = second ? rows.q.staged : rows.dout.staged;  // dV of dO, dK of Q
+    KeySums<(V::Score::Mask::kAdds && !V::Score::kCapped)> sums_of_keys;
+    sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
@@ -153,6 +158,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           Tile<float, 1, kBlocks> p;
           handed_over.load(p);
           dscore_transposed<kHides>(x, p, row_delta);
+          sums_of_keys.take(x, params);
           if (STORE_DS) {
             store_dscore(ds_tiles, key0, row0, x, params);
           }
@@ -167,6 +173,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         parts.put_aside(sum, rows_of_sum, key0, at);
         parts.start_next();
       }
+    }
+    if (second) {
+      sums_of_keys.store(key_sums, head, key0, at, params);
     }
   }
 

@@ -21,6 +21,7 @@ METAL_FUNC ScoreBuffers score_buffers(const device uchar* mask, const device flo
 /// No mask.
 struct NoMask {
   static constant constexpr const bool kAny = false;
+  static constant constexpr const bool kAdds = false;
 };
 
 /// A mask of elements E: uchar for a boolean one, else the type of what is added. PAIRS: a key of

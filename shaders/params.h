@@ -30,6 +30,7 @@ enum AttentionBuffer {
   kBufferSinkParts = 17,
   kBufferDsinks = 18,
   kBufferMaskMap = 19,
+  kBufferDmaskParts = 20,
 };
 
 /// Threads of a simdgroup.
@@ -73,6 +74,7 @@ struct AttentionParams {
   MaskStrides mask_map;  ///< of its map, (outer, inner, head, blocks of rows, blocks of keys)
   int64_t alibi_batch;   ///< strides of alibi_slopes, 0 where they are the same for all batches
   int64_t alibi_head;
+  int64_t dmask_elements;
   int64_t dq_sums;  ///< elements of buffer ds before PartialDq (backward)
   int32_t batch;
   int32_t num_heads;     ///< query heads
@@ -93,6 +95,8 @@ struct AttentionParams {
   float dropout_rescale;       ///< 65536 / (65536 - dropout_threshold)
   int32_t has_sinks;           ///< whether buffer sinks is bound
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
+  int32_t dmask_parts;         ///< threadgroups that share a tile of dmask (backward)
+  int32_t has_key_sums;        ///< whether the key's side sums up dS of each key (backward)
   int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
@@ -111,5 +115,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 3 * 48 + 3 * 8 + 22 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 3 * 48 + 4 * 8 + 24 * 4,
     "host and shader must agree on AttentionParams");

@@ -103,8 +103,14 @@ struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
 
   METAL_FUNC void start(Head head, ScoreBuffers buffers, int row0, LanePosition at,
       constant AttentionParams& params) {
-    head_score.start(head, buffers.alibi_slopes, params);
     mask.start(head, buffers.mask, row0, at, params);
+    move(head, buffers, row0, at, params);
+  }
+
+  /// To rows from row0 on, and a head, that have the same elements of the mask.
+  METAL_FUNC void move(Head head, ScoreBuffers buffers, int row0, LanePosition at,
+      constant AttentionParams& params) {
+    head_score.start(head, buffers.alibi_slopes, params);
     first_position = row0 + at.row + params.diagonal - at.col;
   }
 

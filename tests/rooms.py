@@ -36,6 +36,11 @@ _ANY_TORCH = (
     "test_rule*",
     "test_sdpa_calls*",
     "test_unseen_keys*",
+    "test_merge*",
+    "test_flash_attention*",
+    "test_key_ranges*",
+    "test_ranged_attention*",
+    "test_varlen*",
 )
 """Files of tests/attention that say something without an mps device."""
 _QUICK = (

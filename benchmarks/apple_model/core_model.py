@@ -170,7 +170,8 @@ class Trace:
         return self._add(DEVICE, cost, 50, after)
 
     def spill(self, nbytes: float, cached: float) -> None:
-        """A register out to device memory and back in; the engine's kernels have no such thing."""
+        """Writes a register to device memory and reads it again, which the engine's kernels never
+        do."""
         kept = self.counts.copy()
         self.write_device(nbytes, lines=1)
         self.read_device(nbytes, lines=1, cached=cached)
@@ -213,7 +214,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """What the core model says of a trace; cycles of one scheduler for one product."""
+    """The core model's result for a trace: cycles of one scheduler for one product."""
 
     cycles: float
     matrix_busy: float

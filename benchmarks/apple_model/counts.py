@@ -70,9 +70,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one simdgroup: products as such, everything else for each lane; bytes of all lanes.
+    """Counts of one simdgroup: its products, the bytes of all lanes, other things for each lane.
 
-    steady is for one block of the loop, once for a threadgroup's beginning and end."""
+    `steady` is for one block of the loop, `once` for a threadgroup's beginning and end."""
 
     simdgroups: int
     threadgroup_bytes: int

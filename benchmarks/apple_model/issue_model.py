@@ -1,7 +1,7 @@
 """Model A: issue cycles of a simdgroup as a weighted sum of its exact counts.
 
-Weights are published rates of the Apple7/8 GPU (philipturner/metal-benchmarks) where there are
-any. Nothing waits for anything: an optimistic, noise-free number.
+Weights are published rates of the Apple7/8 GPU (philipturner/metal-benchmarks) where there are any.
+Nothing waits for anything in it, so its number is optimistic, and free of noise.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Row = list[str]
 
 
 def verdict(value: float, target: float, at_least: bool) -> str:
-    """Of a figure before it is rounded; the share is of the target."""
+    """Compares a figure before it is rounded. A share says how much of the target is missing."""
     missed = (1 if at_least else -1) * (1 - value / target)
     if missed <= 0:
         return "met"

@@ -126,7 +126,7 @@ def head_dims(names: list[str]) -> list[int]:
 def every_variant(dims: list[int]) -> Iterator[Case]:
     """Each variant twice: with its full head dim and with a padded one.
 
-    Wide heads with dS stored and without; of all the budget has room.
+    Wide heads run with dS stored and without it. The budget has room for all of dS.
     """
     for dtype, dim, p in itertools.product(DTYPES, dims, (0.0, 0.25)):
         chunk = 16 // dtype.itemsize
@@ -208,7 +208,8 @@ def long() -> Iterator[Case]:
 
 
 def small() -> Iterator[Case]:
-    """For compute-sanitizer: every tensor an allocation of its own, a few of each kind."""
+    """A few cases of each kind for compute-sanitizer, in which every tensor is an allocation of its
+    own."""
     for dtype, dim in itertools.product(DTYPES, (16, 64, 128, 256)):
         base = Case(70, 51, dim, dtype, layout="tight")
         yield base

@@ -1,7 +1,8 @@
 """The plan of native/plan from Python, without torch and without the native library.
 
-It decides here too which variant runs, on which grid, with which parameters: for kernels that run
-elsewhere (benchmarks/nvidia) and for plans that are changed on purpose (tests/proof/mutation).
+Here too the plan decides which variant runs, on which grid, with which parameters. It serves
+kernels that run elsewhere (benchmarks/nvidia) and plans that are changed on purpose
+(tests/proof/mutation).
 """
 
 from __future__ import annotations

@@ -46,6 +46,63 @@ void add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
   }
 }
 
+// Threadgroups that the mask's gradient is to have, so that they fill a large GPU: where it has
+// fewer tiles, several share one. What they store is no more than so many tiles, 2 MiB.
+constexpr int64_t kMaskGradientGroups = 512;
+constexpr int64_t kPartRows = 1024;  // the queries of a head that one of them takes at least
+
+bool has_mask_gradient(const Problem& p) {
+  return p.mask_grad && p.has_mask && p.mask_dtype != DType::kBool;
+}
+
+/// Whether the key's side sums up the mask's gradient: where all queries share the mask. Pairs of
+/// simdgroups that cap scores do not have dS before the cap's derivative in one place.
+bool has_key_sums(const Problem& p, const TileRow& row) {
+  const bool capped_pairs = row.dkv.simdgroups == 2 && p.softcap > 0.0;
+  return has_mask_gradient(p) && p.mask.sizes[3] == 1 && p.mask.sizes[4] > 1 && !capped_pairs;
+}
+
+/// The gradient of an additive mask, where it is asked for.
+void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& plan) {
+  if (!has_mask_gradient(p)) return;
+  const std::array<int64_t, 5>& sizes = p.mask.sizes;
+  const int64_t heads = sizes[0] * sizes[1] * sizes[2];  // of the mask
+  const bool shared_rows = sizes[3] == 1, shared_keys = sizes[4] == 1;
+  const int64_t threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
+  const auto groups = [](int64_t x, int64_t y) {
+    return std::array<uint64_t, 2>{static_cast<uint64_t>(x), static_cast<uint64_t>(y)};
+  };
+  plan.params.dmask_parts = 1;
+  plan.params.dmask_elements = heads * sizes[3] * sizes[4];
+  if (shared_keys) {
+    add_mask_kernel(p, "attention_backward_dmask_rows",
+        groups(heads, shared_rows ? 1 : blocks_of(sizes[3], threads)), plan);
+    return;
+  }
+  if (plan.params.has_key_sums) {
+    plan.dmask_part_elements = query_heads(p) * sizes[4];
+    add_mask_kernel(
+        p, "attention_backward_dmask_sum_keys", groups(heads, blocks_of(sizes[4], threads)), plan);
+    return;
+  }
+  const DTypeNames dtype = names(p.dtype);
+  const TileChoice tile = dq_choice(row.dmask, dtype.operand);
+  const int64_t tiles = blocks_of(sizes[3], tile.rows) * blocks_of(sizes[4], row.dmask.bk);
+  const int64_t terms =
+      heads == 0 ? 0
+                 : query_heads(p) / heads * (shared_rows ? blocks_of(p.q.sizes[2], kPartRows) : 1);
+  const int64_t wanted = heads == 0 ? 1 : blocks_of(kMaskGradientGroups, heads * tiles);
+  const int64_t parts = std::clamp<int64_t>(terms, 1, wanted);
+  KernelPlan kernel = make_kernel(p, "attention_backward_dmask", tile,
+      variant_of_mask_gradient(p, chunks, parts > 1), heads * parts, tiles * tile.rows);
+  plan.params.dmask_parts = static_cast<int32_t>(parts);
+  plan.add(std::move(kernel));
+  if (parts == 1) return;
+  plan.dmask_part_elements = parts * plan.params.dmask_elements;
+  add_mask_kernel(p, "attention_backward_dmask_sum",
+      groups(blocks_of(plan.params.dmask_elements, threads), 1), plan);
+}
+
 }  // namespace
 
 Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
@@ -60,12 +117,14 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   plan.params.dout = to_strides(dout.strides);
+  plan.params.has_key_sums = has_key_sums(p, row);
   advise_on_layout(chunks, plan);
 
   add_mask_map(p, plan);
   plan.add(make_kernel(p, "attention_backward_delta", delta_choice(), variant_of_sinks(p, chunks),
       query_heads(p), p.q.sizes[2]));
   add_products(p, row, bd, chunks, plan);
+  add_mask_gradient(p, row, chunks, plan);
   add_sink_gradient(p, plan);
   return plan;
 }

@@ -55,6 +55,7 @@ KernelRole role_of(const std::string& family) {
   if (has("_mask_map")) return KernelRole::kMap;
   if (has("_delta")) return KernelRole::kRows;
   if (has("_dkv")) return KernelRole::kKeys;
+  if (has("_dmask_sum")) return KernelRole::kMaskGradientSum;
   if (has("_dmask")) return KernelRole::kMaskGradient;
   if (has("_dsinks")) return KernelRole::kSinkGradient;
   return KernelRole::kQueries;
@@ -95,6 +96,13 @@ Variant variant_of_sinks(const Problem& p, bool chunks) {
   return variant;
 }
 
+Variant variant_of_mask_gradient(const Problem& p, bool chunks, bool parts) {
+  Variant variant = full_variant(p, chunks);
+  variant.type += join(", ", parts ? "float" : mask_element(p));
+  variant.suffix += parts ? "_parts" : "";
+  return variant;
+}
+
 KernelPlan make_kernel(const Problem& p, const std::string& family, const TileChoice& tile,
     const Variant& variant, int64_t heads, int64_t length) {
   const DTypeNames dtype = names(p.dtype);
@@ -125,6 +133,14 @@ void add_mask_map(const Problem& p, Plan& plan) {
   kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
       " x ", blocks, " threadgroups of ", kernel.threads, " threads");
   plan.map_elements = heads * sizes[3] * sizes[4];
+  plan.add(std::move(kernel));
+}
+
+void add_mask_kernel(const Problem& p, const std::string& family,
+    const std::array<uint64_t, 2>& groups, Plan& plan) {
+  KernelPlan kernel = named_kernel(family, join(family, "_", names(p.mask_dtype).torch),
+      join(mask_element(p), ", ", kSimdgroups), groups);
+  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
   plan.add(std::move(kernel));
 }
 

@@ -18,12 +18,19 @@ Variant variant_of_visibility(const Problem& problem, bool chunks);
 /// Besides that only whether there are sinks, and the units of scores where there are.
 Variant variant_of_sinks(const Problem& problem, bool chunks);
 
+/// `parts`: whether the threadgroups that share an element of the mask's gradient store floats.
+Variant variant_of_mask_gradient(const Problem& problem, bool chunks, bool parts);
+
 /// `length`: of the queries, or keys, that the threadgroups of a head share.
 KernelPlan make_kernel(const Problem& problem, const std::string& family, const TileChoice& tile,
     const Variant& variant, int64_t heads, int64_t length);
 
 /// Plans the map of what the mask lets through, where there is a mask.
 void add_mask_map(const Problem& problem, Plan& plan);
+
+/// Plans a kernel that knows of the problem only the mask's dtype.
+void add_mask_kernel(const Problem& problem, const std::string& family,
+    const std::array<uint64_t, 2>& groups, Plan& plan);
 
 /// Plans the sum of the sinks' gradients, where there are sinks.
 void add_sink_gradient(const Problem& problem, Plan& plan);

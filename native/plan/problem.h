@@ -56,7 +56,15 @@ struct Problem {
 };
 
 /// What a kernel of a plan is for.
-enum class KernelRole { kMap, kRows, kKeys, kQueries, kMaskGradient, kSinkGradient };
+enum class KernelRole {
+  kMap,
+  kRows,
+  kKeys,
+  kQueries,
+  kMaskGradient,
+  kMaskGradientSum,
+  kSinkGradient
+};
 
 /// One kernel variant and its grid.
 struct KernelPlan {
@@ -90,6 +98,7 @@ struct Plan {
   std::vector<KernelPlan> kernels;
   std::vector<KernelLaunch> launches;  ///< in order
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
+  int64_t dmask_part_elements = 0;     ///< of the float buffer for dmask's parts; 0: none
   int64_t map_elements = 0;            ///< of the uint2 buffer for the mask's map; 0: none
 
   /// Adds a kernel and one launch of its whole grid, behind the others.

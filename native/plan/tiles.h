@@ -39,7 +39,7 @@ struct TileRow {
   int operand_size;
   ForwardTile forward;
   DkvTile dkv;
-  DqTile dq, dq_from_ds;
+  DqTile dq, dq_from_ds, dmask;
 };
 
 const TileRow& tiles(int head_dim, const DTypeNames& dtype);

@@ -18,9 +18,13 @@ from .flash_attention import (  # noqa: E402
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
 )
 from .key_ranges import KeyRanges  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
+from .varlen import flash_attn_varlen  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
@@ -38,6 +42,10 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
     "reset_stats",
     "stats",

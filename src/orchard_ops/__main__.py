@@ -165,7 +165,7 @@ def _add_selftest(commands: Any) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line. Each command's parser sets `command`: parsed arguments -> exit status."""
+    """The command line. Its parsers set `command`: from parsed arguments to an exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
     )

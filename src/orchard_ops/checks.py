@@ -1,10 +1,12 @@
-"""Malformed operands: what is wrong, in words: the op, what it wants and what it got.
+"""Raises for malformed operands; each message says the op, what it wants and what it got.
 
 The checks read shapes, dtypes and devices only, so they also run on fake tensors. `Scoring.check`
 does the same for the scoring arguments, `arguments.py` for those of `flash_attn` alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +24,18 @@ def _shape(x: Tensor) -> str:
 
 
 def plainly_right(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """True only for 4-D q, k, v with which `check_problem` finds no fault.
+    """True only for 4-D q, k and v in which `check_problem` would find no fault.
 
-    The common call is recognised by one expression, since those take longer than everything else
-    that Python does for a call. False means nothing: the checks decide, and word the error.
+    The checks take longer than everything else that Python does for a call, so a common call is
+    recognised by this one expression. False does not mean that the operands are wrong: the checks
+    decide that, and word the error.
     """
     shape, kv_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
     return (
         len(shape) == 4
         and len(kv_shape) == 4
         and kv_shape == value.shape
-        # Lengths are not compared with each other: torch.export would make that a condition.
+        # The lengths are not compared: torch.export would make a condition of that.
         and kv_shape[0] == shape[0]
         and kv_shape[3] == shape[3]
         and (
@@ -48,7 +51,7 @@ def plainly_right(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """That q, k and v are dense tensors."""
+    """Checks that q, k and v are dense tensors."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, x)
 
@@ -61,7 +64,7 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 
 
 def check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """That q, k and v are dense tensors of one dtype and device, of any shape."""
+    """Checks that q, k and v are dense tensors of one dtype on one device, of any shape."""
     check_tensors(op, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in DTYPES:
@@ -93,7 +96,7 @@ def check_dense(op: str, name: str, x: Tensor) -> None:
 
 
 def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Sizes of 4-D q (B, Hq, L, D), k (B, Hkv, S, D) and v (B, Hkv, S, Dv)."""
+    """Checks the sizes of 4-D q (B, Hq, L, D), k (B, Hkv, S, D) and v (B, Hkv, S, Dv)."""
     check_kinds(op, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
@@ -122,6 +125,58 @@ def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"{op}: the number of query heads must be a multiple of the number of key/value "
             f"heads; got {num_heads} and {num_kv_heads}"
+        )
+
+
+def check_length_first(
+    op: str,
+    dimensions: str,
+    given: Sequence[tuple[str, Tensor]],
+    operands: tuple[Tensor, Tensor, Tensor],
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> None:
+    """Operands whose length precedes their heads: q (..., L, Hq, D), k and v (..., S, Hk, D or Dv).
+
+    `given` are the tensors that the caller named, which q, k and v are or are views of.
+    """
+    for name, x in given:
+        check_tensor(op, name, x)
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
+            )
+    every = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
+    if len({x.dtype for _, x in given}) > 1:
+        got = ", ".join(str(x.dtype) for _, x in given)
+        raise TypeError(f"{op}: {every} must have the same dtype; got {got}")
+    if len({x.device for _, x in given}) > 1:
+        got = ", ".join(str(x.device) for _, x in given)
+        raise ValueError(f"{op}: {every} must be on the same device; got {got}")
+    query, key, value = operands
+    q, k, v = names
+    for name, x in zip(names, operands):
+        if x.dim() != dimensions.count(",") + 1:
+            raise ValueError(f"{op}: {name} must be {dimensions}; got shape {_shape(x)}")
+    for name, x in ((q, query), (v, value)):
+        if x.shape[-1] == 0:
+            raise ValueError(
+                f"{op}: the head_dim of {name} must be at least 1; got shape {_shape(x)}"
+            )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"{op}: {q} and {k} must have the same head_dim; got {query.shape[-1]} and "
+            f"{key.shape[-1]}"
+        )
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(
+            f"{op}: {k} and {v} must have the same length and heads; got shapes {_shape(key)} and "
+            f"{_shape(value)}"
+        )
+    num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"{op}: the heads of {q} must be a multiple of those of {k} and {v}; got {num_heads} "
+            f"and {num_kv_heads} (operands are {dimensions})"
         )
 
 

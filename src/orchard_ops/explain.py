@@ -22,15 +22,15 @@ class Explanation:
     path: str
     """"metal", "reference", or "raises": ORCHARD_STRICT or impl="metal" forbids the reference."""
     reason: str
-    """Why that path."""
+    """The reason for that path."""
     advice: str
-    """What would make the call run on Metal, or run faster there; may be empty."""
+    """A change that would make the call run on Metal, or run faster there. It may be empty."""
     kernels: tuple[str, ...]
     """Names of the Metal kernels: forward, then backward. Empty where none would run."""
     tiles: dict[str, str]
-    """Kernel -> its tile and grid, in words."""
+    """The tile and grid of each kernel, as a text for reading."""
     scratch_bytes: int = 0
-    """What a backward takes for the gradient of the scores while it runs, if there is memory."""
+    """The bytes that a backward takes, if it can, for the gradient of the scores while it runs."""
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]

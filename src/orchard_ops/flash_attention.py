@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
+from .varlen import PACKED, packed_call, unpacked
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
@@ -130,6 +131,130 @@ def flash_attn_kvpacked_func(
     return _dense(operands, options, return_attn_probs)
 
 
+# ---- packed sequences ---------------------------------------------------------------------------
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: None = None,
+) -> Results:
+    """Attention within sequences packed one behind another, as ``flash_attn_varlen_func``.
+
+    Args:
+        q: (total_q, Hq, D), the tokens of all sequences; dtypes as in `flash_attn_func`.
+        k: (total_k, Hk, D).
+        v: (total_k, Hk, Dv).
+        cu_seqlens_q: (sequences + 1) int32 or int64: where each sequence's queries begin and the
+            last ends. Queries outside of all sequences are 0.
+        cu_seqlens_k: the same of the keys.
+        max_seqlen_q: the longest sequence's queries; not used.
+        max_seqlen_k: the longest sequence's keys: a side of the window of at least that is open.
+        dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in
+            `flash_attn_func`, within each sequence; Sq and Sk are its own lengths.
+        alibi_slopes: (Hq) or (1, Hq) float32. Slopes by sequence are refused.
+        return_attn_probs: also return lse and S_dmask.
+        block_table: None; paged keys are refused.
+
+    Returns:
+        out (total_q, Hq, Dv), or (out, lse, S_dmask) with lse (Hq, total_q), as `flash_attn_func`.
+
+    Raises:
+        As `flash_attn_func`; NotImplementedError for a block_table or slopes by sequence.
+    """
+    operands = _Operands("flash_attn_varlen_func", q, k, v, (("q", q), ("k", k), ("v", v)))
+    if block_table is not None:
+        raise NotImplementedError(
+            f"{operands.op}: keys in pages are not supported; got a block_table"
+        )
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
+    return _packed(operands, sequences, options, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_varlen_func` of q, k and v in one tensor, which is read in place.
+
+    Args:
+        qkv: (total, 3, H, D), q, k and v in this order.
+        cu_seqlens: (sequences + 1), of queries and keys.
+        max_seqlen: the longest sequence. The others: as `flash_attn_varlen_func`.
+
+    Returns:
+        As `flash_attn_varlen_func`: out (total, H, D).
+
+    Raises:
+        As `flash_attn_varlen_func`.
+    """
+    op = "flash_attn_varlen_qkvpacked_func"
+    q, k, v = _unpack(op, "qkv", qkv, 3, "(total, 3, heads, head_dim)")
+    operands = _Operands(op, q, k, v, (("qkv", qkv),))
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    sequences = _Sequences(cu_seqlens, cu_seqlens, max_seqlen)
+    return _packed(operands, sequences, options, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_varlen_func` of k and v in one tensor, which is read in place.
+
+    Args:
+        q: (total_q, Hq, D).
+        kv: (total_k, 2, Hk, D), k and v in this order. The others: as `flash_attn_varlen_func`.
+
+    Returns:
+        As `flash_attn_varlen_func`: out (total_q, Hq, D).
+
+    Raises:
+        As `flash_attn_varlen_func`.
+    """
+    op = "flash_attn_varlen_kvpacked_func"
+    k, v = _unpack(op, "kv", kv, 2, "(total, 2, heads, head_dim)")
+    operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
+    return _packed(operands, sequences, options, return_attn_probs)
+
+
 # ---- a call, its checks, and how it runs --------------------------------------------------------
 
 
@@ -158,6 +283,14 @@ class _Options(NamedTuple):
     alibi_slopes: Tensor | None
 
 
+class _Sequences(NamedTuple):
+    """Where packed sequences lie."""
+
+    of_query: Tensor
+    of_key: Tensor
+    longest_key: int
+
+
 def _unpack(
     function: str, name: str, packed: Tensor, count: int, dimensions: str
 ) -> tuple[Tensor, ...]:
@@ -171,82 +304,69 @@ def _unpack(
 
 
 def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> Results:
-    op, q, k, v, _ = (operands.op, *operands[1:])
-    _check_operands(operands, 4, _DENSE)
+    op, q, k, v, given = (operands.op, *operands[1:])
+    checks.check_length_first(op, _DENSE, given, (q, k, v))
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(
             f"{op}: q, k and v must have the same batch size; got {q.shape[0]}, {k.shape[0]} and "
             f"{v.shape[0]}"
         )
-    left, right = _check_options(op, options, return_attn_probs, q, q.shape[0])
+    _check_options(op, options, return_attn_probs, q, q.shape[0])
     q_len, kv_len = q.shape[1], k.shape[1]
-    left = -1 if left < 0 or left >= kv_len else left
-    right = -1 if right < 0 or right >= kv_len else right
-    call = prepare(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        dropout_p=options.dropout_p,
-        is_causal=options.causal,
-        scale=options.softmax_scale,
-        enable_gqa=True,
-        window_left=left,
-        window_right=right,
-        softcap=max(options.softcap, 0.0),
-        alibi_slopes=options.alibi_slopes,
-    )
-    if left >= 0 or call.scoring.window_right >= 0 or options.alibi_slopes is not None:
-        call = call._replace(scoring=call.scoring._replace(diagonal=kv_len - q_len))
+    named = _by_our_names(options, kv_len)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    call = prepare(*heads_first, enable_gqa=True, **named)  # type: ignore[arg-type]
+    s = call.scoring
+    if s.window_left >= 0 or s.window_right >= 0 or s.alibi_slopes is not None:
+        call = call._replace(scoring=s._replace(diagonal=kv_len - q_len))
     if not return_attn_probs:
         return run(call).transpose(1, 2)
     out, lse = run_with_lse(call)
     return out.transpose(1, 2), lse, q.new_empty(0)
 
 
-def _check_operands(operands: _Operands, dim: int, dimensions: str) -> None:
+def _packed(
+    operands: _Operands, sequences: _Sequences, options: _Options, return_attn_probs: bool
+) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
-    for name, x in given:
-        checks.check_tensor(op, name, x)
-        if x.dtype not in checks.DTYPES:
-            raise TypeError(
-                f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
-            )
-    names = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
-    if len({x.dtype for _, x in given}) > 1:
-        got = ", ".join(str(x.dtype) for _, x in given)
-        raise TypeError(f"{op}: {names} must have the same dtype; got {got}")
-    if len({x.device for _, x in given}) > 1:
-        got = ", ".join(str(x.device) for _, x in given)
-        raise ValueError(f"{op}: {names} must be on the same device; got {got}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != dim:
-            raise ValueError(f"{op}: {name} must be {dimensions}; got shape {tuple(x.shape)}")
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] == 0:
-            raise ValueError(
-                f"{op}: the head_dim of {name} must be at least 1; got shape {tuple(x.shape)}"
-            )
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"{op}: q and k must have the same head_dim; got {q.shape[-1]} and {k.shape[-1]}"
+    checks.check_length_first(op, PACKED, given, (q, k, v))
+    slopes = options.alibi_slopes
+    by_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] > 1
+    if by_sequence:
+        raise NotImplementedError(
+            f"{op}: alibi_slopes must be the same for all sequences, shape ({q.shape[1]},); got "
+            f"{tuple(slopes.shape)}: call each sequence on its own, or pad them and use "  # type: ignore[union-attr]
+            "flash_attn_func"
         )
-    if k.shape[-3:-1] != v.shape[-3:-1]:
-        raise ValueError(
-            f"{op}: k and v must have the same length and heads; got shapes {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
-        )
-    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
-    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
-        raise ValueError(
-            f"{op}: the heads of q must be a multiple of those of k and v; got {num_heads} and "
-            f"{num_kv_heads} (operands are {dimensions})"
-        )
+    _check_options(op, options, return_attn_probs, q, 1)
+    longest = sequences.longest_key
+    if isinstance(longest, bool) or not isinstance(longest, _INTEGERS):
+        raise TypeError(f"{op}: the longest sequence must be an integer; got {longest!r}")
+    cu_seqlens = (sequences.of_query, sequences.of_key)
+    call = packed_call(op, (q, k, v), cu_seqlens, **_by_our_names(options, longest))
+    if not return_attn_probs:
+        return unpacked(run(call))
+    out, lse = run_with_lse(call)
+    return unpacked(out), lse[0], q.new_empty(0)
+
+
+def _by_our_names(options: _Options, kv_len: int) -> dict[str, object]:
+    """As `prepare` takes them; sides of at least `kv_len` are open."""
+    left, right = options.window_size
+    return {
+        "dropout_p": options.dropout_p,
+        "is_causal": options.causal,
+        "scale": options.softmax_scale,
+        "window_left": -1 if left < 0 or left >= kv_len else left,
+        "window_right": -1 if right < 0 or right >= kv_len else right,
+        "softcap": max(options.softcap, 0.0),
+        "alibi_slopes": options.alibi_slopes,
+    }
 
 
 def _check_options(
     op: str, options: _Options, return_attn_probs: bool, q: Tensor, batch: int
-) -> tuple[int, int]:
-    """The sides of the window, once everything is right."""
+) -> None:
     dropout_p, scale, causal, window, softcap, slopes = options
     for name, number in (
         ("dropout_p", dropout_p),
@@ -279,7 +399,6 @@ def _check_options(
         )
     if slopes is not None:
         _check_slopes(op, slopes, q, batch)
-    return window[0], window[1]
 
 
 def _check_slopes(op: str, slopes: Tensor, q: Tensor, batch: int) -> None:

@@ -45,7 +45,7 @@ class KeyRanges:
     """True where every begin is known to be 0."""
 
     def __post_init__(self) -> None:
-        check_tensor(_OP, "tensor", self.tensor)
+        check_ranges(_OP, "tensor", self.tensor)
 
     # ---- from what a batch is described by ------------------------------------------------------
 
@@ -131,7 +131,7 @@ class KeyRanges:
         op = f"{_OP}.from_document_ids"
         ids = _check_tokens(op, "ids", ids)
         is_padding = None if padding_id is None else ids == padding_id
-        return _documents(ids[:, 1:] != ids[:, :-1], is_padding)
+        return _documents(ids != ids.roll(1, -1), is_padding)
 
     @staticmethod
     def from_position_ids(position_ids: Tensor) -> KeyRanges:
@@ -145,7 +145,7 @@ class KeyRanges:
         """
         op = f"{_OP}.from_position_ids"
         position_ids = _check_tokens(op, "position_ids", position_ids)
-        return _documents(position_ids[:, 1:] != position_ids[:, :-1] + 1)
+        return _documents(position_ids != position_ids.roll(1, -1) + 1)
 
     @staticmethod
     def from_cu_seqlens(
@@ -328,7 +328,7 @@ def visible(
     return seen if window_right < 0 else seen & (j <= position.long() + min(window_right, _FAR))
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_ranges(op: str, name: str, x: Tensor) -> None:
     """That x may be key ranges of some query."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or KeyRanges; got a {type(x).__name__}")
@@ -399,9 +399,8 @@ def _rows(
 
 
 def _documents(begins: Tensor, is_padding: Tensor | None = None) -> KeyRanges:
-    """From whether each token but the first begins a document, (B, L - 1)."""
-    number = torch.nn.functional.pad(begins.to(torch.int32), (1, 0))
-    number = number.cumsum(-1, dtype=torch.int32)
+    """From whether a token begins a document, (B, L); of the first of a row it may say either."""
+    number = begins.cumsum(-1, dtype=torch.int32)
     begin = torch.searchsorted(number, number)
     end = torch.searchsorted(number, number, right=True)
     if is_padding is not None:

@@ -1,4 +1,5 @@
-"""Malformed calls raise at once and say the op, what was wrong and what came; edge cases do not."""
+"""Malformed calls raise at once; the message says the op, what was wrong and what it got. Edge
+cases do not raise."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ MALFORMED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "functional op without seed": (
         lambda: functional(q, k, v, dropout_p=0.5),
         ValueError,
-        "dropout_p is 0.5 but dropout_seed is None",
+        "dropout_p above 0 needs a dropout_seed; got dropout_p 0.5 and dropout_seed None: "
+        "pass a 0-dim int64 cpu tensor",
     ),
     "functional op with 3-D": (
         lambda: functional(q[0], k[0], v[0]),
@@ -380,7 +382,7 @@ def test_a_sink_without_weight_and_a_row_without_keys():
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_causal_and_mask_both_apply(device: str, request: pytest.FixtureRequest):
-    if device == "mps":  # masks run on the reference there, so far
+    if device == "mps":  # masks run on the reference on mps
         request.getfixturevalue("quiet_fallback")
     x, mask = randn(1, 2, 12, 16), torch.rand(12, 12) > 0.3
     out = orchard_ops.flash_attn(*(3 * (x.to(device),)), attn_mask=mask.to(device), is_causal=True)

@@ -1,4 +1,4 @@
-"""torch.export and torch.compile with lengths of their own, bounded by nothing but the model."""
+"""torch.export and torch.compile with query and key lengths that vary independently."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch._functorch.config as functorch_config
 
 import orchard_ops
+from orchard_ops import KeyRanges
 
 WAYS = (orchard_ops.flash_attn, torch.ops.orchard.flash_attn)
 
@@ -65,7 +66,8 @@ def test_lengths_that_depend_on_data(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("budget", (0.0, 0.1, 0.5, 0.9))
 def test_the_backward_sees_the_forwards_dropout(way, budget: float):
-    """Under a memory budget the partitioner computes again what it may: never the seed."""
+    """Under a memory budget the partitioner repeats computations, but never the draw of the
+    seed."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: way(q, k, v, dropout_p=0.4), backend="aot_eager")
     q, k, v = (x.requires_grad_() for x in qkv(2, 40, 50))
@@ -101,7 +103,7 @@ def test_a_budget_of_0_saves_the_seed_beside_the_inputs():
     reason="this torch has no budgets of regions",
 )
 def test_a_region_with_a_budget_of_0_is_refused():
-    """A region's budget goes before that of a node, so that nothing would save the seed."""
+    """A region's budget takes precedence over a node's, so nothing could save the seed."""
     torch._dynamo.reset()
 
     def region(q: torch.Tensor) -> torch.Tensor:
@@ -112,3 +114,31 @@ def test_a_region_with_a_budget_of_0_is_refused():
     compiled = torch.compile(region, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match=r"dropout needs its seed .* pass a budget above 0"):
         compiled(q)
+
+
+class Packed(torch.nn.Module):
+    def forward(self, q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ranges = KeyRanges.from_document_ids(ids)
+        return orchard_ops.flash_attn(q, q, q, is_causal=True, key_ranges=ranges)
+
+
+class Varlen(torch.nn.Module):
+    def forward(self, q: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return orchard_ops.flash_attn_varlen(q, q, q, cu_seqlens, is_causal=True)
+
+
+def test_export_of_packed_batches():
+    batch, length, total = (torch.export.Dim(n, min=1, max=512) for n in ("B", "L", "T"))
+    example = torch.randn(2, 2, 9, 8), torch.zeros(2, 9, dtype=torch.int64)
+    dims = {0: batch, 2: length}, {0: batch, 1: length}
+    program = torch.export.export(Packed(), example, dynamic_shapes=dims)
+    for b, n in ((3, 14), (1, 1), (1, 5)):
+        inputs = torch.randn(b, 2, n, 8), torch.arange(b * n).view(b, n) // 4
+        torch.testing.assert_close(program.module()(*inputs), Packed()(*inputs))
+
+    count = torch.export.Dim("N", min=2, max=512)
+    example = torch.randn(9, 2, 8), torch.tensor([0, 4, 9])
+    program = torch.export.export(Varlen(), example, dynamic_shapes=({0: total}, {0: count}))
+    for cu_seqlens in ([0, 1, 5, 5, 13], [0, 1], [0, 4, 6]):
+        inputs = torch.randn(cu_seqlens[-1], 2, 8), torch.tensor(cu_seqlens)
+        torch.testing.assert_close(program.module()(*inputs), Varlen()(*inputs))

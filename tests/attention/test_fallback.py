@@ -131,7 +131,8 @@ def test_every_kernel_fails(undisturbed: dict, fault: str, words: str):
 
 @pytest.mark.parametrize("n", (1, 2, 3))
 def test_one_shader_does_not_compile(undisturbed: dict, n: int):
-    """The n-th of forward, dq and dk/dv: that op falls back for good, the other stays on Metal."""
+    """The n-th of forward, dq and dk/dv does not compile: its op falls back for good, and the other
+    op stays on Metal."""
     result = train(f"simulator.faults(compile={n})")
     assert_same_training(result, undisturbed)
     failed, other = ("fwd", "bwd") if n == 1 else ("bwd", "fwd")

@@ -1,8 +1,4 @@
-"""FlashAttention-2's names: bottom-right masks, (B, S, H, D), against a mathematics of its own.
-
-The mathematics here shares nothing with the package: it is written after FlashAttention-2's
-documentation, in float64, with a loop over the heads.
-"""
+"""FlashAttention-2's names: bottom-right masks, (B, S, H, D), against a mathematics of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import math
 
 import pytest
 import torch
+from bottom_right import mathematics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,53 +22,6 @@ from orchard_ops import (
 SUITE = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-
-
-def mathematics(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in the operands' dtype, differentiable.
-
-    `keep` (B, Hq, Sq, Sk) is what dropout multiplies the weights with.
-    """
-    batch, q_len, heads, width = q.shape
-    kv_len, group = k.shape[1], heads // k.shape[2]
-    scale = 1 / math.sqrt(width) if softmax_scale is None else softmax_scale
-    outs, lses = [], []
-    for b in range(batch):
-        for h in range(heads):
-            scores = q[b, :, h] @ k[b, :, h // group].T * scale
-            if softcap > 0:
-                scores = softcap * torch.tanh(scores / softcap)
-            # How far key j is behind the place that query i has at the bottom right.
-            behind = torch.tensor(
-                [[i + kv_len - q_len - j for j in range(kv_len)] for i in range(q_len)]
-            ).reshape(q_len, kv_len)
-            if alibi_slopes is not None:
-                slope = alibi_slopes[h] if alibi_slopes.dim() == 1 else alibi_slopes[b, h]
-                scores = scores - slope.double() * behind.abs()
-            left, right = (side if 0 <= side < kv_len else math.inf for side in window_size)
-            right = 0 if causal else right
-            hidden = (behind > left) | (-behind > right)
-            exponentials = torch.exp(scores).masked_fill(hidden, 0.0)
-            total = exponentials.sum(1, keepdim=True)
-            empty = total == 0
-            total = total.masked_fill(empty, 1.0)
-            weights = exponentials / total
-            lses.append(total.log().masked_fill(empty, -math.inf).squeeze(1))
-            if keep is not None:
-                weights = weights * keep[b, h]
-            outs.append(weights @ v[b, :, h // group])
-    out = torch.stack(outs).unflatten(0, (batch, heads)).transpose(1, 2)
-    return out, torch.stack(lses).unflatten(0, (batch, heads))
 
 
 @st.composite

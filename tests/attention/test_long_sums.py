@@ -52,3 +52,35 @@ def test_gradients_of_keys(head_dim: int, heads: int, q_len: int):
     for name, found, expected in (("dk", dk, expected_dk), ("dv", dv, expected_dv)):
         error = (found.cpu().double()[0, 0] / expected - 1).abs().max().item()
         assert error <= bound, f"{name}: {error / U:.0f} roundings, at most {bound / U:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("mask_shape", "batch", "q_len", "head_dim", "softcap", "terms"),
+    [
+        pytest.param((1, 1, 8, KEYS), 16384, 8, 16, 0.0, 14, id="many heads"),
+        pytest.param((1, 1, 1, KEYS), 1, 65536, 16, 0.0, 11, id="queries, by the key's side"),
+        pytest.param((1, 1, 1, KEYS), 1, 65536, 96, 9.0, 11, id="queries, computed again"),
+        pytest.param((1, 1, 1, KEYS), 16384, 1, 16, 0.0, 14, id="heads of a bias of keys"),
+    ],
+)
+def test_gradients_of_masks(
+    mask_shape: tuple[int, ...], batch: int, q_len: int, head_dim: int, softcap: float, terms: int
+):
+    """The same for a mask's gradient, where one sum would have 2^`terms` terms.
+
+    Those behind the first half would be rounded to 1 from nearly 1 + 2^(terms - 25), half a unit in
+    the last place of the sum: that adds up to 2^(terms - 2) roundings of the whole.
+    """
+    c = 1 + 2.0 ** (terms - 25) - 2.0**-20
+    q, k = torch.ones(batch, 1, q_len, head_dim), torch.zeros(batch, 1, KEYS, head_dim)
+    v = torch.zeros(batch, 1, KEYS, head_dim)
+    v[..., 0] = torch.tensor([1.0, -1.0]).repeat(KEYS // 2)
+    mask = torch.zeros(mask_shape, device="mps", requires_grad=True)
+    q, k, v = (x.to("mps") for x in (q, k, v))
+    out = flash_attn(q, k, v, mask, scale=1.0, softcap=softcap)
+    (dmask,) = torch.autograd.grad(out, mask, torch.full_like(out, c))
+
+    shared = batch * (q_len if mask_shape[2] == 1 else 1)
+    expected = v.cpu().double()[0, 0, :, 0] * (c / KEYS * shared)
+    error = (dmask.cpu().double() / expected - 1).abs().max().item()
+    assert error <= 160 * U, f"{error / U:.0f} roundings, at most 160"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orchard_ops
-from orchard_ops import merge_attentions
+from orchard_ops import KeyRanges, merge_attentions
 
 REFUSED = {
     "no_parts": (lambda out, lse: ([], []), "at least one; got 0 outs and 0 lses"),
@@ -86,6 +86,23 @@ def test_parts_of_the_keys_make_the_whole(problem: dict):
     expected = torch.autograd.grad(whole, leaves, grads)
     found = torch.autograd.grad(merged, leaves, grads)
     for x, y in zip((*merged, *found), (*whole, *expected)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_parts_of_a_window_by_positions():
+    """A part's positions count from its own first key: windows, causality and ALiBi go on."""
+    q, k, v = (torch.randn(1, 2, 30, 8, dtype=torch.float64) for _ in range(3))
+    options = {"window_left": 9, "is_causal": True, "alibi_slopes": torch.tensor([0.3, 0.7])}
+    options["return_lse"] = True
+    whole = orchard_ops.flash_attn(q, k, v, **options)
+    parts = []
+    for begin, end in ((0, 7), (7, 20), (20, 30)):
+        ranges = KeyRanges.sliding_window(-1, -1, 30, diagonal=-begin)
+        keys = slice(begin, end)
+        parts.append(
+            orchard_ops.flash_attn(q, k[:, :, keys], v[:, :, keys], key_ranges=ranges, **options)
+        )
+    for x, y in zip(merge_attentions(*zip(*parts)), whole):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 

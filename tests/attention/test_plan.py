@@ -35,7 +35,7 @@ def test_head_dims_are_padded_to_the_next_variant(head_dim: int):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (16, 64, 80, 128, 160, 256))
 def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
-    """Staged blocks of padded rows: at most 32 KiB, computed here from the kernel's name."""
+    """Staged blocks of padded rows take at most 32 KiB, computed here from the kernel's name."""
     size = 2 if dtype == torch.float16 else 4
     row = head_dim * size + 16
     for name in explain(Case(3, 4, head_dim, dtype=dtype)).kernels:

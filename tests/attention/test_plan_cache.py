@@ -55,7 +55,7 @@ def run_op(passes: str, call: dict, impl: str = "metal") -> tuple[torch.Tensor, 
 
 
 def with_row_stride(x: torch.Tensor) -> torch.Tensor:
-    """The same values, rows further apart: the offset stays."""
+    """The same values in rows that lie further apart, from the same offset."""
     return F.pad(x, (0, 8))[..., : x.shape[-1]]
 
 
@@ -100,7 +100,7 @@ class TestPlans:
         assert counted.num_plans == 1
 
     def check_not_mistaken(self, passes: str, changed: dict, call: dict) -> None:
-        """`changed` has a plan of its own though `call`'s is remembered, and runs by it."""
+        """Though `call`'s plan is remembered, `changed` gets a plan of its own and runs by it."""
         run_op(passes, call)
         with Counted() as counted:
             run_op(passes, call)
@@ -109,7 +109,7 @@ class TestPlans:
             results = run_op(passes, changed)
         assert counted.num_plans == 1
         expected = run_op(passes, changed, "reference")
-        if passes == "forward":  # the kernels count from origins of their own
+        if passes == "forward":  # only the sum of a row's two statistics is the same on both paths
             results, expected = ((out, stats.sum(-1)) for out, stats in (results, expected))
         for x, y in zip(results, expected, strict=True):
             torch.testing.assert_close(x, y, **TOLERANCE[x.dtype])

@@ -60,7 +60,7 @@ def test_hidden_by_the_windows(device: str, name: str, dtype: torch.dtype):
     check(case, unseen, case.scoring(device), device, impl)
 
 
-MASKS = {  # of (B, Hq, L, S), what it does not broadcast over
+MASKS = {  # the dimensions of (B, Hq, L, S) that it does not broadcast over
     "padding": (True, False, False, True),
     "all_samples": (False, False, False, True),
     "by_head": (True, True, False, True),

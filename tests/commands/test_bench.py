@@ -99,7 +99,7 @@ def test_a_corrupted_kernel_has_no_figure(tmp_path: Path, capsys: pytest.Capture
         status, report, rows = run(tmp_path, "--device", "mps", "--lengths", "16")
     assert status == 1
     wrong, right = report["cases"]
-    (figures,) = wrong["figures"]  # nor are the others measured
+    (figures,) = wrong["figures"]  # the others are not measured either
     assert figures["status"] == "wrong result" and "out: " in figures["message"]
     assert figures["samples_ms"] == [] and figures["peak_bytes"] is None
     assert rows[0]["status"] == "wrong result" and rows[0]["median_ms"] == ""
@@ -158,7 +158,7 @@ def test_gate_by_blocks_is_the_mathematics(mask: str, monkeypatch: pytest.Monkey
         for name in ("out", "dq", "dk", "dv", "lse"):
             x, y = getattr(blocks, name), getattr(whole, name)
             torch.testing.assert_close(x.to(y.dtype), y, **tolerance)
-        for name in gate._SIZES:  # never a wider tolerance
+        for name in gate._SIZES:  # the tolerance is never wider
             assert 0 < getattr(blocks, name) <= getattr(whole, name) * (1 + 1e-6)
 
 
@@ -245,7 +245,8 @@ def test_plots_again_from_json(tmp_path: Path):
 
 @pytest.mark.parametrize("file", sorted(COMMITTED.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_results(file: Path):
-    """Measured throughout, the table is the JSON's, and there is a picture."""
+    """A committed run was measured throughout, its table is that of the JSON, and there is a
+    picture."""
     committed = results.read_json(file)
     assert committed.all_right() and committed.cases
     assert file.stem == machine.slug(committed.machine)
@@ -255,7 +256,7 @@ def test_committed_results(file: Path):
 
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_committed_memory_is_this_reference(mode: str):
-    """Bytes do not depend on the machine's load: where they differ, `bench` is to be run again."""
+    """Bytes do not depend on the machine's load. If they differ here, `bench` has to run again."""
     committed = results.read_json(COMMITTED / "intel-r-xeon-r-processor-cpu.json")
     if committed.machine["torch"] != torch.__version__:
         pytest.skip(f"the operators of torch {committed.machine['torch']} were measured")

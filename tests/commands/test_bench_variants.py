@@ -1,4 +1,4 @@
-"""bench --tiles and --scratch: our kernels in other ways, each measured beside the default."""
+"""bench --tiles and --scratch run our kernels in other ways, each measured beside the default."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_tiles_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_out_of_memory_of_sdpa_while_timing_leaves_every_way_of_ours():
-    """Then without a tile that fails, our op alone."""
+    """Where a tile fails too, our op alone is measured."""
     ran: list[str] = []
 
     def one(name: str, calls_until_error: int | None = None) -> contenders.Contender:

@@ -1,4 +1,5 @@
-"""However a command ends: one line, the right exit status, and what was done is kept."""
+"""However a command ends, it says why in one line, has the right exit status and keeps what was
+done."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ BENCH = shlex.split(
     "bench --device cpu --lengths 16 24 --heads 2 --head-dims 8 --cases gpt --dtypes float32 "
     "--seconds 0.01"
 )
-LONG = {  # each of them would run for many minutes
+LONG = {  # each would run for many minutes
     "bench": (*BENCH, *("--lengths", *map(str, range(16, 4000)))),
     "demo": ("demo", "--device", "cpu", "--steps", "100000"),
     "selftest": ("selftest", "--device", "cpu"),
 }
-AFTER = {"bench": "3/", "demo": "step ", "selftest": "3/"}  # by then something is done
+AFTER = {"bench": "3/", "demo": "step ", "selftest": "3/"}  # the output once something is done
 
 
 def arguments(command: str, folder: Path) -> list[str]:

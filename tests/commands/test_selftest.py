@@ -52,7 +52,7 @@ def test_without_kernels_a_few_widths_are_run(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_heads_and_keys_take_turns():
-    """One pair of kernels for each of two heads; for each of two parts of the keys."""
+    """There is one pair of kernels for each of two heads, and for each of two parts of the keys."""
     import simulator
 
     cases = [v for v in selftest.variants(quick=True) if v.way.endswith("in turn")]

@@ -86,7 +86,8 @@ def test_our_kernels(family, dtype, variants, tmp_path):
 
 @pytest.mark.slow
 def test_every_variant(variants, tmp_path):
-    """12 head dims, of which 9 may store dS; chunks or elements; dropout or not."""
+    """There are 12 head dims, of which 9 may store dS; rows are read by chunks or elements, with
+    dropout or without."""
     narrow, wide = 3, 9
     of_dtype = {
         "forward": 12 * 4,

@@ -231,7 +231,8 @@ def test_run(planner):
 
 
 def test_all_launches_of_a_kernel_count(planner, monkeypatch):
-    """dS of one of three heads fits: dk/dv and dq are launched three times, in turns backwards."""
+    """The dS of one of three heads fits, so dk/dv and dq are launched three times, backwards in
+    every second turn."""
     work = workloads.Workload("float16", 64, 80, False, batch=1, num_heads=3)
     monkeypatch.setattr(
         workloads.Workload, "scoring", plans.Scoring(0.125, scratch_bytes=80 * 80 * 4)

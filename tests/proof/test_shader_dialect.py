@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(
     not vocabulary.headers(), reason="this torch has no Metal headers to compare with"
 )
 
-# Outside of the wheel's vocabulary, and why that is right. An entry that is no longer found fails.
+# What lies outside of the wheel's vocabulary, and why that is right. An entry that is no longer
+# found fails the test.
 ACCEPTED = {
     "'mulhi' is not in PyTorch's Metal sources": "an integer function of the Metal specification",
     "'xy' is not in PyTorch's Metal sources": "a swizzle",
@@ -314,7 +315,7 @@ def test_pytorchs_attention_kernels_pass(name: str):
 
 
 def test_the_vocabulary_has_what_it_should():
-    """It is read from the wheel; this only guards against reading nothing."""
+    """The vocabulary is read from the wheel; this test only guards against reading nothing."""
     known = {"simdgroup_multiply_accumulate", "simd_shuffle_xor", "threadgroup_barrier", "bfloat"}
     assert known <= vocabulary.words() and "simd_shuffle" not in vocabulary.words()
     assert {"attribute [[host_name]]", "const member function"} <= vocabulary.idioms()

@@ -35,7 +35,7 @@ COMPILER = (
     f"aarch64-macos.{MACOS}",
     "-mcpu=apple_m1",
     "-g0",  # debug information would hold this machine's paths
-    "-fno-sized-deallocation",  # as torch's own libraries: no operator delete(void*, size_t)
+    "-fno-sized-deallocation",  # torch's libraries have no operator delete(void*, size_t) either
 )
 
 sys.path.insert(0, str(ROOT / "native"))

@@ -33,7 +33,7 @@ MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
 def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> tuple[Kernel, ...]:
-    """What the plan runs for such a call: forward, then backward."""
+    """The kernels that the plan runs for such a call: forward, then backward."""
     shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.
     operand = torch.empty(64 * head_dim + offset, dtype=dtype)[offset:].view(shape)
@@ -42,7 +42,7 @@ def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) ->
 
 
 def every_kernel(*call: Any) -> Iterator[Kernel]:
-    """What the plan may run for such a call, whatever the environment says."""
+    """The kernels that the plan may run for such a call, whatever the environment says."""
     for megabytes in ("0", "1"):
         with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
             forward, *backward = kernels(*call)

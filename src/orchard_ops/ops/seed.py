@@ -12,13 +12,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .schema import library
 
-# The argument gives the op a device and thereby an autograd kernel.
+# The argument gives the op a device, and so an autograd kernel.
 library.define(
     "draw_dropout_seed(Tensor query) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
 DRAW = torch.ops.orchard.draw_dropout_seed.default
 _ALMOST_NOTHING = 1e-6
-"""A budget for activations, as a part of what a backward would save by itself."""
+"""A memory budget, as a share of the activations that are saved without one."""
 
 
 def _randint() -> Tensor:
@@ -78,7 +78,7 @@ library.impl("draw_dropout_seed", _autograd_kernel, "Autograd")
 
 
 def draw(query: Tensor) -> Tensor:
-    """0-dim int64 on the cpu, from torch's generator there."""
+    """Draws a seed, 0-dim int64 on the cpu, from torch's generator of that device."""
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return DRAW(query)
     return _randint()

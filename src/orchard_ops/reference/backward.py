@@ -41,11 +41,6 @@ def backward(
     """
     p = Problem(query, key, value, scoring)
     mask = scoring.attn_mask
-    query, dout = p.seeing(query), p.seeing(dout)
-    if dlse is not None:
-        moved = dlse.unsqueeze(-1)
-        if scoring.sinks is None:  # else a row without a key sees its sink
-            moved = p.seeing(moved)
     dq = empty_in_order_of(query)
     query, dout = p.seeing(query), p.seeing(dout)
     if dlse is not None:

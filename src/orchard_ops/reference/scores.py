@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import dropout
 from ..scoring import Scoring
 from .products import product
+from .ranges import Ranges
 
 
 class Limits(NamedTuple):
@@ -66,9 +67,15 @@ def _range(x: Tensor, dim: int, first: int, end: int) -> Tensor:
 
 
 def blocks(
-    batch: int, num_heads: int, q_len: int, kv_len: int, s: Scoring, limits: Limits
+    batch: int,
+    num_heads: int,
+    q_len: int,
+    kv_len: int,
+    s: Scoring,
+    limits: Limits,
+    ranges: Ranges | None = None,
 ) -> Iterator[Block]:
-    """Blocks that begin at multiples of `dropout.GROUP`."""
+    """Blocks that begin at multiples of `dropout.GROUP`; those of no keys too."""
     if batch * num_heads == 0:
         return
     row_elements = max(1, batch * num_heads * kv_len)
@@ -78,6 +85,9 @@ def blocks(
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         col0, col1 = 0, kv_len
+        if ranges is not None:
+            yield Block(row0, row1, *ranges.hull(row0, row1))
+            continue
         if s.window_left >= 0:
             col0 = min(max(0, row0 + s.diagonal - s.window_left), kv_len)
         if s.window_right >= 0:
@@ -132,6 +142,10 @@ class Problem:
             window_right=min(scoring.window_right, _OPEN),
         )
         self.per_exponent = 1.0 / scoring.unit
+        self.ranges = None
+        if scoring.key_ranges is not None:
+            windows = scoring.window_left, scoring.window_right
+            self.ranges = Ranges(scoring.key_ranges, self.kv_len, *windows)
         unseen_keys, self.blind_rows = self._unseen()
         self.k, self.v = (self._seen(x, unseen_keys) for x in (key, value))
         self.sinks = None
@@ -141,22 +155,31 @@ class Problem:
         self.has_dropout = dropout.threshold(scoring.dropout_p) > 0
 
     def _unseen(self) -> tuple[Tensor | None, Tensor | None]:
-        """Where there is a mask: the keys that no row sees, and the rows that see no key.
+        """By a mask or key ranges: the keys that no row sees, and the rows that see no key.
 
         (*batch, 1 or Hkv, 1 or S, 1) and (*batch, 1 or Hq, 1 or L, 1). A key may be hidden from one
         row by the mask, and from another by the windows.
         """
-        mask, s = self.scoring.attn_mask, self.scoring
+        mask, ranges, s = self.scoring.attn_mask, self.ranges, self.scoring
         if mask is None or 0 in mask.shape:
-            return None, None
-        if s.window_left < 0 and s.window_right < 0:
+            if ranges is None:
+                return None, None
+            keys, rows = ranges.unseen_keys(), ranges.blind_rows()
+        elif ranges is None and s.window_left < 0 and s.window_right < 0:
             hidden = _hidden(mask, None)
             keys, rows = hidden.all(dim=-2), hidden.all(dim=-1)
         else:
-            keys = mask.new_ones((*mask.shape[:-2], self.kv_len), dtype=torch.bool)
-            rows = mask.new_ones((*mask.shape[:-2], self.q_len), dtype=torch.bool)
+            shape = mask.shape[:-2]
+            if ranges is not None:
+                of_ranges = self._with_batch_of_mask(ranges.blind_rows()).shape[:-1]
+                shape = torch.broadcast_shapes(shape, of_ranges)
+            keys = mask.new_ones((*shape, self.kv_len), dtype=torch.bool)
+            rows = mask.new_ones((*shape, self.q_len), dtype=torch.bool)
             for block in self.blocks():
-                hidden = _hidden(block.of_mask(mask), outside_window(block, s, self.device))
+                outside = self.outside(block)
+                if ranges is not None and outside is not None:
+                    outside = self._with_batch_of_mask(outside)
+                hidden = _hidden(block.of_mask(mask), outside)
                 block.cols(keys, -1).logical_and_(hidden.all(dim=-2))
                 block.rows(rows, -1).copy_(hidden.all(dim=-1))
         if keys.shape[-2] not in (1, self.num_kv_heads):  # all query heads of a key/value head
@@ -183,13 +206,28 @@ class Problem:
         batch = self.scoring.mask_batch(self.batch)
         return x if len(batch) == 1 else x.unflatten(0, batch)
 
+    def _with_batch_of_mask(self, x: Tensor) -> Tensor:
+        """`as_masked` of what may also be (1, ...), for all batches."""
+        batch = self.scoring.mask_batch(self.batch)
+        return self.as_masked(x) if len(batch) == 1 or x.shape[0] != 1 else x.unsqueeze(0)
+
+    def outside(self, block: Block) -> Tensor | None:
+        """True where windows or key ranges hide a key of the block; None where they hide nothing.
+
+        (rows, cols), or (1 or B, 1 or Hq, rows, cols).
+        """
+        if self.ranges is None:
+            return outside_window(block, self.scoring, self.device)
+        return self.ranges.hidden(block.row0, block.row1, block.col0, block.col1)
+
     def _per_head(self, x: Tensor) -> Tensor:
         """(Hq) or (B, Hq) -> (1 or B, Hq, 1, 1) in compute precision."""
         return x.to(self.dtype).view(-1, self.num_heads, 1, 1)
 
     def blocks(self) -> Iterator[Block]:
         limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
-        return blocks(self.batch, self.num_heads, self.q_len, self.kv_len, self.scoring, limits)
+        sizes = self.batch, self.num_heads, self.q_len, self.kv_len
+        return blocks(*sizes, self.scoring, limits, self.ranges)
 
     def rows(self, x: Tensor, block: Block) -> Tensor:
         """(B, Hq, L, E) -> the block's rows in compute precision.
@@ -197,6 +235,8 @@ class Problem:
         Rows that the windows leave without a key are 0, whatever the caller left there.
         """
         rows = block.rows(x).to(self.dtype)
+        if self.ranges is not None:  # `seeing` has done it
+            return rows
         begin, end = seeing_rows(self.kv_len, self.scoring)
         begin, end = max(begin - block.row0, 0), min(end, block.row1) - block.row0
         if begin > 0 or end < rows.shape[2]:
@@ -231,9 +271,7 @@ class Problem:
             tanh = x.div_(s.softcap).tanh_()
             x = tanh * s.softcap
         if s.alibi_slopes is not None:
-            i = torch.arange(block.row0, block.row1, device=self.device) + s.diagonal
-            j = torch.arange(block.col0, block.col1, device=self.device)
-            distance = (i.unsqueeze(1) - j).abs().to(self.dtype)
+            distance = self._distance(block).to(self.dtype)
             x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
         if s.attn_mask is not None:
             mask = block.of_mask(s.attn_mask)
@@ -242,10 +280,18 @@ class Problem:
                 masked.masked_fill_(~mask, -math.inf)
             else:
                 masked.add_(mask)
-        hidden = outside_window(block, s, self.device)
+        hidden = self.outside(block)
         if hidden is not None:
             x.masked_fill_(hidden, -math.inf)
         return x, tanh
+
+    def _distance(self, block: Block) -> Tensor:
+        """How far each key of the block is from the place of each row, for ALiBi."""
+        if self.ranges is not None:
+            return self.ranges.distance(block.row0, block.row1, block.col0, block.col1)
+        i = torch.arange(block.row0, block.row1, device=self.device) + self.scoring.diagonal
+        j = torch.arange(block.col0, block.col1, device=self.device)
+        return (i.unsqueeze(1) - j).abs()
 
     def exponentials(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Turns the scores into exponentials counted from the largest of their row, in place.

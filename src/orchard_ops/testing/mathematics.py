@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout
+from ..scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class MathResult:
     lse_size: float = 0.0
     """Largest row of sum P |scale| |q| . |k|: how far lse moves by such roundings."""
 
+    dsinks_size: float = 0.0
+    """Largest sum over rows of P |rowsum(dO O) - dlse| of a sink, the same for dsinks."""
+
     def rounding(self, name: str, dtype: torch.dtype) -> float:
         """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
         A score rounded once at the size of its terms moves lse, and the weights of its row against
-        each other. lse is a sum of an origin and a logarithm, either of which may be about 1. out
-        and dv are sums of their own. dP - delta is a difference of two sums over the head dim, each
-        rounded in float32, and delta starts from `out` rounded to `dtype`: a gradient in which they
-        cancel (a row that sees one key has dq = 0) keeps those three errors.
+        each other. lse is a sum of an origin and a logarithm, either of which may be about 1. out,
+        dv and dsinks are sums of their own. dP - delta is a difference of two sums over the head
+        dim, each rounded in float32, and delta starts from `out` rounded to `dtype`: a gradient in
+        which they cancel (a row that sees one key has dq = 0) keeps those three errors.
         """
         u32 = torch.finfo(torch.float32).eps / 2
         if name == "lse":
@@ -58,6 +62,8 @@ class MathResult:
             return u32 * self.out_size + moved
         if name == "dv":
             return u32 * self.dv_size + moved
+        if name == "dsinks":
+            moved += u32 * self.dsinks_size
         cancelled = getattr(self, f"{name}_cancelled")
         return (torch.finfo(dtype).eps / 2 + 2 * u32) * cancelled + moved
 
@@ -78,6 +84,23 @@ def _hidden(
     if window_right >= 0:
         hidden |= ahead > window_right
     return hidden
+
+
+def _entries(mask: Tensor, batch: int) -> tuple[int, ...]:
+    """The batch dimensions as the mask counts them: (batch,) or (outer, inner)."""
+    return Scoring(attn_mask=mask).mask_batch(batch)
+
+
+def _by_batch(mask: Tensor, batch: int) -> Tensor:
+    """A mask of four or five dimensions with four, an entry of the batch each or 1 for all."""
+    if mask.dim() == 4:
+        return mask
+    return mask.expand(*_entries(mask, batch), *mask.shape[2:]).flatten(0, 1)
+
+
+def _sum_as(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, H, L, S), summed over what the mask broadcasts."""
+    return x.unflatten(0, _entries(mask, x.shape[0])).sum_to_size(mask.shape)
 
 
 def math_attention(
@@ -103,7 +126,7 @@ def math_attention(
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
 
     Operands are (B, H, length, D) tensors of any device and dtype, copied to the CPU; the further
-    arguments are those of ``orchard::flash_attn_fwd``, attn_mask has four dimensions. With dtype
+    arguments are those of ``orchard::flash_attn_fwd``. With dtype
     float64 it is the reference; with the operands' own dtype it does as PyTorch's math path does
     (half precision is computed in float32 and the output rounded).
     """
@@ -127,10 +150,10 @@ def math_attention(
         scores = scores - alibi_slopes.cpu().to(compute).view(-1, q.shape[1], 1, 1) * ahead.abs()
     bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask.cpu(), -math.inf)
+        scores = scores.masked_fill(~_by_batch(attn_mask.cpu(), q.shape[0]), -math.inf)
     elif attn_mask is not None:
         bias = leaf(attn_mask)
-        scores = scores + bias
+        scores = scores + _by_batch(bias, q.shape[0])
     hidden = _hidden(ahead, window_left, window_right, key_ranges)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
@@ -177,8 +200,15 @@ def math_attention(
         size = weights * row_size
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
         dk_size = torch.matmul(size.transpose(-1, -2), q.abs()) * abs(scale)
-        dmask_size = size if bias is None else size.sum_to_size(bias.shape)
-        dsinks_size = size if sink is None else (probabilities[..., kv_len:] * row_size).sum((0, 2))
+        dmask_size = size if bias is None else _sum_as(bias, size)
+        dsinks_cancelled = dsinks_size = size
+        if sink is not None:
+            delta = (dout.cpu().to(compute) * out).sum(-1, keepdim=True)
+            if dlse is not None:
+                delta = delta - dlse.cpu().to(compute).unsqueeze(-1)
+            dsinks_cancelled, dsinks_size = (
+                (probabilities[..., kv_len:] * x).sum((0, 2)) for x in (row_size, delta.abs())
+            )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return MathResult(
         out.detach().to(dtype),
@@ -191,11 +221,12 @@ def math_attention(
         dmask,
         dsinks,
         largest(dmask_size),
-        largest(dsinks_size),
+        largest(dsinks_cancelled),
         largest((weights * (1.0 - weights) * score_terms).sum(-1)),
         largest(torch.matmul(dropped.detach(), v_all.detach().abs())),
         largest(dv_terms.unflatten(1, (-1, group)).sum(2)),
         largest((weights * score_terms).sum(-1)),
+        largest(dsinks_size),
     )
 
 

@@ -104,7 +104,7 @@ def known_idioms(text: Text) -> Iterator[Finding]:
 
 @_rule
 def threadgroup_variables(text: Text) -> Iterator[Finding]:
-    """Only in the outermost block of a kernel."""
+    """Threadgroup variables may stand only in the outermost block of a kernel."""
     tokens = text.tokens
     for i, token in enumerate(tokens[:-3]):
         if token.text != "threadgroup" or not tokens[i - 1].is_op(";", "{", "}"):
@@ -231,5 +231,5 @@ def _footprint(text: Text, name: int, begin: int, end: int) -> tuple[str, str]:
 
 
 def _constant_only(declarations: Sequence[str]) -> list[str]:
-    """Those that stand for compile-time constants: made of template parameters and each other."""
+    """The declarations of compile-time constants, which use template parameters and each other."""
     return [d for d in declarations if re.match(r"const \w+ (k[A-Z]\w*|[A-Z]+) =|using \w+ =", d)]

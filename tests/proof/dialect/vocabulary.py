@@ -97,7 +97,8 @@ def idioms() -> frozenset[str]:
 
 
 def idioms_of(text: Text) -> dict[str, int]:
-    """What the idioms find in a text, and where first; -1 where it is a directive."""
+    """The instances that the idioms find in a text, with the first place of each, or -1 for a
+    directive."""
     found: dict[str, int] = {}
     for idiom in IDIOMS:
         for i, name in idiom(text):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orchard_ops
-from orchard_ops.testing import Memory, assert_attention_close, math_attention
+from orchard_ops.testing import Case, Memory, assert_attention_close, math_attention
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,6 +43,8 @@ class Example:
     alibi: str  # "", "head", "batch"
     sinks: bool
     use_lse: bool  # lse takes part in the loss
+    ranges: str = ""  # "", or a kind of Case.ranges
+    ranges_full: tuple[bool, ...] = (True, True)  # which of (B, H) they do not broadcast over
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -53,7 +55,8 @@ class Example:
         fields["memory"] = tuple(
             Memory(tuple(m["order"]), m["offset"], m["gap"]) for m in fields["memory"]
         )
-        fields["batch"], fields["mask_full"] = tuple(fields["batch"]), tuple(fields["mask_full"])
+        for name in ("batch", "mask_full", "ranges_full"):
+            fields[name] = tuple(fields.get(name, (True, True)))
         return Example(**fields)
 
 
@@ -62,6 +65,7 @@ HEAD_DIMS = st.sampled_from((1, 5, 8, 16, 24, 32, 40, 64, 65, 72, 96, 128, 200, 
 WINDOWS = st.one_of(
     st.just(-1), st.integers(0, 100), st.sampled_from((2**30, 2**31 - 1, 2**62, 2**63 - 1))
 )
+RANGES = st.sampled_from(("", "", "any", "documents", "padding", "prefix"))
 MEMORY = st.builds(
     Memory,
     st.permutations(range(4)).map(tuple),
@@ -97,6 +101,8 @@ def examples(draw: st.DrawFn) -> Example:
         alibi="" if plain else draw(st.sampled_from(("", "head", "batch"))),
         sinks=False if plain else draw(st.booleans()),
         use_lse=draw(st.booleans()),
+        ranges="" if plain else draw(RANGES),
+        ranges_full=tuple(draw(st.booleans()) for _ in range(2)),
     )
 
 
@@ -131,6 +137,19 @@ def check(example: Example) -> str:
         )
     slopes = {"": None, "head": draw(heads).abs(), "batch": draw(batch, heads).abs()}[e.alibi]
     sinks = draw(heads).to(dtype) if e.sinks else None
+    ranges = None
+    if e.ranges and batch:
+        case = Case(
+            e.q_len,
+            e.kv_len,
+            batch=batch,
+            num_heads=heads,
+            num_kv_heads=heads,
+            ranges=e.ranges,
+            ranges_full=e.ranges_full,
+            seed=e.seed,
+        )
+        ranges = case.scoring().key_ranges
 
     torch.manual_seed(e.seed)
     seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if e.dropout_p else 0
@@ -140,6 +159,7 @@ def check(example: Example) -> str:
             dropout_p=e.dropout_p, dropout_seed=seed,
             window_left=e.window_left, window_right=0 if e.is_causal else e.window_right,
             attn_mask=mask, softcap=e.softcap, alibi_slopes=slopes, sinks=sinks,
+            key_ranges=ranges,
         )
         for compute in (torch.float64, dtype)
     )  # fmt: skip
@@ -165,6 +185,7 @@ def check(example: Example) -> str:
             enable_gqa=True,
             window_left=e.window_left, window_right=e.window_right, softcap=e.softcap,
             alibi_slopes=None if slopes is None else slopes.to(e.device), sinks=sinks,
+            key_ranges=None if ranges is None else ranges.to(e.device),
         )  # fmt: skip
         path = orchard_ops.explain(q, k, v, **arguments).path
         before = orchard_ops.stats().metal

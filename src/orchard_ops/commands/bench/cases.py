@@ -35,7 +35,7 @@ class Problem:
 
     @property
     def series(self) -> str:
-        """All but the length."""
+        """The name of the series, which is the problem without its length."""
         heads = f"H{self.num_heads}"
         if self.num_kv_heads != self.num_heads:
             heads += f"/{self.num_kv_heads}"
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a device can do in a few minutes."""
+    """The cases that a device can measure in a few minutes."""
 
     presets: tuple[str, ...]
     lengths: tuple[int, ...]

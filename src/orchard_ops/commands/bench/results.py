@@ -1,4 +1,4 @@
-"""What one run found, as JSON (everything, plots are made from it) and CSV (a row a figure)."""
+"""The results of one run: as JSON, from which plots are made, and as CSV, a row a figure."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Figures:
     status: str
     """`MEASURED`, or why there are no figures: `OUT_OF_MEMORY`, `WRONG`, `FAILED`."""
     path: str = ""
-    """Which kernels ran, in words."""
+    """A description of the kernels that ran."""
     message: str = ""
-    """Of the error, if there was one."""
+    """The text of the error, if there was one."""
     peak_bytes: int | None = None
-    """At once, beyond the inputs."""
+    """The most bytes that the call held at once beyond its inputs."""
     samples_ms: list[float] = field(default_factory=list)
     """Milliseconds of a call, one sample a round."""
 
@@ -55,7 +55,7 @@ class CaseResult:
         return next((f for f in self.figures if f.contender == contender), None)
 
     def ratio(self, of: str, to: str) -> float | None:
-        """Median over the rounds of one contender's time divided by another's."""
+        """The median, over the rounds, of one contender's time divided by another's."""
         return self.ratio_percentile(of, to, 50)
 
     def ratio_percentile(self, of: str, to: str, p: float) -> float | None:
@@ -96,10 +96,10 @@ def to_json(results: Results) -> str:
 
 
 def read_json(path: Path) -> Results:
-    """What `to_json` gave.
+    """Reads what `to_json` wrote.
 
     Raises:
-        ValueError: it is not such a file.
+        ValueError: the file does not hold results.
     """
     try:
         values: dict[str, Any] = json.loads(path.read_text())

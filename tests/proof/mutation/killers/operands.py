@@ -63,13 +63,14 @@ def long_sums(head_dim: int, heads: int, q_len: int) -> tuple[Case, dict[str, Te
 
 
 def sums_of_half() -> tuple[Case, dict[str, Tensor]]:
-    """All weights are 2^-10. dv is a sum of 1040 half numbers, exact in float32."""
-    case = Case(1040, 8, 16, num_heads=1, dtype=F16)
+    """All weights are 2^-10. dv is a sum of 2048 half numbers, exact in float32. The first of two
+    heads ends where a part of a float32 sum would."""
+    case = Case(1024, 8, 16, num_heads=2, num_kv_heads=1, dtype=F16)
     zeros = torch.zeros(1, 1, 8, 16, dtype=F16)
     generator = torch.Generator().manual_seed(7)
-    dout = torch.randint(1024, 2048, (1, 1, 1040, 16), generator=generator).to(F16)
+    dout = torch.randint(1024, 2048, (1, 2, 1024, 16), generator=generator).to(F16)
     return case, {
         "query": torch.zeros_like(dout), "key": zeros, "value": zeros, "dout": dout,
-        "row_stats": torch.tensor((0.0, 10.0)).expand(1, 1, 1040, 2),
-        "delta": torch.zeros(1, 1, 1040),
+        "row_stats": torch.tensor((0.0, 10.0)).expand(1, 2, 1024, 2),
+        "delta": torch.zeros(1, 2, 1024),
     }  # fmt: skip

@@ -423,7 +423,7 @@ def plan_of_head_dims(sources: Sources) -> None:
     assert sources.head_dims() == _WIDTHS
 
 
-def plan_without_keys_heads(sources: Sources) -> None:
+def plan_of_no_key_heads(sources: Sources) -> None:
     """No key/value head: delta alone is launched."""
     plan, _ = sources.plan(request(_layouts(h=4, hk=0), 0, True, scratch_bytes=1 << 30))
     assert [launch[0] for launch in plan["launches"]] == [0] and not plan["scratch_bytes"]
@@ -473,7 +473,7 @@ def properties() -> Iterator[Property]:
         plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
         plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
         plan_of_scratch, plan_of_divided_keys, plan_of_large_sums, plan_of_other_tiles,
-        plan_of_buffers, plan_of_head_dims, plan_without_keys_heads,
+        plan_of_buffers, plan_of_head_dims, plan_of_no_key_heads,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

@@ -1,0 +1,123 @@
+"""`flash_attn_varlen`: sequences of different lengths, packed one behind another, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import checks
+from .arguments import Call, prepare
+from .attention import run, run_with_lse
+from .key_ranges import KeyRanges, check_cu_seqlens
+
+_OP = "orchard_ops.flash_attn_varlen"
+PACKED = "(total, heads, head_dim)"
+
+
+def flash_attn_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of several sequences that are packed one behind another.
+
+    One call of the op with key ranges (`KeyRanges.from_cu_seqlens`): no loop over the sequences, no
+    copy, no padding, no wait for the device. A model of many layers makes the ranges once and
+    passes them to `flash_attn`.
+
+    Args:
+        query: (total_q, Hq, D) float16, bfloat16, float32 (or float64, on the reference): the
+            tokens of all sequences; any strides.
+        key: (total_k, Hkv, D); query head h uses key head h // (Hq / Hkv).
+        value: (total_k, Hkv, Dv).
+        cu_seqlens_q: (sequences + 1) int32 or int64 on query's device: sequence n has the queries
+            from cu_seqlens_q[n] to before cu_seqlens_q[n + 1]. Sequences may be empty. Queries
+            outside of all are 0 and get no gradient.
+        cu_seqlens_k: the same of the keys; by default those of the queries.
+        max_seqlen_q, max_seqlen_k: the longest sequence; not needed, and not used.
+        dropout_p: as in `flash_attn`; the mask counts queries and keys of the packed tensors.
+        is_causal: a query sees the keys of its sequence up to its own place, where the last query
+            of a sequence is at its last key (aligned at the bottom right, also where the sequence
+            has more keys than queries, or fewer).
+        scale: factor on the scores; 1 / sqrt(D) by default.
+        window_left, window_right: keys before and behind a query's place that it sees; -1 is open.
+        softcap: c > 0 replaces a score s by c * tanh(s / c).
+        alibi_slopes: (Hq); -slope * |place - j| is added to the scores. No gradient.
+        sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
+        return_lse: also return the logarithm of the softmax's denominator.
+        impl: as in `flash_attn`.
+
+    Returns:
+        out (total_q, Hq, Dv) in the query's dtype and stride order. With return_lse also lse
+        (Hq, total_q) float32, natural logarithm, -inf for a query that sees no key; differentiable.
+
+    Raises:
+        ValueError, TypeError: a malformed call. The numbers in cu_seqlens are not looked at.
+        NotImplementedError: alibi_slopes that require grad.
+        RuntimeError: as `flash_attn`.
+
+    Reference: T. Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691.
+    """
+    named = (("query", query), ("key", key), ("value", value))
+    operands = (query, key, value)
+    checks.check_length_first(_OP, PACKED, named, operands, ("query", "key", "value"))
+    try:
+        call = packed_call(
+            _OP,
+            operands,
+            (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            impl=impl,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("orchard::flash_attn:", f"{_OP}:", 1)) from None
+    if not return_lse:
+        return unpacked(run(call))
+    out, lse = run_with_lse(call)
+    return unpacked(out), lse[0]
+
+
+def packed_call(
+    op: str, operands: Sequence[Tensor], cu_seqlens: tuple[Tensor, Tensor], **options: object
+) -> Call:
+    """The call of the op for packed operands (total, H, D), as one batch of views."""
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in operands)
+    of_query, of_key = cu_seqlens
+    check_cu_seqlens(op, of_query, of_key)
+    if of_query.device != query.device:
+        raise ValueError(
+            f"{op}: cu_seqlens must be on the device of the operands, {query.device}; got "
+            f"{of_query.device}"
+        )
+    ranges = KeyRanges.from_cu_seqlens(
+        of_query, None if of_key is of_query else of_key, q_len=query.shape[2]
+    )
+    return prepare(query, key, value, enable_gqa=True, key_ranges=ranges, **options)  # type: ignore[arg-type]
+
+
+def unpacked(out: Tensor) -> Tensor:
+    """(1, H, total, Dv) -> (total, H, Dv)."""
+    return out[0].transpose(0, 1)
