@@ -93,7 +93,12 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   }
   problem.has_sinks = s.sinks.has_value();
   problem.per_head_float32 = is_float32(s.alibi_slopes) && is_float32(s.sinks);
-  problem.has_key_ranges = s.key_ranges.has_value();
+  if (s.key_ranges.has_value()) {
+    problem.has_key_ranges = true;
+    const int64_t of_head = 4 * x.query.size(2), heads = s.key_ranges->size(1);
+    problem.ranges_head = heads == 1 ? 0 : of_head;
+    problem.ranges_batch = s.key_ranges->size(0) == 1 ? 0 : of_head * heads;
+  }
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
   problem.window_left = s.window_left;
@@ -226,14 +231,18 @@ Tensor empty_floats(const Tensor& like, int64_t elements) {
 /// What scores read besides q and k, for the kernels that form them.
 struct ScoreTensors {
   const Scoring& scoring;
-  OptionalTensor map;    ///< of the mask
-  OptionalTensor sinks;  ///< dense
+  OptionalTensor map;     ///< of the mask
+  OptionalTensor sinks;   ///< dense
+  OptionalTensor ranges;  ///< dense
+  OptionalTensor hulls;   ///< of ranges, in a backward
 
   ScoreTensors(const Operands& x, const Scoring& s, const Plan& plan) : scoring(s) {
     if (plan.map_elements > 0) map = empty_floats(x.query, 2 * plan.map_elements);
     if (s.sinks.has_value()) {
       sinks = s.sinks->stride(0) == 1 ? *s.sinks : torch::stable::contiguous(*s.sinks);
     }
+    if (s.key_ranges.has_value()) ranges = torch::stable::contiguous(*s.key_ranges);
+    if (plan.hull_elements > 0) hulls = empty_floats(x.query, plan.hull_elements);
   }
 
   Bindings for_map() const {
@@ -247,6 +256,12 @@ struct ScoreTensors {
     if (scoring.alibi_slopes.has_value()) {
       tensors.bind({kBufferAlibiSlopes, *scoring.alibi_slopes});
     }
+    bind_ranges(tensors);
+  }
+
+  void bind_ranges(Bindings& tensors) const {
+    if (ranges.has_value()) tensors.bind({kBufferKeyRanges, *ranges});
+    if (hulls.has_value()) tensors.bind({kBufferRangeHulls, *hulls});
   }
 };
 
@@ -375,7 +390,9 @@ Gradients run_backward(const BackwardCall& call) {
     for_delta.bind({kBufferSinkParts, *sink_parts});
     for_sinks = {{kBufferSinkParts, *sink_parts}, {kBufferDsinks, *grads.dsinks}};
   }
-  if (problem.has_sinks || problem.has_mask) for_delta.bind({kBufferRowStats, row_stats});
+  const bool reads_stats = problem.has_sinks || problem.has_mask || problem.has_key_ranges;
+  if (reads_stats) for_delta.bind({kBufferRowStats, row_stats});
+  scores.bind_ranges(for_delta);
   const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);

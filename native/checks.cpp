@@ -85,6 +85,16 @@ void check_additions(const Scoring& s, const Operands& operands) {
               (slopes.dim() == 2 && slopes.size(0) == q.size(0) && slopes.size(1) == q.size(1)),
         "shape of alibi_slopes");
   }
+  if (s.key_ranges.has_value()) {
+    const Tensor& ranges = *s.key_ranges;
+    check_device(ranges, q);
+    check(ranges.dim() == 4 && ranges.scalar_type() == ScalarType::Int, "dtype of key_ranges");
+    check((ranges.size(0) == 1 || ranges.size(0) == q.size(0)) &&
+              (ranges.size(1) == 1 || ranges.size(1) == q.size(1)) && ranges.size(2) == q.size(2) &&
+              ranges.size(3) == 4,
+        "shape of key_ranges");
+    check(s.diagonal == 0, "diagonal beside key_ranges");
+  }
   if (s.sinks.has_value()) {
     check_device(*s.sinks, q);
     check(s.sinks->dim() == 1 && s.sinks->size(0) == q.size(1), "shape of sinks");

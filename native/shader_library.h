@@ -45,7 +45,7 @@ class Bindings {
   const Binding* end() const { return bindings_.data() + size_; }
 
  private:
-  std::array<Binding, kBufferDmaskParts + 1> bindings_;  // as many as there are buffers
+  std::array<Binding, kBufferRangeHulls + 1> bindings_;  // as many as there are buffers
   size_t size_ = 0;
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 
@@ -37,6 +38,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
     const device float2* row_stats
     [[buffer(kBufferRowStats)]],                            // (B, Hq, L), bound if SINKS or a mask
     device float* sink_parts [[buffer(kBufferSinkParts)]],  // (B, Hq, L / 8 rounded up), the same
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],  // (B, Hq, L, 4)
+    device int* range_hulls [[buffer(kBufferRangeHulls)]],      // RangeHulls, if V::kListed
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -62,8 +65,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
   if (counts) {
     const int64_t place = (int64_t)group.x * params.q_len + row;
     // Whatever a row without a key holds, its delta meets weights of zero and must not be NaN.
-    const bool sees =
-        V::Score::Mask::kAny ? !sees_no_key(row_stats[place]) : head.window.seeing_rows().has(row);
+    const bool sees = V::Score::Mask::kAny || V::kListed ? !sees_no_key(row_stats[place])
+                                                         : head.window.seeing_rows().has(row);
     const float product = sees ? sum : 0.0f;
     const float difference = params.has_dlse ? product - dlse[place] : product;
     delta[place] = sees ? difference : 0.0f;
@@ -76,5 +79,8 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
     if (lane == 0 && row0 < params.q_len) {
       sink_parts[(int64_t)group.x * ((params.q_len + 7) / 8) + row0 / 8] = of_rows;
     }
+  }
+  if (V::kListed) {
+    write_hull(range_hulls, range_rows(head, key_ranges, params), head, row0, at, lane, params);
   }
 }

@@ -20,6 +20,7 @@
 #include "key_sums.h"
 #include "keys.h"
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
@@ -40,6 +41,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
+    const device int* range_hulls [[buffer(kBufferRangeHulls)]],      // RangeHulls
     device float* key_sums
     [[buffer(kBufferDmaskParts)]],  // (B, Hq, S), written if params.has_key_sums
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
@@ -49,7 +52,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const int kDepth = BD / 8;
   const int kBlocks = BQ / 8;
   const float kPScale = sizeof(F) == 2 ? 32768.0f : 1.0f;  // half's normal numbers from 2^-29 on
-  const bool kHides = V::Score::Mask::kAny;
+  const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
   threadgroup uint4 storage[Blocks::kStorage];
@@ -60,8 +63,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int key0 = group_key0 + simdgroup * 8;
   const LanePosition at = lane_position(lane);
-  const Range blocks =
-      window.query_blocks(group_key0, min(group_key0 + kGroupKeys, params.kv_len), BQ);
+  const int group_key1 = min(group_key0 + kGroupKeys, params.kv_len);
+  const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
   const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
 
   LeftOperand<T, F, 1, kDepth, V::kVec, true> k;
@@ -82,6 +85,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
     const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    ColumnRanges<V::kListed, BQ> ranges;
+    ranges.start(head, key_ranges, range_hulls, lane, params);
+    const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
     Blocks rows;
     rows.start(head.query_rows(query, params.q, params.head_dim),
         head.query_rows(dout, params.dout, params.v_head_dim), blocks.begin * BQ, storage,
@@ -96,7 +102,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
         const int row0 = block * BQ;
-        if (!visible.passes(row0, group_key0)) {
+        if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
           rows.advance();
           continue;
         }
@@ -112,11 +118,12 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         zero(p);
         mma_ABt<F, kDepth, Chains<T>::kCount>(p, k, rows.q);
         Tile<float, 1, kBlocks> derivatives;
-        scores.apply(p, derivatives, row0, masked, params);
+        scores.apply(p, derivatives, ranges, row0, masked, params);
         map(p, stats);
         if (!unmasked.has(row0)) {
           mask_transposed(p, window, key0, row0, at);
         }
+        ranges.hide(p, key0, row0, at);
         Tile<float, 1, kBlocks> ds_block;
         zero(ds_block);
         mma_ABt<F, kDepth, Chains<T>::kCount>(ds_block, v, rows.dout);  // dP^T

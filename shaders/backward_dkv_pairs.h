@@ -15,6 +15,7 @@
 #include "key_sums.h"
 #include "keys.h"
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
@@ -56,6 +57,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
+    const device int* range_hulls [[buffer(kBufferRangeHulls)]],      // RangeHulls
     device float* key_sums
     [[buffer(kBufferDmaskParts)]],  // (B, Hq, S), written if params.has_key_sums
     uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
@@ -66,7 +69,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const int kBlocks = BQ / 8;
   const bool kKeep = BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK or dV, K or V
   const int kHandedOver = SIMDGROUPS / 2 * kBlocks * ORCHARD_SIMD_WIDTH / 2;  // chunks of P^T
-  const bool kHides = V::Score::Mask::kAny;
+  const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
   using Staged = SharedBlock<F, StagedRow<F, BD>::kLength>;
@@ -80,8 +83,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const bool second = simdgroup % 2 == 1;
   const int key0 = group_key0 + pair * 8;
   const LanePosition at = lane_position(lane);
-  const Range blocks =
-      window.query_blocks(group_key0, min(group_key0 + kGroupKeys, params.kv_len), BQ);
+  const int group_key1 = min(group_key0 + kGroupKeys, params.kv_len);
+  const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
   const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
 
   LeftOperand<T, F, 1, kDepth, V::kVec, kKeep> left;  // K or V
@@ -101,6 +104,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
     const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    ColumnRanges<V::kListed, BQ> ranges;
+    ranges.start(head, key_ranges, range_hulls, lane, params);
+    const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
     Blocks rows;
     rows.start(head.query_rows(query, params.q, params.head_dim),
         head.query_rows(dout, params.dout, params.v_head_dim), blocks.begin * BQ, storage,
@@ -117,7 +123,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
         const int row0 = block * BQ;
-        if (!visible.passes(row0, group_key0)) {
+        if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
           rows.advance();
           continue;
         }
@@ -137,11 +143,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
         if (!second) {
           Tile<float, 1, kBlocks> derivatives;
-          scores.apply(x, derivatives, row0, masked, params);
+          scores.apply(x, derivatives, ranges, row0, masked, params);
           map(x, stats);
           if (!unmasked.has(row0)) {
             mask_transposed(x, window, key0, row0, at);
           }
+          ranges.hide(x, key0, row0, at);
           if (V::Score::kCapped) {
             times_derivative<kHides>(derivatives, x);
             handed_over.store(derivatives);

@@ -22,6 +22,7 @@
 #include "loader.h"
 #include "long_sum.h"
 #include "mask_sharers.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
@@ -109,6 +110,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -148,7 +150,9 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   const int first_row0 = own_block * kGroupRows + simdgroup * 8 * R;
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
-  scores.start(first, buffers, first_row0, at, params);
+  TileRanges<V::kListed, R, kGroupRows> ranges;
+  ranges.start(first, key_ranges, own_block * kGroupRows, first_row0, at, lane, params);
+  scores.start(first, buffers, ranges, first_row0, at, params);
   scores.fetch(key0, true);
   LongTileSum<R, BK / 8> sum;
   sum.start();
@@ -172,6 +176,10 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     const int last_block = min(first_block + kRunBlocks, rows.end);
     for (int block = first_block; block < last_block; block++) {
       const int row0 = block * kGroupRows + simdgroup * 8 * R;
+      ranges.start(head, key_ranges, block * kGroupRows, row0, at, lane, params);
+      if (!ranges.meets(key0, key0 + BK)) {
+        continue;
+      }
       LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
       q.load_in_loop(device_rows<V::kVec>(q_rows, row0, at));
       LeftOperand<T, F, R, kDepth, V::kVec, kKeep> do_;
@@ -184,7 +192,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
         stats.set(r, row_stats[place]);
         row_delta[r] = delta[place];
       }
-      scores.move(head, buffers, row0, at, params);
+      scores.move(head, buffers, ranges, row0, at, params);
       Tile<float, R, BK / 8> p;
       zero(p);
       mma_ABt<F, kDepth, Chains<T>::kCount>(p, q, kv.k);
@@ -193,6 +201,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
       if (!window.unmasked_keys(row0, 8 * R, BK).has(key0)) {
         mask(p, window, row0, key0, 0.0f, at);
       }
+      ranges.hide(p, key0, 0.0f, at);
       Tile<float, R, BK / 8> dp;
       zero(dp);
       mma_ABt<F, kDepth, Chains<T>::kCount>(dp, do_, kv.v);

@@ -16,6 +16,7 @@
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
@@ -33,6 +34,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -40,9 +42,9 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
-  const bool kHides = V::Score::Mask::kAny;
+  const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
-  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
+  using Ranges = TileRanges<V::kListed, R, kGroupRows>;
   using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2>;
   threadgroup uint4 storage[Blocks::kStorage];
 
@@ -51,8 +53,10 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;  // heaviest first, as in the forward
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
-  const Range blocks =
-      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK);
+  Ranges ranges;
+  ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
+  const Range blocks = ranges.key_blocks(
+      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK);
   const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
@@ -75,7 +79,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   }
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
-  scores.start(head, buffers, row0, at, params);
+  scores.start(head, buffers, ranges, row0, at, params);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
   Tile<float, R, kDepth> dq_sum;
@@ -83,7 +87,8 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    const auto seen =
+        ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
       kv.advance();
       continue;
@@ -99,6 +104,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     if (!unmasked.has(key0)) {
       mask(p, window, row0, key0, 0.0f, at);
     }
+    ranges.hide(p, key0, 0.0f, at);
     Tile<float, R, BK / 8> dp;
     zero(dp);
     mma_ABt<F, kDepth, Chains<T>::kCount>(dp, do_, kv.v);

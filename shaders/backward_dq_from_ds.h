@@ -13,6 +13,7 @@
 #include "dscore.h"
 #include "keys.h"
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 
 /// Rows [row0, ...) of dq / scale from the keys of earlier dispatches: (query head, row, BD) float.
@@ -70,14 +71,15 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     device float* ds [[buffer(kBufferDs)]],                                // DscoreTiles
     device T* dq [[buffer(kBufferDq)]],                                    // (B, Hq, L, D)
     constant AttentionParams& params [[buffer(kBufferParams)]],
-    const device uint2* mask_map [[buffer(kBufferMaskMap)]],  // MaskMap
+    const device uint2* mask_map [[buffer(kBufferMaskMap)]],      // MaskMap
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],    // (B, Hq, L, 4)
+    const device int* range_hulls [[buffer(kBufferRangeHulls)]],  // RangeHulls
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kDepth = BD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
-  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
   threadgroup uint4 storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
 
   const int first_head = params.first_kv_head * (params.num_heads / params.num_kv_heads);
@@ -86,8 +88,14 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
+  TileRanges<V::kListed, R, kGroupRows> ranges;
+  ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
+  RowHulls<V::kListed, R> hulls;
+  hulls.start(head, range_hulls, row0, params);
   const Range blocks = of_dispatch(
-      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK, params);
+      ranges.key_blocks(
+          window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK),
+      BK, params);
   const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
   RightOperand<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, true> k;
   k.start(head.key_rows(key, params.k, params.head_dim), blocks.begin * BK,
@@ -105,7 +113,8 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    const auto seen =
+        ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
       k.advance();
       tile += ds_tiles.row_of_tiles() * (BK / 8);
@@ -118,8 +127,9 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     for (int r = 0; r < R; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < BK / 8; c++) {
+        const int key = key0 + 8 * c;
         const bool written =
-            passes && (all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8));
+            passes && hulls.meets(r, key) && (all_seen || window.sees_any(row0 + 8 * r, 8, key, 8));
         ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
       }
     }

@@ -19,6 +19,7 @@
 #include "dropout.h"
 #include "keys.h"
 #include "loader.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 #include "staging.h"
@@ -34,6 +35,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
     const device float* sinks [[buffer(kBufferSinks)]],               // (Hq)
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
@@ -43,7 +45,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeepQ = R * BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;
   const bool kNatural = V::Score::kNatural;
-  using Seen = typename MaskMap<typename V::Score::Mask>::Seen;
+  using Ranges = TileRanges<V::kListed, R, kGroupRows>;
   using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, BUFFERS>;
   threadgroup uint4 storage[Blocks::kStorage];
 
@@ -53,8 +55,10 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
-  const Range blocks =
-      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK);
+  Ranges ranges;
+  ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
+  const Range blocks = ranges.key_blocks(
+      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK);
   const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
@@ -70,13 +74,14 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   softmax.init();
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
-  scores.start(head, buffers, row0, at, params);
+  scores.start(head, buffers, ranges, row0, at, params);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    const Seen seen = visible.template keys<kGroupRows>(group_row0, key0);
+    const auto seen =
+        ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
       kv.advance();
       continue;
@@ -91,6 +96,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     if (!unmasked.has(key0)) {
       mask(s, window, row0, key0, -INFINITY, at);
     }
+    ranges.hide(s, key0, -INFINITY, at);
     softmax.update(s, o);  // s is P now
     if (V::kDropout) {
       drop(s, row0, key0, draws);

@@ -171,6 +171,7 @@ struct SeenKeys {
 
   METAL_FUNC bool has(int i) const { return (bits >> i) & 1; }
   METAL_FUNC bool masked() const { return masked_pairs; }
+  METAL_FUNC uint all_bits() const { return bits; }
 };
 
 /// What a mask lets through in blocks of ORCHARD_MAP_BLOCK queries and keys, as attention_mask_map

@@ -31,6 +31,8 @@ enum AttentionBuffer {
   kBufferDsinks = 18,
   kBufferMaskMap = 19,
   kBufferDmaskParts = 20,
+  kBufferKeyRanges = 21,
+  kBufferRangeHulls = 22,
 };
 
 /// Threads of a simdgroup.
@@ -58,6 +60,15 @@ struct MaskStrides {
   int64_t inner_size;
 };
 
+/// key_ranges: strides in elements, 0 where they are the same for all batches or heads, and the
+/// window, which counts from the rows' positions. Where they are given, the other window is open.
+struct RangeParams {
+  int64_t batch;
+  int64_t head;
+  int32_t left;
+  int32_t right;
+};
+
 /// One attention problem. Row i sees key j iff i + diagonal - window_left <= j and
 /// j <= i + diagonal + window_right; open windows come as ORCHARD_WINDOW_OPEN.
 struct AttentionParams {
@@ -75,6 +86,7 @@ struct AttentionParams {
   int64_t alibi_batch;   ///< strides of alibi_slopes, 0 where they are the same for all batches
   int64_t alibi_head;
   int64_t dmask_elements;
+  RangeParams ranges;
   int64_t dq_sums;  ///< elements of buffer ds before PartialDq (backward)
   int32_t batch;
   int32_t num_heads;     ///< query heads
@@ -107,6 +119,12 @@ struct AttentionParams {
 #define ORCHARD_MAX_LENGTH (1 << 28)
 #define ORCHARD_WINDOW_OPEN (1 << 30)
 
+/// Positions beyond it are as good as this one: int32 holds it with an open window.
+#define ORCHARD_FAR_POSITION (1 << 29)
+
+/// Integers of a RangeHull (ranges.h).
+#define ORCHARD_RANGE_HULL 6
+
 /// Keys are divided between dispatches at multiples of this, whole blocks of every kernel.
 #define ORCHARD_KEY_CHUNK 64
 
@@ -115,5 +133,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 3 * 48 + 4 * 8 + 24 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 24 + 3 * 48 + 4 * 8 + 24 * 4,
     "host and shader must agree on AttentionParams");

@@ -6,6 +6,7 @@
 #include "loader.h"
 #include "masks.h"
 #include "params.h"
+#include "ranges.h"
 #include "tile.h"
 
 /// s = scale * (q k^T) and nothing else: exponentials are powers of two.
@@ -79,7 +80,9 @@ struct HeadScore {
 /// in every kernel, so that the backward has the forward's numbers. EXACT: for float32.
 template <bool EXACT, typename SCORE, int ROWS, int COLS>
 struct Scores {
-  METAL_FUNC void start(Head, ScoreBuffers, int, LanePosition, constant AttentionParams&) {}
+  template <typename Ranges>
+  METAL_FUNC void start(
+      Head, ScoreBuffers, thread const Ranges&, int, LanePosition, constant AttentionParams&) {}
 
   /// Asks for what apply() adds to the tile from key0 on.
   METAL_FUNC void fetch(int, bool) {}
@@ -99,19 +102,24 @@ template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int ROWS, int COL
 struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
   HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
   MaskTile<MASK, ROWS, COLS> mask;
-  int first_position;  // of this lane's first row, less its first column
+  int position[ROWS];  // of this lane's rows, less its first column
 
-  METAL_FUNC void start(Head head, ScoreBuffers buffers, int row0, LanePosition at,
-      constant AttentionParams& params) {
+  template <typename Ranges>
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, thread const Ranges& ranges, int row0,
+      LanePosition at, constant AttentionParams& params) {
     mask.start(head, buffers.mask, row0, at, params);
-    move(head, buffers, row0, at, params);
+    move(head, buffers, ranges, row0, at, params);
   }
 
   /// To rows from row0 on, and a head, that have the same elements of the mask.
-  METAL_FUNC void move(Head head, ScoreBuffers buffers, int row0, LanePosition at,
-      constant AttentionParams& params) {
+  template <typename Ranges>
+  METAL_FUNC void move(Head head, ScoreBuffers buffers, thread const Ranges& ranges, int row0,
+      LanePosition at, constant AttentionParams& params) {
     head_score.start(head, buffers.alibi_slopes, params);
-    first_position = row0 + at.row + params.diagonal - at.col;
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      position[r] = ranges.position(row0 + 8 * r + at.row, r, params) - at.col;
+    }
   }
 
   /// Asks for the mask of the tile from key0 on, unless it lets all pairs through.
@@ -133,7 +141,7 @@ struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
       constant AttentionParams&) const {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      const float distance = float(first_position + 8 * r - key0);
+      const float distance = float(position[r] - key0);
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
         const float2 distances = distance - float2(8 * c, 8 * c + 1);
@@ -154,8 +162,9 @@ struct ScoresTransposed {
 
   METAL_FUNC void fetch(int, bool) {}
 
-  METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>&, int, bool,
-      constant AttentionParams& params) const {
+  template <typename Ranges>
+  METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>&,
+      thread const Ranges&, int, bool, constant AttentionParams& params) const {
     scale(s, params.scale_log2);
   }
 };
@@ -164,13 +173,15 @@ template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int COLS>
 struct ScoresTransposed<EXACT, Score<SOFTCAP, ALIBI, MASK>, COLS> {
   HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
   MaskTileTransposed<MASK, COLS> mask;
-  int first_position;  // of this lane's first query, less its key
+  LanePosition at;
+  int key;  // this lane's
 
-  METAL_FUNC void start(Head head, ScoreBuffers buffers, int key0, LanePosition at,
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, int key0, LanePosition place,
       constant AttentionParams& params) {
     head_score.start(head, buffers.alibi_slopes, params);
-    mask.start(head, buffers.mask, key0, at, params);
-    first_position = at.col + params.diagonal - key0 - at.row;
+    mask.start(head, buffers.mask, key0, place, params);
+    at = place;
+    key = key0 + at.row;
   }
 
   /// Asks for the mask of the tile from row0 on, unless it lets all pairs through.
@@ -180,12 +191,12 @@ struct ScoresTransposed<EXACT, Score<SOFTCAP, ALIBI, MASK>, COLS> {
     }
   }
 
+  template <typename Ranges>
   METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
-      int row0, bool masked, constant AttentionParams&) const {
-    const float distance = float(first_position + row0);
+      thread const Ranges& ranges, int row0, bool masked, constant AttentionParams& params) const {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
-      const float2 distances = distance + float2(8 * c, 8 * c + 1);
+      const float2 distances = ALIBI ? ranges.distances(row0, c, key, at, params) : float2(0.0f);
       s.fragments[0][c] = head_score.of(s.fragments[0][c], distances, derivatives.fragments[0][c]);
     }
     if (masked) {

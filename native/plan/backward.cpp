@@ -117,6 +117,11 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   fill_params(p, plan.params);
   plan.params.out = to_strides(out.strides);
   plan.params.dout = to_strides(dout.strides);
+  if (p.has_key_ranges) {
+    const int64_t batches = p.ranges_batch != 0 ? p.q.sizes[0] : 1;
+    const int64_t heads = p.ranges_head != 0 ? p.q.sizes[1] : 1;
+    plan.hull_elements = batches * heads * blocks_of(p.q.sizes[2], 8) * ORCHARD_RANGE_HULL;
+  }
   plan.params.has_key_sums = has_key_sums(p, row);
   advise_on_layout(chunks, plan);
 

@@ -26,6 +26,9 @@ DsDivision divide_ds(const Problem& p, int bd, int keys_of_group) {
     const int64_t fitting = std::min(budget / of_one, kv_heads(p));
     return {fitting, kv_len, fitting * of_one, 0};
   }
+  // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
+  // whole.
+  if (p.has_key_ranges) return undivided;
   const int64_t sums = query_heads_of_one * q_len * bd;
   const int64_t fitting = std::max<int64_t>(budget - sums, 0) / rows;
   const int64_t keys = fitting / ORCHARD_KEY_CHUNK * ORCHARD_KEY_CHUNK;

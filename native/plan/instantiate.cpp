@@ -23,10 +23,13 @@ bool has_pairs(const MaskLayout& mask, int64_t kv_len) {
 const char* word(bool x) { return x ? "true" : "false"; }
 
 /// `score` is the type of that name, `suffix` what a kernel's name says of it.
-Variant variant_of(bool chunks, bool dropout, const std::string& score, const std::string& suffix) {
+Variant variant_of(const Problem& p, bool chunks, bool dropout, const std::string& score,
+    const std::string& suffix) {
   // A kernel's name says which loads it uses either way, and the rest only where it is there.
-  return {join("Variant<", word(chunks), ", ", word(dropout), ", ", score, ">"),
-      join(chunks ? "_chunks" : "_elements", dropout ? "_dropout" : "", suffix)};
+  return {join("Variant<", word(chunks), ", ", word(dropout), ", ", score, ", ",
+              word(p.has_key_ranges), ">"),
+      join(chunks ? "_chunks" : "_elements", dropout ? "_dropout" : "", suffix,
+          p.has_key_ranges ? "_ranges" : "")};
 }
 
 struct ScoreType {
@@ -80,11 +83,11 @@ KernelPlan named_kernel(const std::string& family, const std::string& name,
 
 Variant full_variant(const Problem& p, bool chunks) {
   const ScoreType score = score_of(p);
-  return variant_of(chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix);
+  return variant_of(p, chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix);
 }
 
 Variant variant_of_visibility(const Problem& p, bool chunks) {
-  return variant_of(chunks, false,
+  return variant_of(p, chunks, false,
       p.has_mask ? "Score<false, false, Mask<uchar, false>>" : "PlainScore",
       p.has_mask ? "_mask" : "");
 }

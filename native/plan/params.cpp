@@ -54,7 +54,7 @@ std::array<int64_t, 5> mask_map_sizes(const Problem& p) {
     if (p.mask.strides[d] == 0) sizes[d] = 1;
   }
   // Windows hide different keys from the rows of the mask.
-  const bool windowed = p.window_left >= 0 || p.window_right >= 0;
+  const bool windowed = !p.has_key_ranges && (p.window_left >= 0 || p.window_right >= 0);
   if (windowed && sizes[3] > 1) sizes[4] = p.k.sizes[2];
   for (int d : {3, 4}) {
     if (sizes[d] > 1) sizes[d] = blocks_of(sizes[d], ORCHARD_MAP_BLOCK);
@@ -79,6 +79,10 @@ void fill_params(const Problem& p, AttentionParams& params) {
   params.diagonal = static_cast<int32_t>(p.diagonal);
   params.window_left = clamp_window(p.window_left);
   params.window_right = clamp_window(p.window_right);
+  if (p.has_key_ranges) {  // these windows count from the rows' own positions
+    params.ranges = {p.ranges_batch, p.ranges_head, params.window_left, params.window_right};
+    params.window_left = params.window_right = ORCHARD_WINDOW_OPEN;
+  }
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   params.softcap = static_cast<float>(p.softcap);

@@ -43,7 +43,7 @@ struct Problem {
   int64_t alibi_batch = 0;       ///< strides of alibi_slopes; 0: the same for all batches
   int64_t alibi_head = 1;
   bool has_key_ranges = false;
-  int64_t ranges_batch = 0;  ///< strides of key_ranges in rows; 0: the same for all batches, heads
+  int64_t ranges_batch = 0;  ///< strides of key_ranges; 0: the same for all batches, or heads
   int64_t ranges_head = 0;
   double dropout_p = 0.0;
   double scale = 1.0;
@@ -99,6 +99,7 @@ struct Plan {
   std::vector<KernelLaunch> launches;  ///< in order
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
   int64_t dmask_part_elements = 0;     ///< of the float buffer for dmask's parts; 0: none
+  int64_t hull_elements = 0;           ///< of the int32 buffer for hulls of key_ranges; 0: none
   int64_t map_elements = 0;            ///< of the uint2 buffer for the mask's map; 0: none
 
   /// Adds a kernel and one launch of its whole grid, behind the others.
