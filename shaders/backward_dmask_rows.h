@@ -49,9 +49,8 @@ attention_backward_dmask_rows(const device float2* row_stats
       float of_row = params.has_dlse ? dlse[stats0 + row] : 0.0f;
       if (params.has_sinks) {
         const float log_sum = Weights<true>::in_powers(stats.y);
-        const float2 score = float2(sink_score<true>(sinks[head.head]));
-        of_row +=
-            Weights<true>::of(score, float2(stats.x), float2(log_sum)).x * delta[stats0 + row];
+        const float2 sink = float2(sinks[head.head]);
+        of_row += Weights<true>::of(sink, float2(stats.x), float2(log_sum)).x * delta[stats0 + row];
       }
       sum.take(of_row);
     }

@@ -17,7 +17,7 @@ FILES = (
     "shaders/backward_delta.h", "shaders/backward_dkv.h", "shaders/backward_dkv_pairs.h",
     "shaders/backward_dq.h", "shaders/backward_dq_from_ds.h", "shaders/dropout.h",
     "shaders/dscore.h", "shaders/forward.h", "shaders/keys.h", "shaders/loader.h",
-    "shaders/params.h", "shaders/philox.h", "shaders/score.h", "shaders/softmax.h",
+    "shaders/params.h", "shaders/philox.h", "shaders/scores.h", "shaders/softmax.h",
     "shaders/staging.h", "shaders/sum_parts.h", "shaders/tile.h",
     *(f"native/plan/{name}.cpp" for name in (
         "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",

@@ -498,6 +498,11 @@ def checked() -> tuple[Scored, ...]:
 
 
 def _families(problem: Scores) -> list[str]:
-    out = _empty_out(problem)
-    plans = [_plan(problem, repository(), out, backward)[0] for backward in (False, True)]
-    return list(dict.fromkeys(kernel["family"] for plan in plans for kernel in plan["kernels"]))
+    """Those that its plans have. Nothing is computed to know them: workers are forked later."""
+    case = problem.case
+    alone = 96 if case.dtype == F16 else 80
+    keys_side = DKV if max(case.head_dim, case.value_dim or 0) <= alone else DKV_PAIRS
+    return [
+        *[MASK_MAP] * bool(case.mask), FORWARD, DELTA, keys_side,
+        DQ_FROM_DS if problem.store_ds else DQ, *[DSINKS] * case.sinks,
+    ]  # fmt: skip
