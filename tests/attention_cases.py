@@ -53,20 +53,22 @@ def run(
     dlse: Tensor | None = None,
     impl: str = "metal",
     scoring: Scoring | None = None,
+    mask_grad: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """out, lse, dq, dk, dv by the functional ops; with a mask or sinks also dmask, dsinks.
 
-    `scoring` is the case's own unless it is given.
+    `scoring` is the case's own unless it is given, and so is whether the mask has a gradient.
     """
     ops = torch.ops.orchard
     if scoring is None:
         scoring = case.scoring(q.device)
     out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
-    mask_grad = case.mask not in ("", "bool")
+    if mask_grad is None:
+        mask_grad = case.mask not in ("", "bool")
     grads = ops.flash_attn_bwd(do, dlse, q, k, v, out, row_stats, *scoring, mask_grad, impl)
     dmask, dsinks = (x if x is not None and x.numel() else None for x in grads[3:])
     results = (out, lse_of(row_stats, scoring), *grads[:3])
-    return (*results, dmask, dsinks) if case.mask or case.sinks else results
+    return (*results, dmask, dsinks) if case.mask or mask_grad or case.sinks else results
 
 
 def check_case(case: Case, device: str = "mps", impl: str = "metal") -> tuple[Tensor, ...]:

@@ -45,6 +45,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "softcap": (0.0, 1.5),
     "sinks": (False, True),
     "dlse": (False, True),
+    "mask_grad": (False, True),
 }  # fmt: skip
 FAMILIES = {  # whether two simdgroups share keys, and whether dS is stored
     "dkv": (False, False),
@@ -65,6 +66,8 @@ def possible(row: Choices, pairs: bool, storing: bool) -> bool:
     if any(x == "none" for x in of_mask) and any(x != "none" for x in of_mask):
         return False
     mask, broadcast = row.get("mask", "none"), row.get("broadcast")
+    if row.get("mask_grad") and ("none" in of_mask or mask[0] == "bool"):
+        return False
     side_by_side = mask != "none" and mask[1]
     return not (side_by_side and broadcast == "BHL")
 
@@ -99,10 +102,9 @@ def case_of(row: Choices) -> Case:
     )  # fmt: skip
 
 
-def mask_of(row: Choices, case: Case) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as the call has it, and with four dimensions for the mathematics."""
+def mask_of(row: Choices, case: Case) -> Tensor | None:
     if row["mask"] == "none":
-        return None, None
+        return None
     kind, side_by_side = row["mask"]
     b, h, q_len, kv_len = case.batch, case.num_heads, case.q_len, case.kv_len
     shape = {
@@ -125,11 +127,7 @@ def mask_of(row: Choices, case: Case) -> tuple[Tensor | None, Tensor | None]:
         mask = values.masked_fill(hides, -math.inf)
     mask = _placed(mask, side_by_side)
     assert _in_pairs(mask, kv_len) == bool(side_by_side)
-    plain = mask
-    if mask.dim() == 5:
-        batches = (2, 2, *shape[2:])
-        plain = mask.expand(batches).reshape(b, *shape[2:])
-    return mask, plain
+    return mask
 
 
 def _placed(mask: Tensor, side_by_side: bool) -> Tensor:
@@ -178,15 +176,15 @@ def test_two_features_together(
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "64" if storing else "0")
     case = case_of(row)
     operands = case.operands()
-    mask, plain_mask = mask_of(row, case)
-    scoring = case.scoring()._replace(attn_mask=plain_mask)
+    mask = mask_of(row, case)
+    scoring = case.scoring()._replace(attn_mask=mask)
     dlse = torch.randn(operands[0].shape[:3]) if row["dlse"] else None
     ref, eager = mathematics(case, operands, scoring, dlse)
     on_metal = case.scoring("mps")._replace(attn_mask=on_device(mask))
     with recording() as launches:
         results = run(
             case, *(x.to("mps") for x in operands), None if dlse is None else dlse.to("mps"),
-            scoring=on_metal,
+            scoring=on_metal, mask_grad=row["mask_grad"],
         )  # fmt: skip
     if launches is not None:
         names = [launch.kernel.partition(f"_{str(case.dtype)[6:]}_")[0] for launch in launches]
