@@ -69,7 +69,7 @@ class TestOpcheck:
             test_utils=UTILITIES[device],
         )
 
-    def test_mask_and_sinks(self, device: str, quiet_fallback: None):
+    def test_mask_and_sinks(self, device: str):
         mask = torch.randn(2, 1, 9, 11, device=device, requires_grad=True)
         sinks = torch.randn(4, device=device, requires_grad=True)
         torch.library.opcheck(

@@ -43,13 +43,13 @@ def check(shapes: tuple, device: str, mask: torch.Tensor | None = None, **kwargs
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_that_broadcast(name: str, device: str, quiet_fallback: None):
+def test_shapes_that_broadcast(name: str, device: str):
     check(SHAPES[name], device)
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("heads", [(4, 2, 2), (4, 2, 1), (4, 2, 4), (12, 4, 6)], ids=str)
-def test_head_counts_under_gqa(heads: tuple[int, int, int], device: str, quiet_fallback: None):
+def test_head_counts_under_gqa(heads: tuple[int, int, int], device: str):
     shapes = tuple((2, h, n, 8) for h, n in zip(heads, (5, 7, 7)))
     check(shapes, device, enable_gqa=True)
 
@@ -70,9 +70,7 @@ MASKS = {  # the mask, and how many elements the functional op gets of its batch
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("kind", ("bool", "float"))
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_that_broadcast_within_the_batch(
-    name: str, kind: str, device: str, quiet_fallback: None
-):
+def test_masks_that_broadcast_within_the_batch(name: str, kind: str, device: str):
     """A mask of a Swin layer's windows is (1, windows, 1, L, L) for (images, windows, heads, L,
     D)."""
     batch, most = MASKS[name]

@@ -9,11 +9,13 @@ import torch
 from attention_cases import DTYPES
 from torch import Tensor
 
+from orchard_ops import KeyRanges
 from orchard_ops.reference import scores
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import Case
 
 DEVICES = ("cpu", "mps")
+IMPL = {"cpu": "auto", "mps": "metal"}
 WINDOWS = {  # the case, and which of its keys no row sees
     "causal": (Case(40, 101, 32, window_right=0), slice(40, None)),
     "causal_within_a_tile": (Case(5, 7, 16, window_right=0), slice(5, None)),
@@ -56,8 +58,7 @@ def test_hidden_by_the_windows(device: str, name: str, dtype: torch.dtype):
     case = case.but(dtype=dtype)
     unseen = torch.zeros(case.batch, case.num_kv_heads, case.kv_len, dtype=torch.bool)
     unseen[..., keys] = True
-    impl = "metal" if device == "mps" else "auto"
-    check(case, unseen, case.scoring(device), device, impl)
+    check(case, unseen, case.scoring(device), device, IMPL[device])
 
 
 MASKS = {  # the dimensions of (B, Hq, L, S) that it does not broadcast over
@@ -93,7 +94,7 @@ def test_hidden_by_a_mask(device: str, problem: str, name: str, kind: str):
     of_kv_head = visible.expand(full).any(2).unflatten(1, (case.num_kv_heads, -1)).any(2)
     mask = visible if kind == "bool" else torch.zeros(shape).masked_fill(~visible, -math.inf)
     scoring = case.scoring()._replace(attn_mask=mask.to(device))
-    check(case, ~of_kv_head, scoring, device, "metal" if device == "mps" else "auto")
+    check(case, ~of_kv_head, scoring, device, IMPL[device])
 
 
 def visible(case: Case, mask: Tensor | None) -> Tensor:
@@ -127,7 +128,6 @@ TOGETHER = {
 @pytest.mark.parametrize("columns", (True, False), ids=("by_key", "by_row"))
 @pytest.mark.parametrize("name", TOGETHER)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.usefixtures("quiet_fallback")
 def test_hidden_by_window_and_mask_together(
     device: str, name: str, columns: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -146,14 +146,13 @@ def test_hidden_by_window_and_mask_together(
     unseen = ~visible(case, scoring.attn_mask).any(2).unflatten(1, (case.num_kv_heads, -1)).any(2)
     assert unseen[..., 10].all() and window.any(2)[..., 10].all() and shown.any(2).all()
     moved = scoring._replace(attn_mask=scoring.attn_mask.to(device))
-    check(case, unseen, moved, device, "auto")
+    check(case, unseen, moved, device, IMPL[device])
 
 
 @pytest.mark.parametrize("kind", ("bool", "float32"))
 @pytest.mark.parametrize("sinks", (False, True))
 @pytest.mark.parametrize("window_right", (-1, 0))
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.usefixtures("quiet_fallback")
 def test_rows_that_a_mask_leaves_without_a_key(
     device: str, window_right: int, sinks: bool, kind: str
 ):
@@ -174,16 +173,16 @@ def test_rows_that_a_mask_leaves_without_a_key(
         name: None if (x := getattr(scoring, name)) is None else x.to(device)
         for name in ("attn_mask", "sinks")
     }
-    scoring = scoring._replace(**moved)
+    scoring, impl = scoring._replace(**moved), IMPL[device]
     found = []
     for garbage in (0.0, math.nan, math.inf):
         dirty = [x.masked_fill(blind.unsqueeze(-1), garbage).to(device) for x in (q, do)]
         # The logarithm of a row that sees its sink alone is that sink: its gradient is real.
         dirty_dlse = dlse if sinks else dlse.masked_fill(blind, garbage)
         k, v = k.to(device), v.to(device)
-        out, row_stats = torch.ops.orchard.flash_attn_fwd(dirty[0], k, v, *scoring)
+        out, row_stats = torch.ops.orchard.flash_attn_fwd(dirty[0], k, v, *scoring, impl)
         grads = torch.ops.orchard.flash_attn_bwd(
-            dirty[1], dirty_dlse.to(device), dirty[0], k, v, out, row_stats, *scoring, False
+            dirty[1], dirty_dlse.to(device), dirty[0], k, v, out, row_stats, *scoring, False, impl
         )
         found.append([x.cpu() for x in (out, row_stats, *grads)])
     names = ("out", "row_stats", "dq", "dk", "dv", "dmask", "dsinks")
@@ -192,6 +191,56 @@ def test_rows_that_a_mask_leaves_without_a_key(
             assert torch.equal(x, y), f"{label} depends on a row that sees no key"
     assert not found[0][0][blind].any() and not found[0][2][blind].any()
     assert all(x.isfinite().all() for x in found[0][2:])
+
+
+RANGED = {
+    "padding": Case(90, 90, 32, batch=2, num_heads=4, num_kv_heads=2),
+    "dropout": Case(75, 200, 64, batch=2, dtype=torch.float16, dropout_p=0.2),
+    "pairs": Case(70, 130, 128, batch=2, dtype=torch.bfloat16, window_right=0, value_dim=72),
+    "windows": Case(90, 110, 47, batch=2, num_kv_heads=2, window_left=30, window_right=20),
+}
+RANGES = {  # of two samples of L queries and S keys
+    "left padding": lambda q_len, kv_len: KeyRanges.from_lengths(
+        torch.tensor([kv_len - 37, kv_len - 4]), q_len, starts=torch.tensor([37, 4])
+    ),
+    "right padding": lambda q_len, kv_len: KeyRanges.from_lengths(torch.tensor([33, 0]), q_len),
+    "gaps": lambda q_len, kv_len: KeyRanges(  # documents of 20 queries, with 7 keys between them
+        torch.stack(
+            (
+                (document := torch.arange(q_len) // 20) * 27,
+                document * 27 + 20 * (document != 1),  # the second sees nothing
+                document * 27 + torch.arange(q_len) % 20,
+                torch.zeros(q_len, dtype=torch.int64),
+            ),
+            dim=-1,
+        )[None, None].int()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("problem", RANGED)
+@pytest.mark.parametrize("device", DEVICES)
+def test_hidden_by_key_ranges(device: str, problem: str, name: str):
+    """Padding on both sides, gaps between documents; and rows that see nothing reach nothing."""
+    case = RANGED[problem]
+    ranges = RANGES[name](case.q_len, case.kv_len)
+    windows = {"window_left": case.window_left, "window_right": case.window_right}
+    full = (case.batch, case.num_heads, case.q_len, case.kv_len)
+    seen = ranges.dense(case.kv_len, **windows).expand(full)
+    unseen = ~seen.any(2).unflatten(1, (case.num_kv_heads, -1)).any(2)
+    blind = ~seen.any(3)
+    assert unseen.any() and not unseen.all() and (blind.any() or name == "left padding")
+    scoring = case.scoring()._replace(key_ranges=ranges.tensor.to(device))
+    check(case, unseen, scoring, device, IMPL[device])
+    q, k, v, do = case.operands()
+    expected = results(case, (q, k, v, do), scoring, device, IMPL[device])
+    for garbage in (math.nan, math.inf):
+        dirty = [x.masked_fill(blind.unsqueeze(-1), garbage) for x in (q, do)]
+        found = results(case, (dirty[0], k, v, dirty[1]), scoring, device, IMPL[device])
+        for label, x, y in zip(("out", "row_stats", "dq", "dk", "dv"), found, expected):
+            assert torch.equal(x, y), f"{label} depends on {garbage} in a row that sees no key"
+    assert not found[0][blind].any() and not found[2][blind].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,7 +255,7 @@ def test_rows_that_see_no_key_reach_nothing(device: str, name: str, dtype: torch
     left = case.window_left if case.window_left >= 0 else 1 << 20
     blind = (i + right < 0) | (i - left >= case.kv_len)
     assert blind.any()
-    impl, scoring = "metal" if device == "mps" else "auto", case.scoring(device)
+    impl, scoring = IMPL[device], case.scoring(device)
     expected = results(case, operands, scoring, device, impl)
     dirty = [x.masked_fill(blind[:, None], math.nan) for x in (q, do)]
     found = results(case, (dirty[0], *operands[1:3], dirty[1]), scoring, device, impl)

@@ -197,7 +197,6 @@ def test_packed_operands(options: dict):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.usefixtures("quiet_fallback")
 def test_a_sequence_does_not_depend_on_its_neighbours(device: str, dtype: torch.dtype):
     """Bitwise: out, lse and gradients of one sequence, whatever stands in the others."""
     cu_seqlens = cumulative([21, 40, 13])
@@ -222,7 +221,6 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device: str, dtype: torch.
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.usefixtures("quiet_fallback")
 def test_dropout_counts_in_the_packed_tensors(device: str):
     """One mask over all queries and keys, that of a single batch of (H, total_q, total_k)."""
     of_query, of_key = cumulative([7, 0, 12]), cumulative([9, 4, 11])
