@@ -404,7 +404,8 @@ def _check_options(
 def _check_slopes(op: str, slopes: Tensor, q: Tensor, batch: int) -> None:
     checks.check_tensor(op, "alibi_slopes", slopes)
     heads = q.shape[-2]
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+    # Not `in`: dynamo compares sizes that may vary by identity there.
+    if not (tuple(slopes.shape) == (heads,) or tuple(slopes.shape) == (batch, heads)):
         raise ValueError(
             f"{op}: alibi_slopes must have shape ({heads},) or ({batch}, {heads}); "
             f"got {tuple(slopes.shape)}"

@@ -177,7 +177,10 @@ class Scoring(NamedTuple):
     def _check_per_head(self, op: str, query: Tensor) -> None:
         batch, num_heads = query.shape[:2]
         slopes, sinks = self.alibi_slopes, self.sinks
-        if slopes is not None and tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
+        # Not `in`: dynamo compares sizes that may vary by identity there.
+        if slopes is not None and not (
+            tuple(slopes.shape) == (num_heads,) or tuple(slopes.shape) == (batch, num_heads)
+        ):
             raise ValueError(
                 f"{op}: alibi_slopes must have shape ({num_heads},) or ({batch}, {num_heads}); "
                 f"got {tuple(slopes.shape)}"

@@ -46,6 +46,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sinks": (False, True),
     "dlse": (False, True),
     "mask_grad": (False, True),
+    "ranges": ("", "any", "any B", "any H", "any BH", "documents", "padding", "prefix"),
 }  # fmt: skip
 FAMILIES = {  # whether two simdgroups share keys, and whether dS is stored
     "dkv": (False, False),
@@ -94,11 +95,14 @@ def case_of(row: Choices) -> Case:
         "open": (-1, -1, 0), "causal": (-1, 0, 0), "both sides": (20, 9, 5),
         "bottom right": (-1, 0, kv_len - q_len),
     }[row["window"]]  # fmt: skip
+    ranges, _, full = row["ranges"].partition(" ")
     return Case(
         q_len, kv_len, head_dim, batch=4 if row["broadcast"] in ("inner", "outer") else 2,
         num_heads=row["heads"][0], num_kv_heads=row["heads"][1], dtype=row["dtype"],
-        dropout_p=row["dropout_p"], window_left=left, window_right=right, diagonal=diagonal,
+        dropout_p=row["dropout_p"], window_left=left, window_right=right,
+        diagonal=0 if ranges else diagonal,  # the ranges have positions
         value_dim=value_dim, softcap=row["softcap"], alibi=row["alibi"], sinks=row["sinks"],
+        ranges=ranges, ranges_full=("B" in full, "H" in full),
     )  # fmt: skip
 
 

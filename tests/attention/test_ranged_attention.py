@@ -40,6 +40,24 @@ def test_obeys_the_tolerance_rule(device: str, dtype: torch.dtype, case: Case):
     check_case(case.but(dtype=dtype), device=device, impl=IMPL[device])
 
 
+LONG = [  # blocks of keys are skipped, others are seen by all of their queries
+    Case(300, 700, 64, num_heads=4, num_kv_heads=2, ranges="any", ranges_full=(True, False)),
+    Case(450, 450, 128, ranges="documents", window_right=0, alibi="head", value_dim=64),
+    Case(320, 600, 64, batch=2, ranges="padding", mask="bool", window_left=90, dropout_p=0.2),
+    Case(400, 400, 96, ranges="prefix", window_right=0, mask="float32", sinks=True, softcap=2.0),
+    Case(330, 500, 32, batch=2, num_kv_heads=2, ranges="any", sinks=True, window_right=30),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scratch", ("0", "256"))
+@pytest.mark.usefixtures("checked")
+def test_many_blocks(scratch: str, dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", scratch)
+    check_case(case.but(dtype=dtype))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     num_kv_heads = draw(st.integers(1, 2))

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from bottom_right import mathematics
+from conftest import SIMULATED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,6 +28,9 @@ from orchard_ops import (
 SUITE = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+if SIMULATED:
+    import simulator
+
 DEVICES = ("cpu", "mps")
 
 
@@ -218,6 +222,44 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device: str, dtype: torch.
             x[rows] = 100 * torch.randn_like(x[rows])
     for x, y in zip(results(tensors), expected):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_runs_on_metal(dtype: torch.dtype, fresh_stats: None, recording):
+    """Ragged and empty sequences, and tokens of none: one launch of each kernel, without a wait."""
+    of_query = cumulative([21, 0, 40, 13])
+    of_key = cumulative([30, 7, 40, 0])
+    q, k, v = (torch.randn(n, h, 64).to(dtype) for n, h in ((77, 4), (80, 2), (80, 2)))
+    dout, dlse = torch.randn(77, 4, 64).to(dtype), torch.randn(4, 77)
+    slopes, sinks = torch.rand(4), torch.randn(4)
+
+    def results(device: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        leaves.append(sinks.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
+        lengths = [x.to(device) for x in (of_query, of_key)]
+        moved = slopes.to(device)
+        upstream = (dout.to(device, dtype), dlse.to(device, leaves[3].dtype))
+        waits = simulator.waits().total if device == "mps" and SIMULATED else 0
+        out, lse = flash_attn_varlen(
+            *leaves[:3], *lengths, is_causal=True, window_left=25, softcap=4.0,
+            alibi_slopes=moved, sinks=leaves[3], return_lse=True,
+        )  # fmt: skip
+        grads = torch.autograd.grad((out, lse), leaves, upstream)
+        if device == "mps" and SIMULATED:
+            assert simulator.waits().total == waits
+        return [x.detach().cpu().double() for x in (out, lse, *grads)]
+
+    with recording() as launches:
+        found = results("mps", dtype)
+    assert orchard_ops.stats().metal == {"flash_attn_fwd": 1, "flash_attn_bwd": 1}
+    if launches is not None:
+        families = [launch.kernel.partition(f"_{str(dtype)[6:]}")[0] for launch in launches]
+        for family in ("forward", "backward_delta", "backward_dkv"):
+            assert families.count(f"attention_{family}") == 1
+        assert sum(name.startswith("attention_backward_dq") for name in families) == 1
+    unit = torch.finfo(dtype).eps
+    for x, y in zip(found, results("cpu", torch.float64), strict=True):
+        torch.testing.assert_close(x, y, rtol=8 * unit, atol=8 * unit * y[y.isfinite()].abs().max())
 
 
 @pytest.mark.parametrize("device", DEVICES)
