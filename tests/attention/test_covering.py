@@ -35,6 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pattern": ("none", "scattered", "blocks", "padding"),
     "dtype": (F32, F16, BF16),
     "values": ("as wide", "narrower", "wider"),
+    "ranges": ("", "documents", "padding", "prefix", "any"),
     "window": ("open", "causal", "both sides", "bottom right"),
     "q_len": (1, 33, 64, 75),
     "kv_len": (2, 50, 64, 98),
@@ -94,11 +95,14 @@ def case_of(row: Choices) -> Case:
         "open": (-1, -1, 0), "causal": (-1, 0, 0), "both sides": (20, 9, 5),
         "bottom right": (-1, 0, kv_len - q_len),
     }[row["window"]]  # fmt: skip
+    if row["ranges"]:  # which have positions of their own
+        diagonal = 0
     return Case(
         q_len, kv_len, head_dim, batch=4 if row["broadcast"] in ("inner", "outer") else 2,
         num_heads=row["heads"][0], num_kv_heads=row["heads"][1], dtype=row["dtype"],
         dropout_p=row["dropout_p"], window_left=left, window_right=right, diagonal=diagonal,
         value_dim=value_dim, softcap=row["softcap"], alibi=row["alibi"], sinks=row["sinks"],
+        ranges=row["ranges"], ranges_full=(digest(row) % 2 == 0, digest(row) % 3 == 0),
     )  # fmt: skip
 
 
