@@ -64,7 +64,7 @@ class Problem:
         return f"B{self.batch} {heads} D{self.head_dim} causal {self.dtype}"
 
     def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of q and of k."""
+        """The shapes of q and of k."""
         return tuple(
             (self.batch, heads, length, self.head_dim)
             for heads in (self.num_heads, self.num_kv_heads)
@@ -101,12 +101,12 @@ def formula(problem: Problem, length: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Allocated:
-    """By one training step, in bytes."""
+    """The memory that one training step takes, in bytes."""
 
     peak: int
-    """At once."""
+    """The most bytes held at once."""
     total: int
-    """Of all allocations."""
+    """The bytes of all allocations."""
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
@@ -136,9 +136,7 @@ def on_simulated_device(step: Step, problem: Problem, length: int, execute: bool
         results = step(*operands)
         after = simulator.memory()
         del results, operands
-    until = (
-        time.monotonic() + _PATIENCE
-    )  # autograd's thread lets go of the gradients a little later
+    until = time.monotonic() + _PATIENCE  # autograd's thread releases the gradients a little later
     while simulator.memory().allocated != idle:
         if time.monotonic() > until:
             raise AssertionError("the step leaves memory behind")
@@ -149,8 +147,8 @@ def on_simulated_device(step: Step, problem: Problem, length: int, execute: bool
 class _Storages(TorchDispatchMode):
     """The most bytes of storages that operators return, inputs apart, alive at once.
 
-    Not their sum over time: under a mode PyTorch's math path adds the mask in a new tensor, which
-    replaces the old one.
+    It is not their sum over time: under a mode PyTorch's math path adds the mask in a new tensor,
+    which replaces the old one.
     """
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
@@ -163,7 +161,7 @@ class _Storages(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._safe_softmax.default:
-            with self:  # one operator to this mode, but it runs others
+            with self:  # this mode sees one operator, which runs others
                 return _safe_softmax(*args, **(kwargs or {}))
         results = func(*args, **(kwargs or {}))
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
@@ -189,7 +187,7 @@ def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tens
 
 
 def peak_on_meta_device(step: Step, problem: Problem, length: int) -> int:
-    """In bytes, by counting the tensors that the operators of the step return."""
+    """Counts the bytes of the tensors that the operators of the step return."""
     operands = problem.operands(length, "meta")
     with _Storages(operands) as storages:
         results = step(*operands)
@@ -215,9 +213,9 @@ def planned_scratch(problem: Problem, length: int) -> int:
 def check_ours(
     measured: Allocated, expected: int, scratch_bytes: int, budget_mb: int, others: int = 0
 ) -> None:
-    """Exactly the formula's bytes and the plan's scratch, each allocated once.
+    """Checks that exactly the formula's bytes and the plan's scratch were allocated, each once.
 
-    `others` are bytes, at most so many, of which it is known what they are.
+    `others` is the most bytes that may be allocated besides, by something that is known.
 
     Raises:
         AssertionError: something else was allocated, or the scratch is above its budget.
@@ -310,9 +308,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for record in records:
             if record not in fitted:
                 axes.text(
-                    record["length"], 0.98, "out of\nmemory", color="tab:orange", fontsize=7,
-                    ha="center", va="top", transform=axes.get_xaxis_transform(),
-                )  # fmt: skip
+                    record["length"],
+                    0.98,
+                    "out of\nmemory",
+                    color="tab:orange",
+                    fontsize=7,
+                    ha="center",
+                    va="top",
+                    transform=axes.get_xaxis_transform(),
+                )
         for index, mode in enumerate(records[0]["ours"]):
             peaks = [r["ours"][index]["peak"] / 2**20 for r in records]
             color, line = (("tab:blue", "o-"), ("tab:cyan", "d:"))[index % 2]

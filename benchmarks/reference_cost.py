@@ -2,10 +2,10 @@
 
     python -m benchmarks.reference_cost
 
-Both run in turns, so that what else the machine does hits both alike; the ratio is that of the
-fastest runs, beside it the median of the ratios of neighbouring runs. Memory is the most that a
-process of its own held during one forward and backward, above what it held before. Threads sleep
-at barriers: spinning ones, on a machine with other work, would measure its scheduler. Writes
+Both run in turns, so that other work of the machine affects both alike. The ratio is that of the
+fastest runs; beside it stands the median of the ratios of neighbouring runs. Memory is the most
+that a process of its own held during one forward and backward, above what it held before. Threads
+sleep at barriers: spinning ones, on a machine with other work, would measure its scheduler. Writes
 benchmarks/results/reference_cost.json and prints the tables of docs/performance.md.
 """
 
@@ -108,7 +108,7 @@ def compare(
 
 
 def peak_extra_bytes(attention: Callable[..., Tensor], length: int, is_causal: bool) -> int:
-    """Of one forward and backward in this process, which must be new."""
+    """The peak of one forward and backward in this process, which must be new."""
     warm, warm_dout = operands(16, 64, torch.float32)
     torch.autograd.grad(attention(*warm, is_causal), warm, warm_dout)
     leaves, dout = operands(length, 64, torch.float32)
@@ -130,9 +130,9 @@ def measure_memory() -> list[dict]:
         for length in MEMORY_LENGTHS if name == "reference" else MEMORY_LENGTHS[:-1]:
             for is_causal in (False, True):
                 command = [
-                    sys.executable, "-m", "benchmarks.reference_cost",
-                    "--memory-of", name, str(length), str(int(is_causal)),
-                ]  # fmt: skip
+                    *(sys.executable, "-m", "benchmarks.reference_cost"),
+                    *("--memory-of", name, str(length), str(int(is_causal))),
+                ]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 records.append(
                     {

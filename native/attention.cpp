@@ -68,7 +68,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   return problem;
 }
 
-/// None if it cannot be allocated.
+/// A tensor, or none if it cannot be allocated.
 OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& strides, int32_t dtype) {
   int32_t device_index = 0;
@@ -89,7 +89,7 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   return *x;
 }
 
-/// Uninitialised, with like's dtype and stride order; the last size may differ.
+/// An uninitialised tensor in like's dtype and stride order, with a last size of its own.
 Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   Layout layout = layout_of(like);
   layout.sizes[3] = last;
@@ -106,7 +106,7 @@ Tensor empty_rows(const Tensor& q) {
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
 }
 
-/// (B, H, L, 2) float32: where a row's exponentials count from, and the logarithm of their sum.
+/// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
 Tensor empty_row_stats(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
@@ -120,7 +120,7 @@ void log_metal(const char* op, const Plan& plan) {
   }
 }
 
-/// Why a call does not even reach the plan; empty if it does.
+/// The reason why a call does not reach the plan; empty if it does.
 const char* switched_off(const std::string& impl) {
   if (impl == "reference") return "impl=\"reference\" was asked for";
   if (switched_on("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
@@ -230,8 +230,8 @@ std::array<Tensor, 3> run_backward(const BackwardCall& call) {
   params.dv = strides_of(dv);
   params.has_dlse = dlse.has_value();
   log_metal("flash_attn_bwd", *plan);
-  // Code that a flag passes over at run time still wants its buffer, so dlse has a stand-in that is
-  // never read. What is no part of a variant, as ds where dS is not stored, is not bound.
+  // Code that a flag skips at run time still needs its buffer, so dlse has a stand-in that is never
+  // read. A buffer that a variant does not have, as ds where dS is not stored, is not bound.
   const Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
       {kBufferDlse, dlse.has_value() ? *dlse : row_stats}, {kBufferDelta, delta}};
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
@@ -239,7 +239,7 @@ std::array<Tensor, 3> run_backward(const BackwardCall& call) {
       {kBufferDv, dv}};
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
-      {kBufferDq, dq}};  // as far as a kernel has them
+      {kBufferDq, dq}};  // those that a kernel has
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
@@ -257,7 +257,7 @@ void put_results(StableIValue* stack, const std::array<Tensor, N>& results) {
   for (const Tensor& x : results) *stack++ = torch::stable::detail::from(x);
 }
 
-/// A gradient that nobody asks for on Metal: the plan refuses masks and sinks.
+/// Stands for the gradient of a mask or of sinks, which the plan refuses.
 Tensor no_gradient(const Tensor& like) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -334,7 +334,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
   plan.refusal = switched_off(call.impl);
   if (plan.refusal.empty()) {
     const Problem problem = make_problem(call.operands, call.scoring);
-    Layout out = problem.q;  // as the forward would allocate it; dout is taken to be like it
+    Layout out = problem.q;  // as the forward allocates it; dout is taken to be like it
     out.sizes[3] = problem.v.sizes[3];
     out.strides = strides_in_order_of(problem.q.strides, out.sizes);
     out.offset = 0;
@@ -357,7 +357,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
     instantiations.push_back(kernel.instantiation);
     tiles.push_back(kernel.tile);
     tile_names.push_back(kernel.tile_name);
-    std::string joined;  // a list of lists is not among what the stable ABI carries
+    std::string joined;  // the stable ABI has no list of lists
     for (const std::string& name : kernel.alternatives)
       joined += (joined.empty() ? "" : ",") + name;
     alternatives.push_back(joined);

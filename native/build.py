@@ -1,7 +1,8 @@
 """Builds the native library with the system's C++ compiler: `python native/build.py OUTPUT`.
 
-setup.py calls it on a Mac; on Linux it builds what the simulated device loads (`make native`).
-Plain C++ on torch's stable ABI, so one binary serves torch 2.10 and later, and any Python.
+setup.py calls it on a Mac; on Linux it builds what the simulated device loads (`make native`). The
+library is plain C++ on torch's stable ABI, so one binary serves torch 2.10 and later, and any
+Python.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
-#: The plan alone, which needs no torch: what decides kernels can be asked without the library.
+#: The plan alone needs no torch, so it can be asked for kernels without the library.
 PLAN_SOURCES = tuple(
     NATIVE / "plan" / f"{name}.cpp"
     for name in (
-        "forward", "backward", "dscore_scratch", "instantiate", "params", "refusals", "tiles"
+        "forward",
+        "backward",
+        "dscore_scratch",
+        "instantiate",
+        "params",
+        "refusals",
+        "tiles",
     )
-)  # fmt: skip
+)
 SOURCES = (
     *(
         NATIVE / f"{name}.cpp"
@@ -37,12 +44,22 @@ import embed_shaders  # noqa: E402
 def compile_flags(torch_directory: Path) -> list[str]:
     include = torch_directory / "include"
     flags = [
-        "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNDEBUG",
-        "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DTORCH_STABLE_ONLY",
-        f"-I{NATIVE}", f"-isystem{include}",
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-DNDEBUG",
+        "-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+        "-DTORCH_STABLE_ONLY",
+        f"-I{NATIVE}",
+        f"-isystem{include}",
         f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
-        f"-fmacro-prefix-map={include}/=", f"-fmacro-prefix-map={NATIVE.parent}/=",
-    ]  # fmt: skip
+        f"-fmacro-prefix-map={include}/=",
+        f"-fmacro-prefix-map={NATIVE.parent}/=",
+    ]
     if sys.platform == "darwin":
         flags += ["-arch", "arm64", "-mmacosx-version-min=14.0"]
     return flags
@@ -54,10 +71,14 @@ def link_flags(torch_directory: Path) -> list[str]:
     if sys.platform == "darwin":
         # Installed beside torch in site-packages.
         return [
-            "-dynamiclib", "-arch", "arm64", "-mmacosx-version-min=14.0", *flags[:3],
+            "-dynamiclib",
+            "-arch",
+            "arm64",
+            "-mmacosx-version-min=14.0",
+            *flags[:3],
             "-Wl,-rpath,@loader_path/../torch/lib",
             "-Wl,-install_name,@rpath/liborchard_ops.dylib",
-        ]  # fmt: skip
+        ]
     return ["-shared", *flags, f"-Wl,-rpath,{libraries}"]
 
 
@@ -90,7 +111,7 @@ def build(output: Path, objects: Path) -> Path:
     flags = link_flags(Path(torch.__file__).parent)
     linked = output.with_suffix(".partial")
     subprocess.run([compiler, *map(str, compiled), *flags, "-o", str(linked)], check=True)
-    linked.replace(output)  # never half written, and a loaded copy stays intact
+    linked.replace(output)  # whole at once; a loaded copy stays intact
     return output
 
 

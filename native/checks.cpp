@@ -10,7 +10,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-/// The name of what is wrong: users read the Python checks' message, or in their absence this.
+/// Names what is wrong. Users read the message of the Python checks, or this one if there is none.
 void check(bool condition, const char* what) {
   if (!condition) throw Mistake(std::string("the native library takes no such ") + what);
 }
@@ -80,7 +80,7 @@ Tensor dense_rows(const Tensor& x, const Tensor& q) {
   const auto strides = x.strides();
   const bool dense =
       strides[2] == 1 && strides[1] == q.size(2) && strides[0] == q.size(1) * q.size(2);
-  return dense ? x : torch::stable::contiguous(x);  // the usual case without the dispatcher
+  return dense ? x : torch::stable::contiguous(x);  // the usual case needs no dispatcher
 }
 
 Tensor dense_row_stats(const Tensor& x, const Tensor& q) {

@@ -1,4 +1,4 @@
-// What the kernels rely on, checked where a mistake would otherwise read out of bounds.
+// Checks what the kernels rely on, where a mistake would make them read out of bounds.
 #pragma once
 
 #include <stdexcept>

@@ -69,7 +69,7 @@ int64_t scratch_bytes() {
 
 std::string chosen_tiles() {
   const std::string text = env_text("ORCHARD_TILES");
-  if (text.empty()) return text;  // a stream costs more than the rest of a call's checks
+  if (text.empty()) return text;  // a stream would cost more than all checks
   std::istringstream entries(text);
   for (std::string entry; std::getline(entries, entry, ',');) {
     if (entry.rfind("attention_forward=", 0) != 0) {

@@ -14,14 +14,14 @@ bool switched_on(const char* name);
 /// ORCHARD_DEBUG or its older name.
 bool debug_enabled();
 
-/// PYTORCH_MPS_FAST_MATH, which is PyTorch's: whatever it holds but nothing or 0 is taken to be on,
-/// since a wrong guess the other way would give wrong numbers.
+/// PYTORCH_MPS_FAST_MATH, which PyTorch reads. Anything but 0 or an empty value is taken to be on,
+/// since the opposite mistake would give wrong numbers.
 bool torch_fast_math();
 
-/// What a backward may take for dS. 0 is the low-memory mode.
+/// The memory that a backward may take for dS. 0 is the low-memory mode.
 int64_t scratch_bytes();
 
-/// Tiles to take instead of the plan's; the forward's alone can be chosen.
+/// The tiles to take instead of the plan's. Only those of the forward can be chosen.
 std::string chosen_tiles();
 
 }  // namespace orchard

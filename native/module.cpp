@@ -16,7 +16,7 @@ namespace {
 using torch::stable::detail::StableLibrary;
 using Kind = StableLibrary::Kind;
 
-// Counts changes that the schemas below do not show: what results and arguments mean.
+// Counts the changes that the schemas below do not show, in what results and arguments mean.
 constexpr int kInterface = 2;
 
 /// The schemas of the two ops that Python defines, without default values, and of the plan.
@@ -78,7 +78,7 @@ ORCHARD_EXPORT const char* orchard_register_ops() {
     try {
       orchard::register_ops();
       return "";
-    } catch (const std::exception&) {  // says where in torch's headers
+    } catch (const std::exception&) {  // its text is a place in torch's headers
       return "PyTorch refuses its ops, as where another copy of it is loaded: " +
              orchard::last_error();
     }

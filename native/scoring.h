@@ -15,7 +15,7 @@ namespace orchard {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// What decides the weights besides the operands, in the order of the schemas.
+/// The arguments besides the operands that decide the weights, in the order of the schemas.
 #define ORCHARD_SCORING(X)        \
   X(OptionalTensor, attn_mask)    \
   X(OptionalTensor, alibi_slopes) \
@@ -33,7 +33,8 @@ using OptionalTensor = std::optional<Tensor>;
   X(Tensor, key)            \
   X(Tensor, value)
 
-/// What a backward has besides the forward's operands and scoring: before and behind the operands.
+/// The arguments that a backward has besides the forward's operands and scoring, before the
+/// operands and behind them.
 #define ORCHARD_GRADIENTS(X) \
   X(Tensor, dout)            \
   X(OptionalTensor, dlse)
@@ -77,8 +78,8 @@ constexpr uint64_t kNumBackwardArguments =
     kNumForwardArguments ORCHARD_GRADIENTS(ORCHARD_COUNT) ORCHARD_RESULTS(ORCHARD_COUNT) + 1;
 #undef ORCHARD_COUNT
 
-/// The dispatcher's stack as arguments arrive on it. Each is taken once, in order: the one who
-/// takes it owns it.
+/// The dispatcher's stack with arguments on it. Each is taken once, in order, and belongs to its
+/// taker.
 class Arguments {
  public:
   explicit Arguments(const StableIValue* stack) : next_(stack) {}
@@ -92,7 +93,7 @@ class Arguments {
   const StableIValue* next_;
 };
 
-/// Without the copy that torch's own conversion leaves behind.
+/// Converts without the copy that torch's own conversion leaves behind.
 template <>
 inline std::string Arguments::take<std::string>() {
   const auto handle = torch::stable::detail::to<StringHandle>(*next_++);

@@ -30,7 +30,7 @@ SetArgMethod set_arg_method() {
   return method;
 }
 
-/// How this torch passes a struct to a kernel; looked up once.
+/// The way in which this torch passes a struct to a kernel, which is looked up once.
 SetArgBytes set_arg_bytes() {
   static const SetArgBytes route = [] {
     auto shim = reinterpret_cast<SetArgBytes>(dlsym(RTLD_DEFAULT, "torch_mps_set_arg_bytes"));
@@ -48,7 +48,7 @@ SetArgBytes set_arg_bytes() {
   return route;
 }
 
-/// A compiled variant, or why it does not compile (which is not tried again).
+/// A compiled variant, or the reason why it does not compile. That is not tried again.
 struct Pipeline {
   std::once_flag compiled;
   Function function = nullptr;
@@ -89,7 +89,7 @@ Pipeline& pipeline_of(const KernelPlan& kernel) {
   return pipeline;
 }
 
-/// What the command block's callback needs, and what it reports: no exception may cross it.
+/// What the command block's callback needs and reports. No exception may leave the callback.
 struct Launch {
   const KernelPlan& kernel;
   const std::array<uint64_t, 2>& groups;

@@ -48,7 +48,8 @@ class Bindings {
   size_t size_ = 0;
 };
 
-/// Why an earlier call could not compile this variant; empty if it could, or was never asked to.
+/// The reason why an earlier call could not compile this variant. It is empty if that call could,
+/// or if there was none.
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with

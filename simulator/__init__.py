@@ -149,7 +149,7 @@ def reset_peak() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Waits:
-    """How often the CPU of a Mac would have waited for the GPU in this process."""
+    """Counts how often the CPU of a Mac would have waited for the GPU in this process."""
 
     synchronize: int  # synchronize() of the device, a stream or an event
     copy: int  # blocking copies between cpu and mps

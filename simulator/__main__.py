@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     if "--strict" in options:
         simulator.strict()
 
-    # From here on as `python -m`, `python -c` and `python SCRIPT` do it.
+    # From here on this does what `python -m`, `python -c` and `python SCRIPT` do.
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 DEVICE_SOURCES = Path(__file__).parent / "device"
 REPOSITORY = Path(__file__).parents[1]
 
-# Its own library, loaded on request (see set_arg_bytes.cpp).
+# This file is a library of its own, which is loaded on request (see set_arg_bytes.cpp).
 SET_ARG_BYTES = "set_arg_bytes.cpp"
 
 

@@ -131,7 +131,8 @@ def _spoil_what_changes(bound: list[library.Argument]):
     ]
     before = [view.copy() for view in views]
     yield
-    # All differences first: two arguments may be views of one storage.
+    # All differences are found before any tensor is written, as two arguments may be views of one
+    # storage.
     changed = [numpy.flatnonzero(view != old) for view, old in zip(views, before, strict=True)]
     for view, positions in zip(views, changed, strict=True):
         # Whole words, since 0xFF in a part of a float would only change its value a little.

@@ -1,4 +1,4 @@
-"""Making the device fail on purpose."""
+"""Makes the device fail on purpose."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops import plan
+from orchard_ops.ops.schema import public_lse
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import DTYPES, SEED, Case, assert_attention_close
 
@@ -40,7 +41,7 @@ def kernel_head_dims() -> tuple[int, ...]:
 
 def lse_of(row_stats: Tensor, scoring: Scoring) -> Tensor:
     """The natural logarithm of a row's sum of exponentials, as flash_attn returns it."""
-    return row_stats.sum(dim=-1) * scoring.unit
+    return public_lse(row_stats, scoring.unit)
 
 
 def run(
@@ -72,11 +73,11 @@ def check_case(case: Case, device: str = "mps", impl: str = "metal") -> tuple[Te
 
 
 def uneven_scores(dtype: torch.dtype, head_dim: int) -> tuple[Case, tuple[Tensor, ...]]:
-    """A case and its operands (q, k, v, dout) for which the origins of the exponentials move.
+    """A case and its operands (q, k, v, dout) in which rows move the origins of their exponentials.
 
-    In powers of two, rows score by blocks of 32 keys: evenly, slowly rising, soon falling far,
-    up at once, to the edge of what moves an origin and just beyond it, far below the rest until
-    late, up and down. Four neighbouring rows do the same.
+    Scores, as powers of two, change between blocks of 32 keys. Rows score evenly, rise slowly, fall
+    far soon, rise at once, rise to the edge of what moves an origin and just beyond it, stay far
+    below the rest until late, or go up and down. Four neighbouring rows do the same.
     """
     case = Case(75, 300, head_dim, dtype=dtype, scale=math.log(2))
     block = torch.arange(case.kv_len) // 32
@@ -100,8 +101,8 @@ def uneven_scores(dtype: torch.dtype, head_dim: int) -> tuple[Case, tuple[Tensor
 
 
 def far_scores() -> tuple[Case, tuple[Tensor, ...]]:
-    """As uneven_scores, once: from key 32 on the score is 2^27 + 32, before 2^27 + 16 (powers of
-    two), which are neighbours in float32. All the weight is behind.
+    """As uneven_scores, with one step: the score, as a power of two, is 2^27 + 16 before key 32 and
+    2^27 + 32 from there on. These are neighbours in float32. The later keys have all the weight.
     """
     case = Case(8, 64, 16, num_heads=1, dtype=torch.float16, scale=16 * math.log(2))
     q, k = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 64, 16)

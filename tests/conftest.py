@@ -59,7 +59,8 @@ def fresh_stats() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A fallback nobody asked for is an error. (pyproject would import the package too early.)"""
+    """A fallback that no test asked for is an error. (pyproject would import the package too
+    early.)"""
     config.addinivalue_line("filterwarnings", "error::orchard_ops.OrchardFallbackWarning")
 
 
@@ -103,7 +104,8 @@ def recording() -> Callable[..., AbstractContextManager[list | None]]:
 
 @pytest.fixture
 def quiet_fallback() -> Iterator[None]:
-    """For tests of what runs on the reference on mps by design."""
+    """Lets calls run on the reference without a warning, for tests in which they do so by
+    design."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", orchard_ops.OrchardFallbackWarning)
         yield

@@ -23,15 +23,31 @@ CPU = "the CPU"
 
 _LINUX_ONLY = ("simulator", "proof")
 _ANY_TORCH = (
-    "test_reference*", "test_registration*", "test_bad_input*", "test_properties*",
-    "test_versions*", "test_dropout*", "test_constant_scores*", "test_export*", "test_exceptions*",
-    "test_nested_transforms*", "test_rule*", "test_sdpa_calls*", "test_unseen_keys*",
-)  # fmt: skip
+    "test_reference*",
+    "test_registration*",
+    "test_bad_input*",
+    "test_properties*",
+    "test_versions*",
+    "test_dropout*",
+    "test_constant_scores*",
+    "test_export*",
+    "test_exceptions*",
+    "test_nested_transforms*",
+    "test_rule*",
+    "test_sdpa_calls*",
+    "test_unseen_keys*",
+)
 """Files of tests/attention that say something without an mps device."""
 _QUICK = (
-    "test_reference*", "test_registration*", "test_bad_input*", "test_properties*",
-    "test_versions*", "test_dropout*", "test_rule*", "test_plan*",
-)  # fmt: skip
+    "test_reference*",
+    "test_registration*",
+    "test_bad_input*",
+    "test_properties*",
+    "test_versions*",
+    "test_dropout*",
+    "test_rule*",
+    "test_plan*",
+)
 _KERNEL_CASES = 40
 
 
@@ -70,7 +86,12 @@ def needs(item: Any) -> str | None:
     cases = [t[name] for t in tables if isinstance(t, dict) for name in names if name in t]
     for case in (values, *cases):
         parts = case if isinstance(case, (list, tuple)) else (case,)
-        functions = [x for x in parts if isinstance(x, types.FunctionType)]
+        # The product's own functions name mps too, and run on any device.
+        functions = [
+            x
+            for x in parts
+            if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]
+        ]
         if "mps" in map(str, parts) or any(_names(f, "mps") for f in functions):
             return APPLE_GPU
     return APPLE_GPU if _names(item.function, "mps") else None

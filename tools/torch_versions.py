@@ -22,7 +22,8 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
 def install(python: Path, release: str) -> bool:
-    """torch for the CPU where PyTorch's own index can be reached, else the default index's."""
+    """Installs torch for the CPU if PyTorch's own index can be reached, or else that of the default
+    index."""
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     packages = ["torch" if release == NEWEST else f"torch=={release}", *TESTING]
     if sys.platform == "linux":

@@ -32,11 +32,12 @@ NAMES = {
 }
 
 
+def by_column(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """(the header, the rows) of a table whose rows name their columns."""
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
 def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "kernel", "dtype", "D", "A", "B [p10..p90]", "B pess.", "of ceiling", "x PyTorch",
-        "x pess.", "A x", "regs", "tg bytes", "sg/core",
-    ]  # fmt: skip
     rows = []
     for k in content["kernels"]:
         ratios = ["", "", ""]
@@ -44,34 +45,44 @@ def kernel_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             pessimistic = spread(k["pessimistic_ratio"], 2)
             ratios = [spread(k["ratio"], 2), pessimistic, f"{k['a_ratio']:.2f}"]
         rows.append(
-            [
-                NAMES[k["family"]], k["dtype"], str(k["head_dim"]), f"{k['a_cycles']:.1f}",
-                spread(k["b_cycles"], 1), f"{k['b_pessimistic']:.1f}", f"{k['of_ceiling']:.0%}",
-                *ratios, f"{k['registers']:.0f}{' spills' if k['spills'] else ''}",
-                str(k["threadgroup_bytes"]), f"{k['simdgroups_per_core']:.0f}",
-            ]
-        )  # fmt: skip
-    return header, rows
+            {
+                "kernel": NAMES[k["family"]],
+                "dtype": k["dtype"],
+                "D": str(k["head_dim"]),
+                "A": f"{k['a_cycles']:.1f}",
+                "B [p10..p90]": spread(k["b_cycles"], 1),
+                "B pess.": f"{k['b_pessimistic']:.1f}",
+                "of ceiling": f"{k['of_ceiling']:.0%}",
+                **dict(zip(("x PyTorch", "x pess.", "A x"), ratios)),
+                "regs": f"{k['registers']:.0f}{' spills' if k['spills'] else ''}",
+                "tg bytes": str(k["threadgroup_bytes"]),
+                "sg/core": f"{k['simdgroups_per_core']:.0f}",
+            }
+        )
+    return by_column(rows)
 
 
 def backward_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "dtype", "D", "mask", "L", "products", "key parts", "launches", "ms [p10..p90]",
-        "pess.", "not hidden", "tails", "unfused ms", "x", "x worst",
-    ]  # fmt: skip
-    rows = []
-    for b in content["backward"]:
-        rows.append(
-            [
-                b["dtype"], str(b["head_dim"]), "causal" if b["causal"] else "dense",
-                str(b["length"]), str(b["products"]), str(b["key_parts"]),
-                str(b["launches"]), spread(b["milliseconds"], 2),
-                f"{b['pessimistic_milliseconds']:.2f}", f"{b['exposed_milliseconds']:.2f}",
-                f"{b['tail_milliseconds']:.2f}", f"{b['unfused_milliseconds']:.2f}",
-                spread(b["speedup"], 2), f"{b['worst_speedup']:.2f}",
-            ]
-        )  # fmt: skip
-    return header, rows
+    rows = [
+        {
+            "dtype": b["dtype"],
+            "D": str(b["head_dim"]),
+            "mask": "causal" if b["causal"] else "dense",
+            "L": str(b["length"]),
+            "products": str(b["products"]),
+            "key parts": str(b["key_parts"]),
+            "launches": str(b["launches"]),
+            "ms [p10..p90]": spread(b["milliseconds"], 2),
+            "pess.": f"{b['pessimistic_milliseconds']:.2f}",
+            "not hidden": f"{b['exposed_milliseconds']:.2f}",
+            "tails": f"{b['tail_milliseconds']:.2f}",
+            "unfused ms": f"{b['unfused_milliseconds']:.2f}",
+            "x": spread(b["speedup"], 2),
+            "x worst": f"{b['worst_speedup']:.2f}",
+        }
+        for b in content["backward"]
+    ]
+    return by_column(rows)
 
 
 def published_lines(content: dict[str, Any]) -> list[str]:
@@ -187,9 +198,10 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=1, help="use every n-th parameter set")
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument(
-        "--only-error", action="store_true",
+        "--only-error",
+        action="store_true",
         help="the committed predictions with the leave-one-out errors of ensemble.json",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     if args.only_error:
         content = json.loads(PREDICTIONS.read_text())

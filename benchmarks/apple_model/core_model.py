@@ -170,7 +170,8 @@ class Trace:
         return self._add(DEVICE, cost, 50, after)
 
     def spill(self, nbytes: float, cached: float) -> None:
-        """A register out to device memory and back in; the engine's kernels have no such thing."""
+        """Writes a register to device memory and reads it again, which the engine's kernels never
+        do."""
         kept = self.counts.copy()
         self.write_device(nbytes, lines=1)
         self.read_device(nbytes, lines=1, cached=cached)
@@ -182,9 +183,12 @@ class Trace:
         return self._add(BARRIER, 0, 0, after)
 
     def pipelined(
-        self, items: Sequence, load: Callable[[Any], Any], use: Callable[[Any, Any], Any],
+        self,
+        items: Sequence,
+        load: Callable[[Any], Any],
+        use: Callable[[Any, Any], Any],
         ahead: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """load(item) for each item, `ahead` items before use(item, loaded)."""
         loaded = {}
         for i in range(len(items) + ahead):
@@ -210,7 +214,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """What the core model says of a trace; cycles of one scheduler for one product."""
+    """The core model's result for a trace: cycles of one scheduler for one product."""
 
     cycles: float
     matrix_busy: float
@@ -220,9 +224,14 @@ class Run:
 
 
 def simulate(
-    trace: Trace, threadgroups: int, simdgroups: int, *, starts: int = 3, window: int = 5,
+    trace: Trace,
+    threadgroups: int,
+    simdgroups: int,
+    *,
+    starts: int = 3,
+    window: int = 5,
     warm_up: int = 2,
-) -> Run:  # fmt: skip
+) -> Run:
     """The mean over `starts` different staggers of the resident threadgroups, each over about
     `window` blocks in which all of them run."""
     roles = trace.roles
@@ -240,9 +249,17 @@ def simulate(
         stagger = 97.0 + 211 * k
         blocks = warm_up + window + 2 * int(stagger / least)
         cycles = _library().simulate_core(
-            body, lengths, len(roles), threadgroups, simdgroups, blocks, warm_up,
-            ctypes.c_double(trace.p.barrier), ctypes.c_double(stagger), utilisation,
-        )  # fmt: skip
+            body,
+            lengths,
+            len(roles),
+            threadgroups,
+            simdgroups,
+            blocks,
+            warm_up,
+            ctypes.c_double(trace.p.barrier),
+            ctypes.c_double(stagger),
+            utilisation,
+        )
         if cycles <= 0:
             raise RuntimeError("the core model has no steady state")
         total += cycles
@@ -255,9 +272,16 @@ def simulate(
 #: Half-word registers of a thread, and threads of a core that fit: Mesa's table for G13
 #: (src/asahi/compiler, agx_occupancy), a register file of 208 KiB.
 _OCCUPANCY = (
-    (112, 896), (128, 832), (136, 768), (144, 704), (160, 640),
-    (184, 576), (208, 512), (232, 448), (256, 384),
-)  # fmt: skip
+    (112, 896),
+    (128, 832),
+    (136, 768),
+    (144, 704),
+    (160, 640),
+    (184, 576),
+    (208, 512),
+    (232, 448),
+    (256, 384),
+)
 REGISTER_FILE = 208 * 1024
 MAX_REGISTERS = 128
 

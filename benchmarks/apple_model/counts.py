@@ -67,9 +67,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one simdgroup: products as such, everything else for each lane; bytes of all lanes.
+    """Counts of one simdgroup: its products, the bytes of all lanes, other things for each lane.
 
-    steady is for one block of the loop, once for a threadgroup's beginning and end."""
+    `steady` is for one block of the loop, `once` for a threadgroup's beginning and end."""
 
     simdgroups: int
     threadgroup_bytes: int
@@ -108,9 +108,11 @@ def _flatten(counters: engine.Counters, mix: dict[str, int]) -> dict[str, float]
 
 
 def _counts(
-    short: tuple[engine.Counters, dict], long: tuple[engine.Counters, dict], simdgroups: int,
+    short: tuple[engine.Counters, dict],
+    long: tuple[engine.Counters, dict],
+    simdgroups: int,
     blocks: tuple[int, int],
-) -> Counts:  # fmt: skip
+) -> Counts:
     a, b = _flatten(*short), _flatten(*long)
     names = sorted(a.keys() | b.keys())
     extra = blocks[1] - blocks[0]
@@ -199,9 +201,15 @@ def variant(family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int
     if family == DELTA:
         tile = dict(BQ=threads // 32 * 8, BK=0)
     return Variant(
-        template, kernel["name"], kernel["instantiation"], tile["BQ"], tile["BK"],
-        threads, harness.with_seed(params, key_end=kv_len), tuple(_sources().buffers.items()),
-    )  # fmt: skip
+        template,
+        kernel["name"],
+        kernel["instantiation"],
+        tile["BQ"],
+        tile["BK"],
+        threads,
+        harness.with_seed(params, key_end=kv_len),
+        tuple(_sources().buffers.items()),
+    )
 
 
 def has(family: str, dtype: str, head_dim: int) -> bool:
@@ -231,9 +239,19 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
     row_stats = torch.zeros(1, 1, q_len, 2)
     ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
     tensors = dict(
-        query=q, key=k, value=v_, out=out, row_stats=row_stats, dout=dout, dlse=dlse, delta=delta,
-        dq=dq, dk=dk, dv=dv, ds=ds,
-    )  # fmt: skip
+        query=q,
+        key=k,
+        value=v_,
+        out=out,
+        row_stats=row_stats,
+        dout=dout,
+        dlse=dlse,
+        delta=delta,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        ds=ds,
+    )
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
     buffers = {
         numbers[name]: engine.Buffer(x.data_ptr(), x.numel() * x.element_size())

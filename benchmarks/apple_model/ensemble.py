@@ -86,6 +86,10 @@ def predict(kernel: Any, baseline: tuple[float, ...], step: int, more: float = 0
     ratios = [a / b for a, b in zip(cycles, baseline, strict=True)]
     pessimistic_ratios = [a / b for a, b in zip(pessimistic, baseline, strict=True)]
     return Prediction(
-        Spread.of(cycles), statistics.median(pessimistic), Spread.of(ratios),
-        Spread.of(pessimistic_ratios), statistics.median(resident), run,
-    )  # fmt: skip
+        Spread.of(cycles),
+        statistics.median(pessimistic),
+        Spread.of(ratios),
+        Spread.of(pessimistic_ratios),
+        statistics.median(resident),
+        run,
+    )

@@ -1,9 +1,9 @@
 """python -m benchmarks.apple_model.fit: finds parameter sets that reproduce published timings.
 
-Some twenty constants against eight numbers: no set is the truth. All sets within 7 % are kept
-that differ most from each other, so that their spread shows what the data leave open. Writes
-ensemble.json: the sets, each point's error, and the leave-one-out errors: for each point a search
-of its own, bred and chosen by the seven others, predicts it.
+Eight numbers cannot determine some twenty constants, so no set is the truth. Of the sets within 7
+%, those that differ most from each other are kept: their spread shows what the data leave open.
+Writes ensemble.json: the sets, each point's error, and the leave-one-out errors: for each point a
+search of its own, bred and chosen by the seven others, predicts it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RANGES: dict[str, list[Any]] = dict(
     pytorch_registers=[60, 70, 80],
     unexplained=[0.0, 0.0, 0.05, 0.1, 0.2],
     slowdown=[1.0, 1.03, 1.06, 1.09],
-)  # fmt: skip
+)
 
 
 def tile(point: dict[str, Any], **changes: Any) -> Prefill:
@@ -61,7 +61,8 @@ def tile(point: dict[str, Any], **changes: Any) -> Prefill:
 
 
 def milliseconds(cycles: float, products: float, blocks: int) -> float:
-    """Of `blocks` blocks with `products` products of all their simdgroups, on the device."""
+    """The time of `blocks` blocks on the device, with `products` products of all their
+    simdgroups."""
     return cycles / 4 * products * blocks / (PUBLISHED["cores"] * PUBLISHED["gigahertz"] * 1e6)
 
 
@@ -99,7 +100,7 @@ def ratios(p: Parameters) -> list[float]:
 
 
 def rms(errors: list[float], without: int | None = None) -> float:
-    """Of the logarithms; a point may be left out."""
+    """The root mean square of the logarithms; a point may be left out."""
     squares = [
         (math.log(x) * (RATIO_WEIGHT if "ratio" in point else 1)) ** 2
         for i, (x, point) in enumerate(zip(errors, POINTS, strict=True))

@@ -1,7 +1,8 @@
 """python -m benchmarks.apple_model.gate [--write]: the counts as a performance regression gate.
 
-Totals of a fixed problem, so that tiles may change: one head, dense. They are exact and have no
-noise; a class that grows by more than 2 % is a regression unless the table is refreshed on purpose.
+The counts are totals of a fixed problem (one head, dense), so that tiles may change. They are exact
+and have no noise; a class that grows by more than 2 % is a regression unless the table is refreshed
+on purpose.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def totals(family: str, dtype: str, head_dim: int) -> dict[str, float]:
-    """Of the problem, over all simdgroups; instructions are counted once for their 32 lanes."""
+    """Totals of the problem over all simdgroups. An instruction is counted once for its 32
+    lanes."""
     counted = counts.count(family, dtype, head_dim)
     if family == counts.DELTA:
         kernel = None
@@ -107,7 +109,7 @@ def measure() -> list[dict[str, Any]]:
 def compare(
     committed: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]
 ) -> tuple[list[str], list[str]]:
-    """What is more than 2 % worse, and what is more than 2 % better, as sentences."""
+    """Sentences about what is more than 2 % worse, and about what is more than 2 % better."""
     known = {(x["family"], x["dtype"], x["head_dim"]): x["totals"] for x in committed}
     worse, better = [], []
     for x in current:

@@ -1,7 +1,7 @@
 """Model A: issue cycles of a simdgroup as a weighted sum of its exact counts.
 
-Weights are published rates of the Apple7/8 GPU (philipturner/metal-benchmarks) where there are
-any. Nothing waits for anything: an optimistic, noise-free number.
+Weights are published rates of the Apple7/8 GPU (philipturner/metal-benchmarks) where there are any.
+Nothing waits for anything in it, so its number is optimistic, and free of noise.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ EXP2 = 4.0
 SHUFFLE = 2.0
 BRANCH = 2.0
 ACCESS = {
-    "load_threadgroup": 1.0, "store_threadgroup": 1.0, "load_device": 1.0, "store_device": 1.0,
-}  # fmt: skip
+    "load_threadgroup": 1.0,
+    "store_threadgroup": 1.0,
+    "load_device": 1.0,
+    "store_device": 1.0,
+}
 #: PyTorch's kernel is written element by element where neighbours lie side by side; Apple's
 #: compiler joins such accesses. (Ours ask for pairs and chunks themselves.)
 JOINED = {
-    "load_threadgroup": 0.5, "store_threadgroup": 0.6, "load_device": 0.25, "store_device": 0.25,
-}  # fmt: skip
+    "load_threadgroup": 0.5,
+    "store_threadgroup": 0.6,
+    "load_device": 0.25,
+    "store_device": 0.25,
+}
 PORT_BYTES = 64  #: of threadgroup memory for each cycle of the core
 
 

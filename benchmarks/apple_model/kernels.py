@@ -38,10 +38,18 @@ FAMILIES = (PREFILL, FORWARD, *BACKWARD)
 
 #: What a trace and the engine's counts must agree on exactly.
 CHECKED = (
-    "mma_half", "mma_bfloat", "mma_float", "exp2", "shuffle", "barrier", "fcvt",
-    "threadgroup_bytes_read", "threadgroup_bytes_written",
-    "device_bytes_read", "device_bytes_written",
-)  # fmt: skip
+    "mma_half",
+    "mma_bfloat",
+    "mma_float",
+    "exp2",
+    "shuffle",
+    "barrier",
+    "fcvt",
+    "threadgroup_bytes_read",
+    "threadgroup_bytes_written",
+    "device_bytes_read",
+    "device_bytes_written",
+)
 
 
 def structure_of(v: Variant, address_cycles: float = 20.0) -> Structure:
@@ -84,7 +92,8 @@ def _address(family: str, dtype: str, head_dim: int) -> float:
 
 @cache
 def address_cycles(family: str, dtype: str, head_dim: int) -> float:
-    """For addresses and branches, in the unit that the fit knows from PyTorch's kernel."""
+    """The cycles for addresses and branches, in the unit that the fit knows from PyTorch's
+    kernel."""
     counted = _address(family, dtype, head_dim)
     return PREFILL_ADDRESS * counted / _address(PREFILL, "float16", 128)
 
@@ -98,7 +107,7 @@ def structure(family: str, dtype: str, head_dim: int) -> Any:
 
 
 def disagreements(kernel: Any, counts: Counts) -> dict[str, tuple[float, float]]:
-    """What the trace says and what the engine counted, where they differ."""
+    """The numbers of the trace and of the engine's counts that differ."""
     counted = kernel.trace(Parameters()).mean_counts
     said = {name: float(counted.get(name, 0)) for name in CHECKED}
     found = {name: counts.steady.get(name, 0.0) for name in CHECKED}

@@ -79,8 +79,10 @@ class Prefill:
         # At head_dim 128 barriers keep each load where it is.
         t.pipelined(
             [d for d in range(depth) for _ in range(columns)],
-            lambda _: t.read_shared(64 * size), multiply, 0 if self.head_dim == 128 else 4,
-        )  # fmt: skip
+            lambda _: t.read_shared(64 * size),
+            multiply,
+            0 if self.head_dim == 128 else 4,
+        )
         return t
 
 
@@ -153,8 +155,10 @@ class MetalFlashAttention:
 
             t.pipelined(
                 [d for _ in range(columns) for d in range(depth)],
-                lambda _d: t.read_shared(128), add, 4,
-            )  # fmt: skip
+                lambda _d: t.read_shared(128),
+                add,
+                4,
+            )
             if not self.keep_o:
                 for d in range(depth):
                     t.write_device(256, o[d])

@@ -35,7 +35,7 @@ MMA_FLOPS = 8.44e12
 
 @dataclass(frozen=True)
 class Result:
-    """Of one kernel: model B's cycles for a product, of every parameter set."""
+    """Model B's cycles for a product of one kernel, for every parameter set."""
 
     kernel: Any
     cycles: tuple[float, ...]
@@ -115,9 +115,18 @@ def kernel_row(family: str, dtype: str, head_dim: int, step: int = 1) -> dict[st
 
 def _tile(kernel: Structure) -> dict[str, Any]:
     names = (
-        "rows", "bq", "bk", "keys", "keep_q", "keep", "buffers", "score_operand",
-        "value_operand", "ds_operand", "store",
-    )  # fmt: skip
+        "rows",
+        "bq",
+        "bk",
+        "keys",
+        "keep_q",
+        "keep",
+        "buffers",
+        "score_operand",
+        "value_operand",
+        "ds_operand",
+        "store",
+    )
     return {x: getattr(kernel, x) for x in names if hasattr(kernel, x)}
 
 
@@ -148,8 +157,9 @@ def ds_milliseconds(launch: counts.Launch, head_dim: int, problem: Problem) -> f
 def backward_row(
     dtype: str, head_dim: int, problem: Problem, scratch_bytes: int, step: int = 1
 ) -> dict[str, Any]:
-    """As the plan launches it with so much memory for dS. Where dS goes through memory, the time is
-    the later of a kernel and its share of that traffic; `not hidden`, their sum."""
+    """The backward as the plan launches it with so much memory for dS. If dS goes through memory, a
+    kernel takes as long as the longer of its own work and its share of that traffic; `not hidden`
+    is their sum."""
     launches = counts.backward_launches(
         dtype, head_dim, problem.length, problem.heads, scratch_bytes
     )
@@ -212,7 +222,7 @@ def published_row(step: int = 1) -> dict[str, Any]:
 
 
 def _different_plans(dtype: str, head_dim: int, length: int) -> list[int]:
-    """Of SCRATCH, what leads to different launches."""
+    """The budgets of SCRATCH that lead to different launches."""
     heads = Problem(length).heads
     plans = {x: counts.backward_launches(dtype, head_dim, length, heads, x) for x in SCRATCH}
     return [x for i, x in enumerate(SCRATCH) if plans[x] not in [plans[y] for y in SCRATCH[:i]]]

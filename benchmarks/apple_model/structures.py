@@ -64,7 +64,7 @@ class Structure:
 
     @property
     def row_bytes(self) -> int:
-        """Of a staged row; 16 bytes of padding keep rows off the same banks."""
+        """The stride of a staged row. 16 bytes of padding keep rows off the same banks."""
         return self.head_dim * SIZES[self.staged] + CHUNK
 
     def registers(self) -> dict[str, float]:
@@ -91,7 +91,8 @@ class Structure:
     # ---- verbs
 
     def rows_at_once(self, rows: int) -> int:
-        """Of a staged block: a power of two for which there are threads (shaders/loader.h)."""
+        """Rows of a staged block that are fetched at once: a power of two for which there are
+        threads (shaders/loader.h)."""
         fitting = self.simdgroups * SIMDGROUP // (self.head_dim * self.size // CHUNK)
         return min(1 << max(fitting.bit_length(), 1) - 1, rows)
 
@@ -102,7 +103,7 @@ class Structure:
         return [t.read_device(nbytes) for _ in range(steps)]
 
     def put(self, t: Trace, rows: int, fetched: list[Handle], blocks: int = 1) -> None:
-        """What was fetched to threadgroup memory, as operands."""
+        """Writes what was fetched to threadgroup memory, as operands."""
         elements = rows * self.head_dim * blocks / self.simdgroups / len(fetched)
         for chunk in fetched:
             chunk = t.convert(elements / SIMDGROUP / 2, self.dtype, self.staged, chunk)
@@ -136,8 +137,9 @@ class Structure:
         """A fragment of the simdgroup's own device rows, eight cache lines."""
         return t.read_device(64 * self.size, lines=8, cached=REREAD_CACHED)
 
-    def product_ABt(self, t: Trace, rows: int, columns: int, streamed: bool,
-                    direct: bool = False) -> list[Handle]:  # fmt: skip
+    def product_ABt(
+        self, t: Trace, rows: int, columns: int, streamed: bool, direct: bool = False
+    ) -> list[Handle]:
         """rows x columns fragments of A B^T over the depth; A in registers or streamed from device
         rows, B a staged block or device rows. What is loaded from the device is converted where it
         is used."""
@@ -170,8 +172,9 @@ class Structure:
                         sums[0, r, c] = t.alu(2, sums[0, r, c], sums[chain, r, c])
         return [sums[0, r, c] for r in range(rows) for c in range(columns)]
 
-    def product_AB(self, t: Trace, operand: str, rows: int, depth: int, after: Handle,
-                   direct: bool = False) -> None:  # fmt: skip
+    def product_AB(
+        self, t: Trace, operand: str, rows: int, depth: int, after: Handle, direct: bool = False
+    ) -> None:
         """rows x self.depth fragments of A B; B is a staged block (or device rows) of `depth`
         fragments, A is in registers once `after` is done."""
         sums: dict[tuple[int, int], Handle] = {}
@@ -204,8 +207,8 @@ FINITE_CYCLES = 2
 
 
 def read_statistics(t: Trace, columns: int, numbers: int) -> Handle:
-    """So many numbers of two query rows for each fragment, one load for each row: a line serves
-    all lanes."""
+    """Reads so many numbers of two query rows for each fragment, by one load for each row: a line
+    serves all lanes."""
     last = None
     nbytes = 4 * numbers
     for _ in range(2 * columns):

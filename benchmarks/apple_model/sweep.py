@@ -56,7 +56,7 @@ KERNELS: dict[str, tuple[type[Structure], dict[str, list[Any]]]] = {
         dict(bq=[8, 16, 32], keep=[True, False], store=[False, True]),
     ),
     "dqs": (BackwardDqStored, dict(rows=[1, 2, 4], bk=[8, 16, 32])),
-}  # fmt: skip
+}
 SHARED_LIMIT = 32 * 1024  #: threadgroup memory that Metal allows a threadgroup
 
 
@@ -107,9 +107,13 @@ def backward(args: argparse.Namespace) -> Table:
             )
             moved = 2 * pairs * SIZES["float"] if number == 5 else 0
             t.add_row(
-                str(problem), str(number), f"{describe(dkv.kernel)} | {describe(dq.kernel)}",
-                ms.text(2), f"{ms.median + 1e3 * moved / MEMORY_BANDWIDTH:.2f}", f"{unfused:.2f}",
-            )  # fmt: skip
+                str(problem),
+                str(number),
+                f"{describe(dkv.kernel)} | {describe(dq.kernel)}",
+                ms.text(2),
+                f"{ms.median + 1e3 * moved / MEMORY_BANDWIDTH:.2f}",
+                f"{unfused:.2f}",
+            )
     return t
 
 
@@ -159,9 +163,16 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     t = Table(title=title, caption=CAPTION)
     t.add_column("structure", no_wrap=True)
     for name in (
-        "regs", "tg B", "sg/core", "cycles/MMA [p10..p90]", "pess.", "of ceiling",
-        "x PyTorch fwd", "pess. x", "mma/tg/dev busy",
-    ):  # fmt: skip
+        "regs",
+        "tg B",
+        "sg/core",
+        "cycles/MMA [p10..p90]",
+        "pess.",
+        "of ceiling",
+        "x PyTorch fwd",
+        "pess. x",
+        "mma/tg/dev busy",
+    ):
         t.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         spill = r["registers"] > MAX_REGISTERS

@@ -25,7 +25,7 @@ Row = list[str]
 
 
 def verdict(value: float, target: float, at_least: bool) -> str:
-    """Of a figure before it is rounded; the share is of the target."""
+    """Compares a figure before it is rounded. A share says how much of the target is missing."""
     missed = (1 if at_least else -1) * (1 - value / target)
     if missed <= 0:
         return "met"
@@ -38,9 +38,18 @@ def spread(x: list[float], digits: int) -> str:
 
 def forward_rows(content: dict[str, Any]) -> tuple[Row, list[Row]]:
     header = [
-        "dtype", "D", "cycles, B", "of ceiling", "target", "", "x PyTorch [p10..p90]", "x pess.",
-        "A x", "target", "",
-    ]  # fmt: skip
+        "dtype",
+        "D",
+        "cycles, B",
+        "of ceiling",
+        "target",
+        "",
+        "x PyTorch [p10..p90]",
+        "x pess.",
+        "A x",
+        "target",
+        "",
+    ]
     rows = []
     for k in content["kernels"]:
         if k["family"] != kernels.FORWARD:
@@ -52,12 +61,18 @@ def forward_rows(content: dict[str, Any]) -> tuple[Row, list[Row]]:
         reached = CEILING / k["b_cycles"][0]
         rows.append(
             [
-                k["dtype"], str(k["head_dim"]), spread(k["b_cycles"], 1), f"{reached:.1%}",
+                k["dtype"],
+                str(k["head_dim"]),
+                spread(k["b_cycles"], 1),
+                f"{reached:.1%}",
                 *([f"{share:.0%}", verdict(reached, share, True)] if share else ["", ""]),
-                spread(k["ratio"], 2), f"{k['pessimistic_ratio'][0]:.2f}", f"{k['a_ratio']:.2f}",
-                f"{ratio:.2f}", verdict(k["ratio"][0], ratio, False),
+                spread(k["ratio"], 2),
+                f"{k['pessimistic_ratio'][0]:.2f}",
+                f"{k['a_ratio']:.2f}",
+                f"{ratio:.2f}",
+                verdict(k["ratio"][0], ratio, False),
             ]
-        )  # fmt: skip
+        )
     return header, rows
 
 
@@ -68,28 +83,43 @@ def _lowest(rows: Iterable[dict[str, Any]], column: str) -> float:
 def backward_rows(content: dict[str, Any]) -> tuple[Row, list[Row]]:
     """Five products, over the lengths of the predictions."""
     header = [
-        "dtype", "D", "mask", "x, L 4096 [p10..p90]", "x, lowest L", "not hidden", "with tails",
-        "target", "hidden", "not hidden",
-    ]  # fmt: skip
+        "dtype",
+        "D",
+        "mask",
+        "x, L 4096 [p10..p90]",
+        "x, lowest L",
+        "not hidden",
+        "with tails",
+        "target",
+        "hidden",
+        "not hidden",
+    ]
     rows = []
     for dtype in counts.DTYPES:
         for (head_dim, causal), target in BACKWARD_SPEEDUP.items():
             of_case = [
-                b for b in content["backward"]
+                b
+                for b in content["backward"]
                 if (b["dtype"], b["head_dim"], b["causal"], b["products"])
                 == (dtype, head_dim, causal, 5)
-            ]  # fmt: skip
+            ]
             (middle,) = (b for b in of_case if b["length"] == 4096)
             lowest = min(b["speedup"][0] for b in of_case)
             exposed = _lowest(of_case, "exposed_milliseconds")
             rows.append(
                 [
-                    dtype, str(head_dim), "causal" if causal else "dense",
-                    spread(middle["speedup"], 2), f"{lowest:.2f}", f"{exposed:.2f}",
-                    f"{_lowest(of_case, 'tail_milliseconds'):.2f}", f"{target:.2f}",
-                    verdict(lowest, target, True), verdict(exposed, target, True),
+                    dtype,
+                    str(head_dim),
+                    "causal" if causal else "dense",
+                    spread(middle["speedup"], 2),
+                    f"{lowest:.2f}",
+                    f"{exposed:.2f}",
+                    f"{_lowest(of_case, 'tail_milliseconds'):.2f}",
+                    f"{target:.2f}",
+                    verdict(lowest, target, True),
+                    verdict(exposed, target, True),
                 ]
-            )  # fmt: skip
+            )
     return header, rows
 
 

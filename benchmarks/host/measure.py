@@ -3,10 +3,10 @@
     python -m simulator -m benchmarks.host.measure
 
 Kernels are recorded and not run, so the tensors' sizes do not matter. Every repeat runs all the
-calls once, one after the other, so that what else the machine does hits all of them alike; a repeat
-starts with the code of the others in the processor's caches, as in a training step. Repeats come in
-batches; the one in which F.sdpa's forward and backward on the CPU, which this project cannot
-influence, had the lowest median is reported, since the others say what else the machine did.
+calls once, one after the other, so that other work of the machine affects all of them alike; a
+repeat starts with the code of the others in the processor's caches, as in a training step. Repeats
+come in batches; the one in which F.sdpa's forward and backward on the CPU, which this project
+cannot influence, had the lowest median is reported, since the others say what else the machine did.
 Figures are medians with the 20th and 80th percentile, in microseconds. Writes
 benchmarks/results/host_cost.json and prints the table of docs/performance.md.
 """
@@ -170,12 +170,13 @@ def main() -> None:
 
 
 def quietest(batches: Iterable[Times]) -> Times:
-    """By the median of the control, F.sdpa's forward and backward on the CPU."""
+    """The batch with the lowest median of the control, F.sdpa's forward and backward on the CPU."""
     return min(batches, key=lambda times: statistics.median(times[PEERS[0], WAYS[3]]["whole"]))
 
 
 def above_sdpa(times: Times) -> dict[str, dict[str, dict[str, float]]]:
-    """Our call without its native code, less F.sdpa's whole call, both of the same repeat."""
+    """The time of our call without its native code, minus that of F.sdpa's whole call in the same
+    repeat."""
 
     def excess(way: str, peer: str) -> dict[str, float]:
         ours, theirs = times["orchard_ops.flash_attn", way], times[peer, way]["whole"]

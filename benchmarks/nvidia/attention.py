@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops.layout import empty_in_order_of
+from orchard_ops.ops.schema import public_lse
 
 from .driver import Kernels, Launch
 from .plans import Params, Plan, Planner, Scoring, set_strides
@@ -74,9 +75,16 @@ class Attention:
         return out, row_stats
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        row_stats: Tensor, s: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        row_stats: Tensor,
+        s: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv"""
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
@@ -104,10 +112,21 @@ class Attention:
         return self._planner.backward(q, k, v, out, dout, s).ds_elements
 
     def prepare_backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        row_stats: Tensor, delta: Tensor, ds: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        row_stats: Tensor,
+        delta: Tensor,
+        ds: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
         s: Scoring,
-    ) -> list[Launch]:  # fmt: skip
+    ) -> list[Launch]:
         """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
         plan = self._planner.backward(q, k, v, out, dout, s)
         params = plan.params
@@ -116,9 +135,20 @@ class Attention:
             set_strides(params, name, x)
         params.has_dlse = dlse is not None
         return self._prepare(
-            plan, q=q, k=k, v=v, out=out, row_stats=row_stats, dout=dout,
-            dlse=row_stats if dlse is None else dlse, delta=delta, ds=ds, dq=dq, dk=dk, dv=dv,
-        )  # fmt: skip
+            plan,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            row_stats=row_stats,
+            dout=dout,
+            dlse=row_stats if dlse is None else dlse,
+            delta=delta,
+            ds=ds,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:
@@ -147,4 +177,4 @@ def _set_seed(params: Params, seed: int) -> None:
 
 def lse_of(row_stats: Tensor) -> Tensor:
     """The natural logarithm of the softmax's denominator; the kernels' units are powers of two."""
-    return row_stats.sum(-1) * math.log(2)
+    return public_lse(row_stats, math.log(2))

@@ -49,7 +49,7 @@ def build_planner(library: Path) -> Planner:
 
 @functools.cache
 def family_text(family: str) -> str:
-    """Read once: somebody may edit the shaders during a long build."""
+    """The sources are read once: somebody may edit the shaders during a long build."""
     return embed_shaders.flatten(embed_shaders.FAMILIES[family])
 
 
@@ -59,7 +59,7 @@ def source_of(kernel: Kernel) -> str:
 
 
 def write_archive(path: Path, texts: Iterable[tuple[str, str]]) -> None:
-    """One member for each (name, PTX)."""
+    """Writes an archive with one member for each (name, PTX)."""
     temporary = path.with_suffix(".part")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
         for name, text in texts:
@@ -114,7 +114,7 @@ def build_speed_kernels(
 
 
 def write_sources(path: Path, **more: str) -> None:
-    """What the kernels are made from, for the result."""
+    """A description of what the kernels are made from, for the result."""
     paths = ["shaders", "native/plan"]
 
     def git(*arguments: str) -> str:
@@ -150,9 +150,13 @@ def main() -> None:
         write_sources(SPEED_SOURCES, peer=peer.check_header())
         started = time.monotonic()
         count = build_speed_kernels(
-            build_planner(SPEED_PLANNER), options.dtypes, options.head_dims,
-            options.only != "forward", options.arch, options.jobs,
-        )  # fmt: skip
+            build_planner(SPEED_PLANNER),
+            options.dtypes,
+            options.head_dims,
+            options.only != "forward",
+            options.arch,
+            options.jobs,
+        )
         print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)

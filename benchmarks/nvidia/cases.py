@@ -62,9 +62,13 @@ class Case:
     def scoring(self) -> Scoring:
         return Scoring(
             self.head_dim**-0.5 if self.scale is None else self.scale,
-            self.dropout_p, SEED, self.window_left, self.window_right, self.diagonal,
+            self.dropout_p,
+            SEED,
+            self.window_left,
+            self.window_right,
+            self.diagonal,
             self.scratch_bytes,
-        )  # fmt: skip
+        )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v, dout and dlse or None, dense."""
@@ -122,20 +126,31 @@ def head_dims(names: list[str]) -> list[int]:
 def every_variant(dims: list[int]) -> Iterator[Case]:
     """Each variant twice: with its full head dim and with a padded one.
 
-    Wide heads with dS stored and without; of all the budget has room.
+    Wide heads run with dS stored and without it. The budget has room for all of dS.
     """
     for dtype, dim, p in itertools.product(DTYPES, dims, (0.0, 0.25)):
         chunk = 16 // dtype.itemsize
         for scratch_bytes in (_SCRATCH, 0) if dim >= 64 else (_SCRATCH,):
             base = Case(
-                1029, 773, dim, dtype, batch=2, num_heads=4, num_kv_heads=2, dropout_p=p,
+                1029,
+                773,
+                dim,
+                dtype,
+                batch=2,
+                num_heads=4,
+                num_kv_heads=2,
+                dropout_p=p,
                 scratch_bytes=scratch_bytes,
-            )  # fmt: skip
+            )
             yield base
             yield base.but(
-                head_dim=dim - chunk, layout="heads inside", q_len=773, kv_len=1029,
-                window_right=0, diagonal=256,
-            )  # fmt: skip
+                head_dim=dim - chunk,
+                layout="heads inside",
+                q_len=773,
+                kv_len=1029,
+                window_right=0,
+                diagonal=256,
+            )
             yield base.but(head_dim=dim - 3, q_len=773, kv_len=1029)
             yield base.but(layout="every second column", window_left=100, window_right=37)
 
@@ -193,7 +208,8 @@ def long() -> Iterator[Case]:
 
 
 def small() -> Iterator[Case]:
-    """For compute-sanitizer: every tensor an allocation of its own, a few of each kind."""
+    """A few cases of each kind for compute-sanitizer, in which every tensor is an allocation of its
+    own."""
     for dtype, dim in itertools.product(DTYPES, (16, 64, 128, 256)):
         base = Case(70, 51, dim, dtype, layout="tight")
         yield base

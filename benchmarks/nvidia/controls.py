@@ -47,5 +47,5 @@ def disturbed_parameters() -> Iterator[tuple[str, Case, Callable[[Params], None]
 
 
 def without_barriers(ptx: bytes) -> bytes:
-    """For racecheck."""
+    """A fault that racecheck must notice."""
     return re.sub(rb"bar\.sync[^;]*;", b"", ptx)

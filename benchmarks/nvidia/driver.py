@@ -65,7 +65,7 @@ class Kernels:
         self._images: dict[str, concurrent.futures.Future] = {}
 
     def assemble(self, names: list[str]) -> None:
-        """Begins to assemble these, in this order."""
+        """Begins to assemble these kernels, in this order."""
         for name in names:
             if name not in self._images:
                 text = self._mutate(self.text(name))

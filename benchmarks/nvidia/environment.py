@@ -1,4 +1,4 @@
-"""Where a run took place and what its kernels were made from."""
+"""Describes where a run takes place and what its kernels are made from."""
 
 from __future__ import annotations
 

@@ -19,9 +19,18 @@ def cases() -> Iterator[Case]:
     """Two keys for each column: as many as can be far from each other."""
     for dtype, dim, scratch_bytes in itertools.product(DTYPES, (40, 64, 128, 256), (0, 64 << 20)):
         yield Case(
-            2 * dim, 2 * dim, dim, dtype, batch=2, num_heads=3, num_kv_heads=3, scale=0.5,
-            window_right=0 if scratch_bytes else -1, scratch_bytes=scratch_bytes, has_dlse=True,
-        )  # fmt: skip
+            2 * dim,
+            2 * dim,
+            dim,
+            dtype,
+            batch=2,
+            num_heads=3,
+            num_kv_heads=3,
+            scale=0.5,
+            window_right=0 if scratch_bytes else -1,
+            scratch_bytes=scratch_bytes,
+            has_dlse=True,
+        )
 
 
 def _operands(case: Case, device: str) -> dict[str, Tensor]:
@@ -54,9 +63,12 @@ def check(attention: Attention, case: Case) -> None:
     scale_log2 = torch.tensor(0.5 / math.log(2), dtype=torch.float32, device=q.device)
     score = q.float().square().sum(-1) * scale_log2
     expected = {
-        "out": (out, v), "dv": (dv, dout), "dq": (dq, k * 0.5), "dk": (dk, q * 0.5),
+        "out": (out, v),
+        "dv": (dv, dout),
+        "dq": (dq, k * 0.5),
+        "dk": (dk, q * 0.5),
         "row_stats": (row_stats, torch.stack((score, torch.zeros_like(score)), -1)),
-    }  # fmt: skip
+    }
     for name, (result, exact) in expected.items():
         if not torch.equal(result, exact):
             wrong = (result != exact).sum().item()

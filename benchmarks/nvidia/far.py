@@ -94,9 +94,7 @@ def many_rows(batch: int) -> FarCase:
                 block = x[first : first + 4096]
                 assert torch.equal(block, x[:1].expand_as(block))
         checked = slice(batch - 1, batch)
-        return (
-            tuple(x[checked] for x in (q, k, v, dout)), s, tuple(x[checked] for x in results)
-        )  # fmt: skip
+        return (tuple(x[checked] for x in (q, k, v, dout)), s, tuple(x[checked] for x in results))
 
     text = f"float16 B{batch} H{heads} L{q_len} S{kv_len} D{head_dim}: "
     return text + f"{batch * heads * q_len:.3g} rows of statistics", run

@@ -59,7 +59,7 @@ def our_step(attention: Attention, budget_mb: int) -> memory.Step:
 def planned_bytes(
     planner: Planner, problem: Problem, length: int, budget_mb: int
 ) -> tuple[int, int]:
-    """Of the scratch for dS, and of the parameters of all launches.
+    """The bytes of the scratch for dS, and of the parameters of all launches.
 
     The parameters are tensors here, which they are not on a Mac.
     """
@@ -125,9 +125,12 @@ def measure(
     except torch.OutOfMemoryError as error:
         unfused["out of memory"] = str(error).split(". ")[0]
     return {
-        "problem": str(problem), "length": length, "formula": terms, "ours": ours,
+        "problem": str(problem),
+        "length": length,
+        "formula": terms,
+        "ours": ours,
         "unfused": unfused,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -88,9 +88,16 @@ def prefill(
     bq, bk, simdgroups = _tile(head_dim)
     dtype = _dtype_name(q.dtype)
     params = Params(
-        batch, num_heads, head_dim, q_len, kv_len, num_heads // num_kv_heads, scale, 1.0,
+        batch,
+        num_heads,
+        head_dim,
+        q_len,
+        kv_len,
+        num_heads // num_kv_heads,
+        scale,
+        1.0,
         *((_int32 * 3)(*x.stride()[:3]) for x in (q, k, v, out)),
-    )  # fmt: skip
+    )
     return Prefill(
         f"prefill_attention_{dtype}_bq{bq}_bk{bk}_bd{head_dim}_wm{simdgroups}_wn1"
         f"_hm0_dc{int(causal)}_mask{dtype}",

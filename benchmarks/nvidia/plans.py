@@ -85,9 +85,15 @@ class Planner:
         for launch in plan.launches:
             kernel = plan.kernels[launch.kernel]
             kernels.append(
-                Kernel(kernel.family, kernel.name, kernel.instantiation, launch.groups,
-                       kernel.threads, launch)
-            )  # fmt: skip
+                Kernel(
+                    kernel.family,
+                    kernel.name,
+                    kernel.instantiation,
+                    launch.groups,
+                    kernel.threads,
+                    launch,
+                )
+            )
         return Plan(kernels, plan.params, plan.ds_elements)
 
 

@@ -99,7 +99,7 @@ class Prover:
         self.usable = True
 
     def attempt(self, group: str, case: str, work: Callable[[Record], None]) -> None:
-        """Records what comes out, whatever it is. After a fault of the GPU nothing more runs."""
+        """Records the outcome, whatever it is. After a fault of the GPU nothing more runs."""
         if not self.usable:
             return
         record = Record(group, case)

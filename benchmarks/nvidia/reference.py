@@ -34,10 +34,15 @@ def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, s: Scoring,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    s: Scoring,
     dtype: torch.dtype,
-) -> MathResult:  # fmt: skip
-    """Computed in float64 if that is the dtype, else in float32 and rounded to it."""
+) -> MathResult:
+    """Computes in float64 if that is the dtype, or else in float32, and rounds to the dtype."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     q, dout = q.to(compute), dout.to(compute)
@@ -59,7 +64,8 @@ def attention(
             scores.masked_fill_(hidden, -math.inf)
         row_lse = torch.logsumexp(scores, dim=-1)
         empty = (row_lse == -math.inf).unsqueeze(-1)
-        # Anew, not exp(scores - lse): lse has no room for log(n) beside a large score.
+        # The softmax is taken anew. In exp(scores - lse), lse could not hold log(n) beside a large
+        # score.
         weights = torch.softmax(scores.masked_fill_(empty, 0.0), dim=-1).masked_fill_(empty, 0.0)
         del scores
         sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
@@ -79,7 +85,8 @@ def attention(
         dv += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows])
         out_size = max(out_size, largest(torch.matmul(kept, v_all.abs())))
         dv_size += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows].abs())
-        # From here on as autograd has it: softmax's gradient from the unrounded results.
+        # From here on this is what autograd computes: softmax's gradient from the unrounded
+        # results.
         products = dout[:, :, rows] * row_out
         dscores = torch.matmul(dout[:, :, rows], v_all.transpose(-1, -2))
         if has_dropout:
@@ -100,6 +107,13 @@ def attention(
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
     return MathResult(
-        out.to(dtype), lse.to(lse_dtype), *rounded, dq_cancelled, largest(dk_size),
-        score_size=score_size, lse_size=lse_size, out_size=out_size, dv_size=largest(dv_size),
-    )  # fmt: skip
+        out.to(dtype),
+        lse.to(lse_dtype),
+        *rounded,
+        dq_cancelled,
+        largest(dk_size),
+        score_size=score_size,
+        lse_size=lse_size,
+        out_size=out_size,
+        dv_size=largest(dv_size),
+    )

@@ -13,7 +13,7 @@ _LISTED = (
 
 
 def provenance(environment: dict) -> str:
-    """Where a run took place and from what its kernels were made (environment.describe)."""
+    """Says where a run took place and from what its kernels were made (environment.describe)."""
     sources = environment["sources"]
     edited = " with uncommitted changes" if sources["edited"] else ""
     return (

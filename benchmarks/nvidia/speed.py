@@ -205,7 +205,7 @@ class Bench:
                 self._attempt(what, mode, operands)
 
     def _attempt(self, what: str, mode: str, x: Operands) -> None:
-        """Records what comes out, whatever it is. After a fault of the GPU nothing more runs."""
+        """Records the outcome, whatever it is. After a fault of the GPU nothing more runs."""
         if not self.usable:
             return
         work = x.work
@@ -330,7 +330,7 @@ def _json_lines(result: dict) -> str:
 
 
 def _write(bench: Bench, output: Path) -> str:
-    """Gives the Markdown."""
+    """Writes both files and returns the Markdown."""
     result = {
         "environment": describe(SPEED_SOURCES),
         "records": [asdict(record) for record in bench.records],
@@ -361,7 +361,7 @@ def main() -> None:
     bench.planted_fault(chosen[0])
     for work in chosen:
         bench.run(work, work.length <= longest)
-        _write(bench, options.output)  # each time: a run that is cut off has something to show
+        _write(bench, options.output)  # each time, so that a run that is cut off leaves results
         torch.cuda.empty_cache()
     print(_write(bench, options.output))
     sys.exit(not bench.usable or any(record.failure for record in bench.records))

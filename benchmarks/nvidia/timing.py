@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Work = Callable[[], None]
-#: Runs a work some times in a row; milliseconds for each.
+#: A function that runs a work some times in a row and gives the milliseconds of each.
 Clock = Callable[[Work, int], float]
 
 _WARM_UP = 2

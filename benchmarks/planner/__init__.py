@@ -1,7 +1,8 @@
 """The plan of native/plan from Python, without torch and without the native library.
 
-It decides here too which variant runs, on which grid, with which parameters: for kernels that run
-elsewhere (benchmarks/nvidia) and for plans that are changed on purpose (tests/proof/mutation).
+Here too the plan decides which variant runs, on which grid, with which parameters. It serves
+kernels that run elsewhere (benchmarks/nvidia) and plans that are changed on purpose
+(tests/proof/mutation).
 """
 
 from __future__ import annotations
@@ -91,11 +92,19 @@ def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
     """
     offsets = ",".join(f"offsetof(AttentionParams,{name})" for name in _FIELDS)
     command = [
-        os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-shared", *flags, f"-I{root}",
-        f"-DORCHARD_BUFFERS={','.join(_ENUMERATORS)}", f"-DORCHARD_OFFSETS={offsets}",
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *flags,
+        f"-I{root}",
+        f"-DORCHARD_BUFFERS={','.join(_ENUMERATORS)}",
+        f"-DORCHARD_OFFSETS={offsets}",
         str(Path(__file__).with_name("bridge.cpp")),
-        *(str(root / source.relative_to(ROOT)) for source in PLAN_SOURCES), "-o", str(library),
-    ]  # fmt: skip
+        *(str(root / source.relative_to(ROOT)) for source in PLAN_SOURCES),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -106,8 +115,13 @@ class Planner:
         self._library = ctypes.CDLL(str(library))
         for name in ("new_problem", "plan", "params"):
             self._function(name).restype = ctypes.c_void_p
-        for name in ("bytes_before_tiles", "bytes_of_layout", "num_kernels", "num_launches",
-                     "head_dims"):  # fmt: skip
+        for name in (
+            "bytes_before_tiles",
+            "bytes_of_layout",
+            "num_kernels",
+            "num_launches",
+            "head_dims",
+        ):
             self._function(name).restype = ctypes.c_uint64
         self._function("ds_elements").restype = ctypes.c_int64
         self._check_mirrors()
@@ -123,8 +137,9 @@ class Planner:
             raise RuntimeError("planner: its AttentionParams is not that of shaders/params.h")
         bytes_before_tiles = self._library.bridge_bytes_before_tiles()
         if (bytes_before_tiles, self._library.bridge_bytes_of_layout()) != (
-            ctypes.sizeof(_Problem), ctypes.sizeof(_Layout)
-        ):  # fmt: skip
+            ctypes.sizeof(_Problem),
+            ctypes.sizeof(_Layout),
+        ):
             raise RuntimeError("planner: its Problem is not that of native/plan/problem.h")
 
     def plan(

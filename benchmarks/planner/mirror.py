@@ -8,10 +8,14 @@ from pathlib import Path
 
 Type = type[ctypes.Structure] | type[ctypes.Array] | type[ctypes._SimpleCData]
 NUMBERS: dict[str, Type] = {
-    "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
-    "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32,
-    "float": ctypes.c_float, "double": ctypes.c_double, "bool": ctypes.c_bool,
-}  # fmt: skip
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "int32_t": ctypes.c_int32,
+    "uint32_t": ctypes.c_uint32,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "bool": ctypes.c_bool,
+}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _FIELD = re.compile(
     r"(?:std::array<(?P<element>[\w:]+), (?P<length>\d+)>|(?P<type>[\w:]+))\s+"

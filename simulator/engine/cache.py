@@ -12,8 +12,8 @@ from .toolchain import ENGINE, fingerprint
 
 @functools.cache
 def directory() -> Path:
-    """$SIMULATOR_CACHE/engine, or build/simulator/engine of the repository; one folder for each
-    version of the engine."""
+    """$SIMULATOR_CACHE/engine, or build/simulator/engine of the repository. Each version of the
+    engine has a folder there."""
     root = os.environ.get("SIMULATOR_CACHE")
     base = Path(root) / "engine" if root else ENGINE.parents[1] / "build" / "simulator" / "engine"
     path = base.resolve() / fingerprint()

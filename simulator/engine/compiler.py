@@ -115,8 +115,8 @@ def _language(check: bool) -> list[str]:
 def precompiled_header(check: bool) -> Path:
     def make(path: Path) -> None:
         command = [CLANG, *_language(check), "-isystem", str(INCLUDE)]
-        # From one preprocessed text, macros included: clang would refuse a header made from files
-        # as soon as one of them is edited while a test run goes on.
+        # The header is made from one preprocessed text, macros included. clang would refuse a
+        # header made from files as soon as one of them is edited during a test run.
         text = run([*command, "-E", "-dD", "-"], "#include <msl/msl.h>\n").stdout
         run([*command, "-x", "c++-header", "-", "-o", str(path)], text)
 
@@ -162,7 +162,7 @@ def _compile(program: str, check: bool, output: Path) -> dict:
         if check:
             result = run_compiler([*command, "-S", "-emit-llvm", "-o", "-"], program)
             text, blocks = instrument.instrument(result.stdout)
-            # The first pass has optimised: only code generation is left.
+            # The first pass has optimised the code, so only code generation is left.
             back = [CLANG, "-x", "ir", "-O1", "-Xclang", "-disable-llvm-passes", *TARGET]
             run([*back, "-Wno-override-module", "-c", "-", "-o", obj], text)
         else:

@@ -24,8 +24,8 @@ _LABEL = re.compile(r'[-\w.$"]+:')
 # The library's own functions do not count as the kernel's instructions; the table of entries runs
 # on no lane at all.
 _LIBRARY_FUNCTION = re.compile(r"@_ZN3msl(7backend|4core)|msl_entry_\d+3runE|@msl_entries_")
-# Nor does the address work of these headers, which play the hardware (counters, lanes, barriers).
-# Float operations there stand for Metal's own functions.
+# The address work of these headers, which play the hardware (counters, lanes, barriers), does not
+# count either. Float operations there stand for Metal's own functions.
 _LIBRARY_FILE = re.compile(r'!DIFile\(filename: "[^"]*/msl/(?:cpu_\w+|executor|simd)\.h"')
 _METADATA = re.compile(r"(!\d+) = (?:distinct )?(!DI\w+\(.*)")
 _FILE = re.compile(r"\bfile: (!\d+)")
@@ -157,7 +157,7 @@ class _Writer:
             self.call(f"msl_{name}_{p['space']}", f"{pointer}, i32 {length}, i32 {known}", line)
 
     def call(self, function: str, arguments: str, line: str) -> None:
-        """With the debug location of the instruction that follows."""
+        """Adds the debug location of the instruction that follows."""
         debug = _DEBUG.search(line)
         location = f", {debug[1]}" if debug else ""
         self.output.append(f"  call void @{function}({arguments}){location}")

@@ -36,9 +36,11 @@ def _selftest(args: argparse.Namespace) -> int:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", choices=("auto", "mps", "cpu"), default="auto",
+        "--device",
+        choices=("auto", "mps", "cpu"),
+        default="auto",
         help="auto: mps where there is one, else the reference on the cpu",
-    )  # fmt: skip
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -56,9 +58,12 @@ def _add_bench(commands: Any) -> None:
     _add_device(parser)
     parser.add_argument("--quick", action="store_true", help="one series, two lengths, few rounds")
     parser.add_argument(
-        "--cases", nargs="+", choices=tuple(PRESETS), metavar="NAME",
+        "--cases",
+        nargs="+",
+        choices=tuple(PRESETS),
+        metavar="NAME",
         help="; ".join(p.series.rsplit(" ", 1)[0] for p in PRESETS.values()),
-    )  # fmt: skip
+    )
     parser.add_argument("--lengths", nargs="+", type=positive_integer, metavar="L")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES)
@@ -73,29 +78,38 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--masks", nargs="+", choices=MASKS)
     parser.add_argument("--batch", type=positive_integer, default=1, help="default: %(default)s")
     parser.add_argument(
-        "--against", nargs="+", choices=(SDPA, SDPA_MATH), default=(SDPA,),
+        "--against",
+        nargs="+",
+        choices=(SDPA, SDPA_MATH),
+        default=(SDPA,),
         help=f"{SDPA}: whatever PyTorch chooses; {SDPA_MATH}: its unfused math path "
         f"(default: {SDPA})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tiles", nargs="*", metavar="NAME",
+        "--tiles",
+        nargs="*",
+        metavar="NAME",
         help="also the forward in its other tiles, all or those of these names (* and ? as in "
         "file names), and which is the fastest; measures forward unless --modes says more",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--scratch", nargs="+", type=mebibytes, metavar="MB",
+        "--scratch",
+        nargs="+",
+        type=mebibytes,
+        metavar="MB",
         help="also training with these budgets for the backward's scratch, 0 being the low-memory "
         "mode; measures training unless --modes says more",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--seconds",
         type=seconds,
         help="time budget of a case (default: 3; 0.5 with --quick)",
     )
     parser.add_argument(
-        "--output", metavar="DIR",
+        "--output",
+        metavar="DIR",
         help="folder for the files, named after the machine (default: bench-output)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--plot", metavar="FILE", help="measure nothing, make the plots of this JSON file again"
     )
@@ -115,14 +129,19 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--steps", type=positive_integer, default=300, help="default: %(default)s")
     _add_device(parser)
     parser.add_argument(
-        "--output", default="demo-output", metavar="DIR",
+        "--output",
+        default="demo-output",
+        metavar="DIR",
         help="folder for the figure, loss.png (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write every figure of the run to FILE")
     parser.add_argument(
-        "--sample-bytes", type=positive_integer, default=240, metavar="N",
+        "--sample-bytes",
+        type=positive_integer,
+        default=240,
+        metavar="N",
         help="length of the text sampled in the end (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.set_defaults(name="demo", command=_demo)
 
@@ -137,14 +156,16 @@ def _add_selftest(commands: Any) -> None:
     _add_device(parser)
     parser.add_argument("--quick", action="store_true", help="one variant per dtype")
     parser.add_argument(
-        "--report", default="orchard-selftest.json", metavar="FILE",
+        "--report",
+        default="orchard-selftest.json",
+        metavar="FILE",
         help="where the report goes (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.set_defaults(name="selftest", command=_selftest)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line. Each command's parser sets `command`: parsed arguments -> exit status."""
+    """The command line. Its parsers set `command`: from parsed arguments to an exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
     )

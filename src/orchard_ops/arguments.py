@@ -28,7 +28,7 @@ _AUTOCAST_DEVICES = frozenset(
     for name in ("cpu", "mps", "cuda", "xpu", "hpu", "mtia", "xla")
     if torch.amp.is_autocast_available(name)
 )
-"""Asked once: torch.compile of torch 2.10 and 2.11 cannot trace the question."""
+"""The question is asked at import, since torch.compile of torch 2.10 and 2.11 cannot trace it."""
 _REMEDY = {
     "scale": "multiply query by it and pass scale=1.0",
     "softcap": "pass a number, softcap.item(), if it is not to be trained",
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     has_heads: bool = True
     """False where all operands are (length, head_dim)."""
     drops_all: bool = False
-    """dropout_p is 1: `scoring` has no dropout, and out is to be multiplied by 0."""
+    """True where dropout_p is 1: `scoring` has no dropout then, and out is to be set to 0 * out."""
 
     def flat(self) -> tuple[Any, ...]:
         return (*self.operands, *self.scoring, self.impl)
@@ -124,7 +124,7 @@ def _check_dimensions(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _broadcast_batch(operands: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
-    """The common batch dimensions, and the operands with exactly these."""
+    """The common batch dimensions, and the operands expanded to them."""
     shapes = [tuple(x.shape[:-3]) for x in operands]
     try:
         batch_shape = tuple(torch.broadcast_shapes(*shapes))
@@ -141,12 +141,13 @@ def _broadcast_batch(operands: Sequence[Tensor]) -> tuple[tuple[int, ...], list[
 
 
 def _match_heads(operands: Sequence[Tensor], enable_gqa: bool) -> list[Tensor]:
-    """Operands whose head counts the functional pair takes: Hq a multiple of Hkv, one Hkv."""
+    """The operands with head counts that the functional pair takes: key and value have the same
+    number, which divides that of query."""
     query, key, value = operands
     num_heads, num_key_heads, num_value_heads = (x.shape[-3] for x in operands)
     if enable_gqa:
         if num_key_heads == num_value_heads:
-            return [query, key, value]  # the checks see whether they divide Hq
+            return [query, key, value]  # `checks` sees whether they divide Hq
         for name, count in (("key", num_key_heads), ("value", num_value_heads)):
             if count == 0 or num_heads % count:
                 raise ValueError(
@@ -200,7 +201,7 @@ def _check_kind(name: str, x: Any) -> None:
 def _mask_to_4d(
     mask: Tensor, batch_shape: tuple[int, ...], has_heads: bool, full: tuple[int, ...]
 ) -> Tensor:
-    """The mask with four dimensions, or five (see `_fold_batch`); dimensions it lacks are 1.
+    """The mask with four dimensions, or five (see `_fold_batch`). Missing dimensions become 1.
 
     `full` is (*batch_shape, Hq, L, S).
     """
@@ -224,15 +225,16 @@ def _mask_to_4d(
 
 
 def _fold_batch(mask: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
-    """Makes one batch dimension of several, or two where the mask broadcasts over some of them.
+    """Joins batch dimensions into one, or into two if the mask broadcasts over some of them.
 
-    A mask that differs in windows but not in images, (1, windows, ...), stays as small as it is.
-    Where it broadcasts over dimensions between others, it is expanded over the fewest elements.
+    A mask that is the same for all images, (1, windows, ...), is not copied for each of them. If
+    the dimensions that it broadcasts over lie between others, it is expanded to the fewest elements
+    possible.
     """
     num_batch = len(batch_shape)
 
     def group(first: int, end: int) -> Sequence[int]:
-        """The mask's sizes in some of the dimensions: all 1, or all those of the batch."""
+        """The mask's sizes in dimensions first..end-1, if they are all 1, or else the batch's."""
         broadcasts = all(size == 1 for size in mask.shape[first:end])
         return mask.shape[first:end] if broadcasts else batch_shape[first:end]
 
@@ -250,7 +252,7 @@ def _fold_batch(mask: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
 def _causal_bias(
     bias: CausalBias, q_len: int, kv_len: int, is_causal: bool, window_left: int, window_right: int
 ) -> int:
-    """The diagonal at which a CausalBias ends; it stands for a window, so it takes none beside."""
+    """The diagonal at which a CausalBias ends. It stands for a window, so no other may be given."""
     if is_causal:
         raise ValueError(f"{_OP}: attn_mask is a CausalBias already: pass is_causal=False")
     if (bias.seq_len_q, bias.seq_len_kv) != (q_len, kv_len):

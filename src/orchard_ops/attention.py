@@ -14,7 +14,7 @@ from .scoring import Scoring
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """True only for operands that `prepare` would find right and leave as they are."""
+    """Whether `prepare` would surely accept the operands and leave them as they are."""
     return (
         type(query) in eager.PLAIN
         and type(key) in eager.PLAIN
@@ -95,12 +95,17 @@ def flash_attn(
         and (window_left >= -1 and window_right >= -1)
         and (type(is_causal) is bool and type(enable_gqa) is bool and type(softcap) is float)
         and _is_usual(query, key, value, enable_gqa)
-    ):  # as `prepare` would bring it, in less time
-        scoring = Scoring(
-            None, None, None, seed.draw(query) if dropout_p > 0.0 else None, dropout_p,
+    ):  # the call that `prepare` would make, in less time
+        scoring = Scoring(  # by position, which takes less time than by name
+            None,  # attn_mask
+            None,  # alibi_slopes
+            None,  # sinks
+            seed.draw(query) if dropout_p > 0.0 else None,
+            dropout_p,
             1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_left, 0 if is_causal else window_right,
-        )  # fmt: skip
+            window_left,
+            0 if is_causal else window_right,
+        )
         out, row_stats = autograd.attend(query, key, value, scoring, "auto")
         return (out, schema.public_lse(row_stats, scoring.unit)) if return_lse else out
     call = prepare(
@@ -129,10 +134,10 @@ def flash_attn(
 
 
 _LARGE = 1e30
-"""Beyond any scale in use, and within float32."""
+"""No scale in use is as large, and float32 can hold it."""
 
-# The second key: vmap decomposes too, into the functional ops and their rules (ops/vmap.py). The
-# third is for nested tensors, which are refused by name.
+# With the second key, vmap too decomposes the op into the functional ops, which have rules for vmap
+# (ops/vmap.py). With the third, nested tensors reach the function, which refuses them by name.
 for _key in (
     "CompositeImplicitAutograd",
     "FuncTorchBatchedDecomposition",

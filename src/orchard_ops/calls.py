@@ -24,13 +24,13 @@ _metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0}
 _OURS = (
     f"{Path(__file__).parent}/",
     f"{Path(torch.__file__).parent}/",
-    "<",  # text that torch.fx generates, and Python's own import machinery
+    "<",  # torch.fx's generated code and Python's import machinery
 )
 _COMPILED = "torchinductor"  # in the names of files that torch.compile writes
 
 
 class OrchardFallbackWarning(UserWarning):
-    """An mps call ran on the reference kernels. Raised once per reason and process."""
+    """Warns that an mps call ran on the reference kernels, once for each reason in a process."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def insists_on_metal(device_type: str, impl: str) -> bool:
 
 
 def _users_level() -> int:
-    """The stacklevel, for a warning of this function's caller, of the first frame that is a user's.
+    """The stacklevel at which this function's caller warns about the user's line.
 
-    A backward may run on a thread of torch's own, where there is none: then the outermost frame.
+    A backward may run on a thread of torch, which has no line of the user's; then the outermost
+    frame is taken.
     """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
@@ -86,7 +87,7 @@ def _users_level() -> int:
 
 
 def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
-    """Counts a call about to run on the reference; raises where the caller insisted on Metal."""
+    """Counts a call that will run on the reference. Raises if the caller insisted on Metal."""
     if insists_on_metal(device_type, impl):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
     if debug_enabled():
@@ -100,7 +101,7 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
             OrchardFallbackWarning,
             stacklevel=_users_level(),
         )
-    with _lock:  # after the warning, which a filter may have turned into an error
+    with _lock:  # only now: a filter may have turned the warning into an error
         _reference[op, reason] += 1
         if unasked:
             _warned.add(reason)
@@ -132,7 +133,8 @@ _pending = threading.local()
 
 @contextmanager
 def kept_pending() -> Iterator[None]:
-    """Remembers what the block raises: the native library makes a RuntimeError of everything."""
+    """Remembers the exception that leaves the block, of which the native library makes a
+    RuntimeError."""
     try:
         yield
     except BaseException as error:
@@ -141,7 +143,7 @@ def kept_pending() -> Iterator[None]:
 
 
 def take_pending(message: str) -> BaseException | None:
-    """What a block under `kept_pending` raised in this thread, if `message` tells of it."""
+    """The exception of this thread's last block under `kept_pending`, if `message` is about it."""
     exception = getattr(_pending, "exception", None)
     _pending.exception = None
     if exception is None or type(exception).__name__ not in message:

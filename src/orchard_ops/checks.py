@@ -1,4 +1,4 @@
-"""Malformed operands: what is wrong, in words: the op, what it wants and what it got.
+"""Raises for malformed operands; each message says the op, what it wants and what it got.
 
 The checks read shapes, dtypes and devices only, so they also run on fake tensors. `Scoring.check`
 does the same for the scoring arguments, `arguments.py` for those of `flash_attn` alone.
@@ -20,17 +20,18 @@ def _shape(x: Tensor) -> str:
 
 
 def plainly_right(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """True only for 4-D q, k, v with which `check_problem` finds no fault.
+    """True only for 4-D q, k and v in which `check_problem` would find no fault.
 
-    The common call is recognised by one expression, since those take longer than everything else
-    that Python does for a call. False means nothing: the checks decide, and word the error.
+    The checks take longer than everything else that Python does for a call, so a common call is
+    recognised by this one expression. False does not mean that the operands are wrong: the checks
+    decide that, and word the error.
     """
     shape, kv_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
     return (
         len(shape) == 4
         and len(kv_shape) == 4
         and kv_shape == value.shape
-        # Lengths are not compared with each other: torch.export would make that a condition.
+        # The lengths are not compared: torch.export would make a condition of that.
         and kv_shape[0] == shape[0]
         and kv_shape[3] == shape[3]
         and (
@@ -46,7 +47,7 @@ def plainly_right(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """That q, k and v are dense tensors."""
+    """Checks that q, k and v are dense tensors."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
@@ -54,7 +55,7 @@ def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """That q, k and v are dense tensors of one dtype and device, of any shape."""
+    """Checks that q, k and v are dense tensors of one dtype on one device, of any shape."""
     check_tensors(op, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in DTYPES:
@@ -86,7 +87,7 @@ def check_dense(op: str, name: str, x: Tensor) -> None:
 
 
 def check_problem(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Sizes of 4-D q (B, Hq, L, D), k (B, Hkv, S, D) and v (B, Hkv, S, Dv)."""
+    """Checks the sizes of 4-D q (B, Hq, L, D), k (B, Hkv, S, D) and v (B, Hkv, S, Dv)."""
     check_kinds(op, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:

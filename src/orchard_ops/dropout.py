@@ -4,10 +4,11 @@ The Metal kernels (``shaders/dropout.h``) and the reference call the same functi
 never stored, a recomputed forward (activation checkpointing) sees the same one, and falling back
 from Metal to the reference does not change it.
 
-One Philox4x32-10 block decides a 2 x 2 arrangement of weights eight rows and eight columns apart,
-twice over (the two 16-bit halves of each word are neighbouring columns). That is how an Apple GPU's
-8 x 8 matrix fragments are spread over the lanes of a simdgroup: a lane draws only what it needs,
-whether a kernel walks along the keys or along the queries.
+One Philox4x32-10 block gives four words of 32 bits. They decide a 2 x 2 arrangement of pairs of
+weights that lie eight rows and eight columns apart; a pair is two neighbouring columns, one for
+each 16-bit half of a word. A lane of an Apple GPU's simdgroup holds just these elements of four
+neighbouring 8 x 8 matrix fragments, so it draws only what it needs, whether a kernel walks along
+the keys or along the queries.
 
 Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 """
@@ -23,7 +24,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 RESOLUTION = 1 << 16
-"""A dropout probability is rounded to a multiple of 1 / RESOLUTION (and the rescale follows it)."""
+"""A dropout probability is rounded to a multiple of 1 / RESOLUTION, before weights are rescaled."""
 
 GROUP = 16
 """Rows and columns are drawn in groups of this many; see the module's docstring."""

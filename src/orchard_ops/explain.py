@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, get_type_hints
 
 import torch
-from torch import Tensor
 
 from . import calls, native
-from .arguments import prepare
+from .arguments import Call, prepare
 from .plan import plan
 
 
@@ -19,15 +22,15 @@ class Explanation:
     path: str
     """"metal", "reference", or "raises": ORCHARD_STRICT or impl="metal" forbids the reference."""
     reason: str
-    """Why that path."""
+    """The reason for that path."""
     advice: str
-    """What would make the call run on Metal, or run faster there; may be empty."""
+    """A change that would make the call run on Metal, or run faster there. It may be empty."""
     kernels: tuple[str, ...]
     """Names of the Metal kernels: forward, then backward. Empty where none would run."""
     tiles: dict[str, str]
-    """Kernel -> its tile and grid, in words."""
+    """The tile and grid of each kernel, as a text for reading."""
     scratch_bytes: int = 0
-    """What a backward takes for the gradient of the scores while it runs, if there is memory."""
+    """The bytes that a backward takes, if it can, for the gradient of the scores while it runs."""
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]
@@ -41,23 +44,35 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    impl: str | None = None,
-) -> Explanation:
+_P = ParamSpec("_P")
+
+
+def _of_the_arguments_of(
+    take: Callable[_P, Call],
+) -> Callable[[Callable[[Call], Explanation]], Callable[_P, Explanation]]:
+    """Makes a function of a call into one of the arguments from which `take` makes the call."""
+    signature = inspect.signature(take, eval_str=True).replace(return_annotation=Explanation)
+
+    def decorate(explain_call: Callable[[Call], Explanation]) -> Callable[_P, Explanation]:
+        @functools.wraps(explain_call)
+        def explain(*args: _P.args, **kwargs: _P.kwargs) -> Explanation:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"orchard_ops.explain: {error}") from None
+            with torch.random.fork_rng(devices=[]):  # taking a call draws its dropout seed
+                call = take(*args, **kwargs)
+            return explain_call(call)
+
+        explain.__signature__ = signature  # type: ignore[attr-defined]
+        explain.__annotations__ = get_type_hints(take) | {"return": Explanation}
+        return explain
+
+    return decorate
+
+
+@_of_the_arguments_of(prepare)
+def explain(call: Call) -> Explanation:
     """Says what `flash_attn` would do with the same arguments. Runs nothing.
 
     The backward is explained for a gradient laid out like the output.
@@ -65,24 +80,7 @@ def explain(
     Raises:
         ValueError, TypeError: as `flash_attn`, for a malformed call.
     """
-    with torch.random.fork_rng(devices=[]):  # prepare draws a dropout seed
-        call = prepare(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            impl=impl,
-        )
-    device = query.device.type
+    device = call.operands[0].device.type
     other_path = "raises" if calls.insists_on_metal(device, call.impl) else "reference"
 
     def without_metal(reason: str, advice: str) -> Explanation:

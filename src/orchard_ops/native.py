@@ -15,13 +15,14 @@ _why_not: str | None = "the native library has not been looked for"
 
 
 def _library_path() -> Path:
-    """ORCHARD_NATIVE_LIBRARY if set (development builds), else the file inside the package."""
+    """The path in ORCHARD_NATIVE_LIBRARY (for development builds), or the file inside the
+    package."""
     override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
     return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
 
 
 def _difference(theirs: str, ours: str) -> str:
-    """Where two interfaces part, for a message."""
+    """The first difference of two interfaces, in words for a message."""
     common = next((n for n, (x, y) in enumerate(zip(theirs, ours)) if x != y), 0)
     start = ours.rfind(",", 0, common) + 1
     there, here = (text[start : start + 40].strip() for text in (theirs, ours))
@@ -29,15 +30,19 @@ def _difference(theirs: str, ours: str) -> str:
 
 
 def _open(path: Path, interface: str) -> str | None:
-    """Loads the library and has it register its ops; None, or why not.
+    """Loads the library and has it register its ops. Returns None, or the reason why it could not.
 
-    Loading registers nothing, so that a library for another version of this package is told apart
-    before PyTorch knows of it. Old ones register at once: they are told by their file, which does
-    not name the function to ask.
+    Loading registers nothing, so a library for another version of this package is recognised before
+    PyTorch knows of it. Libraries of old versions register their ops as soon as they are loaded.
+    They are recognised by their file, in which the name of the interface function does not occur.
     """
-    stranger = f"{path.name} is not a native library of orchard_ops, or one of another version"
+    stranger = (
+        f"{path.name} is not a native library of orchard_ops, or one of another version; "
+        "reinstall it"
+    )
     try:
-        # The linker of a Mac may store the part that all functions share but once.
+        # A Mac's library lists its exports as a prefix tree, which may hold the "orchard_" that
+        # they share apart from the rest of each name. So the search is for the rest.
         if _INTERFACE.removeprefix("orchard_").encode() not in path.read_bytes():
             return stranger
         library = ctypes.CDLL(str(path))
@@ -64,7 +69,7 @@ def _open(path: Path, interface: str) -> str | None:
 def load(interface: str) -> None:
     """Loads the library of this interface, which registers the MPS kernels.
 
-    Never raises: see `why_not`.
+    It never raises: `why_not` tells what failed.
     """
     global _why_not
     path = _library_path()

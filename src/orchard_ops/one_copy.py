@@ -1,4 +1,5 @@
-"""The ops are registered once in a process: a second import takes up the first or says why not."""
+"""Ops are registered once in a process: a second import takes the first one's modules, or
+raises."""
 
 from __future__ import annotations
 

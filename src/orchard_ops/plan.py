@@ -19,7 +19,7 @@ class Kernel(NamedTuple):
     tile: str
     """Tile and grid in words."""
     tile_name: str
-    """As in `name`; the forward's as ORCHARD_TILES has it, too."""
+    """The tile as it stands in `name`, and for the forward in ORCHARD_TILES."""
     alternatives: tuple[str, ...]
     """Tiles that ORCHARD_TILES may name here."""
 
@@ -28,13 +28,15 @@ class Plan(NamedTuple):
     """Which kernels a forward and its backward would run, or why Metal cannot run the call."""
 
     refusal: str
-    """Empty, or why Metal cannot run the call: the same text for any values."""
+    """The reason why Metal cannot run the call, or an empty text. It does not depend on the values
+    of the call."""
     detail: str
     """The values of this call that the refusal is about; may be empty."""
     advice: str
     kernels: tuple[Kernel, ...]
     launches: tuple[tuple[int, ...], ...]
-    """In order: kernel, threadgroups in x and y, first key/value head, first key, end of keys."""
+    """The launches in order, each as its kernel, threadgroups in x and y, first key/value head,
+    first key and end of keys."""
     scratch_bytes: int
 
     @property

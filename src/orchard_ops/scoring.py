@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_DIAGONAL = 1 << 40
-"""Far beyond any length, and far from overflowing int64."""
+"""This is far beyond any length, and sums with it are far from overflowing int64."""
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -25,9 +25,9 @@ class Scoring(NamedTuple):
     attn_mask: Tensor | None = None
     """Broadcastable to (B, Hq, L, S); bool: True takes part; floating point: added.
 
-    With five dimensions it is (outer, inner, ...), one of the two being 1: batch entries count as
-    (outer, inner), and the mask broadcasts over one side. So a mask that repeats within the batch
-    need not be copied."""
+    With five dimensions it is (outer, inner, Hq, L, S), where outer or inner is 1. The batch is
+    then seen as (outer, inner), and the mask broadcasts over the dimension that is 1. So a mask
+    that repeats within the batch need not be copied."""
     alibi_slopes: Tensor | None = None
     """(Hq) or (B, Hq); -slope * |i + diagonal - j| is added."""
     sinks: Tensor | None = None
@@ -41,24 +41,31 @@ class Scoring(NamedTuple):
     window_right: int = -1
     """Query i sees keys up to i + diagonal + window_right; -1 is open."""
     diagonal: int = 0
-    """The key that query 0 stands at."""
+    """The index of the key at which query 0 stands."""
     softcap: float = 0.0
     """c > 0 replaces a score s by c * tanh(s / c)."""
 
     @property
     def plain(self) -> bool:
-        """Whether a score is a scaled dot product and nothing else.
+        """Whether a logit is a scaled dot product and nothing else.
 
-        Windows, sinks and dropout do not change a score.
+        Windows and dropout do not change a logit.
         """
-        return self.attn_mask is None and self.alibi_slopes is None and self.softcap == 0.0
+        return (
+            self.attn_mask is None
+            and self.alibi_slopes is None
+            and self.sinks is None
+            and self.softcap == 0.0
+        )
 
     @property
     def unit(self) -> float:
-        """What 1 in ``row_stats`` is as a natural logarithm.
+        """The factor that makes the logarithms in ``row_stats`` natural ones.
 
-        The exponents are powers of two where the score is plain. Elsewhere they are natural: a
-        finite mask times log2(e) could overflow.
+        Where all logits are plain, the kernels take powers of two, and ``row_stats`` holds
+        logarithms to the base 2: the factor is ln(2). Elsewhere they take powers of e: a finite
+        mask times log2(e) could overflow, and a large sink would lose digits on its way to powers
+        of two and back.
         """
         return math.log(2.0) if self.plain else 1.0
 
@@ -99,7 +106,10 @@ class Scoring(NamedTuple):
         if self.dropout_p == 0.0:
             return
         if seed is None:
-            raise ValueError(f"{op}: dropout_p is {self.dropout_p} but dropout_seed is None")
+            raise ValueError(
+                f"{op}: dropout_p above 0 needs a dropout_seed; got dropout_p {self.dropout_p} and "
+                "dropout_seed None: pass a 0-dim int64 cpu tensor"
+            )
         on_host = seed.device.type in ("cpu", "meta")
         if seed.dim() != 0 or seed.dtype != torch.int64 or not on_host:
             raise ValueError(
@@ -118,7 +128,8 @@ class Scoring(NamedTuple):
             raise TypeError(
                 f"{op}: attn_mask must be bool, float32 or query's {query.dtype}; got {mask.dtype}"
             )
-        # A length is compared with its like first: torch.export cannot tell an unknown one from 1.
+        # Each length is compared with the full one before it is compared with 1: torch.export
+        # cannot decide whether an unknown length is 1.
         full = (*query.shape[:3], key.shape[2])
         batches, repeats = mask.shape[: mask.dim() - 3], True
         if mask.dim() == 5:
@@ -156,6 +167,6 @@ _SCHEMA_TYPES = {Tensor | None: "Tensor?", float: "float", int: "int"}
 _KINDS = {name: _SCHEMA_TYPES[kind] for name, kind in Scoring.__annotations__.items()}
 
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
-"""The arguments as every schema of the functional ops has them."""
+"""The arguments as they stand in the schema of every functional op."""
 TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
 """The names of the arguments that may be tensors; they come first."""

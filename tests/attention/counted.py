@@ -27,7 +27,7 @@ def qkv(
 
 
 class Counted:
-    """What happened on the device inside a `with` block."""
+    """Counts what happens on the device inside a `with` block."""
 
     def __enter__(self) -> Counted:
         self.waits, self.memory = simulator.waits(), simulator.memory()

@@ -1,4 +1,5 @@
-"""Malformed calls raise at once and say the op, what was wrong and what came; edge cases do not."""
+"""Malformed calls raise at once; the message says the op, what was wrong and what it got. Edge
+cases do not raise."""
 
 from __future__ import annotations
 
@@ -29,275 +30,217 @@ def grouped(*args: object, **kwargs: object) -> object:
     return orchard_ops.flash_attn(*args, enable_gqa=True, **kwargs)
 
 
+def functional(*operands: torch.Tensor, **scoring: object) -> object:
+    return torch.ops.orchard.flash_attn_fwd(*operands, *PLAIN._replace(**scoring))
+
+
+HEADS = "the number of query heads must be a multiple of the number of key/value heads; got 4 and"
+NESTED = (
+    "must be a dense tensor; got a nested one: pad it with torch.nested.to_padded_tensor and hide "
+    "the padding by attn_mask"
+)
+
 MALFORMED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "rank 1": (
         lambda: orchard_ops.flash_attn(randn(8), randn(8), randn(8)),
         ValueError,
-        f"{OP}: query must have 2 or more dimensions, (..., heads, length, head_dim); "
-        "got shape (8,)",
+        "query must have 2 or more dimensions, (..., heads, length, head_dim); got shape (8,)",
     ),
     "batch size": (
         lambda: grouped(q, randn(3, 2, 9, 16), v),
         ValueError,
-        f"{OP}: the batch dimensions of query, key and value must broadcast; "
-        "got (2,), (3,) and (2,)",
+        "the batch dimensions of query, key and value must broadcast; got (2,), (3,) and (2,)",
     ),
     "head_dim of key": (
         lambda: grouped(q, randn(2, 2, 9, 24), v),
         ValueError,
-        f"{OP}: key must have query's head_dim 16; got 24",
+        "key must have query's head_dim 16; got 24",
     ),
     "length of value": (
         lambda: grouped(q, k, randn(2, 2, 10, 16)),
         ValueError,
-        f"{OP}: value must have key's length 9; got 10",
+        "value must have key's length 9; got 10",
     ),
     "heads without enable_gqa": (
         lambda: orchard_ops.flash_attn(q, k, v),
         ValueError,
-        f"{OP}: query, key and value must have the same number of heads, or enable_gqa=True where "
+        "query, key and value must have the same number of heads, or enable_gqa=True where "
         "query heads share those of key and value; got 4, 2 and 2 heads "
         "(operands are (..., heads, length, head_dim))",
     ),
     "heads of value do not divide": (
         lambda: grouped(q, k, randn(2, 3, 9, 16)),
         ValueError,
-        f"{OP}: the number of query heads must be a multiple of the number of value heads; "
-        "got 4 and 3",
+        "the number of query heads must be a multiple of the number of value heads; got 4 and 3",
     ),
     "heads do not divide": (
         lambda: grouped(q, randn(2, 3, 9, 16), randn(2, 3, 9, 16)),
         ValueError,
-        f"{OP}: the number of query heads must be a multiple of the number of key/value heads; "
-        "got 4 and 3",
+        f"{HEADS} 3",
     ),
     "no key heads": (
         lambda: grouped(q, randn(2, 0, 9, 16), randn(2, 0, 9, 16)),
         ValueError,
-        f"{OP}: the number of query heads must be a multiple of the number of key/value heads; "
-        "got 4 and 0",
+        f"{HEADS} 0",
     ),
     "head_dim 0": (
         lambda: orchard_ops.flash_attn(randn(2, 2, 8, 0), randn(2, 2, 9, 0), v),
         ValueError,
-        f"{OP}: head_dim must be at least 1; got 0 for query and key and 16 for value",
+        "head_dim must be at least 1; got 0 for query and key and 16 for value",
     ),
     "mixed dtypes": (
         lambda: grouped(q, k.half(), v),
         TypeError,
-        f"{OP}: query, key and value must have the same dtype; "
+        "query, key and value must have the same dtype; "
         "got torch.float32, torch.float16 and torch.float32",
     ),
     "mixed devices": (
         lambda: grouped(q, k.to("mps"), v),
         ValueError,
-        f"{OP}: query, key and value must be on the same device; got cpu, mps:0 and cpu",
+        "query, key and value must be on the same device; got cpu, mps:0 and cpu",
     ),
     "integers": (
         lambda: orchard_ops.flash_attn(q.int(), k.int(), v.int()),
         TypeError,
-        f"{OP}: query must be float16, bfloat16, float32 or float64; got torch.int32",
+        "query must be float16, bfloat16, float32 or float64; got torch.int32",
     ),
-    "not a tensor": (
-        lambda: grouped(q, [1.0], v),
-        TypeError,
-        f"{OP}: key must be a tensor; got list",
-    ),
-    "dropout_p above 1": (
-        lambda: grouped(q, k, v, dropout_p=1.5),
-        ValueError,
-        f"{OP}: dropout_p must be in [0, 1]; got 1.5",
-    ),
-    "dropout_p negative": (
-        lambda: grouped(q, k, v, dropout_p=-0.1),
-        ValueError,
-        f"{OP}: dropout_p must be in [0, 1]; got -0.1",
-    ),
-    "dropout_p nan": (
-        lambda: grouped(q, k, v, dropout_p=math.nan),
-        ValueError,
-        f"{OP}: dropout_p must be in [0, 1]; got nan",
-    ),
-    "softcap negative": (
-        lambda: grouped(q, k, v, softcap=-1.0),
-        ValueError,
-        f"{OP}: softcap must be 0 (none) or positive and finite in float32; got -1.0",
-    ),
-    "softcap nan": (
-        lambda: grouped(q, k, v, softcap=math.nan),
-        ValueError,
-        f"{OP}: softcap must be 0 (none) or positive and finite in float32; got nan",
-    ),
-    "window under is_causal": (
-        lambda: grouped(q, k, v, is_causal=True, window_right=-5),
-        ValueError,
-        f"{OP}: window_right must be -1 (open) or at least 0; got -5",
-    ),
-    "diagonal": (
-        lambda: torch.ops.orchard.flash_attn_fwd(q, k, v, *PLAIN._replace(diagonal=-(2**63))),
-        ValueError,
-        f"orchard::flash_attn_fwd: diagonal must be within +-2^40; got {-(2**63)}",
-    ),
-    "window": (
-        lambda: grouped(q, k, v, window_left=-2),
-        ValueError,
-        f"{OP}: window_left must be -1 (open) or at least 0; got -2",
-    ),
-    "mask shape": (
-        lambda: grouped(q, k, v, torch.ones(8, 10, dtype=torch.bool)),
-        ValueError,
-        f"{OP}: attn_mask must broadcast to (2, 4, 8, 9); got shape (8, 10)",
-    ),
-    "padding mask": (
-        lambda: grouped(q, k, v, torch.ones(2, 9, dtype=torch.bool)),
-        ValueError,
-        f"{OP}: attn_mask must broadcast to (2, 4, 8, 9); got shape (2, 9): "
-        "a padding mask goes in as mask[:, None, None, :]",
-    ),
-    "is_causal": (
-        lambda: grouped(q, k, v, is_causal="False"),
-        TypeError,
-        f"{OP}: is_causal must be True or False; got 'False', a str",
-    ),
-    "window that is a float": (
-        lambda: grouped(q, k, v, window_left=0.25),
-        TypeError,
-        f"{OP}: window_left must be an integer; got 0.25, a float",
-    ),
-    "window that is a bool": (
-        lambda: grouped(q, k, v, window_right=True),
-        TypeError,
-        f"{OP}: window_right must be an integer; got True, a bool",
-    ),
-    "scale nan": (
-        lambda: grouped(q, k, v, scale=math.nan),
-        ValueError,
-        f"{OP}: scale must be finite in float32; got nan",
-    ),
-    "scale beyond float32": (
-        lambda: grouped(q, k, v, scale=1e300),
-        ValueError,
-        f"{OP}: scale must be finite in float32; got 1e+300",
-    ),
-    "softcap beyond float32": (
-        lambda: grouped(q, k, v, softcap=1e300),
-        ValueError,
-        f"{OP}: softcap must be 0 (none) or positive and finite in float32; got 1e+300",
-    ),
-    "scale that is a text": (
-        lambda: grouped(q, k, v, scale="1"),
-        TypeError,
-        f"{OP}: scale must be a number; got '1', a str",
-    ),
-    "learnable scale": (
-        lambda: grouped(q, k, v, scale=torch.nn.Parameter(torch.tensor(0.25))),
-        TypeError,
-        f"{OP}: scale must be a number; got a tensor that requires grad, which would get no "
-        "gradient: multiply query by it and pass scale=1.0",
-    ),
-    "learnable softcap": (
-        lambda: grouped(q, k, v, softcap=torch.tensor(2.0, requires_grad=True)),
-        TypeError,
-        f"{OP}: softcap must be a number; got a tensor that requires grad, which would get no "
-        "gradient: pass a number, softcap.item(), if it is not to be trained",
-    ),
-    "mask that is no tensor": (
-        lambda: grouped(q, k, v, 1.0),
-        TypeError,
-        f"{OP}: attn_mask must be a tensor or None; got a float",
-    ),
-    "slopes that are no tensor": (
-        lambda: grouped(q, k, v, alibi_slopes=[1.0] * 4),
-        TypeError,
-        f"{OP}: alibi_slopes must be a tensor or None; got a list",
-    ),
+    "not a tensor": (lambda: grouped(q, [1.0], v), TypeError, "key must be a tensor; got list"),
     "nested query": (
         lambda: orchard_ops.flash_attn(torch.nested.nested_tensor([q[0], q[1]]), k, v),
         TypeError,
-        f"{OP}: query must be a dense tensor; got a nested one: pad it with "
-        "torch.nested.to_padded_tensor and hide the padding by attn_mask",
+        f"query {NESTED}",
     ),
     "jagged key": (
         lambda: orchard_ops.flash_attn(
             q, torch.nested.nested_tensor([k[0], k[1]], layout=torch.jagged), v
         ),
         TypeError,
-        f"{OP}: key must be a dense tensor; got a nested one: pad it with "
-        "torch.nested.to_padded_tensor and hide the padding by attn_mask",
+        f"key {NESTED}",
     ),
     "sparse value": (
         lambda: grouped(q, k, v.to_sparse()),
         TypeError,
-        f"{OP}: value must be a dense tensor; got layout torch.sparse_coo: call .to_dense()",
-    ),
-    "mask rank": (
-        lambda: grouped(q, k, v, torch.ones(1, 1, 1, 8, 9, dtype=torch.bool)),
-        ValueError,
-        f"{OP}: attn_mask must have at most 4 dimensions for this query; got shape (1, 1, 1, 8, 9)",
-    ),
-    "mask dtype": (
-        lambda: grouped(q, k, v, torch.ones(8, 9, dtype=torch.int32)),
-        TypeError,
-        f"{OP}: attn_mask must be bool, float32 or query's torch.float32; got torch.int32",
+        "value must be a dense tensor; got layout torch.sparse_coo: call .to_dense()",
     ),
     "mask device": (
         lambda: grouped(q, k, v, torch.ones(8, 9, device="mps")),
         ValueError,
-        f"{OP}: attn_mask must be on query's device cpu; got mps:0",
-    ),
-    "slopes shape": (
-        lambda: grouped(q, k, v, alibi_slopes=torch.ones(3)),
-        ValueError,
-        f"{OP}: alibi_slopes must have shape (4,) or (2, 4); got (3,)",
-    ),
-    "sinks shape": (
-        lambda: grouped(q, k, v, sinks=torch.ones(2)),
-        ValueError,
-        f"{OP}: sinks must have shape (4,); got (2,)",
-    ),
-    "sinks dtype": (
-        lambda: grouped(q, k, v, sinks=torch.ones(4, dtype=torch.int64)),
-        TypeError,
-        f"{OP}: sinks must be a floating point tensor; got torch.int64",
-    ),
-    "impl": (
-        lambda: grouped(q, k, v, impl="cuda"),
-        ValueError,
-        f"{OP}: impl must be one of auto, metal, reference; got 'cuda'",
+        "attn_mask must be on query's device cpu; got mps:0",
     ),
     "metal on the cpu": (
         lambda: grouped(q, k, v, impl="metal"),
         RuntimeError,
-        "orchard::flash_attn_fwd: the Metal kernels cannot run this call: "
-        "the tensors are on cpu, not on mps",
+        "the Metal kernels cannot run this call: the tensors are on cpu, not on mps",
     ),
     "functional op without seed": (
-        lambda: torch.ops.orchard.flash_attn_fwd(q, k, v, *PLAIN._replace(dropout_p=0.5)),
+        lambda: functional(q, k, v, dropout_p=0.5),
         ValueError,
-        "orchard::flash_attn_fwd: dropout_p is 0.5 but dropout_seed is None",
+        "dropout_p above 0 needs a dropout_seed; got dropout_p 0.5 and dropout_seed None: "
+        "pass a 0-dim int64 cpu tensor",
     ),
     "functional op with 3-D": (
-        lambda: torch.ops.orchard.flash_attn_fwd(q[0], k[0], v[0], *PLAIN),
+        lambda: functional(q[0], k[0], v[0]),
         ValueError,
-        "orchard::flash_attn_fwd: query must be (batch, heads, length, head_dim); "
-        "got shape (4, 8, 16)",
+        "query must be (batch, heads, length, head_dim); got shape (4, 8, 16)",
+    ),
+    "functional op far from the diagonal": (
+        lambda: functional(q, k, v, diagonal=-(2**63)),
+        ValueError,
+        f"diagonal must be within +-2^40; got {-(2**63)}",
     ),
 }
 
 
+def text_of(name: str) -> str:
+    """The whole message of a malformed call, as a pattern."""
+    by_functional_op = name.startswith("functional") or name == "metal on the cpu"
+    op = "orchard::flash_attn_fwd" if by_functional_op else OP
+    return f"^{re.escape(f'{op}: {MALFORMED[name][2]}')}$"
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_message(name: str):
-    call, exception, message = MALFORMED[name]
-    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+    call, exception, _ = MALFORMED[name]
+    with pytest.raises(exception, match=text_of(name)):
         call()
 
 
 @pytest.mark.parametrize("name", ["rank 1", "batch size", "heads do not divide", "mixed dtypes"])
 def test_the_op_raises_as_the_function_does(name: str, monkeypatch: pytest.MonkeyPatch):
-    call, exception, message = MALFORMED[name]
+    call, exception, _ = MALFORMED[name]
     monkeypatch.setattr(orchard_ops, "flash_attn", torch.ops.orchard.flash_attn)
-    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+    with pytest.raises(exception, match=text_of(name)):
         call()
+
+
+WINDOW = "be -1 (open) or at least 0; got"
+SOFTCAP = "be 0 (none) or positive and finite in float32; got"
+NO_GRADIENT = "be a number; got a tensor that requires grad, which would get no gradient:"
+MASK = "broadcast to (2, 4, 8, 9); got shape"
+
+# (argument, value, exception, what the message says after "<argument> must")
+OPTIONS: list[tuple[str, object, type[Exception], str]] = [
+    ("is_causal", "False", TypeError, "be True or False; got 'False', a str"),
+    ("dropout_p", 1.5, ValueError, "be in [0, 1]; got 1.5"),
+    ("dropout_p", -0.1, ValueError, "be in [0, 1]; got -0.1"),
+    ("dropout_p", math.nan, ValueError, "be in [0, 1]; got nan"),
+    ("softcap", -1.0, ValueError, f"{SOFTCAP} -1.0"),
+    ("softcap", math.nan, ValueError, f"{SOFTCAP} nan"),
+    ("softcap", 1e300, ValueError, f"{SOFTCAP} 1e+300"),
+    (
+        "softcap",
+        torch.tensor(2.0, requires_grad=True),
+        TypeError,
+        f"{NO_GRADIENT} pass a number, softcap.item(), if it is not to be trained",
+    ),
+    ("scale", math.nan, ValueError, "be finite in float32; got nan"),
+    ("scale", 1e300, ValueError, "be finite in float32; got 1e+300"),
+    ("scale", "1", TypeError, "be a number; got '1', a str"),
+    (
+        "scale",
+        torch.nn.Parameter(torch.tensor(0.25)),
+        TypeError,
+        f"{NO_GRADIENT} multiply query by it and pass scale=1.0",
+    ),
+    ("window_left", -2, ValueError, f"{WINDOW} -2"),
+    ("window_right", -5, ValueError, f"{WINDOW} -5"),
+    ("window_left", 0.25, TypeError, "be an integer; got 0.25, a float"),
+    ("window_right", True, TypeError, "be an integer; got True, a bool"),
+    ("impl", "cuda", ValueError, "be one of auto, metal, reference; got 'cuda'"),
+    ("attn_mask", torch.ones(8, 10), ValueError, f"{MASK} (8, 10)"),
+    (
+        "attn_mask",
+        torch.ones(2, 9, dtype=torch.bool),
+        ValueError,
+        f"{MASK} (2, 9): a padding mask goes in as mask[:, None, None, :]",
+    ),
+    (
+        "attn_mask",
+        torch.ones(1, 1, 1, 8, 9),
+        ValueError,
+        "have at most 4 dimensions for this query; got shape (1, 1, 1, 8, 9)",
+    ),
+    (
+        "attn_mask",
+        torch.ones(8, 9, dtype=torch.int32),
+        TypeError,
+        "be bool, float32 or query's torch.float32; got torch.int32",
+    ),
+    ("attn_mask", 1.0, TypeError, "be a tensor or None; got a float"),
+    ("alibi_slopes", [1.0] * 4, TypeError, "be a tensor or None; got a list"),
+    ("alibi_slopes", torch.ones(3), ValueError, "have shape (4,) or (2, 4); got (3,)"),
+    ("sinks", torch.ones(2), ValueError, "have shape (4,); got (2,)"),
+    ("sinks", torch.ones(4).int(), TypeError, "be a floating point tensor; got torch.int32"),
+]
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("argument, value, exception, message", OPTIONS)
+def test_option(
+    argument: str, value: object, exception: type[Exception], message: str, causal: bool
+):
+    with pytest.raises(exception, match=f"^{re.escape(f'{OP}: {argument} must {message}')}$"):
+        grouped(q, k, v, **{"is_causal": causal, argument: value})
 
 
 def test_wrong_gradient_shapes_are_refused():
@@ -339,46 +282,38 @@ def test_direct_calls_of_the_mps_kernel_are_guarded(name: str):
         torch.ops.orchard.flash_attn_fwd(*(x.to("mps") for x in operands), *PLAIN)
 
 
-MPS_FUNCTIONAL = {
-    "impl": (PLAIN, "nonsense", "impl must be one of auto, metal, reference; got 'nonsense'"),
-    "window": (
-        PLAIN._replace(window_left=-5),
-        "auto",
-        "window_left must be -1 (open) or at least 0; got -5",
+MPS_FUNCTIONAL: dict[str, tuple[dict[str, object], str]] = {
+    "impl": ({"impl": "nonsense"}, "impl must be one of auto, metal, reference; got 'nonsense'"),
+    "window": ({"window_left": -5}, f"window_left must {WINDOW} -5"),
+    "softcap": ({"softcap": -1.0}, f"softcap must {SOFTCAP} -1"),
+    "diagonal": (
+        {"diagonal": -(2**63)},
+        "diagonal must be within +-2^40; got -9223372036854775808",
     ),
-    "softcap": (
-        PLAIN._replace(softcap=-1.0),
-        "auto",
-        "softcap must be 0 (none) or positive and finite",
-    ),
-    "diagonal": (PLAIN._replace(diagonal=-(2**63)), "auto", "diagonal must be within +-2^40"),
-    "sinks": (
-        PLAIN._replace(sinks=torch.ones(8)),
-        "auto",
-        "sinks must have shape (4,); got (8,)",
-    ),
+    "sinks": ({"sinks": torch.ones(8)}, "sinks must have shape (4,); got (8,)"),
     "mask": (
-        PLAIN._replace(attn_mask=torch.ones(1, 1, 40, 60)),
-        "auto",
-        "attn_mask must broadcast to (2, 4, 8, 9); got shape (1, 1, 40, 60)",
-    ),
-    "mask on the cpu": (
-        PLAIN._replace(attn_mask=torch.ones(1, 1, 8, 9)),
-        "cpu mask",
-        "attn_mask must be on query's device mps:0; got cpu",
+        {"attn_mask": torch.ones(1, 1, 40, 60)},
+        f"attn_mask must {MASK} (1, 1, 40, 60)",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MPS_FUNCTIONAL)
 def test_functional_ops_on_mps_check_every_argument(name: str, quiet_fallback: None):
-    scoring, impl, message = MPS_FUNCTIONAL[name]
-    if impl == "cpu mask":
-        impl = "auto"
-    else:
-        scoring = [x.to("mps") if isinstance(x, torch.Tensor) else x for x in scoring]
+    arguments, message = MPS_FUNCTIONAL[name]
+    arguments = {"impl": "auto"} | {
+        name: x.to("mps") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()
+    }
+    impl = arguments.pop("impl")
+    scoring = PLAIN._replace(**arguments)
     with torch.inference_mode(), pytest.raises(ValueError, match=re.escape(message)):
         torch.ops.orchard.flash_attn_fwd(*(x.to("mps") for x in (q, k, v)), *scoring, impl)
+
+
+def test_functional_op_with_a_mask_on_the_cpu(quiet_fallback: None):
+    message = "attn_mask must be on query's device mps:0; got cpu"
+    with torch.inference_mode(), pytest.raises(ValueError, match=re.escape(message)):
+        functional(*(x.to("mps") for x in (q, k, v)), attn_mask=torch.ones(1, 1, 8, 9))
 
 
 @pytest.mark.parametrize("index, name", [(1, "key"), (2, "value")])
@@ -447,7 +382,7 @@ def test_a_sink_without_weight_and_a_row_without_keys():
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_causal_and_mask_both_apply(device: str, request: pytest.FixtureRequest):
-    if device == "mps":  # masks run on the reference there, so far
+    if device == "mps":  # masks run on the reference on mps
         request.getfixturevalue("quiet_fallback")
     x, mask = randn(1, 2, 12, 16), torch.rand(12, 12) > 0.3
     out = orchard_ops.flash_attn(*(3 * (x.to(device),)), attn_mask=mask.to(device), is_causal=True)

@@ -1,4 +1,4 @@
-"""A GPT whose attention is our op, compiled with inductor: its generated Metal beside ours."""
+"""A GPT whose attention is our op, compiled by inductor, whose generated Metal runs beside ours."""
 
 from __future__ import annotations
 

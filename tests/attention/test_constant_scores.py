@@ -1,7 +1,7 @@
 """Rows whose scores all carry a large constant, as additive masks and left padding make them.
 
-Softmax does not see a constant, so that the weights are those of the scores' differences. A weight
-of exp(score - lse) loses them: lse = constant + log(n) has no room for log(n) in float32.
+Softmax does not see a constant: the weights depend on the differences of scores. A weight computed
+as exp(score - lse) is wrong, because float32 rounds log(n) away from lse = constant + log(n).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
+from orchard_ops.ops.schema import public_lse
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import SEED, Case, assert_attention_close, math_attention
 
@@ -49,7 +50,7 @@ def differentiated(
             moved[name] = moved[name].detach().requires_grad_()
     scoring = scoring._replace(**moved)
     out, row_stats = torch.ops.orchard.flash_attn_fwd(*leaves, *scoring)
-    lse = row_stats.sum(-1) * scoring.unit
+    lse = public_lse(row_stats, scoring.unit)
     optional = [scoring.attn_mask, scoring.sinks]
     inputs = [*leaves, *(x for x in optional if x is not None and x.requires_grad)]
     outputs, grads = [out], [dout]
@@ -57,9 +58,11 @@ def differentiated(
         outputs, grads = [out, lse], [dout, torch.ones_like(lse)]
     found = iter(torch.autograd.grad(outputs, inputs, grads))
     return [
-        out.detach(), lse.detach(), *(next(found) for _ in range(3)),
+        out.detach(),
+        lse.detach(),
+        *(next(found) for _ in range(3)),
         *(next(found) if x is not None and x.requires_grad else None for x in optional),
-    ]  # fmt: skip
+    ]
 
 
 def check(device: str, case: Case, operands: tuple[Tensor, ...], scoring: Scoring) -> None:
@@ -86,7 +89,7 @@ def test_constant_float_mask(device: str, kind: str, constant: float, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("constant", (2.0**13, -(2.0**17), -(2.0**23)))
 def test_constant_in_the_dot_products(device: str, constant: float, dtype: torch.dtype):
-    """No mask: one column of q and k gives it, exactly in every dtype."""
+    """Without a mask: one column of q and k adds the constant, exactly in every dtype."""
     case = KINDS["dense"].but(dtype=dtype, scale=1.0)
     q, k, v, do = case.operands()
     q[..., 0], k[..., 0] = 2.0**10, constant / 2.0**10
@@ -108,7 +111,8 @@ def test_equal_keys_share_a_row_exactly(device: str, constant: float):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ("additive", "bool"))
 def test_left_padding_as_transformers_builds_it(device: str, kind: str, dtype: torch.dtype):
-    """Causal, one sample with its first keys hidden: its first rows see nothing but finfo.min."""
+    """Causal, with the first keys of one sample hidden: its first rows see only scores of
+    finfo.min."""
     case = Case(24, 24, 32, batch=2, num_heads=4, num_kv_heads=4, dtype=dtype)
     q, k, v, do = case.operands()
     hidden = torch.ones(24, 24, dtype=torch.bool).triu(1).expand(2, 1, 24, 24).clone()
@@ -132,7 +136,8 @@ def test_left_padding_as_transformers_builds_it(device: str, kind: str, dtype: t
 @pytest.mark.parametrize("kind", ("bool", "float32", "same"))
 @pytest.mark.parametrize("sinks", (False, True))
 def test_rows_that_see_nothing(device: str, kind: str, sinks: bool):
-    """A row of False or of -inf: 0, with gradients of 0, in the oracle and in the op."""
+    """A row whose mask is all False or all -inf gives 0 and gradients of 0, in the oracle and in
+    the op."""
     case = Case(9, 11, 16, mask=kind, sinks=sinks, dtype=torch.float16)
     scoring = case.scoring()
     mask = scoring.attn_mask.clone()

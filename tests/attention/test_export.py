@@ -1,4 +1,4 @@
-"""torch.export and torch.compile with lengths of their own, bounded by nothing but the model."""
+"""torch.export and torch.compile with query and key lengths that vary independently."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ def test_lengths_that_depend_on_data(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("budget", (0.1, 0.5, 0.9))
+@pytest.mark.parametrize("budget", (0.0, 0.1, 0.5, 0.9))
 def test_the_backward_sees_the_forwards_dropout(way, budget: float):
-    """Under a memory budget the partitioner computes again what it may: never the seed."""
+    """Under a memory budget the partitioner repeats computations, but never the draw of the
+    seed."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: way(q, k, v, dropout_p=0.4), backend="aot_eager")
     q, k, v = (x.requires_grad_() for x in qkv(2, 40, 50))
@@ -74,3 +75,41 @@ def test_the_backward_sees_the_forwards_dropout(way, budget: float):
     weight = torch.randn_like(out)
     (dv,) = torch.autograd.grad((out * weight).sum(), v)
     torch.testing.assert_close((dv * v).sum(), (out * weight).sum())  # out is linear in v
+
+
+def test_a_budget_of_0_saves_the_seed_beside_the_inputs():
+    torch._dynamo.reset()
+
+    def layers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return orchard_ops.flash_attn(q, k, v, dropout_p=0.4).tanh().exp()
+
+    saved: list[tuple[int, ...]] = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(x.shape))
+        return x
+
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    inputs = [x.requires_grad_() for x in qkv(2, 40, 50)]
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with functorch_config.patch(activation_memory_budget=0.0), hooks:
+        compiled(*inputs)
+    assert sorted(saved) == sorted([(), *(tuple(x.shape) for x in inputs)])
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "region_activation_memory_budget"),
+    reason="this torch has no budgets of regions",
+)
+def test_a_region_with_a_budget_of_0_is_refused():
+    """A region's budget takes precedence over a node's, so nothing could save the seed."""
+    torch._dynamo.reset()
+
+    def region(q: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.region_activation_memory_budget(0.0):
+            return orchard_ops.flash_attn(q, q, q, dropout_p=0.4)
+
+    q = qkv(2, 40, 50)[0].requires_grad_()
+    compiled = torch.compile(region, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"dropout needs its seed .* pass a budget above 0"):
+        compiled(q)

@@ -131,7 +131,8 @@ def test_every_kernel_fails(undisturbed: dict, fault: str, words: str):
 
 @pytest.mark.parametrize("n", (1, 2, 3))
 def test_one_shader_does_not_compile(undisturbed: dict, n: int):
-    """The n-th of forward, dq and dk/dv: that op falls back for good, the other stays on Metal."""
+    """The n-th of forward, dq and dk/dv does not compile: its op falls back for good, and the other
+    op stays on Metal."""
     result = train(f"simulator.faults(compile={n})")
     assert_same_training(result, undisturbed)
     failed, other = ("fwd", "bwd") if n == 1 else ("bwd", "fwd")
@@ -264,7 +265,7 @@ def test_refusals_fall_back_with_their_reason(reason: str, fresh_stats: None):
 def test_a_warning_turned_into_an_error_says_what_it_is(fresh_stats: None):
     with pytest.raises(orchard_ops.OrchardFallbackWarning, match="attn_mask is given"):
         orchard_ops.flash_attn(**refused(attn_mask=torch.ones(6, 7, device="mps")))
-    assert orchard_ops.stats().reference == {}  # it did not run
+    assert orchard_ops.stats().reference == {}  # the call did not run
 
 
 def test_impl_reference_never_touches_metal(fresh_stats: None):

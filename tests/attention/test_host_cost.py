@@ -1,6 +1,7 @@
-"""What a call costs the host, in counts: no waiting, no extra memory, no repeated work.
+"""What a call costs the host, in counts: it does not wait, takes no extra memory and repeats no
+work.
 
-Times are measured by benchmarks/host/measure.py; a loaded machine must not fail a test.
+benchmarks/host/measure.py measures times, which are no test: a loaded machine must not fail.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TestRecordingEngine:
             assert getattr(recorded[0], field) == getattr(executed[0], field)
 
     def test_nothing_runs(self):
-        # Operands of no other test: memory that is used again may still hold the results of those.
+        # No other test has these operands: memory that is used again may still hold another test's
+        # results.
         q, k, v = (x + 0.625 for x in qkv())
         with simulator.recording() as executed, simulator.recording(execute=False):
             out = orchard_ops.flash_attn(q, k, v, enable_gqa=True)
@@ -91,7 +93,7 @@ class TestNoWaitingAndNoExtraMemory:
 
 
 class GPT(torch.nn.Module):
-    """Two layers, as far as attention sees them: dropout in training, none in evaluation."""
+    """The attention calls of two layers, with dropout in training and without in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()

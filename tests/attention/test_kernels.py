@@ -54,7 +54,7 @@ def test_every_variant_without_scratch(
     odd: int,
     recording,
     monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
+):
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     case = Case(37, 51, head_dim - odd, dtype=dtype, dropout_p=dropout_p)
     with recording() as launches:
@@ -64,7 +64,8 @@ def test_every_variant_without_scratch(
 
 
 def test_scratch_is_shared_by_as_many_heads_as_fit(recording, monkeypatch: pytest.MonkeyPatch):
-    """dS of a group of two query heads takes 2 x 43 x 41 tiles, 882 KiB: one group in 1 MiB."""
+    """dS of a group of two query heads takes 2 x 43 x 41 tiles, or 882 KiB, so 1 MiB holds one
+    group."""
     case = Case(341, 325, 64, batch=2, num_heads=6, num_kv_heads=3, window_right=0, dropout_p=0.1)
     together = check_case(case)
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
@@ -77,9 +78,19 @@ def test_scratch_is_shared_by_as_many_heads_as_fit(recording, monkeypatch: pytes
 
 
 def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: pytest.MonkeyPatch):
-    """dS of one head takes 8 x 1027 tiles of 8 x 8, 2.006 MiB: two parts in 2 MiB."""
-    case = Case(64, 8210, 64, num_heads=2, num_kv_heads=2, dtype=torch.float16, window_left=2000,
-                window_right=6150, dropout_p=0.1)  # fmt: skip
+    """dS of one head takes 8 x 1027 tiles of 8 x 8, or 2.006 MiB, so its keys are divided in two to
+    fit into 2 MiB."""
+    case = Case(
+        64,
+        8210,
+        64,
+        num_heads=2,
+        num_kv_heads=2,
+        dtype=torch.float16,
+        window_left=2000,
+        window_right=6150,
+        dropout_p=0.1,
+    )
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
     with recording() as launches:
         check_case(case)
@@ -91,18 +102,22 @@ def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: py
 TILES = [
     (dtype, head_dim, f"r{r}_k{bk}_b{buffers}{suffix}")
     for dtype, head_dim, suffix in (
-        (torch.float16, 64, ""), (torch.float16, 64, "_float"), (torch.bfloat16, 40, ""),
+        (torch.float16, 64, ""),
+        (torch.float16, 64, "_float"),
+        (torch.bfloat16, 40, ""),
         (torch.float32, 128, ""),
     )
-    for r in (1, 2) for bk in (8, 16, 32) for buffers in (0, 1, 2)
-]  # fmt: skip
+    for r in (1, 2)
+    for bk in (8, 16, 32)
+    for buffers in (0, 1, 2)
+]
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "tile"), TILES)
 def test_other_tiles(
     dtype: torch.dtype, head_dim: int, tile: str, recording, monkeypatch: pytest.MonkeyPatch
 ):
-    """Those that `bench` may sweep on a device."""
+    """The tiles that `bench` may sweep on a device."""
     case = Case(75, 83, head_dim, dtype=dtype, window_right=3, dropout_p=0.1)
     monkeypatch.setenv("ORCHARD_TILES", f"attention_forward={tile}")
     try:
@@ -230,7 +245,8 @@ def test_longer_sequences(case: Case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype):
-    """Scores of several hundred: exponentials must count from near the row's maximum."""
+    """With scores of several hundred, exponentials must be taken relative to about the row's
+    maximum."""
     check_case(Case(60, 80, 64, dtype=dtype, scale=8.0, window_right=0))
 
 
@@ -238,9 +254,10 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype):
 @pytest.mark.parametrize("head_dim", (32, 64, 128))
 @pytest.mark.parametrize("options", ("plain", "window and dropout"))
 def test_origins_of_exponentials_move(dtype: torch.dtype, head_dim: int, options: str):
-    """Rows whose largest score rises, by less and by more than moves their origin, and falls.
+    """Each row's largest score rises, by less and by more than the step that moves its origin, and
+    falls.
 
-    With a window rows that see their first keys stand beside rows that move.
+    With a window, some rows see their first keys while others move their origin.
     """
     case, operands = uneven_scores(dtype, head_dim)
     if options != "plain":
@@ -252,19 +269,21 @@ def test_origins_of_exponentials_move(dtype: torch.dtype, head_dim: int, options
 
 
 def test_far_origins():
-    """Beyond 2^27 the next float32 is more than the slack away: weights must not exceed 2^8."""
+    """Beyond 2^27 the next float32 is further away than the slack, and weights must not exceed
+    2^8."""
     case, operands = far_scores()
     out, lse = run(case, *(x.to("mps") for x in operands))[:2]
     v = operands[2].double()
-    torch.testing.assert_close(out.cpu().double(), v[..., 32:, :].mean(-2, True).expand(out.shape),
-                               rtol=2e-3, atol=2e-3)  # fmt: skip
+    torch.testing.assert_close(
+        out.cpu().double(), v[..., 32:, :].mean(-2, True).expand(out.shape), rtol=2e-3, atol=2e-3
+    )
     torch.testing.assert_close(lse.cpu().double(), case.math(torch.float64, *operands).lse)
 
 
 @pytest.mark.parametrize("head_dim", (32, 64))
 def test_a_row_does_not_depend_on_its_neighbours(head_dim: int):
-    """Rows move their origins together, but each by its own scores alone: here four whose largest
-    score creeps up by less than the slack, beside rows of zeros and beside rows that move.
+    """Rows move their origins together, but each by its own scores alone. Four rows whose largest
+    score creeps up by less than the slack stand beside rows of zeros and rows that move.
     """
     case, (q, k, v, do) = uneven_scores(torch.float32, head_dim)
     noise = torch.rand(case.kv_len, generator=torch.Generator().manual_seed(2))

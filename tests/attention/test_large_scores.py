@@ -24,7 +24,8 @@ FAMILIES = {  # head_dim, and whether the backward may store dS
 
 
 def dominant(q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Row i scores highest with key i % kv_len by at least 1: q, k, v, dout in small integers."""
+    """q, k, v and dout of small integers, where row i scores highest, by at least 1, with key i %
+    kv_len."""
     generator = torch.Generator().manual_seed(5)
     key = torch.randint(-1, 2, (kv_len, head_dim), generator=generator).float()
     bits = torch.arange(kv_len)[:, None] >> torch.arange(8) & 1
@@ -40,7 +41,7 @@ def dominant(q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (32, 64, 128))
 def test_scores_of_normal_operands(dtype: torch.dtype, head_dim: int):
-    """Each row sees itself before all: out is v and dv is dout, although no score is exact."""
+    """Each row's weight is all on itself: out is v and dv is dout, although no score is exact."""
     generator = torch.Generator().manual_seed(0)
     q = (torch.randn(1, 1, 16, head_dim, generator=generator) * 60).to(dtype).to("mps")
     v = torch.ones(1, 1, 16, head_dim, dtype=dtype, device="mps", requires_grad=True)
@@ -68,7 +69,8 @@ def test_a_dominant_key_has_all_the_weight(
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("options", ({}, {"window_right": 3, "diagonal": 9, "dropout_p": 0.25}))
 def test_metal_and_the_reference_keep_the_rule_at_every_scale(scale: float, options: dict):
-    """Two of each key, so that weights are halves: exact sums, whatever the size of the scores."""
+    """Each key occurs twice, so that weights are 1/2 and sums are exact, whatever the size of the
+    scores."""
     case = Case(45, 48, 32, num_heads=1, scale=scale, **options)
     q, k, v, do = dominant(45, 24, 32, torch.float32)
     k, v = k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)

@@ -1,4 +1,4 @@
-"""Strided, offset and broadcast operands: read where they lie, without copies."""
+"""Strided, offset and broadcast operands are read where they lie, without copies."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_outputs_keep_the_stride_order():
     "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)], ids=str
 )
 def test_fake_strides_are_the_kernels_strides(order: tuple[int, ...], device: str):
-    """torch.compile plans memory by the fake kernel: both must agree for every memory order."""
+    """torch.compile plans memory by the fake kernel, so it must agree with the real one for every
+    memory order."""
     case = Case(5, 6, 16, batch=3, num_heads=4, num_kv_heads=2)
     inverse = [order.index(d) for d in range(3)]
     q, k, v, do = (

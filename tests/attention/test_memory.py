@@ -24,17 +24,19 @@ SMALL = [(problem, length) for problem in (*PROBLEMS, RAGGED) for length in (33,
 
 
 def bytes_of(problem: Problem, length: int) -> int:
-    """The formula written out once more: row_stats and delta in float32; out, dq; dk, dv."""
+    """The formula written out once more, for row_stats and delta in float32, and for out, dq, dk
+    and dv."""
     b, h, h_kv, d = problem.batch, problem.num_heads, problem.num_kv_heads, problem.head_dim
     size = {"float16": 2, "bfloat16": 2, "float32": 4}[problem.dtype]
     return b * length * (3 * 4 * h + size * d * (2 * h + 2 * h_kv))
 
 
 def scratch_of(problem: Problem, length: int, budget_mb: int) -> int:
-    """dS in float32, in tiles of 8 x 8: of as many key/value heads as fit, with their queries'.
+    """dS is held in float32, in tiles of 8 x 8, for as many key/value heads (with their query
+    heads) as fit.
 
-    Of one head's keys as many as fit where not all do, with dq's sums in float32: if there are
-    enough for 96 threadgroups.
+    Where one head does not fit, dS is held for as many of its keys as do, beside dq's sums in
+    float32, if those keys make 96 threadgroups.
     """
     if problem.head_dim < 64:
         return 0
@@ -131,7 +133,7 @@ def test_a_leak_is_noticed(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("problem", "length"), [*SMALL, (PROBLEMS[1], 300)], ids=str)
 def test_the_unfused_count_is_what_the_device_allocates(problem: Problem, length: int):
-    """The one at 300 has its peak in the forward, inside of safe_softmax."""
+    """At length 300 the peak is in the forward, inside of safe_softmax."""
     found = memory.on_simulated_device(memory.unfused_step, problem, length, execute=True)
     assert memory.peak_on_meta_device(memory.unfused_step, problem, length) == found.peak
 
@@ -167,7 +169,7 @@ def test_plot_and_table_from_the_committed_results(tmp_path: Path):
 
 
 def test_out_of_memory_has_no_figure(tmp_path: Path):
-    """As a GPU's result file has it."""
+    """A record as it stands in a GPU's result file."""
     result = json.loads(memory.RESULTS.read_text())
     result["records"][-1]["unfused"] = {"peak": None, "out of memory": "CUDA out of memory"}
     *_, row = memory.table(result, "").splitlines()

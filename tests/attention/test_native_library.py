@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import shutil
 import subprocess
@@ -64,7 +63,7 @@ print(orchard_ops.stats())
     ids=("unrelated", "another version"),
 )
 def test_other_libraries_are_told_apart(source: str, reason: str, tmp_path: Path):
-    """They register nothing, calls run on the reference, and stats() says why."""
+    """Such libraries register nothing, calls run on the reference, and stats() says why."""
     (tmp_path / "other.cpp").write_text(source)
     library = tmp_path / "other.so"
     compiler = os.environ.get("CXX", "c++")
@@ -115,7 +114,8 @@ def refusal(*, head_dim: int = 16, softcap: float = 0.0) -> orchard_ops.Explanat
     "values", ([{"softcap": 2.0}, {"softcap": 0.5}], [{"head_dim": 257}, {"head_dim": 300}])
 )
 def test_a_reason_is_the_same_for_all_values(values: list[dict]):
-    """Warnings and stats count by it; the detail has the values, and the advice helps."""
+    """The refusal is the same for different values, since warnings and stats count by it. The
+    detail has the values, and the advice fits them."""
     one, other = (refusal(**value) for value in values)
     assert one.refusal == other.refusal != ""
     assert one.detail != other.detail
@@ -125,11 +125,9 @@ def test_a_reason_is_the_same_for_all_values(values: list[dict]):
 
 
 WORDS = ("1", "true", "yes", "on", "0", "false", "no", "off")
-SPELLINGS = (
-    "", " ", "\t", *(f(word) for f, word in itertools.product(
-        (str, str.upper, str.title, lambda w: f" {w}", lambda w: f"{w}\n"), WORDS
-    )), "2", "-1", "y", "n", "t", "none", "tru", "o n", "01", "1.0",
-)  # fmt: skip
+WAYS_TO_WRITE = (str, str.upper, str.title, lambda word: f" {word}", lambda word: f"{word}\n")
+NO_WORDS = ("2", "-1", "y", "n", "t", "none", "tru", "o n", "01", "1.0")
+SPELLINGS = ("", " ", "\t", *(f(word) for f in WAYS_TO_WRITE for word in WORDS), *NO_WORDS)
 
 
 @pytest.mark.parametrize("text", dict.fromkeys(SPELLINGS), ids=repr)

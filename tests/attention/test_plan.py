@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_head_dims_are_padded_to_the_next_variant(head_dim: int):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (16, 64, 80, 128, 160, 256))
 def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
-    """Staged blocks of padded rows: at most 32 KiB, computed here from the kernel's name."""
+    """Staged blocks of padded rows take at most 32 KiB, computed here from the kernel's name."""
     size = 2 if dtype == torch.float16 else 4
     row = head_dim * size + 16
     for name in explain(Case(3, 4, head_dim, dtype=dtype)).kernels:
@@ -48,6 +49,18 @@ def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype):
         else:
             blocks = sizes.get("b", 1 if "from_ds" in name else 2)
             assert blocks * sizes["k"] * row <= 32 * 1024
+
+
+def test_explain_takes_the_arguments_of_the_attention():
+    parameters = [
+        dict(inspect.signature(function, eval_str=True).parameters)
+        for function in (orchard_ops.flash_attn, orchard_ops.explain)
+    ]
+    assert parameters[0].pop("return_lse").default is False
+    assert parameters[0] == parameters[1]
+    x = torch.randn(1, 1, 2, 8)
+    with pytest.raises(TypeError, match=r"^orchard_ops\.explain: .* argument 'return_lse'$"):
+        orchard_ops.explain(x, x, x, return_lse=True)
 
 
 def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
@@ -91,8 +104,9 @@ def test_dropout_is_a_variant_and_a_tiny_p_is_none():
     case = Case(40, 50, 64)
     names = explain(case, dropout_p=0.1).kernels
     assert [n.split("_float32")[0] for n in names if not n.endswith("_dropout")] == [
-        "attention_backward_delta", "attention_backward_dq_from_ds"
-    ]  # fmt: skip
+        "attention_backward_delta",
+        "attention_backward_dq_from_ds",
+    ]
     assert not any(n.endswith("_dropout") for n in explain(case, dropout_p=1e-6).kernels)
 
 

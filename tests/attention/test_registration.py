@@ -146,7 +146,7 @@ def test_double_backward_is_refused(device: str):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_forward_mode_is_refused(device: str):
-    """Not differentiated silently as a constant."""
+    """Forward-mode AD raises; it must not take the result for a constant."""
     q, k, v = qkv(device, requires_grad=False)
     message = "forward-mode differentiation"
     with pytest.raises(NotImplementedError, match=message):
@@ -157,7 +157,7 @@ def test_forward_mode_is_refused(device: str):
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises(NotImplementedError, match=message):
             attention(dual, k, v)
-        assert attention(q, k, v).shape == q.shape  # without a tangent nothing is refused
+        assert attention(q, k, v).shape == q.shape  # nothing is refused without a tangent
 
 
 def test_meta_tensors_have_shapes():

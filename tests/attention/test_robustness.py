@@ -81,7 +81,8 @@ def test_nth_dispatch_is_corrupted(n: int, correct_losses: list[float]):
 
 
 def test_nth_allocation_fails(correct_losses: list[float]):
-    """Every allocation of the run in turn: a clear error each time, and the next run is right."""
+    """Every allocation of the run fails in turn: each time there is a clear error, and the next run
+    is right."""
     import simulator
 
     messages = set()
@@ -101,7 +102,8 @@ def test_nth_allocation_fails(correct_losses: list[float]):
 
 
 def test_no_memory_for_the_scratch():
-    """The last allocation of a backward that stores dS: it goes on without, on Metal."""
+    """The last allocation of a backward, its scratch for dS, fails: it goes on without it, on
+    Metal."""
     import simulator
 
     case = Case(40, 50, 64, num_heads=4, num_kv_heads=2)
@@ -198,7 +200,8 @@ def test_clean_exit(ending: str):
 
 
 def test_import_without_mps():
-    """Plain Linux: no simulator, no native library, no warning; the reference runs."""
+    """On plain Linux, without simulator and native library, the reference runs without a
+    warning."""
     code = (
         "import torch, orchard_ops\n"
         "q = torch.randn(1, 1, 5, 16, requires_grad=True)\n"

@@ -21,7 +21,8 @@ def results(x: MathResult, dtype: torch.dtype, **changes: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize("constant", (-1e5, -1e7, -1e9))
 def test_refuses_weights_from_a_rounded_lse(constant: float):
-    """exp(score - lse) with lse in float32, beside a constant that leaves log(n) no room.
+    """Weights from exp(score - lse) with lse in float32 are refused beside a constant so large that
+    lse cannot hold log(n).
 
     The scores are the constant, since a sum with others would be rounded in any mathematics.
     """
@@ -71,7 +72,8 @@ def test_grants_single_keys(head_dim: int, seed: int):
 
 
 def test_mathematics_of_a_float_mask_with_an_empty_row():
-    """0 and no NaN, as F.scaled_dot_product_attention; nothing else changes."""
+    """Such a row gives 0 and no NaN, as in F.scaled_dot_product_attention, and nothing else
+    changes."""
     case = Case(6, 7, 8, mask="float32")
     operands = [x.double() for x in case.operands()]
     scoring = case.scoring()

@@ -73,7 +73,8 @@ MASKS = {  # the mask, and how many elements the functional op gets of its batch
 def test_masks_that_broadcast_within_the_batch(
     name: str, kind: str, device: str, quiet_fallback: None
 ):
-    """As the windows of a Swin layer: (1, windows, 1, L, L) for (images, windows, heads, L, D)."""
+    """A mask of a Swin layer's windows is (1, windows, 1, L, L) for (images, windows, heads, L,
+    D)."""
     batch, most = MASKS[name]
     bias = torch.randn(*batch, 1, 5, 7)
     mask = bias > -1.0 if kind == "bool" else bias
@@ -135,7 +136,7 @@ def test_swapped_heads_and_lengths_do_not_run_as_gqa():
 @pytest.mark.parametrize("make", (causal_upper_left, causal_lower_right))
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 7)], ids=str)
 def test_causal_bias(make, lengths: tuple[int, int], device: str, fresh_stats: None):
-    """A window, so it needs no reference on mps."""
+    """A CausalBias becomes a window, so it needs no reference on mps."""
     q_len, kv_len = lengths
     bias = make(q_len, kv_len)
     q, k = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, kv_len, 16)
@@ -156,7 +157,7 @@ def test_causal_bias_that_does_not_fit():
 
 
 class Relative(torch.Tensor):
-    """Means something that its memory does not hold."""
+    """A tensor whose meaning is not in its memory."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -182,8 +183,9 @@ def test_dropout_of_everything(device: str):
 def test_numbers_may_be_0d_tensors(device: str):
     q = torch.randn(1, 2, 5, 16, device=device)
     out = orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3), window_left=torch.tensor(2))
-    assert torch.equal(out, orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3).item(),
-                                                   window_left=2))  # fmt: skip
+    assert torch.equal(
+        out, orchard_ops.flash_attn(q, q, q, scale=torch.tensor(0.3).item(), window_left=2)
+    )
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))

@@ -1,4 +1,4 @@
-"""The short way of the usual call, past checks and dispatcher, is the long way."""
+"""The short way of the usual call, past checks and dispatcher, gives what the long way gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchard_ops.ops import autograd, eager
 
 
 def _operands() -> list[tuple[torch.Tensor, ...]]:
-    """Operands right and wrong in one respect or two."""
+    """Operands that are right, or wrong in one respect or two."""
     good = {"shape": (B, H, L, D), "dtype": torch.float16, "device": "mps"}
     changes: list[dict] = [
         {},
@@ -45,7 +45,8 @@ def _operands() -> list[tuple[torch.Tensor, ...]]:
 
 
 def test_plainly_right_only_where_the_checks_agree():
-    """Over all combinations: never true of what `check_problem` refuses; true of the usual."""
+    """Over all combinations `plainly_right` is never true of what `check_problem` refuses, and it
+    is true of the usual operands."""
     combinations = _operands()
     recognised = 0
     for q, k, v in combinations:

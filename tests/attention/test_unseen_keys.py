@@ -1,4 +1,4 @@
-"""Keys that no row sees: whatever a caller left there, NaN and inf too, reaches no result."""
+"""Keys that no row sees, rows that see no key: what a caller left there reaches no result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from attention_cases import DTYPES
 from torch import Tensor
 
+from orchard_ops.reference import scores
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import Case
 
@@ -59,7 +60,7 @@ def test_hidden_by_the_windows(device: str, name: str, dtype: torch.dtype):
     check(case, unseen, case.scoring(device), device, impl)
 
 
-MASKS = {  # of (B, Hq, L, S), what it does not broadcast over
+MASKS = {  # the dimensions of (B, Hq, L, S) that it does not broadcast over
     "padding": (True, False, False, True),
     "all_samples": (False, False, False, True),
     "by_head": (True, True, False, True),
@@ -84,6 +85,104 @@ def test_hidden_by_a_mask(device: str, name: str, kind: str):
     mask = visible if kind == "bool" else torch.zeros(shape).masked_fill(~visible, -math.inf)
     scoring = case.scoring()._replace(attn_mask=mask.to(device))
     check(case, ~of_kv_head, scoring, device, "auto")
+
+
+def visible(case: Case, mask: Tensor | None) -> Tensor:
+    """(B, Hq, L, S): True where neither windows nor mask hide a key from a row."""
+    i = torch.arange(case.q_len).unsqueeze(1) + case.diagonal
+    j = torch.arange(case.kv_len)
+    shown = torch.ones(case.batch, case.num_heads, case.q_len, case.kv_len, dtype=torch.bool)
+    if case.window_left >= 0:
+        shown &= j >= i - case.window_left
+    if case.window_right >= 0:
+        shown &= j <= i + case.window_right
+    if mask is not None:
+        shown &= mask if mask.dtype == torch.bool else mask != -math.inf
+    return shown
+
+
+def masked(case: Case, shown: Tensor, kind: str) -> Scoring:
+    mask = shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -math.inf)
+    return case.scoring()._replace(attn_mask=mask)
+
+
+TOGETHER = {
+    "causal": Case(40, 40, 16, window_right=0),
+    "more_keys": Case(33, 50, 16, window_right=4, batch=2, num_heads=4, num_kv_heads=2),
+    "both": Case(60, 64, 16, window_left=6, window_right=2, dropout_p=0.2),
+    "several_blocks": Case(300, 300, 16, window_left=80, window_right=0, num_heads=1),
+}
+
+
+@pytest.mark.parametrize("kind", ("bool", "float32"))
+@pytest.mark.parametrize("columns", (True, False), ids=("by_key", "by_row"))
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("quiet_fallback")
+def test_hidden_by_window_and_mask_together(
+    device: str, name: str, columns: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """By neither alone: the mask leaves key 10 only to rows that the windows hide it from."""
+    small = scores.Limits(1, 32, 1)  # blocks of 16 rows
+    monkeypatch.setattr(scores, "CPU_LIMITS", small)
+    monkeypatch.setattr(scores, "GPU_LIMITS", small)
+    case = TOGETHER[name]
+    window = visible(case, None)
+    shown = torch.ones(1, 1, case.q_len, case.kv_len if columns else 1, dtype=torch.bool)
+    if columns:
+        shown[..., 10] = ~window[:1, :1, :, 10]
+    else:  # the rows that see key 10 see nothing
+        shown[..., 0] = ~window[:1, :1, :, 10]
+    scoring = masked(case, shown, kind)
+    unseen = ~visible(case, scoring.attn_mask).any(2).unflatten(1, (case.num_kv_heads, -1)).any(2)
+    assert unseen[..., 10].all() and window.any(2)[..., 10].all() and shown.any(2).all()
+    moved = scoring._replace(attn_mask=scoring.attn_mask.to(device))
+    check(case, unseen, moved, device, "auto")
+
+
+@pytest.mark.parametrize("kind", ("bool", "float32"))
+@pytest.mark.parametrize("sinks", (False, True))
+@pytest.mark.parametrize("window_right", (-1, 0))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("quiet_fallback")
+def test_rows_that_a_mask_leaves_without_a_key(
+    device: str, window_right: int, sinks: bool, kind: str
+):
+    """Left padding, by the mask alone or by causal and a mask of keys: NaN in q, dout and dlse."""
+    case = Case(
+        24, 24, 16, batch=2, num_heads=4, num_kv_heads=2, window_right=window_right, sinks=sinks
+    )
+    shown = torch.ones(2, 1, 1 if window_right == 0 else 24, 24, dtype=torch.bool)
+    shown[1, ..., :7] = False
+    if window_right < 0:
+        shown[1, :, :7] = False
+    scoring = masked(case, shown, kind)
+    blind = ~visible(case, scoring.attn_mask).any(-1)
+    assert blind.any() and not blind.all()
+    q, k, v, do = case.operands()
+    dlse = torch.randn(blind.shape).masked_fill(blind, 0.0)
+    moved = {
+        name: None if (x := getattr(scoring, name)) is None else x.to(device)
+        for name in ("attn_mask", "sinks")
+    }
+    scoring = scoring._replace(**moved)
+    found = []
+    for garbage in (0.0, math.nan, math.inf):
+        dirty = [x.masked_fill(blind.unsqueeze(-1), garbage).to(device) for x in (q, do)]
+        # The logarithm of a row that sees its sink alone is that sink: its gradient is real.
+        dirty_dlse = dlse if sinks else dlse.masked_fill(blind, garbage)
+        k, v = k.to(device), v.to(device)
+        out, row_stats = torch.ops.orchard.flash_attn_fwd(dirty[0], k, v, *scoring)
+        grads = torch.ops.orchard.flash_attn_bwd(
+            dirty[1], dirty_dlse.to(device), dirty[0], k, v, out, row_stats, *scoring, False
+        )
+        found.append([x.cpu() for x in (out, row_stats, *grads)])
+    names = ("out", "row_stats", "dq", "dk", "dv", "dmask", "dsinks")
+    for results_of_garbage in found[1:]:
+        for label, x, y in zip(names, results_of_garbage, found[0]):
+            assert torch.equal(x, y), f"{label} depends on a row that sees no key"
+    assert not found[0][0][blind].any() and not found[0][2][blind].any()
+    assert all(x.isfinite().all() for x in found[0][2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

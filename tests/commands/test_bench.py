@@ -43,8 +43,11 @@ def test_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert report["machine"]["machine"] == machine.chip() != ""
     assert report["machine"]["torch"] == torch.__version__
     assert [(c["length"], c["mode"]) for c in report["cases"]] == [
-        (16, "forward"), (16, "training"), (48, "forward"), (48, "training"),
-    ]  # fmt: skip
+        (16, "forward"),
+        (16, "training"),
+        (48, "forward"),
+        (48, "training"),
+    ]
     assert len(rows) == 4 * 3
     by_row = iter(rows)
     for case in report["cases"]:
@@ -96,7 +99,7 @@ def test_a_corrupted_kernel_has_no_figure(tmp_path: Path, capsys: pytest.Capture
         status, report, rows = run(tmp_path, "--device", "mps", "--lengths", "16")
     assert status == 1
     wrong, right = report["cases"]
-    (figures,) = wrong["figures"]  # nor are the others measured
+    (figures,) = wrong["figures"]  # the others are not measured either
     assert figures["status"] == "wrong result" and "out: " in figures["message"]
     assert figures["samples_ms"] == [] and figures["peak_bytes"] is None
     assert rows[0]["status"] == "wrong result" and rows[0]["median_ms"] == ""
@@ -114,9 +117,11 @@ def test_every_contender_is_plotted_in_its_own_way(tmp_path: Path):
     assert len(styles) == len(names) == len({str(style) for style in styles})
     figures = [results.Figures(name, "measured", "", "", 1024, [1.0]) for name in names]
     found = results.Results(
-        {"machine": "m", "kind": "cpu", "cpu_threads": 1, "system": "s", "torch": "t"}, "", "",
+        {"machine": "m", "kind": "cpu", "cpu_threads": 1, "system": "s", "torch": "t"},
+        "",
+        "",
         [results.CaseResult("one", 64, "forward", figures)],
-    )  # fmt: skip
+    )
     svg = plot.save(found, tmp_path / "many")[1].read_text()
     assert all(f"<!-- {name} -->" in svg for name in names)
 
@@ -145,13 +150,15 @@ def test_gate_by_blocks_is_the_mathematics(mask: str, monkeypatch: pytest.Monkey
         whole = math_attention(
             *cases.operands(problem), dtype=dtype, window_right=0 if problem.is_causal else -1
         )
-        tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {
-            "rtol": 1e-3, "atol": 1e-3
-        }  # fmt: skip
+        tolerance = (
+            {"rtol": 1e-12, "atol": 1e-12}
+            if dtype == torch.float64
+            else {"rtol": 1e-3, "atol": 1e-3}
+        )
         for name in ("out", "dq", "dk", "dv", "lse"):
             x, y = getattr(blocks, name), getattr(whole, name)
             torch.testing.assert_close(x.to(y.dtype), y, **tolerance)
-        for name in gate._SIZES:  # never a wider tolerance
+        for name in gate._SIZES:  # the tolerance is never wider
             assert 0 < getattr(blocks, name) <= getattr(whole, name) * (1 + 1e-6)
 
 
@@ -166,10 +173,12 @@ def _with_sdpa(monkeypatch: pytest.MonkeyPatch, attention) -> None:
         torch.OutOfMemoryError("no more"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 bytes ...)"),
         RuntimeError("Invalid buffer size: 16.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
-                     "allocate memory: you tried to allocate 1 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 1 bytes."
+        ),
     ],
-)  # fmt: skip
+)
 def test_out_of_memory_of_sdpa_is_a_result(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -236,7 +245,8 @@ def test_plots_again_from_json(tmp_path: Path):
 
 @pytest.mark.parametrize("file", sorted(COMMITTED.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_results(file: Path):
-    """Measured throughout, the table is the JSON's, and there is a picture."""
+    """A committed run was measured throughout, its table is that of the JSON, and there is a
+    picture."""
     committed = results.read_json(file)
     assert committed.all_right() and committed.cases
     assert file.stem == machine.slug(committed.machine)
@@ -246,15 +256,16 @@ def test_committed_results(file: Path):
 
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_committed_memory_is_this_reference(mode: str):
-    """Bytes do not depend on the machine's load: where they differ, `bench` is to be run again."""
+    """Bytes do not depend on the machine's load. If they differ here, `bench` has to run again."""
     committed = results.read_json(COMMITTED / "intel-r-xeon-r-processor-cpu.json")
     if committed.machine["torch"] != torch.__version__:
         pytest.skip(f"the operators of torch {committed.machine['torch']} were measured")
     problem = replace(cases.PRESETS["gpt"], dtype="float32", length=512)
     (found,) = (
-        c for c in committed.cases
+        c
+        for c in committed.cases
         if (c.series, c.length, c.mode) == (problem.series, problem.length, mode)
-    )  # fmt: skip
+    )
     case = cases.Case(problem, mode)
     for name in (contenders.OURS, contenders.SDPA_MATH):
         call = partial(contenders.CONTENDERS[name].call, cases.operands(problem), case)
@@ -331,10 +342,11 @@ def test_cases_of_a_command_line():
         for length in (512, 1024)
         for mode in ("forward", "training")
     ]
-    (case,) = chosen(
-        "--cases", "vit", "llama", "--heads", "8/2", "--head-dims", "80", "--masks", "causal",
-        "--dtypes", "bfloat16", "--lengths", "100", "--modes", "forward", "--batch", "3",
-    )[:1]  # fmt: skip
+    words = (
+        "--cases vit llama --heads 8/2 --head-dims 80 --masks causal --dtypes bfloat16 "
+        "--lengths 100 --modes forward --batch 3"
+    )
+    case = chosen(*words.split())[0]
     assert str(case) == "vit: B3 H8/2 D80 causal bfloat16 L100 forward"
     assert {c.mode for c in chosen("--tiles")} == {"forward"}
     assert {c.mode for c in chosen("--scratch", "0")} == {"training"}
@@ -346,9 +358,16 @@ def test_cases_of_a_command_line():
 
 
 def test_machine_names():
-    apple = {"machine": "Apple M2 Pro", "device": "mps", "kind": "apple_gpu", "gpu_cores": 19,
-             "system": "macOS 15.5", "torch": "2.13.0", "cpu_threads": 8,
-             "load_average": 1.5}  # fmt: skip
+    apple = {
+        "machine": "Apple M2 Pro",
+        "device": "mps",
+        "kind": "apple_gpu",
+        "gpu_cores": 19,
+        "system": "macOS 15.5",
+        "torch": "2.13.0",
+        "cpu_threads": 8,
+        "load_average": 1.5,
+    }
     assert machine.slug(apple) == "apple-m2-pro-mps"
     assert machine.where(apple) == "Apple M2 Pro (GPU of 19 cores), macOS 15.5, torch 2.13.0"
     assert "SIMULATED" in machine.where(apple | {"kind": "simulated"})

@@ -1,4 +1,4 @@
-"""bench --tiles and --scratch: our kernels in other ways, each measured beside the default."""
+"""bench --tiles and --scratch run our kernels in other ways, each measured beside the default."""
 
 from __future__ import annotations
 
@@ -128,9 +128,11 @@ def test_scratch_budgets_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("arguments", (("--tiles",), ("--scratch", "0")), ids=("tiles", "scratch"))
 def test_no_kernels_to_choose_from(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
+):
     def said(device: str) -> str:
         command = ["bench", "--quick", "--device", device, "--output", str(tmp_path), *arguments]
         assert main(command) == 2
@@ -157,7 +159,7 @@ def test_tiles_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_out_of_memory_of_sdpa_while_timing_leaves_every_way_of_ours():
-    """Then without a tile that fails, our op alone."""
+    """Where a tile fails too, our op alone is measured."""
     ran: list[str] = []
 
     def one(name: str, calls_until_error: int | None = None) -> contenders.Contender:
@@ -179,8 +181,10 @@ def test_out_of_memory_of_sdpa_while_timing_leaves_every_way_of_ours():
         ran.clear()
         measured = command.measure(
             cases.Case(problem, "forward"),
-            [one("orchard_ops"), one("sdpa", 3), one("tile x", limit)], place, schedule,
-        )  # fmt: skip
+            [one("orchard_ops"), one("sdpa", 3), one("tile x", limit)],
+            place,
+            schedule,
+        )
         assert [f.status for f in measured.figures] == statuses
         assert [bool(f.samples_ms) for f in measured.figures] == [s == "measured" for s in statuses]
 

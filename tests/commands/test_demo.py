@@ -64,7 +64,7 @@ def not_causal(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> T
 
 
 def other_masks(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    """As many draws as the op's, other seeds."""
+    """Draws as often as the op, but gets other seeds."""
     if dropout_p > 0.0:
         after = torch.randint(2**63 - 1, (), dtype=torch.int64)
         with torch.random.fork_rng(devices=[]):

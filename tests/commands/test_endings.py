@@ -1,9 +1,11 @@
-"""However a command ends: one line, the right exit status, and what was done is kept."""
+"""However a command ends, it says why in one line, has the right exit status and keeps what was
+done."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,16 +16,16 @@ import pytest
 from orchard_ops.__main__ import main
 from orchard_ops.commands import endings
 
-BENCH = (
-    "bench", "--device", "cpu", "--lengths", "16", "24", "--heads", "2", "--head-dims", "8",
-    "--cases", "gpt", "--dtypes", "float32", "--seconds", "0.01",
-)  # fmt: skip
-LONG = {  # each of them would run for many minutes
+BENCH = shlex.split(
+    "bench --device cpu --lengths 16 24 --heads 2 --head-dims 8 --cases gpt --dtypes float32 "
+    "--seconds 0.01"
+)
+LONG = {  # each would run for many minutes
     "bench": (*BENCH, *("--lengths", *map(str, range(16, 4000)))),
     "demo": ("demo", "--device", "cpu", "--steps", "100000"),
     "selftest": ("selftest", "--device", "cpu"),
 }
-AFTER = {"bench": "3/", "demo": "step ", "selftest": "3/"}  # by then something is done
+AFTER = {"bench": "3/", "demo": "step ", "selftest": "3/"}  # the output once something is done
 
 
 def arguments(command: str, folder: Path) -> list[str]:
@@ -39,9 +41,12 @@ def started(command: str, folder: Path) -> subprocess.Popen[str]:
     """A process without the simulated device, read up to where something is done."""
     environment = {k: v for k, v in os.environ.items() if k != "ORCHARD_NATIVE_LIBRARY"}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_DEMO, *arguments(command, folder)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", SLOW_DEMO, *arguments(command, folder)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(AFTER[command]):
@@ -109,9 +114,11 @@ WORK = {
 
 @pytest.mark.parametrize("command", LONG)
 def test_the_output_is_tried_before_the_work(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
+):
     monkeypatch.setattr(WORK[command], works)
     (tmp_path / "file").write_text("kept")
     assert main(arguments(command, tmp_path / "file" / "below")) == 2
@@ -177,9 +184,11 @@ def test_a_disk_that_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("package", ("rich", "matplotlib"))
 def test_without_a_package(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
+):
     for name in list(sys.modules):
         if name.startswith("orchard_ops.commands.") and name != endings.__name__:
             monkeypatch.delitem(sys.modules, name)
@@ -204,7 +213,7 @@ def test_without_a_package(
         ("bench", "--scratch", ("-1", "99999999999999999999", "a")),
         ("bench", "--seconds", ("0", "-1", "nan", "inf", "1e9")),
     ),
-)  # fmt: skip
+)
 def test_values_that_cannot_be(
     command: str, option: str, values: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ):
@@ -218,10 +227,8 @@ def test_values_that_cannot_be(
 
 @pytest.mark.parametrize("seed", (2**64 - 1, -(2**63)))
 def test_the_largest_seeds_are_seeds(seed: int, tmp_path: Path):
-    status = main(
-        ["demo", "--device", "cpu", "--steps", "1", "--sample-bytes", "1", f"--seed={seed}",
-         "--output", str(tmp_path)]
-    )  # fmt: skip
+    demo = shlex.split("demo --device cpu --steps 1 --sample-bytes 1")
+    status = main([*demo, f"--seed={seed}", "--output", str(tmp_path)])
     assert status == 0
 
 

@@ -38,9 +38,13 @@ def collected(platform: str, **variables: str) -> tuple[set[str], str]:
     environment = os.environ | {"PATH": str(Path(sys.executable).parent)} | variables
     environment.pop("ORCHARD_NATIVE_LIBRARY", None)
     done = subprocess.run(
-        [sys.executable, "-c", PLAYED.replace("PLATFORM", repr(platform))], cwd=ROOT,
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", PLAYED.replace("PLATFORM", repr(platform))],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^tests/\S.*::.+$", done.stdout, re.MULTILINE)), done.stdout
 
@@ -69,12 +73,15 @@ def test_a_mac_runs_the_op_and_the_commands_on_its_gpu():
 def test_another_torch_runs_what_needs_no_device():
     tests, printed = collected("linux", ORCHARD_TESTS="cpu")
     assert {
-        "attention/test_bad_input.py", "attention/test_properties.py",
-        "attention/test_reference.py", "attention/test_registration.py",
+        "attention/test_bad_input.py",
+        "attention/test_properties.py",
+        "attention/test_reference.py",
+        "attention/test_registration.py",
         "attention/test_versions.py",
-    } <= files(tests)  # fmt: skip
+    } <= files(tests)
     assert not [name for name in files(tests) if not name.startswith("attention/")]
     assert len(tests) > 150
+    assert sum("test_mark_dynamic" in test for test in tests) == 4  # the function as well as the op
     assert not [test for test in tests if re.search(r"\bmps\b", test)]
     assert "on the CPU: " in printed and "attention/test_kernels.py" in printed
 
@@ -82,8 +89,11 @@ def test_another_torch_runs_what_needs_no_device():
 def test_the_quick_run_is_small_and_has_kernels_of_every_kind():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "--quick", "tests/attention"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     tests = set(re.findall(r"^tests/\S.*::.+$", done.stdout, re.MULTILINE))
     kernels = [test for test in tests if "test_kernels" in test]
     assert 40 <= len(kernels) <= 45
@@ -95,9 +105,12 @@ def test_the_quick_run_is_small_and_has_kernels_of_every_kind():
 def test_a_mac_builds_the_library_that_it_tests(target: str):
     """`make -n` after an edit of one shader: the library's rule comes before what uses it."""
     done = subprocess.run(
-        ["make", "-n", "-W", "shaders/keys.h", "SYSTEM=Darwin", target], cwd=ROOT,
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        ["make", "-n", "-W", "shaders/keys.h", "SYSTEM=Darwin", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     build = done.stdout.index("native/build.py src/orchard_ops/liborchard_ops.dylib")
     run = done.stdout.index("-m pytest" if target == "test" else f"-m orchard_ops {target}")

@@ -12,6 +12,7 @@ import torch
 from orchard_ops import native
 from orchard_ops.__main__ import main
 from orchard_ops.commands import selftest
+from orchard_ops.testing import DTYPES, Case
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -37,24 +38,24 @@ def test_every_variant_is_covered():
     both = len(head_dims) + len(storing)
     in_turns = 3 * 2
     assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2 + in_turns
-    assert {v.head_dim for v in selftest.variants(quick=False)} == set(head_dims)
+    assert {v.case.head_dim for v in selftest.variants(quick=False)} == set(head_dims)
 
 
 def test_without_kernels_a_few_widths_are_run(monkeypatch: pytest.MonkeyPatch):
     """The reference has no code of its own for a width."""
     monkeypatch.setattr(native, "why_not", lambda: "the native library is missing")
     found = list(selftest.variants(quick=False))
-    assert {v.head_dim for v in found} == {16, 64, 256}
-    assert {(v.dtype, v.chunks, v.dropout_p > 0.0) for v in found} == set(
-        itertools.product(selftest.DTYPES, (True, False), (True, False))
+    assert {v.case.head_dim for v in found} == {16, 64, 256}
+    assert {(v.case.dtype, v.chunks, v.case.dropout_p > 0.0) for v in found} == set(
+        itertools.product(DTYPES, (True, False), (True, False))
     )
 
 
 def test_heads_and_keys_take_turns():
-    """One pair of kernels for each of two heads; for each of two parts of the keys."""
+    """There is one pair of kernels for each of two heads, and for each of two parts of the keys."""
     import simulator
 
-    cases = [v for v in selftest.variants(quick=True) if v.problem.name.endswith("in turn")]
+    cases = [v for v in selftest.variants(quick=True) if v.way.endswith("in turn")]
     for variant, parts in zip(cases, ((512, 512), (3200, 200)), strict=True):
         with simulator.recording() as launches:
             assert selftest.check(variant, torch.device("mps"), "metal").passed
@@ -64,11 +65,9 @@ def test_heads_and_keys_take_turns():
 
 def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Kernels that see another diagonal than the float64 mathematics must not pass."""
-    real = selftest.math_attention
+    real = Case.math
     monkeypatch.setattr(
-        selftest,
-        "math_attention",
-        lambda *a, **k: real(*a, **(k | {"diagonal": k["diagonal"] + 1})),
+        Case, "math", lambda case, *a: real(case.but(diagonal=case.diagonal + 1), *a)
     )
     status, report = run(tmp_path, "--device", "mps")
     assert status == 1

@@ -73,8 +73,12 @@ def test_check_sees_another_kernel():
     """A trace with a wider block, or one that streams Q, is not the kernel."""
     real = kernels.structure(kernels.FORWARD, "float16", 64)
     counted = counts.count(kernels.FORWARD, "float16", 64)
-    for change in (dict(bk=2 * real.bk), dict(keep_q=False), dict(value_operand="float"),
-                   dict(buffers=1)):  # fmt: skip
+    for change in (
+        dict(bk=2 * real.bk),
+        dict(keep_q=False),
+        dict(value_operand="float"),
+        dict(buffers=1),
+    ):
         wrong = Forward(**{**vars(real), **change})
         assert kernels.disagreements(wrong, counted)
 
@@ -122,8 +126,8 @@ def test_threadgroup_port_is_shared():
 
 
 def test_pairs_play_two_bodies():
-    """Of two simdgroups that multiply as much, one has scalar work besides: the first waits for it
-    at the barrier, although it has a scheduler of its own."""
+    """Two simdgroups multiply as much, and one has scalar work besides. The other waits for it at
+    the barrier, although each has a scheduler of its own."""
 
     def pair(cycles: float) -> Trace:
         second = Trace(PLAIN)
@@ -177,7 +181,7 @@ def test_residency():
 
 
 def test_ensemble_reproduces_the_published_points():
-    """Every tenth set anew, all sets as recorded: within the fit's tolerance."""
+    """Every tenth set, computed again, and all sets as recorded are within the fit's tolerance."""
     assert len(FITTED["sets"]) >= 40
     for entry in FITTED["sets"][::10]:
         again = fit.ratios(Parameters(**entry["parameters"]))
@@ -189,7 +193,7 @@ def test_ensemble_reproduces_the_published_points():
 
 
 def test_leave_one_out_error():
-    """The error that docs quote is the file's; predictions: see below."""
+    """Docs quote the file's error; predictions are tested below."""
     errors = {x["point"]: x for x in FITTED["leave_one_out"]}
     assert list(errors) == FITTED["points"] == [x["name"] for x in fit.POINTS]
     assert all(x["sets"] == 60 for x in errors.values())
@@ -216,8 +220,8 @@ def test_search_is_deterministic():
 
 
 def test_a_point_left_out_breeds_nothing(monkeypatch: pytest.MonkeyPatch):
-    """Whatever it was measured to be, the same sets are tried; for the search without another
-    point it matters."""
+    """The search without a point tries the same sets whatever that point was measured to be; the
+    search without another point does not."""
     monkeypatch.setattr(fit, "predicted", functools.cache(fit.predicted))
 
     def tried(without: int) -> list[Parameters]:
@@ -236,9 +240,10 @@ def test_committed_predictions_are_of_these_models():
     """PyTorch's rows depend on model B and the ensemble alone, not on our kernels."""
     rows = json.loads(PREDICTIONS.read_text())["kernels"]
     committed = next(
-        x for x in rows if (x["family"], x["dtype"], x["head_dim"])
-        == (kernels.PREFILL, "float16", 128)
-    )  # fmt: skip
+        x
+        for x in rows
+        if (x["family"], x["dtype"], x["head_dim"]) == (kernels.PREFILL, "float16", 128)
+    )
     spread = Spread.of(list(result(kernels.PREFILL, "float16", 128).cycles))
     now = [spread.median, spread.low, spread.high]
     assert now == pytest.approx(committed["b_cycles"], abs=1e-3)
@@ -261,14 +266,14 @@ def test_committed_predictions_of_our_kernels_are_new(family: str):
 
 
 def test_committed_predictions_quote_the_error():
-    """Of the ensemble, and the text is that of the figures."""
+    """The ranges are those of the ensemble, and the text has the figures of the file."""
     content = json.loads(PREDICTIONS.read_text())
     assert content["leave_one_out"] == FITTED["leave_one_out"]
     assert markdown(content) == PREDICTIONS.with_suffix(".md").read_text()
 
 
 def test_docs_quote_the_targets_tables():
-    """Every row of them, word for word."""
+    """Docs quote every row of the tables, word for word."""
     text = "\n".join(x.read_text() for x in (ROOT / "docs").glob("*.md"))
     for _, (header, rows) in targets.tables(json.loads(PREDICTIONS.read_text())):
         assert len(rows) >= 6
@@ -345,9 +350,11 @@ def test_structures_say_what_their_parameters_mean():
     same = (first.counts - second.counts) + (second.counts - first.counts)
     one_number = 2 * 2 * 32 * 4  # of both queries of each lane in each fragment
     assert same == dict(
-        exp2=4, threadgroup_bytes_read=tiles, threadgroup_bytes_written=tiles,
+        exp2=4,
+        threadgroup_bytes_read=tiles,
+        threadgroup_bytes_written=tiles,
         device_bytes_read=one_number,
-    )  # fmt: skip
+    )
     # dS of 8 keys x 16 queries as float32
     for kind, plain, writers in ((BackwardDkv, whole, 1), (BackwardDkvPairs, pairs, 2)):
         stored = kind(**vars(plain) | dict(store=True)).trace(PLAIN).mean_counts
@@ -430,7 +437,7 @@ def test_sweep_prints_structures():
 
 
 def test_ensemble_is_spread():
-    """The sets differ, or their range would mean nothing."""
+    """The sets must differ, or their range would mean nothing."""
     sets = ensemble()
     for name in ("mma_float", "shared_latency", "bank_conflicts", "unexplained"):
         assert len({getattr(p, name) for p in sets}) > 1

@@ -336,9 +336,12 @@ def test_every_variant_is_in_the_text_for_apples_compiler() -> None:
     }
     assert {family: len(found) for family, found in names.items()} == {
         "forward": 144 + 132,  # and the other tiles of head dims 64 and 128
-        "backward_delta": 72, "backward_dkv": 92, "backward_dkv_pairs": 160, "backward_dq": 144,
+        "backward_delta": 72,
+        "backward_dkv": 92,
+        "backward_dkv_pairs": 160,
+        "backward_dq": 144,
         "backward_dq_from_ds": 54,
-    }  # fmt: skip
+    }
     assert all(text.isascii() for text in texts.values())
     assert not any('#include "' in text for text in texts.values())
     parts = metal_sources.sources(per_file=24)

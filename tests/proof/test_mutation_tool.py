@@ -60,9 +60,11 @@ def test_operators():
     assert {(guard, "i < length"), (guard, "params.limit != 0")} <= _changes("drop_operand")
     assert {("x[i] * 2.0f", "x[i]"), ("x[i] * 2.0f", "2.0f")} <= _changes("drop_operand")
     assert _changes("condition") == {
-        (guard, "true"), (guard, "false"),
-        ("sum > params.limit", "true"), ("sum > params.limit", "false"),
-    }  # fmt: skip
+        (guard, "true"),
+        (guard, "false"),
+        ("sum > params.limit", "true"),
+        ("sum > params.limit", "false"),
+    }
     assert _changes("swap_operands") == {("params.limit - 1", "(1) - (params.limit)")}
     assert _changes("index") == {("i", "(i) + 1"), ("i", "(i) - 1")}
     assert _changes("step") == {("++", " += 2")}
@@ -78,8 +80,14 @@ def test_operators():
 def test_brackets_and_operators_are_told_apart():
     code = Code(SNIPPET)
     assert [code.words[i] for i in range(len(code)) if code.is_binary(i)] == [
-        "<", "<", "&&", "!=", "*", ">", "-"
-    ]  # fmt: skip
+        "<",
+        "<",
+        "&&",
+        "!=",
+        "*",
+        ">",
+        "-",
+    ]
     assert "comment" not in code.words
 
 

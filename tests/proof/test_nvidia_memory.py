@@ -25,7 +25,8 @@ PROBLEM, LENGTH, OF_ONE_HEAD = Problem(1, 6, 3, 64, "float16"), 260, 2 * 264 * 2
 
 
 def measure_step(step: memory.Step, problem: Problem, length: int, check: Any = None):
-    """As the GPU's, with the CPU allocator's changes as the profiler saw them."""
+    """Does what the GPU's allocator does, with the changes of the CPU's allocator that the profiler
+    saw."""
     operands = problem.operands(length, "cpu")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         results = step(*operands)
@@ -54,8 +55,10 @@ def on_cpu(planner: plans.Planner, monkeypatch: pytest.MonkeyPatch) -> attention
     kernels = {}
     for scratch_bytes in (0, 1 << 20):
         scoring = plans.Scoring(1.0, window_right=0, scratch_bytes=scratch_bytes)
-        for plan in (planner.forward(q, k, v, q, scoring),
-                     planner.backward(q, k, v, q, dout, scoring)):  # fmt: skip
+        for plan in (
+            planner.forward(q, k, v, q, scoring),
+            planner.backward(q, k, v, q, dout, scoring),
+        ):
             kernels |= {kernel.name: build.source_of(kernel) for kernel in plan.kernels}
     ours = attention.Attention(CpuKernels(kernels), planner)
     ours.outputs = nvidia_memory.Unguarded
@@ -79,7 +82,7 @@ def test_a_record_has_every_budget(on_cpu: attention.Attention, planner: plans.P
 def test_another_tensor_is_noticed(
     on_cpu: attention.Attention, planner: plans.Planner, monkeypatch: pytest.MonkeyPatch
 ):
-    """One row statistic too many: more than the parameters of the launches."""
+    """A row statistic too many is noticed: it is larger than the parameters of the launches."""
     prepare = on_cpu.prepare_forward
 
     def careless(*args: Any) -> list:

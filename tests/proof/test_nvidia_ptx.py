@@ -86,12 +86,16 @@ def test_our_kernels(family, dtype, variants, tmp_path):
 
 @pytest.mark.slow
 def test_every_variant(variants, tmp_path):
-    """12 head dims, of which 9 may store dS; chunks or elements; dropout or not."""
+    """There are 12 head dims, of which 9 may store dS; rows are read by chunks or elements, with
+    dropout or without."""
     narrow, wide = 3, 9
     of_dtype = {
-        "forward": 12 * 4, "delta": 12 * 2, "dkv": (narrow + 2 * wide) * 4, "dq": 12 * 4,
+        "forward": 12 * 4,
+        "delta": 12 * 2,
+        "dkv": (narrow + 2 * wide) * 4,
+        "dq": 12 * 4,
         "dq from dS": wide * 2,
-    }  # fmt: skip
+    }
     assert len(variants) == 3 * sum(of_dtype.values()) == 666
     for kernel in variants.values():
         assemble(ptx.compile(build.source_of(kernel)), tmp_path)

@@ -231,7 +231,8 @@ def test_run(planner):
 
 
 def test_all_launches_of_a_kernel_count(planner, monkeypatch):
-    """dS of one of three heads fits: dk/dv and dq are launched three times, in turns backwards."""
+    """The dS of one of three heads fits, so dk/dv and dq are launched three times, backwards in
+    every second turn."""
     work = workloads.Workload("float16", 64, 80, False, batch=1, num_heads=3)
     monkeypatch.setattr(
         workloads.Workload, "scoring", plans.Scoring(0.125, scratch_bytes=80 * 80 * 4)
@@ -309,10 +310,19 @@ def test_results_that_change_while_timed_are_noticed(planner):
 def canned(**changes):
     spread = {"median": 0.5, "p20": 0.4, "p80": 0.6, "rounds": 9}
     record = {
-        "work": "forward", "dtype": "float16", "head_dim": 64, "length": 1024, "causal": True,
-        "mode": "native", "errors": {}, "times": {}, "relative": {"ours": spread}, "same_as": "",
-        "failure": "", "seconds": 1.0,
-    }  # fmt: skip
+        "work": "forward",
+        "dtype": "float16",
+        "head_dim": 64,
+        "length": 1024,
+        "causal": True,
+        "mode": "native",
+        "errors": {},
+        "times": {},
+        "relative": {"ours": spread},
+        "same_as": "",
+        "failure": "",
+        "seconds": 1.0,
+    }
     return {**record, **changes}
 
 
@@ -329,7 +339,10 @@ def test_report():
     sizes = {"registers": 90, "shared_bytes": 1024, "local_bytes": 0}
     result = {
         "environment": {
-            "gpu": "A GPU", "driver": "1", "torch": "2", "date": "today",
+            "gpu": "A GPU",
+            "driver": "1",
+            "torch": "2",
+            "date": "today",
             "sources": {"commit": "abc", "edited": True, "digest": "def", "peer": "torch 3"},
         },
         "records": [
@@ -345,7 +358,7 @@ def test_report():
             "native": {"one": sizes, "two": sizes},
             "equal-rate": {"one": sizes, "two": {**sizes, "registers": 91}},
         },
-    }  # fmt: skip
+    }
     lines = speed_report.table(result).splitlines()
     assert "A GPU, driver 1, torch 2, today; commit abc with uncommitted changes" in lines[2]
     assert "5 comparisons, 1 failed." in lines

@@ -22,19 +22,22 @@ pytestmark = pytest.mark.skipif(
     not vocabulary.headers(), reason="this torch has no Metal headers to compare with"
 )
 
-# Outside of the wheel's vocabulary, and why that is right. An entry that is no longer found fails.
+# What lies outside of the wheel's vocabulary, and why that is right. An entry that is no longer
+# found fails the test.
 ACCEPTED = {
     "'mulhi' is not in PyTorch's Metal sources": "an integer function of the Metal specification",
     "'xy' is not in PyTorch's Metal sources": "a swizzle",
     "swizzle of 2: not in PyTorch's Metal sources": "the wheel writes swizzles, it reads none",
-    "pragma clang fp contract(off): not in PyTorch's Metal sources":
-        "Metal's compiler is a clang and takes it; one that did not would warn and go on",
+    "pragma clang fp contract(off): not in PyTorch's Metal sources": (
+        "Metal's compiler is a clang and takes it; one that did not would warn and go on"
+    ),
     "#line: not in PyTorch's Metal sources": "a directive of C",
     "#include <metal_simdgroup>: not in PyTorch's Metal sources": "part of metal_stdlib",
     "#include <metal_simdgroup_matrix>: not in PyTorch's Metal sources": "declares the matrices",
-    "reinterpret_cast to threadgroup *: not in PyTorch's Metal sources":
-        "as to device and constant pointers, which it has",
-}  # fmt: skip
+    "reinterpret_cast to threadgroup *: not in PyTorch's Metal sources": (
+        "as to device and constant pointers, which it has"
+    ),
+}
 
 
 @functools.cache
@@ -55,10 +58,16 @@ def _sampled(family: str) -> list[dict]:
     widths = {DKV: ("_d64_", "_d64_", "_d80_"), DKV_PAIRS: ("_d128_", "_d128_", "_d256_")}.get(
         family, ("_d64_", "_d128_", "_d256_")
     )
-    return [next(k for k in reversed(kernels)
-                 if f"<{t}," in k["instantiation"] and word in k["name"]
-                 and ("dropout" in k["name"] or family in (DELTA, DQ_FROM_DS)))
-            for t, word in zip(wanted, widths)]  # fmt: skip
+    return [
+        next(
+            k
+            for k in reversed(kernels)
+            if f"<{t}," in k["instantiation"]
+            and word in k["name"]
+            and ("dropout" in k["name"] or family in (DELTA, DQ_FROM_DS))
+        )
+        for t, word in zip(wanted, widths)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,8 +111,10 @@ def test_threadgroup_memory_is_what_a_launch_takes():
 # ---- the checks themselves
 
 PREAMBLE = "#include <metal_stdlib>\nusing namespace metal;\n"
-KERNEL = PREAMBLE + "kernel void k(device float* x [[buffer(0)]], " \
-    "uint i [[thread_position_in_grid]]) {{ {} }}\n"  # fmt: skip
+KERNEL = (
+    PREAMBLE + "kernel void k(device float* x [[buffer(0)]], "
+    "uint i [[thread_position_in_grid]]) {{ {} }}\n"
+)
 
 
 def _body(text: str, before: str = "") -> str:
@@ -111,8 +122,10 @@ def _body(text: str, before: str = "") -> str:
 
 
 BAD = {
-    "simd_shuffle": (_body("x[i] = simd_shuffle(x[i], ushort(0));"),
-                     "'simd_shuffle' is not in PyTorch's Metal sources"),
+    "simd_shuffle": (
+        _body("x[i] = simd_shuffle(x[i], ushort(0));"),
+        "'simd_shuffle' is not in PyTorch's Metal sources",
+    ),
     "lambda": (_body("auto f = [&](float y) { return y + x[i]; }; x[i] = f(1.0f);"), "lambda"),
     "if constexpr": (_body("if constexpr (sizeof(int) == 4) { x[i] = 1.0f; }"), "if constexpr"),
     "double": (_body("double y = x[i]; x[i] = y;"), "Metal has no double"),
@@ -120,76 +133,119 @@ BAD = {
     "not ASCII": (_body("x[i] = 1.0f;  // \N{GREEK SMALL LETTER ALPHA}"), "not ASCII"),
     "threadgroup variable in a helper": (
         _body("f(i); x[i] = 0.0f;", "void f(uint i) { threadgroup float y[32]; y[i] = 1.0f; }\n"),
-        "a threadgroup variable outside of a kernel's own scope"),
+        "a threadgroup variable outside of a kernel's own scope",
+    ),
     "threadgroup variable in a block": (
         _body("if (i < 4) { threadgroup float y[32]; y[i] = 1.0f; x[i] = y[i]; }"),
-        "a threadgroup variable outside of a kernel's own scope"),
+        "a threadgroup variable outside of a kernel's own scope",
+    ),
     "recursion": (
         _body("x[i] = f(x[i]);", "float f(float y) { return y > 1.0f ? f(y / 2.0f) : y; }\n"),
-        "recursion: f -> f"),
+        "recursion: f -> f",
+    ),
     "mutual recursion": (
-        _body("x[i] = f(x[i]);", "float g(float y);\nfloat f(float y) { return g(y) + 1.0f; }\n"
-              "float g(float y) { return y > 1.0f ? f(y / 2.0f) : y; }\n"),
-        "recursion: f -> g -> f"),
+        _body(
+            "x[i] = f(x[i]);",
+            "float g(float y);\nfloat f(float y) { return g(y) + 1.0f; }\n"
+            "float g(float y) { return y > 1.0f ? f(y / 2.0f) : y; }\n",
+        ),
+        "recursion: f -> g -> f",
+    ),
     "recursive template": (
-        _body("x[i] = f(x[i]);",
-              "template <typename T> T f(T y) { return y > T(1) ? f(y / T(2)) : y; }\n"),
-        "recursion: f -> f"),
+        _body(
+            "x[i] = f(x[i]);",
+            "template <typename T> T f(T y) { return y > T(1) ? f(y / T(2)) : y; }\n",
+        ),
+        "recursion: f -> f",
+    ),
     "40 buffers": (
-        PREAMBLE + "kernel void k("
+        PREAMBLE
+        + "kernel void k("
         + ", ".join(f"device float* x{n} [[buffer({n})]]" for n in range(40))
-        + ", uint i [[thread_position_in_grid]]) { x0[i] = x39[i]; }\n", "buffer"),
+        + ", uint i [[thread_position_in_grid]]) { x0[i] = x39[i]; }\n",
+        "buffer",
+    ),
     "40 KiB of threadgroup memory": (
         _body("threadgroup float y[10240]; y[i] = x[i]; x[i] = y[i + 1];"),
-        "k: 40960 bytes of threadgroup memory, at most 32768"),
+        "k: 40960 bytes of threadgroup memory, at most 32768",
+    ),
     "half8": (_body("half8 y; x[i] = y[0];"), "'half8' is not in PyTorch's Metal sources"),
-    "unknown metal:: function": (_body("x[i] = metal::frobnicate(x[i]);"),
-                                 "'frobnicate' is not in PyTorch's Metal sources"),
+    "unknown metal:: function": (
+        _body("x[i] = metal::frobnicate(x[i]);"),
+        "'frobnicate' is not in PyTorch's Metal sources",
+    ),
     "unknown attribute": (
         PREAMBLE + "kernel void k(device float* x [[buffer(0)]], uint i [[frobnicated]]) "
-        "{ x[i] = 0.0f; }\n", "attribute [[frobnicated]]"),
+        "{ x[i] = 0.0f; }\n",
+        "attribute [[frobnicated]]",
+    ),
     "unusual parameter type": (
         PREAMBLE + "kernel void k(device float* x [[buffer(0)]], "
         "uchar i [[thread_index_in_simdgroup]]) { x[i] = 0.0f; }\n",
-        "uchar parameter [[thread_index_in_simdgroup]]"),
-    "pointer without address space": (_body("float* y = 0; x[i] = y ? 1.0f : 0.0f;"),
-                                      "no address space"),
+        "uchar parameter [[thread_index_in_simdgroup]]",
+    ),
+    "pointer without address space": (
+        _body("float* y = 0; x[i] = y ? 1.0f : 0.0f;"),
+        "no address space",
+    ),
     "address spaces mixed up": (
         _body("threadgroup float y[4]; device float* z = y; x[i] = z[0];"),
-        "cannot initialize a variable of type"),
+        "cannot initialize a variable of type",
+    ),
     "function pointer": (
         _body("float (*g)(float) = f; x[i] = g(x[i]);", "float f(float y) { return y; }\n"),
-        "a function pointer"),
-    "virtual": (_body("x[i] = 0.0f;", "struct S { virtual float f() { return 1.0f; } };\n"),
-                "Metal has no virtual functions"),
+        "a function pointer",
+    ),
+    "virtual": (
+        _body("x[i] = 0.0f;", "struct S { virtual float f() { return 1.0f; } };\n"),
+        "Metal has no virtual functions",
+    ),
     "new": (_body("x[i] = *new float(1.0f);"), "Metal has no new"),
     "a stage as a name": (
-        _body("S s = {1.0f}; x[i] = s.fragment();",
-              "struct S { float a; float fragment() const { return a; } };\n"),
-        "a keyword of Metal"),
+        _body(
+            "S s = {1.0f}; x[i] = s.fragment();",
+            "struct S { float a; float fragment() const { return a; } };\n",
+        ),
+        "a keyword of Metal",
+    ),
     "goto": (_body("again: x[i] = 0.0f; goto again;"), "Metal has no goto"),
     "structured binding": (
         _body("S s = {1.0f, 2.0f}; auto [a, b] = s; x[i] = a + b;", "struct S { float a, b; };\n"),
-        "Metal 3 is C++14"),
-    "inline variable": (_body("x[i] = y;", "constant inline constexpr float y = 1.0f;\n"),
-                        "Metal 3 is C++14"),
+        "Metal 3 is C++14",
+    ),
+    "inline variable": (
+        _body("x[i] = y;", "constant inline constexpr float y = 1.0f;\n"),
+        "Metal 3 is C++14",
+    ),
     "fold expression": (
-        _body("x[i] = f(1.0f, 2.0f);",
-              "template <typename... T> float f(T... y) { return (y + ...); }\n"),
-        "Metal 3 is C++14"),
+        _body(
+            "x[i] = f(1.0f, 2.0f);",
+            "template <typename... T> float f(T... y) { return (y + ...); }\n",
+        ),
+        "Metal 3 is C++14",
+    ),
     "class template argument deduction": (
-        _body("S s(x[i]); x[i] = s.a;",
-              "template <typename T> struct S { T a; constexpr S(T b) : a(b) {} };\n"),
-        "Metal 3 is C++14"),
-    "if with initialiser": (_body("if (float y = x[i]; y > 0.0f) { x[i] = y; }"),
-                            "Metal 3 is C++14"),
+        _body(
+            "S s(x[i]); x[i] = s.a;",
+            "template <typename T> struct S { T a; constexpr S(T b) : a(b) {} };\n",
+        ),
+        "Metal 3 is C++14",
+    ),
+    "if with initialiser": (
+        _body("if (float y = x[i]; y > 0.0f) { x[i] = y; }"),
+        "Metal 3 is C++14",
+    ),
     "nested namespace": (_body("x[i] = 0.0f;", "namespace a::b { }\n"), "Metal 3 is C++14"),
-    "C++20": (_body("x[i] = 0.0f;", "template <typename T> concept C = true;\n"),
-              "Metal is C++17 at most"),
-    "unknown header": (_body("x[i] = 0.0f;", "#include <metal_tensor>\n"),
-                       "#include <metal_tensor>: not in PyTorch's Metal sources"),
+    "C++20": (
+        _body("x[i] = 0.0f;", "template <typename T> concept C = true;\n"),
+        "Metal is C++17 at most",
+    ),
+    "unknown header": (
+        _body("x[i] = 0.0f;", "#include <metal_tensor>\n"),
+        "#include <metal_tensor>: not in PyTorch's Metal sources",
+    ),
     "binary literal": (_body("x[i] = 0b11;"), "binary literal"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -221,16 +277,20 @@ def test_pytorchs_attention_kernels_pass(name: str):
     if not header.exists():
         pytest.skip(f"this torch has no {name}.h")
     source = "\n".join(
-        [PREAMBLE, "#include <metal_simdgroup>", "#include <c10/metal/utils.h>",
-         f"#include <ATen/native/mps/kernels/{name}.h>"]
-    )  # fmt: skip
+        [
+            PREAMBLE,
+            "#include <metal_simdgroup>",
+            "#include <c10/metal/utils.h>",
+            f"#include <ATen/native/mps/kernels/{name}.h>",
+        ]
+    )
     text = compiler.preprocess(source, (str(vocabulary.TORCH / "include"),), ())
     pattern = "*float16*64*" if name == "PrefillAttention" else "*half_64*"
     assert [str(f) for f in check(text, only=(pattern,))] == []
 
 
 def test_the_vocabulary_has_what_it_should():
-    """It is read from the wheel; this only guards against reading nothing."""
+    """The vocabulary is read from the wheel; this test only guards against reading nothing."""
     known = {"simdgroup_multiply_accumulate", "simd_shuffle_xor", "threadgroup_barrier", "bfloat"}
     assert known <= vocabulary.words() and "simd_shuffle" not in vocabulary.words()
     assert {"attribute [[host_name]]", "const member function"} <= vocabulary.idioms()

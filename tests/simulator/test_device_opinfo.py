@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import sys
 import types
 import unittest
@@ -24,25 +25,22 @@ if sys.platform != "linux":
 simulator.enable()
 
 SAMPLES = 3  # per operator
-# fmt: off
-NAMES = [
-    "add", "mul", "sub", "pow", "exp", "tanh", "where", "clamp",
-    "sum", "mean", "var", "std", "amax", "prod", "logsumexp", "norm", "cumsum",
-    "matmul", "bmm", "addmm", "baddbmm", "einsum", "outer", "linalg.vector_norm",
-    "softmax", "log_softmax", "sort", "topk", "argmax", "cummax",
-    "cat", "stack", "split", "chunk", "unbind",
-    "view", "reshape", "permute", "transpose", "expand", "squeeze", "unfold", "diagonal",
-    "narrow", "as_strided",
-    "index_select", "gather", "scatter_add", "index_put", "masked_fill", "take_along_dim",
-    "nonzero",
-    "zeros_like", "full_like", "arange", "linspace", "new_zeros",
-    "nn.functional.linear", "nn.functional.layer_norm", "nn.functional.gelu",
-    "nn.functional.embedding",
-    "nn.functional.conv2d", "nn.functional.conv_transpose2d", "nn.functional.max_pool2d",
-    "nn.functional.batch_norm", "nn.functional.cross_entropy", "nn.functional.dropout",
-    "nn.functional.scaled_dot_product_attention",
-]
-# fmt: on
+
+FAMILIES = (
+    ("add", "mul", "sub", "pow", "exp", "tanh", "where", "clamp"),
+    ("sum", "mean", "var", "std", "amax", "prod", "logsumexp", "norm", "cumsum"),
+    ("matmul", "bmm", "addmm", "baddbmm", "einsum", "outer", "linalg.vector_norm"),
+    ("softmax", "log_softmax", "sort", "topk", "argmax", "cummax"),
+    ("cat", "stack", "split", "chunk", "unbind", "narrow", "as_strided"),
+    ("view", "reshape", "permute", "transpose", "expand", "squeeze", "unfold", "diagonal"),
+    ("index_select", "gather", "scatter_add", "index_put", "masked_fill", "take_along_dim"),
+    ("nonzero", "zeros_like", "full_like", "arange", "linspace", "new_zeros"),
+)
+LAYERS = (
+    *("linear", "layer_norm", "gelu", "embedding", "conv2d", "conv_transpose2d", "max_pool2d"),
+    *("batch_norm", "cross_entropy", "dropout", "scaled_dot_product_attention"),
+)
+NAMES = [*itertools.chain(*FAMILIES), *(f"nn.functional.{name}" for name in LAYERS)]
 
 
 @functools.cache

@@ -392,9 +392,11 @@ kernel void k(const device uint4* a [[buffer(0)]], device half* o [[buffer(1)]],
     counters, mix = library.instruction_mix("k", (32, 1, 1), (32, 1, 1), arguments)
     by_width = {name: n for name, n in mix.items() if ":" in name}
     assert by_width == {
-        "load_device:16": 32, "store_threadgroup:16": 32,
-        "load_threadgroup:4": 64, "store_device:2": 32,
-    }  # fmt: skip
+        "load_device:16": 32,
+        "store_threadgroup:16": 32,
+        "load_threadgroup:4": 64,
+        "store_device:2": 32,
+    }
     assert counters.threadgroup_bytes_read == 256
 
 

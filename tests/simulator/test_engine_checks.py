@@ -279,7 +279,8 @@ def corpus():
 
 
 def run(library, name, **options):
-    # An access behind a buffer counts as legal if another buffer begins there: keep them apart.
+    # An access behind a buffer counts as legal if another buffer begins there, so they are kept
+    # apart.
     memory = np.zeros((3, 64), np.float32)
     out, read_only = memory[0], memory[2]
     arguments = {0: out, 1: read_only}

@@ -108,7 +108,7 @@ def test_the_end_of_a_test_session(tmp_path: Path):
 
 
 def test_the_end_of_a_child_that_was_forked():
-    """It has no worker to wait for; and its parent's is waited for by the parent alone."""
+    """A fork has no worker to wait for, and only the parent waits for the parent's."""
     fork = """
 import os
 pid = os.fork()

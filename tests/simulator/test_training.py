@@ -107,7 +107,7 @@ def test_losses_are_the_cpus(cpu_losses):
 
 
 def test_strict_mode_trains(cpu_losses):
-    """With nothing but the operators that have an MPS kernel on a Mac."""
+    """Training uses only operators that have an MPS kernel on a Mac."""
     simulator.strict()
     try:
         assert_same(train("mps"), cpu_losses)

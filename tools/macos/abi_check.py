@@ -25,7 +25,7 @@ _STRUCT_ROUTE = re.compile(r"_torch_mps_set_arg_bytes|__ZN2at6native3mps\w+6setA
 
 @dataclass
 class Report:
-    """What was compared, and everything that does not fit."""
+    """The things that were compared, and everything that does not fit."""
 
     imports: dict[str, list[str]] = field(default_factory=dict)  # library -> symbols
     lookups: dict[str, list[str]] = field(default_factory=dict)  # release -> names dlsym finds

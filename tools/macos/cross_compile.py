@@ -24,11 +24,19 @@ WORK = ROOT / "build" / "macos"
 LINKER = "ld64.lld-19"
 CACHE = WORK / "zig-cache"
 COMPILER = (
-    "env", f"ZIG_GLOBAL_CACHE_DIR={CACHE}", f"ZIG_LOCAL_CACHE_DIR={CACHE}",
-    sys.executable, "-m", "ziglang", "c++", "-target", f"aarch64-macos.{MACOS}", "-mcpu=apple_m1",
+    "env",
+    f"ZIG_GLOBAL_CACHE_DIR={CACHE}",
+    f"ZIG_LOCAL_CACHE_DIR={CACHE}",
+    sys.executable,
+    "-m",
+    "ziglang",
+    "c++",
+    "-target",
+    f"aarch64-macos.{MACOS}",
+    "-mcpu=apple_m1",
     "-g0",  # debug information would hold this machine's paths
-    "-fno-sized-deallocation",  # as torch's own libraries: no operator delete(void*, size_t)
-)  # fmt: skip
+    "-fno-sized-deallocation",  # torch's libraries have no operator delete(void*, size_t) either
+)
 
 sys.path.insert(0, str(ROOT / "native"))
 import build as native_build  # noqa: E402
@@ -68,11 +76,16 @@ def link(objects: Sequence[Path], output: Path, *extra: str) -> None:
     """Links and ad-hoc signs a library that exports its two entry points (native/module.cpp)."""
     stubs = write_stubs(output.parent / "stubs")
     command = [
-        LINKER, "-dylib", "-arch", "arm64", "-platform_version", "macos", MACOS, MACOS,
-        "-install_name", INSTALL_NAME, "-rpath", RPATH, "-dead_strip",
+        LINKER,
+        *f"-dylib -arch arm64 -platform_version macos {MACOS} {MACOS} -dead_strip".split(),
+        *("-install_name", INSTALL_NAME, "-rpath", RPATH),
         *(word for name in EXPORTS for word in ("-exported_symbol", name)),
-        *extra, *map(str, objects), *map(str, stubs), "-o", str(output),
-    ]  # fmt: skip
+        *extra,
+        *map(str, objects),
+        *map(str, stubs),
+        "-o",
+        str(output),
+    ]
     subprocess.run(command, check=True)
 
 

@@ -26,7 +26,8 @@ DEPENDENTS = frozenset(
     }
 )
 EXPORTS = ("_orchard_library_interface", "_orchard_register_ops")
-"""What native/module.cpp marks: Python asks what the library is before it registers anything."""
+"""The functions that native/module.cpp exports: Python asks what the library is before it registers
+anything."""
 
 Command = lief.MachO.LoadCommand.TYPE
 _LOADS = {
@@ -101,7 +102,8 @@ def strings(binary: lief.MachO.Binary) -> list[str]:
 
 
 def load_command_problems(binary: lief.MachO.Binary) -> list[str]:
-    """What is not as in a library built by Apple's tools for this package; empty if nothing."""
+    """The differences from a library that Apple's tools would build for this package; empty if
+    there are none."""
     commands = [command.command for command in binary.commands]
     header = binary.header
     sections = {section.name for section in binary.sections}

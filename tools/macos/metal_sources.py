@@ -21,6 +21,7 @@ import torch
 from orchard_ops.commands.bench.cases import PRESETS
 from orchard_ops.commands.environment import environment_variables
 from orchard_ops.plan import Kernel, plan
+from orchard_ops.scoring import Scoring
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
@@ -32,19 +33,16 @@ MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
 def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> tuple[Kernel, ...]:
-    """What the plan runs for such a call: forward, then backward."""
+    """The kernels that the plan runs for such a call: forward, then backward."""
     shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.
     operand = torch.empty(64 * head_dim + offset, dtype=dtype)[offset:].view(shape)
-    seed = torch.tensor(0)
-    return plan(
-        operand, operand, operand, None, None, None, seed, dropout_p, head_dim**-0.5,
-        -1, -1, 0, 0.0, "metal",
-    ).kernels  # fmt: skip
+    scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
+    return plan(operand, operand, operand, *scoring, "metal").kernels
 
 
 def every_kernel(*call: Any) -> Iterator[Kernel]:
-    """What the plan may run for such a call, whatever the environment says."""
+    """The kernels that the plan may run for such a call, whatever the environment says."""
     for megabytes in ("0", "1"):
         with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
             forward, *backward = kernels(*call)

@@ -65,7 +65,7 @@ def pack(library: Path, directory: Path) -> Path:
 
 
 def content_problems(wheel: Path) -> list[str]:
-    """What the wheel lacks, and what it should not have."""
+    """The files that the wheel lacks, and those that it should not have."""
     package = ROOT / "src" / "orchard_ops"
     modules = {f"orchard_ops/{path.relative_to(package)}" for path in package.rglob("*.py")}
     wanted = modules | {"orchard_ops/py.typed", "orchard_ops/liborchard_ops.dylib"}

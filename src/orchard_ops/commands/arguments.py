@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LARGEST = 2**31 - 1
-"""Of a length, a count or a size; far beyond what fits any machine."""
+"""The largest length, count or size that is taken, which is far beyond what fits any machine."""
 
 
 def positive_integer(text: str) -> int:
@@ -28,7 +28,7 @@ def seconds(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """What torch.manual_seed takes."""
+    """A seed that torch.manual_seed takes."""
     number = int(text)
     if not -(2**63) <= number < 2**64:
         raise ValueError(text)

@@ -6,7 +6,8 @@ import rich.console
 
 
 class Console(rich.console.Console):
-    """rich's, but for a closed pipe: rich would exit with status 1, which means a wrong result."""
+    """A rich console that raises when its pipe is closed. rich itself would exit with status 1,
+    which means a wrong result here."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError("the output was closed")

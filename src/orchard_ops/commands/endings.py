@@ -14,19 +14,20 @@ from pathlib import Path
 RIGHT = 0
 WRONG = 1
 CANNOT_RUN = 2
-"""Also argparse's status for a command line that is wrong."""
+"""The status that argparse gives a wrong command line, too."""
 BROKEN = 3
 """The command itself failed, with a traceback to report."""
 INTERRUPTED = 130
 CLOSED_PIPE = 141
-"""These two are what a shell says of a program that SIGINT or SIGPIPE ended."""
+"""A shell gives these two statuses to a program that SIGINT or SIGPIPE ended."""
 
 _EXTRAS = {"rich": "commands", "matplotlib": "bench", "numpy": "demo"}
 """What the commands import beyond torch, and the extra that installs it."""
 
 
 class CannotRun(Exception):
-    """What the user can change, in one line: another path, another device, a package."""
+    """The command cannot run for a reason that the user can change, such as a path, a device or a
+    missing package. The message is one line."""
 
 
 def exit_status(name: str, command: Callable[[], int]) -> int:
@@ -60,18 +61,19 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
 
 
 def _say(name: str, what: str, error: BaseException) -> None:
-    """One line, with what the command noted on its way out."""
+    """Prints one line, with the notes that the command added to the exception."""
     line = "; ".join((what, *getattr(error, "__notes__", ())))
     print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:
-    """Nobody reads it any more, and Python would complain when it flushes the rest at exit."""
+    """Points the output at nothing: nobody reads it any more, and Python would complain when it
+    flushes the rest at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    except (AttributeError, OSError, ValueError):  # it is no file
+    except (AttributeError, OSError, ValueError):  # the stream is no file
         return
 
 
@@ -96,7 +98,8 @@ def writable(path: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all, where the path is a file: a reader never meets half of it.
+    """Writes a file whole or not at all, so that a reader never meets half of it. What is no file
+    (a device, a pipe) is written directly.
 
     Raises:
         CannotRun: it cannot be written.

@@ -23,7 +23,7 @@ def sysctl(name: str) -> str:
 
 
 def chip() -> str:
-    """As the maker calls it: "Apple M2 Pro", or the model of the CPU."""
+    """The chip's name, such as "Apple M2 Pro", or the model of the CPU."""
     if sys.platform == "darwin":
         return sysctl("machdep.cpu.brand_string") or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -35,7 +35,8 @@ def chip() -> str:
 
 
 def system() -> str:
-    """ "macOS 15.5"; elsewhere the name alone, as a kernel's release names a host."""
+    """The system's name, with the version on a Mac ("macOS 15.5") and without it elsewhere, where
+    the release of the kernel would tell which host this is."""
     return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
 
 
@@ -51,7 +52,7 @@ def software() -> Description:
 
 
 def host() -> Description:
-    """Chip, system, threads, load and versions, wherever in the machine something ran."""
+    """Chip, system, threads, load and versions: what does not depend on the device."""
     description: Description = {
         "machine": chip(),
         "architecture": platform.machine(),
@@ -67,7 +68,7 @@ def host() -> Description:
 
 
 def describe(place: Place) -> Description:
-    """The host, and where in it something ran."""
+    """The host, and the device of it on which the run takes place."""
     description = host() | {
         "device": place.device.type,
         "kind": place.kind,
@@ -79,7 +80,7 @@ def describe(place: Place) -> Description:
 
 
 def where(machine: Description) -> str:
-    """In one line: what a figure must say."""
+    """One line about the machine, which every figure carries."""
     threads = machine["cpu_threads"]
     device = {
         "apple_gpu": f"GPU of {machine.get('gpu_cores', '?')} cores",
@@ -90,6 +91,6 @@ def where(machine: Description) -> str:
 
 
 def slug(machine: Description) -> str:
-    """For file names: "apple-m2-pro-mps"."""
+    """The machine's name in file names, such as "apple-m2-pro-mps"."""
     suffix = "simulated" if machine["kind"] == "simulated" else machine["device"]
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['machine']} {suffix}".lower()).strip("-")

@@ -1,4 +1,4 @@
-"""Where the model under test runs, said plainly."""
+"""The device that a command runs on, and what it really is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place:
     kind: str
     """"apple_gpu", "simulated" or "cpu"."""
     description: str
-    """For the reader, with what the run's figures do not say."""
+    """A description for the reader, with what the run's figures do not say."""
 
 
 def find_place(requested: str) -> Place:
@@ -29,7 +29,7 @@ def find_place(requested: str) -> Place:
     if requested == "mps" and not available:
         raise ValueError(
             'there is no "mps" device here: it needs macOS on Apple silicon and a torch built with '
-            "MPS (torch.backends.mps.is_available() is False)"
+            "MPS (torch.backends.mps.is_available() is False); --device cpu runs the reference"
         )
     if requested == "cpu" or not available:
         why = "as asked for" if requested == "cpu" else "there is no Apple GPU here"

@@ -20,16 +20,20 @@ Item = TypeVar("Item")
 
 
 def progress_bar(console: Console) -> Progress:
-    """How many are done, what is under way (a task's description), time gone and time left."""
+    """A bar with the tasks that are done, the one under way, and the time gone and left."""
     return Progress(
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 @contextmanager
 def each(console: Console, items: Sequence[Item]) -> Iterator[Iterator[Item]]:
-    """The items; the one under way stands beside a bar, or in a line "3/12: item"."""
+    """Yields the items. The one under way is shown beside a bar, or in a line "3/12: item"."""
 
     def in_lines() -> Iterator[Item]:
         for number, item in enumerate(items, start=1):

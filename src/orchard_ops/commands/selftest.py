@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import native, plan
 from ..calls import reset_stats, stats
-from ..scoring import Scoring
-from ..testing import assert_attention_close, math_attention
+from ..ops.schema import public_lse
+from ..testing import DTYPES, Case, assert_attention_close, with_strides
 from . import endings, machine
 from .console import Console
 from .endings import CannotRun, writable, write
@@ -30,51 +30,35 @@ from .environment import environment_variables
 from .place import Place, find_place
 from .progress import each
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORING_HEAD_DIM = 64  # from here on a backward stores dS
 _REFERENCE_HEAD_DIMS = (16, 64, 256)  # of any width it runs the same code
-_SEED = 20_240_229
-_DIAGONAL = -7  # the first rows see no key
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes, and the MiB that the backward may store dS in."""
-
-    name: str
-    scratch_mb: int
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    q_len: int
-    kv_len: int
-
-
-# Whole, ragged and skipped tiles, and two query heads for a key/value head.
-_RAGGED = Problem("", 64, 2, 2, 1, 77, 101)
-_LOW_MEMORY = replace(_RAGGED, name="low memory", scratch_mb=0)
-# dS of one head fits, but not of two; of one, 3200 keys fit.
-_IN_TURNS = (
-    Problem("heads in turn", 1, 1, 2, 2, 384, 512),
-    Problem("keys in turn", 1, 1, 1, 1, 77, 3400),
-)
+# Whole, ragged and skipped tiles, two query heads for a key/value head, first rows without a key.
+_RAGGED = Case(77, 101, batch=2, window_right=0, diagonal=-7)
+# In 1 MiB dS of one head fits, but not of two; of one, 3200 keys fit.
+_IN_TURNS = {
+    "heads in turn": _RAGGED.but(q_len=384, kv_len=512, batch=1, num_kv_heads=2),
+    "keys in turn": _RAGGED.but(kv_len=3400, batch=1, num_heads=1),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is compiled or launched in its own way."""
 
-    dtype: torch.dtype
-    head_dim: int
-    chunks: bool
-    dropout_p: float
-    problem: Problem = _RAGGED
+    case: Case
+    chunks: bool = True
+    """Whether rows begin at multiples of 16 bytes."""
+    scratch_mb: int = 64
+    """MiB that the backward may store dS in."""
+    way: str = ""
+    """What the backward does with less of them."""
 
     def __str__(self) -> str:
         loads = "chunks" if self.chunks else "elements"
-        name = str(self.dtype).removeprefix("torch.")
-        dropout = " dropout" if self.dropout_p else ""
-        return f"{name} D{self.head_dim} {loads}{dropout} {self.problem.name}".rstrip()
+        name = str(self.case.dtype).removeprefix("torch.")
+        dropout = " dropout" if self.case.dropout_p else ""
+        return f"{name} D{self.case.head_dim} {loads}{dropout} {self.way}".rstrip()
 
 
 @dataclass
@@ -125,67 +109,37 @@ def variants(quick: bool) -> Iterator[Variant]:
     head_dims = (64,) if quick else plan.head_dims() or _REFERENCE_HEAD_DIMS
     for dtype in DTYPES:
         if dtype == torch.float32 or not quick:
-            yield from (Variant(dtype, 64, True, 0.1, problem) for problem in _IN_TURNS)
+            for way, case in _IN_TURNS.items():
+                yield Variant(case.but(dtype=dtype, dropout_p=0.1), scratch_mb=1, way=way)
         for head_dim in head_dims:
             for chunks in (True,) if quick else (True, False):
                 for dropout_p in (0.1,) if quick else (0.0, 0.1):
-                    yield Variant(dtype, head_dim, chunks, dropout_p)
+                    case = _RAGGED.but(dtype=dtype, head_dim=head_dim, dropout_p=dropout_p)
+                    yield Variant(case, chunks)
                     if head_dim >= _STORING_HEAD_DIM:
-                        yield Variant(dtype, head_dim, chunks, dropout_p, _LOW_MEMORY)
-
-
-def _operands(variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, dout on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    problem = variant.problem
-    rows, keys = (problem.num_heads, problem.q_len), (problem.num_kv_heads, problem.kv_len)
-    shapes = [(problem.batch, *of, variant.head_dim) for of in (rows, keys, keys, rows)]
-    q, k, v, do = (torch.randn(s, generator=generator).to(variant.dtype) for s in shapes)
-    return q, k, v, do
-
-
-def _place(x: Tensor, chunks: bool, device: torch.device) -> Tensor:
-    """On the device; without `chunks` one element off, so that no row is 16-byte aligned."""
-    if chunks:
-        return x.to(device)
-    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)
-    flat[1:] = x.to(device).reshape(-1)
-    return flat[1:].view(x.shape)
+                        yield Variant(case, chunks, scratch_mb=0, way="low memory")
 
 
 def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
     """Runs one variant twice (results must be bitwise equal) and applies the tolerance rule."""
     started = time.perf_counter()
-    operands = _operands(variant)
-    ref, eager = (
-        math_attention(
-            *operands,
-            dtype=dtype,
-            dropout_p=variant.dropout_p,
-            dropout_seed=_SEED,
-            window_right=0,
-            diagonal=_DIAGONAL,
-        )
-        for dtype in (torch.float64, variant.dtype)
+    case = variant.case
+    operands = case.operands()
+    ref, eager = (case.math(dtype, *operands) for dtype in (torch.float64, case.dtype))
+    q, k, v, do = (
+        x.to(device) if variant.chunks else with_strides(x, "odd_offset", device) for x in operands
     )
-    q, k, v, do = (_place(x, variant.chunks, device) for x in operands)
-    scoring = Scoring(
-        dropout_seed=torch.tensor(_SEED),
-        dropout_p=variant.dropout_p,
-        scale=variant.head_dim**-0.5,
-        window_right=0,
-        diagonal=_DIAGONAL,
-    )
+    scoring = case.scoring(device)
 
     def run() -> list[Tensor]:
         ops = torch.ops.orchard
         out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
         grads = ops.flash_attn_bwd(do, None, q, k, v, out, row_stats, *scoring, False, impl)
-        lse = row_stats.sum(-1) * scoring.unit
+        lse = public_lse(row_stats, scoring.unit)
         return [x.cpu() for x in (out, lse, *grads[:3])]
 
     try:
-        scratch_mb = str(variant.problem.scratch_mb)
+        scratch_mb = str(variant.scratch_mb)
         with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=scratch_mb):
             first, second = run(), run()
         assert_attention_close(first, ref, eager)

@@ -23,11 +23,12 @@ _NUM_TENSORS = 3 + _NUM_SCORING_TENSORS
 
 
 _forward, _backward = FORWARD._op, BACKWARD._op
-"""The same calls in a frame less, for eager code."""
+"""The same calls with one Python frame less, for eager code."""
 
 
 def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
-    """Forward-mode AD would otherwise see a constant: its tangents do not reach the kernels."""
+    """Refuses forward-mode AD, which would take the result for a constant: tangents do not reach
+    the kernels."""
     if forward_ad._current_level < 0:
         return
     for x in args:
@@ -47,10 +48,10 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 
 def _below_transform() -> AbstractContextManager:
-    """For the call of an op that an autograd.Function wraps under torch.func.
+    """Surrounds the call of an op inside of an autograd.Function under torch.func.
 
-    The function has switched off gradients, forward-mode ones too. A torch.func transform that lies
-    further out has to record the op as well, and would find nothing to record.
+    The function has switched gradients off, those of forward mode too. They are on again in the
+    block, because a torch.func transform further out must record the op as well.
     """
     stack = ExitStack()
     stack.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -60,10 +61,10 @@ def _below_transform() -> AbstractContextManager:
 
 
 class _Formula(_SingleLevelFunction):
-    """An autograd.Function called from an Autograd kernel.
+    """An autograd.Function for calls from an Autograd kernel.
 
-    There torch.func's transforms have already been entered for the op itself; a
-    `torch.autograd.Function` would enter them a second time (and fail).
+    torch.func's transforms are entered for the op before that, and a `torch.autograd.Function`
+    would fail by entering them a second time.
     """
 
     apply: Callable[..., Any]
@@ -77,9 +78,10 @@ class _Formula(_SingleLevelFunction):
 
 
 class _FlashAttention(_Formula):
-    """out and row_stats of flash_attn_fwd with flash_attn_bwd as the derivative.
+    """Computes out and row_stats by flash_attn_fwd, with flash_attn_bwd as the derivative.
 
-    What cannot be a tensor comes as one tuple, since autograd spends time on every argument.
+    Arguments that cannot be tensors come in one tuple, since autograd spends time on every
+    argument.
     """
 
     @staticmethod
@@ -109,7 +111,7 @@ class _FlashAttention(_Formula):
             return (None,) * len(ctx.needs_input_grad)
         dlse = None
         if drow_stats is not None:
-            # Both numbers move lse alike: one gradient tells all.
+            # lse is the sum of both numbers, so they have the same gradient.
             dlse = drow_stats[..., 1] / scoring.unit
         if dout is None:
             dout = torch.zeros_like(out)
@@ -129,7 +131,8 @@ class _FlashAttention(_Formula):
 
 
 class _FlashAttentionBackward(_Formula):
-    """flash_attn_bwd, whose own derivative is refused: else torch returns wrong gradients."""
+    """Computes flash_attn_bwd and refuses its derivative, for which torch would return wrong
+    gradients."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -185,7 +188,7 @@ _record = _FlashAttention.apply
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """FORWARD; in the usual case without the dispatcher's way round to `_forward_kernel`."""
+    """Calls FORWARD. In the usual case it goes to `_forward_kernel` without the dispatcher."""
     tensors = (query, key, value, *scoring[:_NUM_SCORING_TENSORS])
     if scoring.alibi_slopes is not None or not eager.nothing_between(tensors):
         return FORWARD(query, key, value, *scoring, impl)
@@ -196,10 +199,18 @@ def attend(
 
 
 def differentiate(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    row_stats: Tensor, scoring: Scoring, mask_grad: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """BACKWARD, as `attend`."""
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    row_stats: Tensor,
+    scoring: Scoring,
+    mask_grad: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Calls BACKWARD, in the way that `attend` calls FORWARD."""
     tensors = (dout, dlse, query, key, value, out, row_stats)
     all_tensors = (*tensors, *scoring[:_NUM_SCORING_TENSORS])
     if torch.is_grad_enabled() or not eager.nothing_between(all_tensors):

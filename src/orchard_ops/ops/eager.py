@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # of every device
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # for every device
 PLAIN = frozenset((Tensor, Parameter, type(None)))
-"""The types of tensors, or none, in which no subclass wants to see the op."""
+"""The types of operands, None included, that are no subclass which must see the op."""
 
 
 def nothing_between(tensors: tuple[Any, ...]) -> bool:

@@ -20,13 +20,14 @@ def _pairs(query: torch.Size, key: torch.Size) -> int:
 
 @register_flop_formula(torch.ops.orchard.flash_attn_fwd)
 def forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
-    """q @ k^T and p @ v, of the operands' shapes."""
+    """Counts q @ k^T and p @ v from the shapes of the operands."""
     call = ForwardArgs.read(args)
     return 2 * _pairs(call.query, call.key) * (call.query[3] + call.value[3])
 
 
 @register_flop_formula(torch.ops.orchard.flash_attn_bwd)
 def backward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
-    """The scores anew, dq and dk; dp and dv; of the operands' shapes."""
+    """Counts the scores, which are computed again, dq, dk, dp and dv from the shapes of the
+    operands."""
     call = BackwardArgs.read(args)
     return 2 * _pairs(call.query, call.key) * (3 * call.query[3] + 2 * call.value[3])

@@ -73,7 +73,7 @@ def _backward_shapes(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _why_not_metal(query: Tensor, impl: str) -> str:
-    """Why the dispatcher chose the reference: it only does so where no MPS kernel is registered."""
+    """The reason for a call that the dispatcher sent here because no MPS kernel is registered."""
     if query.device.type != "mps":
         return f"{calls.NOT_MPS}{query.device.type}, not on mps"
     if impl == "reference":
@@ -82,7 +82,7 @@ def _why_not_metal(query: Tensor, impl: str) -> str:
 
 
 def _no_autocast(query: Tensor) -> AbstractContextManager:
-    """The reference chooses its own precision."""
+    """Switches autocast off, because the reference chooses its own precision."""
     device_type = query.device.type
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
-from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .schema import library
 
-# The argument gives the op a device and thereby an autograd kernel.
+# The argument gives the op a device, and so an autograd kernel.
 library.define(
     "draw_dropout_seed(Tensor query) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
 DRAW = torch.ops.orchard.draw_dropout_seed.default
+_ALMOST_NOTHING = 1e-6
+"""A memory budget, as a share of the activations that are saved without one."""
 
 
 def _randint() -> Tensor:
@@ -34,24 +35,36 @@ def _shape(query: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@contextmanager
-def _saved_for_the_backward() -> Iterator[None]:
-    """Nodes that torch.compile makes in the block are never computed again in the backward.
+def _have_the_draw_saved() -> None:
+    """Marks the draw that torch.compile has just traced, so that the backward does not repeat it.
 
-    By itself it would, under torch._functorch.config.activation_memory_budget < 1, and the backward
-    would see another dropout mask than the forward.
+    The partitioner would repeat it under torch._functorch.config.activation_memory_budget < 1, and
+    the backward would see another dropout mask than the forward.
     """
-    before = traceback.current_meta
-    traceback.current_meta = {**before, "recompute": CheckpointPolicy.MUST_SAVE}
-    try:
-        yield
-    finally:
-        traceback.current_meta = before
+    tracing = get_proxy_mode()
+    if tracing is None:
+        return
+    node = next((n for n in reversed(tracing.tracer.graph.nodes) if n.target is DRAW), None)
+    if node is None:  # something else is being traced
+        return
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    custom = node.meta.get("custom") or {}
+    if custom.get("_region_activation_memory_budget") == 0.0:
+        raise RuntimeError(
+            "orchard::flash_attn: dropout needs its seed in the backward, and "
+            "region_activation_memory_budget(0.0) lets torch.compile save nothing: pass a budget "
+            f"above 0, such as {_ALMOST_NOTHING}, which saves hardly more"
+        )
+    if torch._functorch.config.activation_memory_budget == 0.0:
+        # At 0 the partitioner saves nothing, whatever the marks. A node's own budget goes first.
+        node.meta["memory_budget"] = _ALMOST_NOTHING
 
 
 def _autograd_kernel(query: Tensor) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd(), _saved_for_the_backward():
-        return DRAW(query)
+    with torch._C._AutoDispatchBelowAutograd():
+        dropout_seed = DRAW(query)
+    _have_the_draw_saved()
+    return dropout_seed
 
 
 @torch.library.register_vmap("orchard::draw_dropout_seed", lib=library)
@@ -65,7 +78,7 @@ library.impl("draw_dropout_seed", _autograd_kernel, "Autograd")
 
 
 def draw(query: Tensor) -> Tensor:
-    """0-dim int64 on the cpu, from torch's generator there."""
+    """Draws a seed, 0-dim int64 on the cpu, from torch's generator of that device."""
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return DRAW(query)
     return _randint()

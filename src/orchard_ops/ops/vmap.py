@@ -27,7 +27,8 @@ def _batch(query: Tensor, dim: int | None) -> int:
 
 
 def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
-    """As `_fold`; a mask that broadcasts over V and over the first of B goes on doing so."""
+    """Folds V into a mask's batch. One that is the same for all of V and of the outer batch
+    stays."""
     if mask is None or (dim is None and mask.shape[0] == 1):
         return mask
     mask = _lead(mask, dim, size)
@@ -50,10 +51,13 @@ def _fold_slopes(slopes: Tensor | None, dim: int | None, size: int, batch: int) 
 
 def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Scoring:
     if scoring.sinks is not None and dims.sinks is not None:
-        raise NotImplementedError("orchard::flash_attn: vmap over sinks is not supported")
+        raise NotImplementedError(
+            "orchard::flash_attn: vmap over sinks is not implemented; got sinks that differ "
+            "between samples: call flash_attn for each sample in a loop"
+        )
     seed = scoring.dropout_seed
     if seed is not None and dims.dropout_seed is not None:
-        # The batch index makes the masks differ; one seed serves all.
+        # One seed serves all samples, whose masks differ by the batch index.
         seed = seed.select(dims.dropout_seed, 0) if size else seed.new_zeros(())  # type: ignore[arg-type]
     return scoring._replace(
         attn_mask=_fold_mask(scoring.attn_mask, dims.attn_mask, size, batch),  # type: ignore[arg-type]
@@ -90,12 +94,13 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     size, call, dims = info.batch_size, BackwardArgs.read(args), BackwardArgs.read(in_dims)
     scoring = call.scoring
     if size and scoring.dropout_p > 0.0 and dims.row_stats is None:
-        # Only the gradients are mapped: folding them would change the batch index that the masks
-        # of the one forward were drawn with.
+        # Only the gradients are mapped. Folding them into the batch would change the batch index
+        # with which the dropout masks of the one forward were drawn.
         return _one_by_one(size, in_dims, args)
     if scoring.sinks is not None or (scoring.attn_mask is not None and call.mask_grad):
         raise NotImplementedError(
-            "orchard::flash_attn: vmap over the gradient of attn_mask or sinks is not supported"
+            "orchard::flash_attn: vmap over the gradient of attn_mask or sinks is not implemented; "
+            "got a mapped gradient of out: differentiate each sample in a loop"
         )
     batch = _batch(call.query, dims.query)
     operands = [_fold(x, d, size) for x, d in zip(call[:7], dims[:7])]

@@ -15,8 +15,7 @@ def _add_mask_gradient(dmask: Tensor, dx: Tensor, block: Block) -> None:
     """Adds the block's score gradient to dmask, summed over the dimensions the mask broadcasts."""
     summed = [d for d in range(dmask.dim()) if dmask.shape[d] == 1 and dx.shape[d] != 1]
     part = dx.sum(dim=summed, keepdim=True) if summed else dx
-    target = block.rows(dmask, -2) if dmask.shape[-2] != 1 else dmask
-    target = block.cols(target, -1) if dmask.shape[-1] != 1 else target
+    target = block.of_mask(dmask)
     target += part
 
 
@@ -43,6 +42,11 @@ def backward(
     p = Problem(query, key, value, scoring)
     mask = scoring.attn_mask
     dq = empty_in_order_of(query)
+    query, dout = p.seeing(query), p.seeing(dout)
+    if dlse is not None:
+        moved = dlse.unsqueeze(-1)
+        if scoring.sinks is None:  # else a row without a key sees its sink
+            moved = p.seeing(moved)
     dk, dv = (torch.zeros(x.shape, dtype=p.dtype, device=p.device) for x in (p.k, p.v))
     dmask, dsinks = query.new_empty(0), query.new_empty(0)
     if mask is not None and mask_grad:
@@ -57,11 +61,11 @@ def backward(
         do = p.rows(dout, block)
         delta = (do * block.rows(out)).sum(-1, keepdim=True)
         if dlse is not None:
-            delta -= block.rows(dlse).unsqueeze(-1)
+            delta -= block.rows(moved) if sink is not None else p.rows(moved, block)
         do, delta = p.by_kv_head(do / total), delta.div_(total)
         if sink is not None:
             dsinks -= (sink * delta).sum((0, 2, 3))
-        dx = torch.bmm(do, block.cols(p.v).transpose(1, 2))
+        dx = product(do, block.cols(p.v).transpose(1, 2))
         dx = p.rows_by_head(dx, block)
         keep = p.keep(block)
         if keep is not None:

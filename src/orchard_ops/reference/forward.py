@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import empty_in_order_of
 from ..scoring import Scoring
+from .products import product
 from .scores import Problem
 
 
@@ -20,6 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
     """
     p = Problem(query, key, value, scoring)
     out = empty_in_order_of(query, value.shape[-1])
+    query = p.seeing(query)
     stats: list[Tensor] = []
     for block in p.blocks():
         x, _ = p.scores(p.rows_by_kv_head(query, block), block)
@@ -28,7 +30,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
         keep = p.keep(block)
         if keep is not None:
             x.mul_(keep)
-        rows = torch.bmm(p.by_kv_head(x), block.cols(p.v))
+        rows = product(p.by_kv_head(x), block.cols(p.v))
         block.rows(out).copy_(p.rows_by_head(rows, block).div_(total.clamp_(min=1.0)))
     if not stats:  # nothing to compute
         return out, torch.empty((*query.shape[:3], 2), dtype=p.dtype, device=p.device)

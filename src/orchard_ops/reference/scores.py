@@ -54,6 +54,11 @@ class Block:
         """The block's keys, which are dimension `dim` of x."""
         return _range(x, dim, self.col0, self.col1)
 
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """The block's part of what broadcasts to (..., L, S)."""
+        mask = self.rows(mask, -2) if mask.shape[-2] != 1 else mask
+        return self.cols(mask, -1) if mask.shape[-1] != 1 else mask
+
 
 def _range(x: Tensor, dim: int, first: int, end: int) -> Tensor:
     """x from `first` to `end` along `dim`: one operation, or none if that is all of x."""
@@ -103,17 +108,10 @@ def outside_window(block: Block, s: Scoring, device: torch.device) -> Tensor | N
     return (j < i - s.window_left) | (j > i + s.window_right)
 
 
-def _unseen(mask: Tensor, num_kv_heads: int) -> Tensor:
-    """True for the keys that the mask hides from every row: (*batch, 1 or Hkv, 1 or S, 1)."""
-    if mask.dtype == torch.bool:
-        unseen = mask.any(dim=-2).logical_not_()
-    elif mask.shape[-2] > 1:
-        unseen = mask.amax(dim=-2) == -math.inf
-    else:
-        unseen = mask.select(-2, 0) == -math.inf
-    if unseen.shape[-2] not in (1, num_kv_heads):  # all query heads of a key/value head
-        unseen = unseen.unflatten(-2, (num_kv_heads, -1)).all(dim=-2)
-    return unseen.unsqueeze(-1)
+def _hidden(mask: Tensor, outside: Tensor | None) -> Tensor:
+    """True where the mask or the window (`outside_window`) hides a key from a row."""
+    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+    return hidden if outside is None else hidden | outside
 
 
 class Problem:
@@ -129,20 +127,49 @@ class Problem:
         self.group = self.num_heads // max(1, self.num_kv_heads)
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.device = query.device
-        self.query = query
         self.scoring = scoring._replace(
             window_left=min(scoring.window_left, _OPEN),
             window_right=min(scoring.window_right, _OPEN),
         )
         self.per_exponent = 1.0 / scoring.unit
-        mask = scoring.attn_mask
-        unseen = None if mask is None or 0 in mask.shape else _unseen(mask, self.num_kv_heads)
-        self.k, self.v = (self._seen(x, unseen) for x in (key, value))
+        unseen_keys, self.blind_rows = self._unseen()
+        self.k, self.v = (self._seen(x, unseen_keys) for x in (key, value))
         self.sinks = None
         if scoring.sinks is not None:
-            self.sinks = self._per_head(scoring.sinks) * self.per_exponent
+            self.sinks = self._per_head(scoring.sinks)
         self.seed = 0 if scoring.dropout_seed is None else int(scoring.dropout_seed)
         self.has_dropout = dropout.threshold(scoring.dropout_p) > 0
+
+    def _unseen(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where there is a mask: the keys that no row sees, and the rows that see no key.
+
+        (*batch, 1 or Hkv, 1 or S, 1) and (*batch, 1 or Hq, 1 or L, 1). A key may be hidden from one
+        row by the mask, and from another by the windows.
+        """
+        mask, s = self.scoring.attn_mask, self.scoring
+        if mask is None or 0 in mask.shape:
+            return None, None
+        if s.window_left < 0 and s.window_right < 0:
+            hidden = _hidden(mask, None)
+            keys, rows = hidden.all(dim=-2), hidden.all(dim=-1)
+        else:
+            keys = mask.new_ones((*mask.shape[:-2], self.kv_len), dtype=torch.bool)
+            rows = mask.new_ones((*mask.shape[:-2], self.q_len), dtype=torch.bool)
+            for block in self.blocks():
+                hidden = _hidden(block.of_mask(mask), outside_window(block, s, self.device))
+                block.cols(keys, -1).logical_and_(hidden.all(dim=-2))
+                block.rows(rows, -1).copy_(hidden.all(dim=-1))
+        if keys.shape[-2] not in (1, self.num_kv_heads):  # all query heads of a key/value head
+            keys = keys.unflatten(-2, (self.num_kv_heads, -1)).all(dim=-2)
+        if self.device.type == "cpu" and not rows.any():  # elsewhere the question would wait
+            return keys.unsqueeze(-1), None
+        return keys.unsqueeze(-1), rows.unsqueeze(-1)
+
+    def seeing(self, x: Tensor) -> Tensor:
+        """(B, Hq, L, E), 0 in rows that the mask leaves without a key, whatever was left there."""
+        if self.blind_rows is None:
+            return x
+        return self.as_masked(x).masked_fill(self.blind_rows, 0.0).reshape(x.shape)
 
     def _seen(self, x: Tensor, unseen: Tensor | None) -> Tensor:
         """Keys or values as (N, S, D); what no row may see is 0, whatever the caller left there."""
@@ -209,9 +236,7 @@ class Problem:
             distance = (i.unsqueeze(1) - j).abs().to(self.dtype)
             x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
         if s.attn_mask is not None:
-            mask = s.attn_mask
-            mask = block.rows(mask, -2) if mask.shape[-2] != 1 else mask
-            mask = block.cols(mask, -1) if mask.shape[-1] != 1 else mask
+            mask = block.of_mask(s.attn_mask)
             masked = self.as_masked(x)
             if mask.dtype == torch.bool:
                 masked.masked_fill_(~mask, -math.inf)

@@ -68,8 +68,8 @@ def _language(warning: str) -> Finding:
 # ---- rules on tokens
 
 # Words of C's statements; everything else has to be found in the wheel.
-_STATEMENTS = {"if", "else", "for", "while", "do", "switch", "case", "default", "break",
-               "continue", "return"}  # fmt: skip
+_STATEMENTS = {"if", "else", "switch", "case", "default", "break", "continue", "return"}
+_STATEMENTS |= {"for", "while", "do"}
 Rule = Callable[[Text], Iterator[Finding]]
 RULES: list[Rule] = []
 
@@ -104,7 +104,7 @@ def known_idioms(text: Text) -> Iterator[Finding]:
 
 @_rule
 def threadgroup_variables(text: Text) -> Iterator[Finding]:
-    """Only in the outermost block of a kernel."""
+    """Threadgroup variables may stand only in the outermost block of a kernel."""
     tokens = text.tokens
     for i, token in enumerate(tokens[:-3]):
         if token.text != "threadgroup" or not tokens[i - 1].is_op(";", "{", "}"):
@@ -120,8 +120,13 @@ def threadgroup_variables(text: Text) -> Iterator[Finding]:
 @_rule
 def function_pointers(text: Text) -> Iterator[Finding]:
     for i, token in enumerate(text.tokens[:-4]):
-        if token.is_op("(") and text.word(i + 1) in "*&" and text.word(i + 3) == ")" \
-                and text.word(i + 4) == "(" and text.tokens[i + 2].kind == "word":  # fmt: skip
+        if (
+            token.is_op("(")
+            and text.word(i + 1) in "*&"
+            and text.word(i + 3) == ")"
+            and text.word(i + 4) == "("
+            and text.tokens[i + 2].kind == "word"
+        ):
             yield Finding(text.place(i), "a function pointer")
 
 
@@ -135,9 +140,10 @@ def recursions(source: str, only: Sequence[str] | None = None) -> list[list[str]
     """Cycles of the call graph, by function names; templates as the kernels instantiate them."""
     program = prepass.rewrite(compiler.preprocess(source, (), ()), {}, tuple(only or ("*",)))
     command = [
-        CLANG, *compiler._language(False), "-include-pch", str(compiler.precompiled_header(False)),
-        "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-",
-    ]  # fmt: skip
+        *(CLANG, *compiler._language(False)),
+        *("-include-pch", str(compiler.precompiled_header(False))),
+        *("-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"),
+    ]
     text = run_compiler(command, program).stdout
     graph = {m[1]: set(_CALL.findall(m[0])) for m in _DEFINE.finditer(text)}
     cycles: list[list[str]] = []
@@ -225,5 +231,5 @@ def _footprint(text: Text, name: int, begin: int, end: int) -> tuple[str, str]:
 
 
 def _constant_only(declarations: Sequence[str]) -> list[str]:
-    """Those that stand for compile-time constants: made of template parameters and each other."""
+    """The declarations of compile-time constants, which use template parameters and each other."""
     return [d for d in declarations if re.match(r"const \w+ (k[A-Z]\w*|[A-Z]+) =|using \w+ =", d)]

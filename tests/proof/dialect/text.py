@@ -127,8 +127,11 @@ class Text:
         j = i - 1
         while j > 0 and not self.tokens[j].is_op(";", "{", "}", "(", ")"):
             j -= 1
-        return self.tokens[j].is_op(";", "{", "}") and self.tokens[j + 2].kind == "word" \
-            and self.tokens[j + 1].kind == "word"  # fmt: skip
+        return (
+            self.tokens[j].is_op(";", "{", "}")
+            and self.tokens[j + 2].kind == "word"
+            and self.tokens[j + 1].kind == "word"
+        )
 
     # ---- functions
 
@@ -145,9 +148,8 @@ class Text:
             if self.word(j) != ")" or j not in self.stream.opening:
                 continue
             name = self.stream.opening[j] - 1
-            if self.tokens[name].kind == "word" and self.word(name) not in (
-                "if", "for", "while", "switch", "defined"
-            ):  # fmt: skip
+            statements = ("if", "for", "while", "switch", "defined")
+            if self.tokens[name].kind == "word" and self.word(name) not in statements:
                 found.append((name, i, self.stream.closing[i]))
         return found
 

@@ -23,9 +23,11 @@ def variants() -> dict[str, list[dict]]:
             for backward, dropout_p, scratch_bytes in itertools.product(
                 (False, True), (0.0, 0.5), (0, 1 << 20)
             ):
-                plan, _ = sources.plan(request(
-                    layouts, dtype, backward, dropout_p=dropout_p, scratch_bytes=scratch_bytes
-                ))  # fmt: skip
+                plan, _ = sources.plan(
+                    request(
+                        layouts, dtype, backward, dropout_p=dropout_p, scratch_bytes=scratch_bytes
+                    )
+                )
                 for kernel in plan["kernels"]:
                     found[kernel["family"]][kernel["name"]] = kernel
     return {family: list(kernels.values()) for family, kernels in found.items()}

@@ -97,7 +97,8 @@ def idioms() -> frozenset[str]:
 
 
 def idioms_of(text: Text) -> dict[str, int]:
-    """What the idioms find in a text, and where first; -1 where it is a directive."""
+    """The instances that the idioms find in a text, with the first place of each, or -1 for a
+    directive."""
     found: dict[str, int] = {}
     for idiom in IDIOMS:
         for i, name in idiom(text):
@@ -264,10 +265,18 @@ def templates(text: Text) -> Iterator[tuple[int, str]]:
         if token.text != "template":
             continue
         if text.word(i + 1) == "[":
-            names = {text.word(k) for a, b in text.attributes if a >= i + 1 for k in range(a, b)
-                     if a <= i + 24}  # fmt: skip
-            end = next(j for j in range(i, len(text.tokens)) if text.tokens[j].is_op(";")
-                       or text.tokens[j].kind == "end")  # fmt: skip
+            names = {
+                text.word(k)
+                for a, b in text.attributes
+                if a >= i + 1
+                for k in range(a, b)
+                if a <= i + 24
+            }
+            end = next(
+                j
+                for j in range(i, len(text.tokens))
+                if text.tokens[j].is_op(";") or text.tokens[j].kind == "end"
+            )
             body = {text.word(k) for k in range(i, end)}
             if "host_name" in names:
                 yield i, f"instantiation by {'decltype' if 'decltype' in body else 'signature'}"
@@ -284,8 +293,9 @@ def templates(text: Text) -> Iterator[tuple[int, str]]:
 def literals(text: Text) -> Iterator[tuple[int, str]]:
     for i, token in enumerate(text.tokens):
         if token.kind == "number":
-            match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|[0-9.]+(?:[eE][+-]?\d+)?)(\w*)",
-                                 token.text)  # fmt: skip
+            match = re.fullmatch(
+                r"(0[xX][0-9a-fA-F]+|0[bB][01]+|[0-9.]+(?:[eE][+-]?\d+)?)(\w*)", token.text
+            )
             base = "hexadecimal" if token.text[:2] in ("0x", "0X") else "decimal"
             base = "binary" if token.text[:2] in ("0b", "0B") else base
             yield i, f"{base} literal with suffix '{match[2] if match else token.text}'"

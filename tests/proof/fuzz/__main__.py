@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="in the simulator's check mode")
-    parser.add_argument("--json", metavar="FILE", help="write what was survived to FILE")
+    parser.add_argument("--json", metavar="FILE", help="add this run to the list in FILE")
     args = parser.parse_args()
     if sys.platform != "darwin":
         simulator.check(args.check)
@@ -75,7 +75,9 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
     }
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        record = Path(args.json)
+        runs = json.loads(record.read_text()) if record.exists() else []
+        record.write_text(json.dumps([*runs, result], indent=1) + "\n")
     if failure is None:
         console.print(f"survived {result['examples']} examples in {result['minutes']} minutes")
         return 0

@@ -35,7 +35,7 @@ class Problem:
 
     @property
     def series(self) -> str:
-        """All but the length."""
+        """The name of the series, which is the problem without its length."""
         heads = f"H{self.num_heads}"
         if self.num_kv_heads != self.num_heads:
             heads += f"/{self.num_kv_heads}"
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a device can do in a few minutes."""
+    """The cases that a device can measure in a few minutes."""
 
     presets: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -109,10 +109,16 @@ def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
         for (num_heads, num_kv_heads), head_dim, mask, dtype, length in grid:
             problems.append(
                 replace(
-                    preset, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-                    mask=mask, dtype=dtype, length=length, batch=args.batch,
+                    preset,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    mask=mask,
+                    dtype=dtype,
+                    length=length,
+                    batch=args.batch,
                 )
-            )  # fmt: skip
+            )
     return [Case(p, mode) for p in dict.fromkeys(problems) for mode in modes]
 
 

@@ -39,7 +39,7 @@ Calls = dict[Contender, Callable[[], object]]
 def run(args: argparse.Namespace) -> int:
     """The command, with arguments as ``__main__`` parses them.
 
-    What is measured is written after every case, under a name of its own until the run is complete.
+    The results are written after every case, to a file of another name until the run is complete.
 
     Returns:
         The exit status: `endings.RIGHT`, or `endings.WRONG` if a result is wrong or failed.
@@ -92,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     case: cases.Case, contenders: list[Contender], place: Place, schedule: timing.Schedule
 ) -> CaseResult:
-    """Gate, memory, then time; a contender that fails one of them has no part in the next.
+    """Measures a case: first the gate, then memory, then time. A contender that fails one of them
+    has no part in the next.
 
-    If the result of our op is wrong, nobody is measured.
+    If our op's result is wrong, no contender is measured.
     """
     problem = case.problem
     result = CaseResult(problem.series, problem.length, case.mode, [])
@@ -133,13 +134,16 @@ def measure(
 def _times(
     result: CaseResult, calls: Calls, place: Place, schedule: timing.Schedule
 ) -> dict[str, list[float]]:
-    """Interleaved; if memory runs out only now, with ours only, and then with our op only."""
+    """Times the contenders in turns. If memory runs out here, it tries again with ours alone, and
+    then with our op alone."""
     contenders = {contender.name: contender for contender in calls}
     try:
         return timing.interleaved(
-            {contender.name: call for contender, call in calls.items()}, place.device, schedule,
+            {contender.name: call for contender, call in calls.items()},
+            place.device,
+            schedule,
             lambda name: contenders[name].environment(),
-        )  # fmt: skip
+        )
     except (RuntimeError, MemoryError) as error:
         memory.release(place.device)
         fewer = [c for c in calls if c.is_ours]

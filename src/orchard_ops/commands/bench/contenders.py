@@ -32,18 +32,18 @@ _FUSED = {
 class Contender:
     """An attention function (q, k, v, is_causal) -> out.
 
-    Several of them take turns in one case, so another way to run our kernels is a further one.
+    Several contenders take turns in one case. Another way to run our kernels is one more contender.
     """
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     is_ours: bool = False
-    """Gated for correctness before it is measured."""
+    """Whether its results must pass the gate before it is measured."""
     variables: tuple[tuple[str, str], ...] = ()
-    """Environment of its calls: another way to run our kernels, see variants.py."""
+    """The environment variables of its calls, which choose how our kernels run (variants.py)."""
 
     def environment(self) -> AbstractContextManager[None]:
-        """Its variables for the block, outside of what is timed."""
+        """Sets its variables for the block. The setting is not timed."""
         return environment_variables(**dict(self.variables))
 
     def call(self, operands: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
@@ -97,10 +97,10 @@ class _OperatorNames(TorchDispatchMode):
 
 
 def path(contender: Contender, operands: Sequence[Tensor], case: Case) -> str:
-    """In words, which kernels this contender runs. Makes a call.
+    """Names the kernels that this contender runs. It makes a call to find out.
 
-    For our op it is `explain`'s answer, unless the call was seen to fall back; for SDPA the
-    operators that the call was seen to run.
+    For our op this is the answer of `explain`, unless the call fell back; for SDPA these are the
+    operators that the call ran.
     """
     if contender.is_ours:
         before = stats().fallbacks

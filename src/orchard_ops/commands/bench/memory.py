@@ -1,8 +1,9 @@
-"""The most memory a call holds at once, beyond its inputs, and whether an error means "no more".
+"""The most memory that a call holds at once beyond its inputs, and which errors mean that there was
+too little.
 
-What is counted are the bytes that PyTorch's allocator gives out: results, what autograd keeps, and
-temporary tensors, also those inside of an operator. Memory that a library takes by itself (the
-C heap, MPSGraph) is not.
+The bytes that PyTorch's allocator gives out are counted: results, tensors that autograd keeps, and
+temporary tensors, also those inside of an operator. Memory that a library takes by itself (the C
+heap, MPSGraph) is not counted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "not enough memory", "invalid buffer size",
-)  # fmt: skip
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "invalid buffer size",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,14 +34,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what is no longer used, after an error too."""
+    """Returns unused memory to the system, also after an error."""
     gc.collect()
     if device.type == "mps":
         torch.mps.empty_cache()
 
 
 def method(device: torch.device) -> str:
-    """How `peak_bytes` measures here, in words."""
+    """A sentence that says how `peak_bytes` measures on this device."""
     if device.type == "cpu":
         return "allocations of PyTorch's CPU allocator, by torch.profiler"
     if _has_peak():
@@ -46,7 +50,8 @@ def method(device: torch.device) -> str:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of one call at its peak, results included and inputs not. See `method`."""
+    """The bytes that one call holds at its peak, with its results and without its inputs. `method`
+    says how they are measured."""
     if device.type == "cpu":
         return _cpu_peak(call)
     has_peak = _has_peak()
@@ -59,7 +64,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.mps.synchronize()
         peak = torch.accelerator.max_memory_allocated() - before
     else:
-        # The cache keeps what the call has freed, so the driver's sum is the peak.
+        # The cache keeps what the call has freed, so the driver's total after the call is its peak.
         before = torch.mps.driver_allocated_memory()
         results = call()
         torch.mps.synchronize()
@@ -82,8 +87,8 @@ def _settle() -> None:
 
 @functools.cache
 def _has_peak() -> bool:
-    """PyTorch's MPS allocator remembers its peak in new releases only; the older raise or say 0,
-    which is an answer only while something is allocated."""
+    """Whether PyTorch's MPS allocator remembers its peak, as new releases do. Older ones raise or
+    answer 0, which tells something only while memory is allocated."""
     something = torch.empty(1, device="mps")
     try:
         torch.accelerator.reset_peak_memory_stats()
@@ -93,7 +98,7 @@ def _has_peak() -> bool:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else logs that it is one
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs every start
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         results = call()
     del results

@@ -20,7 +20,8 @@ _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 _LINES: tuple[tuple[str, Any], ...] = (("o", "-"), ("s", "--"), ("^", ":"), ("v", "-."))
 """Marker and line of each contender, in the order of `_COLORS`."""
 _MAX_IN_PANEL = 8
-"""With more contenders the legend stands beside the panels."""
+"""The most contenders for which the legend fits into a panel. With more it stands beside the
+panels."""
 
 
 def save(results: Results, stem: Path) -> list[Path]:
@@ -51,14 +52,15 @@ def save(results: Results, stem: Path) -> list[Path]:
         figure.legend(handles=handles, fontsize=7, loc="outside right upper")
     paths = [stem.with_name(f"{stem.name}.{ending}") for ending in PLOT_FORMATS]
     for path in paths:
-        # Without a date in it, the same results give the same file.
+        # The file holds no date, so that the same results give the same file.
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=110, metadata=metadata)
     return paths
 
 
 def _styles(contenders: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, Any]]]:
-    """Name, color, and marker with line: the first as listed above, then every combination."""
+    """Each contender's name, color, and marker with line. The first contenders have those listed
+    above, and further ones have other combinations of them."""
     fixed = list(zip(_COLORS, _LINES))
     more = [
         (color, style)
@@ -85,7 +87,7 @@ def _label(axes: Any, title: str, lengths: list[int]) -> None:
 
 
 def _draw_time(axes: Any, cases: list[CaseResult], contenders: list[str]) -> None:
-    """Medians, in a band from p20 to p80."""
+    """Draws medians in a band from p20 to p80."""
     for contender, color, (marker, line) in _styles(contenders):
         measured = [(c.length, f) for c in cases if (f := c.of(contender)) and f.samples_ms]
         lengths = [length for length, _ in measured]
@@ -115,9 +117,15 @@ def _mark_out_of_memory(axes: Any, cases: list[CaseResult], contenders: list[str
             if figures is not None and figures.status == OUT_OF_MEMORY:
                 height = 0.97 if contender == OURS else 0.9
                 axes.text(
-                    case.length, height, "out of\nmemory", color=color, fontsize=7, ha="center",
-                    va="top", transform=axes.get_xaxis_transform(),
-                )  # fmt: skip
+                    case.length,
+                    height,
+                    "out of\nmemory",
+                    color=color,
+                    fontsize=7,
+                    ha="center",
+                    va="top",
+                    transform=axes.get_xaxis_transform(),
+                )
 
 
 def _size(nbytes: float) -> str:

@@ -39,9 +39,10 @@ def print_table(console: Console, results: Results) -> None:
 
 
 def fastest_tile(case: CaseResult) -> str:
-    """In words, by the median over the turns of a tile's time divided by the default's.
+    """A sentence about the fastest tile, or nothing for a case without tiles.
 
-    "" for a case without tiles. A tile that is slower in a fifth of the turns is not called faster.
+    Tiles are compared by the median over the turns of a tile's time divided by the default's. A
+    tile that is slower in a fifth of the turns is not called faster.
     """
     ratios = {
         figures.contender: ratio
@@ -60,7 +61,7 @@ def fastest_tile(case: CaseResult) -> str:
 
 
 def _cells(case: CaseResult, figures: Figures) -> list[str]:
-    """Times, memory and ratio, or why there are none."""
+    """The cells for times, memory and ratio, or the reason why there are none."""
     if figures.status != MEASURED:
         return [figures.status]
     times = [figures.time_ms(p) or 0.0 for p in (50, 20, 80)]
@@ -73,7 +74,7 @@ def _cells(case: CaseResult, figures: Figures) -> list[str]:
 
 
 def _print_paths(console: Console, results: Results) -> None:
-    """Which kernels ran: each distinct answer once a contender and mode."""
+    """Lines that say which kernels ran, without repetitions for a contender and mode."""
     told = dict.fromkeys(
         (f.contender, case.mode, f.path) for case in results.cases for f in case.figures if f.path
     )

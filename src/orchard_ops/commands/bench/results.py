@@ -1,4 +1,4 @@
-"""What one run found, as JSON (everything, plots are made from it) and CSV (a row a figure)."""
+"""The results of one run: as JSON, from which plots are made, and as CSV, a row a figure."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Figures:
     status: str
     """`MEASURED`, or why there are no figures: `OUT_OF_MEMORY`, `WRONG`, `FAILED`."""
     path: str = ""
-    """Which kernels ran, in words."""
+    """A description of the kernels that ran."""
     message: str = ""
-    """Of the error, if there was one."""
+    """The text of the error, if there was one."""
     peak_bytes: int | None = None
-    """At once, beyond the inputs."""
+    """The most bytes that the call held at once beyond its inputs."""
     samples_ms: list[float] = field(default_factory=list)
     """Milliseconds of a call, one sample a round."""
 
@@ -55,7 +55,7 @@ class CaseResult:
         return next((f for f in self.figures if f.contender == contender), None)
 
     def ratio(self, of: str, to: str) -> float | None:
-        """Median over the rounds of one contender's time divided by another's."""
+        """The median, over the rounds, of one contender's time divided by another's."""
         return self.ratio_percentile(of, to, 50)
 
     def ratio_percentile(self, of: str, to: str, p: float) -> float | None:
@@ -96,10 +96,10 @@ def to_json(results: Results) -> str:
 
 
 def read_json(path: Path) -> Results:
-    """What `to_json` gave.
+    """Reads what `to_json` wrote.
 
     Raises:
-        ValueError: it is not such a file.
+        ValueError: the file does not hold results.
     """
     try:
         values: dict[str, Any] = json.loads(path.read_text())
@@ -118,20 +118,24 @@ def to_csv(results: Results) -> str:
     """Times in milliseconds, memory in bytes; empty where there is no figure."""
     machine = results.machine
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("machine", "device", "system", "torch", "orchard_ops", "date", "series", "length",
-         "mode", "contender", "status", "median_ms", "p20_ms", "p80_ms", "rounds",
-         "peak_bytes", "path")
-    )  # fmt: skip
+    columns = (
+        *("machine", "device", "system", "torch", "orchard_ops", "date"),
+        *("series", "length", "mode", "contender", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "rounds", "peak_bytes", "path"),
+    )
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    of_machine = {name: machine[name] for name in ("machine", "system", "torch", "orchard_ops")}
+    of_machine |= {"device": machine["kind"], "date": results.date}
     for case in results.cases:
+        of_case = {"series": case.series, "length": case.length, "mode": case.mode}
         for one in case.figures:
-            times = (one.time_ms(p) for p in (50, 20, 80))
-            writer.writerow(
-                (machine["machine"], machine["kind"], machine["system"], machine["torch"],
-                 machine["orchard_ops"], results.date, case.series, case.length, case.mode,
-                 one.contender, one.status,
-                 *("" if ms is None else f"{ms:.5g}" for ms in times), len(one.samples_ms),
-                 "" if one.peak_bytes is None else one.peak_bytes, one.path)
-            )  # fmt: skip
+            times = {"median_ms": one.time_ms(50), "p20_ms": one.time_ms(20)}
+            times["p80_ms"] = one.time_ms(80)
+            row: dict[str, Any] = {
+                name: "" if ms is None else f"{ms:.5g}" for name, ms in times.items()
+            }
+            row |= {"contender": one.contender, "status": one.status, "path": one.path}
+            row |= {"rounds": len(one.samples_ms), "peak_bytes": one.peak_bytes}
+            writer.writerow(of_machine | of_case | row)  # None is written as nothing
     return text.getvalue()

@@ -17,13 +17,13 @@ class Schedule:
     """How long a case is measured."""
 
     seconds: float
-    """Per case, over all contenders."""
+    """The time for a case, over all contenders."""
     min_rounds: int
-    """Even if that takes longer."""
+    """The least number of rounds, even if they take longer than `seconds`."""
     warm_up: int = 2
-    """Calls of each before the first sample."""
+    """How many calls each contender makes before the first sample."""
     sample_seconds: float = 0.005
-    """A sample is a run of as many calls as take at least this long."""
+    """The least duration of a sample, which makes as many calls as that takes."""
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Our own kernels in other ways: the forward's other tiles, the backward's other scratch budgets.
+"""Other ways to run our own kernels: further tiles of the forward, and budgets for scratch.
 
-Each is a further contender, which takes turns with the default and passes the same gate before.
-ORCHARD_STRICT makes its calls fail where Metal cannot run them: a fallback would have a figure.
+Each is one more contender, which must pass the same gate and takes turns with the default. Its
+calls run under ORCHARD_STRICT, so that they fail where Metal cannot run them: a fallback must not
+get a figure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .contenders import Contender, ours
 
 TILE = "tile "
 SCRATCH = "scratch "
-"""What their names begin with."""
+"""How the names of these contenders begin."""
 
 _FORWARD = "attention_forward"
 _STRICT = ("ORCHARD_STRICT", "1")
@@ -64,9 +65,11 @@ def _forward_plan(case: Case, device: torch.device) -> Kernel:
 
 
 def of_cases(
-    chosen: Sequence[Case], tiles: Sequence[str] | None, scratch_mb: Sequence[int] | None,
+    chosen: Sequence[Case],
+    tiles: Sequence[str] | None,
+    scratch_mb: Sequence[int] | None,
     place: Place,
-) -> dict[Case, list[Contender]]:  # fmt: skip
+) -> dict[Case, list[Contender]]:
     """The further contenders of each case: tiles in forward cases, scratch budgets in training.
 
     Args:

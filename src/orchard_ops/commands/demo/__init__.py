@@ -67,9 +67,18 @@ def run(
 
     def keep(comparison: Comparison, sample: bytes = b"") -> Outcome:
         outcome = Outcome(
-            place, model, training, corpus, comparison, stats(), recorder.kernels,
-            _printable(_PROMPT.encode()), _printable(sample), figure, time.perf_counter() - start,
-        )  # fmt: skip
+            place,
+            model,
+            training,
+            corpus,
+            comparison,
+            stats(),
+            recorder.kernels,
+            _printable(_PROMPT.encode()),
+            _printable(sample),
+            figure,
+            time.perf_counter() - start,
+        )
         report.save_figure(comparison, place, figure)
         if file is not None:
             write(file, json.dumps(outcome.as_json(), indent=2, allow_nan=False) + "\n")

@@ -26,7 +26,8 @@ class Corpus:
     """(M) uint8."""
     num_files: int
     sha256: str
-    """Of all the text: runs are comparable where it is the same (one Python version)."""
+    """The digest of all the text. Runs are comparable where it is the same, as with one Python
+    version."""
 
 
 def standard_library_files() -> list[Path]:
@@ -42,7 +43,8 @@ def standard_library_files() -> list[Path]:
 
 
 def indent_with_tabs(source: bytes) -> bytes:
-    """Each four leading spaces as one tab: a short context is for code, not for indentation."""
+    """Replaces each four leading spaces by a tab, so that a short context holds more code than
+    indentation."""
     return re.sub(rb"(?m)^(?: {4})+", lambda spaces: b"\t" * (len(spaces[0]) // 4), source)
 
 

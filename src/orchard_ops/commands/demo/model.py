@@ -105,7 +105,8 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As GPT-2, smaller where a block adds to the residual stream; larger embeddings.
+        """Draws the weights as GPT-2 does, with smaller ones where a block adds to the residual
+        stream, but with larger embeddings.
 
         A run of a few hundred steps has no time to grow the embeddings from GPT-2's 0.02.
         """

@@ -49,7 +49,7 @@ class Outcome:
                 f"(at most {worst:.1e}, at step {worst_step})"
             )
         done, steps = comparison.num_steps, self.training.steps
-        if done < steps:  # what comes after the last step says nothing
+        if done < steps:  # the figures of an unfinished run say nothing
             return [*failures, f"stopped after step {done} of {steps}"]
         if not comparison.held_out_relative_difference <= TOLERANCE:
             failures.append(

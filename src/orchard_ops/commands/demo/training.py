@@ -78,7 +78,7 @@ class Run:
         return statistics.fmean(losses)
 
     def tokens_per_second(self, tokens_per_step: int) -> float:
-        """At the median step: the first one compiles kernels."""
+        """The rate at the median step, since the first one compiles kernels."""
         return tokens_per_step / statistics.median(self.step_seconds)
 
 
@@ -139,7 +139,7 @@ def _relative_difference(a: float, b: float) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    """An mps step is timed to its end, optimizer included."""
+    """Waits for the device, so that a step on mps is timed to the end of its optimizer."""
     if device.type == "mps":
         torch.mps.synchronize()
 
