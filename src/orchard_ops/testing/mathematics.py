@@ -41,14 +41,17 @@ class MathResult:
     lse_size: float = 0.0
     """Largest row of sum P |scale| |q| . |k|: how far lse moves by such roundings."""
 
+    dsinks_size: float = 0.0
+    """Largest sum over rows of P |rowsum(dO O) - dlse| of a sink, the same for dsinks."""
+
     def rounding(self, name: str, dtype: torch.dtype) -> float:
         """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
         A score rounded once at the size of its terms moves lse, and the weights of its row against
-        each other. lse is a sum of an origin and a logarithm, either of which may be about 1. out
-        and dv are sums of their own. dP - delta is a difference of two sums over the head dim, each
-        rounded in float32, and delta starts from `out` rounded to `dtype`: a gradient in which they
-        cancel (a row that sees one key has dq = 0) keeps those three errors.
+        each other. lse is a sum of an origin and a logarithm, either of which may be about 1. out,
+        dv and dsinks are sums of their own. dP - delta is a difference of two sums over the head
+        dim, each rounded in float32, and delta starts from `out` rounded to `dtype`: a gradient in
+        which they cancel (a row that sees one key has dq = 0) keeps those three errors.
         """
         u32 = torch.finfo(torch.float32).eps / 2
         if name == "lse":
@@ -58,6 +61,8 @@ class MathResult:
             return u32 * self.out_size + moved
         if name == "dv":
             return u32 * self.dv_size + moved
+        if name == "dsinks":
+            moved += u32 * self.dsinks_size
         cancelled = getattr(self, f"{name}_cancelled")
         return (torch.finfo(dtype).eps / 2 + 2 * u32) * cancelled + moved
 
@@ -171,7 +176,14 @@ def math_attention(
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
         dk_size = torch.matmul(size.transpose(-1, -2), q.abs()) * abs(scale)
         dmask_size = size if bias is None else size.sum_to_size(bias.shape)
-        dsinks_size = size if sink is None else (probabilities[..., kv_len:] * row_size).sum((0, 2))
+        dsinks_cancelled = dsinks_size = size
+        if sink is not None:
+            delta = (dout.cpu().to(compute) * out).sum(-1, keepdim=True)
+            if dlse is not None:
+                delta = delta - dlse.cpu().to(compute).unsqueeze(-1)
+            dsinks_cancelled, dsinks_size = (
+                (probabilities[..., kv_len:] * x).sum((0, 2)) for x in (row_size, delta.abs())
+            )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return MathResult(
         out.detach().to(dtype),
@@ -184,11 +196,12 @@ def math_attention(
         dmask,
         dsinks,
         largest(dmask_size),
-        largest(dsinks_size),
+        largest(dsinks_cancelled),
         largest((weights * (1.0 - weights) * score_terms).sum(-1)),
         largest(torch.matmul(dropped.detach(), v_all.detach().abs())),
         largest(dv_terms.unflatten(1, (-1, group)).sum(2)),
         largest((weights * score_terms).sum(-1)),
+        largest(dsinks_size),
     )
 
 

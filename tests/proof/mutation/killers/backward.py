@@ -175,8 +175,8 @@ _PARTNERS = ((DKV, DKV), (DKV_PAIRS, DKV_PAIRS), (DQ_FROM_DS, DKV))  # a family,
 
 
 def parts_of_sums() -> Iterator[Attention]:
-    """Two parts of the queries and keys of every simdgroup. Pairs of columns would end behind a row,
-    and dk and dv lie in different strides."""
+    """Two parts of the queries and keys of every simdgroup. Pairs of columns would end behind a
+    row, and dk and dv lie in different strides."""
     case = Case(1040, 40, 15, num_heads=1, dtype=F32, dropout_p=0.3)
     for family in KEYS_SIDE:
         yield Attention(f"{family}: parts of sums, dropout, elements", family, case,
