@@ -34,9 +34,16 @@ class Guarded:
         self._buffers.append(buffer)
         return buffer.as_strided(sizes, strides, _MARGIN)
 
-    def in_order_of(self, like: Tensor) -> Tensor:
+    def in_order_of(self, like: Tensor, width: int | None = None) -> Tensor:
+        """Uninitialised, with like's order of dimensions; `width` instead of its last size."""
         meta = torch.empty_strided(like.shape, like.stride(), device="meta")
-        return self.empty(list(like.shape), list(empty_in_order_of(meta).stride()), like.dtype)
+        if width is not None:
+            meta = meta[..., :1].expand(*like.shape[:3], width)
+        return self.empty(list(meta.shape), list(empty_in_order_of(meta).stride()), like.dtype)
+
+    def dense(self, sizes: list[int], dtype: torch.dtype) -> Tensor:
+        strides = torch.empty(sizes, device="meta").stride()
+        return self.empty(sizes, list(strides), dtype)
 
     def rows(self, q: Tensor) -> Tensor:
         b, h, l = q.shape[:3]
@@ -69,7 +76,7 @@ class Attention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Scoring) -> tuple[Tensor, Tensor]:
         """out, row_stats"""
         guarded = self.outputs()
-        out, row_stats = guarded.in_order_of(q), guarded.row_stats(q)
+        out, row_stats = guarded.in_order_of(q, v.shape[3]), guarded.row_stats(q)
         self.run(self.prepare_forward(q, k, v, out, row_stats, s))
         guarded.assert_margins_untouched()
         return out, row_stats
@@ -86,16 +93,44 @@ class Attention:
         s: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv"""
+        return self.backward_of_all(dout, dlse, q, k, v, out, row_stats, s)[:3]
+
+    def backward_of_all(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        row_stats: Tensor,
+        s: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk, dv, dmask, dsinks"""
         guarded = self.outputs()
         dq, dk, dv = (guarded.in_order_of(x) for x in (q, k, v))
         delta = guarded.rows(q)
         elements = self.ds_elements(q, k, v, out, dout, s)
         ds = guarded.empty([elements], [1], torch.float32) if elements else delta
+        dmask = dsinks = None
+        more: dict[str, Tensor] = {}
+        if s.sinks is not None:
+            dsinks = more["dsinks"] = guarded.dense([q.shape[1]], torch.float32)
+            parts = [*q.shape[:2], -(-q.shape[2] // 8)]
+            more["sink_parts"] = guarded.dense(parts, torch.float32)
+        if s.mask_grad and s.mask is not None:
+            dmask = guarded.dense(list(s.mask.shape), s.mask.dtype)
+            elements = self._planner.backward(q, k, v, out, dout, s).dmask_part_elements
+            more["dmask"] = dmask
+            if elements:
+                more["dmask_parts"] = guarded.dense([elements], torch.float32)
         self.run(
-            self.prepare_backward(dout, dlse, q, k, v, out, row_stats, delta, ds, dq, dk, dv, s)
+            self.prepare_backward(
+                dout, dlse, q, k, v, out, row_stats, delta, ds, dq, dk, dv, s, more
+            )
         )
         guarded.assert_margins_untouched()
-        return dq, dk, dv
+        return dq, dk, dv, dmask, dsinks
 
     def prepare_forward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_stats: Tensor, s: Scoring
@@ -103,7 +138,7 @@ class Attention:
         """The kernels of the plan in order; they write out and row_stats."""
         plan = self._planner.forward(q, k, v, out, s)
         _set_seed(plan.params, s.dropout_seed)
-        return self._prepare(plan, q=q, k=k, v=v, out=out, row_stats=row_stats)
+        return self._prepare(plan, s, q=q, k=k, v=v, out=out, row_stats=row_stats)
 
     def ds_elements(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, s: Scoring
@@ -126,8 +161,9 @@ class Attention:
         dk: Tensor,
         dv: Tensor,
         s: Scoring,
+        more: dict[str, Tensor] | None = None,
     ) -> list[Launch]:
-        """The kernels of the plan in order; they write delta, ds, dq, dk and dv."""
+        """The kernels of the plan in order; they write delta, ds, dq, dk, dv and `more`."""
         plan = self._planner.backward(q, k, v, out, dout, s)
         params = plan.params
         _set_seed(params, s.dropout_seed)
@@ -136,6 +172,7 @@ class Attention:
         params.has_dlse = dlse is not None
         return self._prepare(
             plan,
+            s,
             q=q,
             k=k,
             v=v,
@@ -148,6 +185,7 @@ class Attention:
             dq=dq,
             dk=dk,
             dv=dv,
+            **(more or {}),
         )
 
     def run(self, launches: list[Launch]) -> None:
@@ -155,19 +193,31 @@ class Attention:
             launch.start()
             self.ran[launch.name] = self.ran.get(launch.name, 0) + 1
 
-    def _prepare(self, plan: Plan, **tensors: Tensor) -> list[Launch]:
-        """Every tensor is bound to every kernel, which takes those it declares."""
+    def _prepare(self, plan: Plan, s: Scoring, **tensors: Tensor) -> list[Launch]:
+        """Every tensor is bound to every kernel, which takes those it declares.
+
+        Where several threadgroups share dmask, its kernel writes to dmask_parts, as on a Mac.
+        """
+        for name in ("mask", "alibi_slopes", "sinks"):
+            if getattr(s, name) is not None:
+                tensors[name] = getattr(s, name)
+        if plan.map_elements:
+            device = tensors["q"].device
+            tensors["mask_map"] = torch.full(
+                (plan.map_elements, 2), -7, dtype=torch.int32, device=device
+            )
         if self.disturb is not None:
             self.disturb(plan.params)
         buffers = {self._index[name]: tensor for name, tensor in tensors.items()}
         launches = []
         for x in plan.kernels:
+            own = dict(buffers)
+            if x.family == "attention_backward_dmask" and "dmask_parts" in tensors:
+                own[self._index["dmask"]] = tensors["dmask_parts"]
             params = Params.from_buffer_copy(plan.params)
             x.set(params)
             of_params = (self._index["params"], params)
-            launches.append(
-                self._kernels.prepare(x.name, x.groups, (x.threads,), buffers, of_params)
-            )
+            launches.append(self._kernels.prepare(x.name, x.groups, (x.threads,), own, of_params))
         return launches
 
 
@@ -175,6 +225,6 @@ def _set_seed(params: Params, seed: int) -> None:
     params.dropout_seed[:] = (ctypes.c_uint32(seed).value, ctypes.c_uint32(seed >> 32).value)
 
 
-def lse_of(row_stats: Tensor) -> Tensor:
-    """The natural logarithm of the softmax's denominator; the kernels' units are powers of two."""
-    return public_lse(row_stats, math.log(2))
+def lse_of(row_stats: Tensor, plain: bool = True) -> Tensor:
+    """The natural logarithm of the softmax's denominator; plain scores' units are powers of two."""
+    return public_lse(row_stats, math.log(2) if plain else 1.0)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.planner import compile_planner
 
-from . import peer, workloads
+from . import cases, peer, workloads
 from .paths import (
     KERNELS,
     PLANNER,
@@ -160,7 +160,8 @@ def main() -> None:
         print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)
-    variants = every_variant(build_planner(PLANNER))
+    planner = build_planner(PLANNER)
+    variants = every_variant(planner) | cases.kernels_of_scores(planner)
     write_sources(SOURCES)
     chosen = {name: kernel for name, kernel in variants.items() if options.only in name}
     build_kernels(chosen, options.arch, options.jobs)

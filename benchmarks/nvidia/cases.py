@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .plans import Scoring
+from .plans import Kernel, Planner, Scoring
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SEED = 0x0123_4567_89AB_CDEF
@@ -37,6 +37,14 @@ class Case:
     scale: float | None = None
     has_dlse: bool = False
     scratch_bytes: int = _SCRATCH  # for dS
+    value_dim: int | None = None  # head_dim unless given
+    softcap: float = 0.0
+    mask: str = ""  # its kind: "bool", "same" (the operands' dtype), "float32"
+    mask_full: tuple[bool, bool, bool, bool] = (True, True, True, True)  # of (B, H, L, S)
+    hides: str = "scattered"  # "padding", "documents", "blocks": what the mask hides
+    mask_grad: bool = False
+    alibi: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         parts = [
@@ -51,6 +59,12 @@ class Case:
         parts += [f"dropout {self.dropout_p}"] * (self.dropout_p > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         parts += ["dlse"] * self.has_dlse
+        parts += [f"values {self.value_dim}"] * (self.value_dim is not None)
+        parts += [f"softcap {self.softcap}"] * (self.softcap > 0)
+        if self.mask:
+            full = "".join(name for name, keep in zip("BHLS", self.mask_full) if keep)
+            parts.append(f"{self.mask} mask {full} {self.hides}" + " dmask" * self.mask_grad)
+        parts += ["alibi"] * self.alibi + ["sinks"] * self.sinks
         if self.scratch_bytes != _SCRATCH:
             parts.append(f"scratch {self.scratch_bytes >> 20} MiB")
         return " ".join(parts)
@@ -68,18 +82,60 @@ class Case:
             self.window_right,
             self.diagonal,
             self.scratch_bytes,
+            softcap=self.softcap,
+            mask_grad=self.mask_grad,
+            **self._score_tensors(),
         )
+
+    device = "cuda"
+
+    def _score_tensors(self) -> dict[str, Tensor | None]:
+        if not (self.mask or self.alibi or self.sinks):
+            return {}
+        generator = None
+        if self.device != "meta":
+            generator = torch.Generator(self.device).manual_seed(2)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device)
+
+        slopes = draw(self.batch, self.num_heads).abs() / 64 if self.alibi else None
+        sinks = draw(self.num_heads) if self.sinks else None
+        return {"mask": self._mask(draw), "alibi_slopes": slopes, "sinks": sinks}
+
+    def _mask(self, draw: Callable[..., Tensor]) -> Tensor | None:
+        if not self.mask:
+            return None
+        full = (self.batch, self.num_heads, self.q_len, self.kv_len)
+        shape = [n if keep else 1 for n, keep in zip(full, self.mask_full)]
+        rows = torch.arange(shape[2], device=self.device)[:, None]
+        keys = torch.arange(shape[3], device=self.device)
+        values = draw(*shape)
+        hidden = {
+            "scattered": values > 1.0,
+            "padding": (keys >= shape[3] * 2 // 3).expand(shape),
+            "documents": (rows // 300 != keys // 300).expand(shape),
+            "blocks": ((rows // 32 * 7 + keys // 32 * 5) % 3 > 0).expand(shape),
+        }[self.hides]
+        if self.mask == "bool":
+            return ~hidden.contiguous()
+        values = values.to(self.dtype if self.mask == "same" else torch.float32)
+        return values.masked_fill(hidden, -torch.inf)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v, dout and dlse or None, dense."""
         generator = torch.Generator("cuda").manual_seed(1)
 
-        def draw(heads: int, length: int) -> Tensor:
-            shape = (self.batch, heads, length, self.head_dim)
+        width = self.value_dim or self.head_dim
+
+        def draw(heads: int, length: int, width: int) -> Tensor:
+            shape = (self.batch, heads, length, width)
             return torch.randn(shape, generator=generator, dtype=self.dtype, device="cuda")
 
-        q, dout = draw(self.num_heads, self.q_len), draw(self.num_heads, self.q_len)
-        k, v = draw(self.num_kv_heads, self.kv_len), draw(self.num_kv_heads, self.kv_len)
+        q = draw(self.num_heads, self.q_len, self.head_dim)
+        dout = draw(self.num_heads, self.q_len, width)
+        k = draw(self.num_kv_heads, self.kv_len, self.head_dim)
+        v = draw(self.num_kv_heads, self.kv_len, width)
         dlse = None
         if self.has_dlse:
             dlse = torch.randn(q.shape[:3], generator=generator, device="cuda")
@@ -120,7 +176,7 @@ def hide_unseen(case: Case, x: tuple[Tensor | None, ...]) -> None:
 
 def head_dims(names: list[str]) -> list[int]:
     """The head dims that the variants are made for."""
-    return sorted({int(re.search(r"_d(\d+)_", name)[1]) for name in names})
+    return sorted({int(width) for name in names for width in re.findall(r"_d(\d+)_", name)})
 
 
 def every_variant(dims: list[int]) -> Iterator[Case]:
@@ -217,3 +273,71 @@ def small() -> Iterator[Case]:
         yield base.but(head_dim=dim - 3, dropout_p=0.2)
         yield base.but(head_dim=dim - 3, window_left=9, window_right=5)
         yield base.but(scratch_bytes=0, window_right=0)
+
+
+def scores() -> Iterator[Case]:
+    """Softcap, ALiBi, masks with their gradients, sinks and value widths, alone and together."""
+    for dtype, dim in itertools.product(DTYPES, (40, 64, 128, 256)):
+        base = Case(1029, 774, dim, dtype, batch=2, num_heads=4, num_kv_heads=2)
+        for scratch_bytes in (_SCRATCH, 0) if dim >= 64 else (_SCRATCH,):
+            case = base.but(scratch_bytes=scratch_bytes)
+            yield case.but(softcap=2.0, window_right=0)
+            yield case.but(alibi=True, diagonal=-300, window_right=0)
+            yield case.but(sinks=True, window_left=100, window_right=0, has_dlse=True)
+            yield case.but(value_dim=dim // 2, dropout_p=0.1)
+            yield case.but(head_dim=dim - 16, value_dim=dim, layout="heads inside")
+            for hides in ("scattered", "padding", "documents", "blocks"):
+                yield case.but(mask="bool", hides=hides, mask_full=(True, False, True, True))
+            yield case.but(mask="bool", hides="padding", mask_full=(True, False, False, True))
+            yield case.but(mask="same", mask_grad=True, hides="documents")
+            yield case.but(mask="float32", mask_grad=True, mask_full=(False, True, True, True))
+            yield case.but(mask="same", mask_grad=True, mask_full=(True, True, False, True))
+            yield case.but(
+                mask="float32", mask_grad=True, softcap=2.0, alibi=True, sinks=True, dropout_p=0.2,
+                value_dim=dim // 2 + 3, kv_len=773, window_right=200, has_dlse=True,
+            )  # fmt: skip
+    long = Case(8192, 8192, 64, torch.float16, num_heads=4, num_kv_heads=2)
+    yield long.but(mask="bool", hides="documents", mask_full=(True, False, True, True))
+    yield long.but(mask="same", mask_grad=True, mask_full=(False, True, True, True))
+    yield long.but(head_dim=192, value_dim=128, dtype=torch.bfloat16, window_right=0)
+    yield long.but(softcap=50.0, head_dim=256, dtype=torch.bfloat16, window_left=4095)
+    yield long.but(alibi=True, sinks=True, window_right=0, dtype=torch.float32)
+
+
+def kernels_of_scores(planner: Planner) -> dict[str, Kernel]:
+    """What `scores` runs, by name."""
+    found: dict[str, Kernel] = {}
+    for case in scores():
+        planned = _OnMeta(**vars(case))
+        q, k, v, out = planned.shaped()
+        scoring = planned.scoring
+        kernels = planner.forward(q, k, v, out, scoring).kernels
+        kernels += planner.backward(q, k, v, out, out, scoring).kernels
+        found |= {kernel.name: kernel for kernel in kernels}
+    return found
+
+
+class _OnMeta(Case):
+    """A case whose operands are never made."""
+
+    device = "meta"
+
+    def shaped(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and out."""
+        width, margin = self.value_dim or self.head_dim, 0 if self.layout == "tight" else _MARGIN
+
+        def empty(heads: int, length: int, width: int) -> Tensor:
+            sizes = (self.batch, heads, length, width)
+            inside = self.layout == "heads inside"
+            if inside:
+                sizes = (self.batch, length, heads, width)
+            whole = torch.empty(self.batch * heads * length * width + margin, device="meta")
+            x = whole.to(self.dtype)[margin:].view(sizes)
+            return x.transpose(1, 2) if inside else x
+
+        return (
+            empty(self.num_heads, self.q_len, self.head_dim),
+            empty(self.num_kv_heads, self.kv_len, self.head_dim),
+            empty(self.num_kv_heads, self.kv_len, width),
+            empty(self.num_heads, self.q_len, width),
+        )

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,34 @@ class Scoring:
     diagonal: int = 0
     scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
     tiles: str = ""  # instead of the plan's: "family=tile,..."
+    softcap: float = 0.0
+    mask_grad: bool = False
+    mask: Tensor | None = None  # (B, Hq, L, S), of size 1 where it is the same for all
+    alibi_slopes: Tensor | None = None  # (B, Hq)
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """As Scoring.plain of the package."""
+        tensors = (self.mask, self.alibi_slopes, self.sinks)
+        return self.softcap == 0.0 and all(x is None for x in tensors)
+
+    def fields(self) -> dict[str, Any]:
+        """What orchard::Problem has of it."""
+        numbers = ("scale", "dropout_p", "window_left", "window_right", "diagonal")
+        found: dict[str, Any] = {name: getattr(self, name) for name in numbers}
+        found |= {name: getattr(self, name) for name in ("scratch_bytes", "tiles", "softcap")}
+        found |= {"mask_grad": self.mask_grad, "has_sinks": self.sinks is not None}
+        if self.alibi_slopes is not None:
+            batch, head = self.alibi_slopes.stride()
+            found |= {"has_alibi": True, "alibi_batch": batch, "alibi_head": head}
+        if self.mask is not None:
+            (b, *sizes), (batch, *strides) = self.mask.shape, self.mask.stride()
+            dtype = planner.DTYPES.index(str(self.mask.dtype).removeprefix("torch."))
+            found["mask"] = planner.MaskPlace(
+                (b, 1, *sizes), (batch, 0, *strides), int(self.mask.storage_offset()), 1, dtype
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,6 +82,8 @@ class Plan:
     kernels: list[Kernel]
     params: Params
     ds_elements: int
+    map_elements: int = 0
+    dmask_part_elements: int = 0
 
 
 class Planner:
@@ -77,8 +108,7 @@ class Planner:
             for name, x in zip(names, tensors)
         }
         dtype = planner.DTYPES.index(str(tensors[0].dtype).removeprefix("torch."))
-        fields = {n: x for n, x in vars(scoring).items() if n != "dropout_seed"}
-        plan = self._planner.plan(layouts, dtype, "dout" in names, **fields)
+        plan = self._planner.plan(layouts, dtype, "dout" in names, **scoring.fields())
         if plan.refusal:
             raise ValueError(f"the plan refuses: {plan.refusal} ({plan.detail})")
         kernels = []
@@ -94,7 +124,9 @@ class Planner:
                     launch,
                 )
             )
-        return Plan(kernels, plan.params, plan.ds_elements)
+        return Plan(
+            kernels, plan.params, plan.ds_elements, plan.map_elements, plan.dmask_part_elements
+        )
 
 
 def set_strides(params: Params, name: str, x: Tensor) -> None:

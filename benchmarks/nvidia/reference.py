@@ -49,24 +49,50 @@ def attention(
     k_all, v_all = (x.to(compute).repeat_interleave(group, dim=1) for x in (k, v))
     b, h, q_len, _ = q.shape
     kv_len = k.shape[2]
-    out, dq = torch.zeros_like(q), torch.zeros_like(q)
-    dk, dv, dk_size, dv_size = (torch.zeros_like(k_all) for _ in range(4))
+    out, dq = torch.zeros_like(dout), torch.zeros_like(q)
+    dk, dk_size = (torch.zeros_like(k_all) for _ in range(2))
+    dv, dv_size = (torch.zeros_like(v_all) for _ in range(2))
     lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
     dq_cancelled = score_size = lse_size = out_size = 0.0
+    sinks = None if s.sinks is None else s.sinks.to(compute).view(1, -1, 1, 1)
+    dsinks, dsinks_size = (torch.zeros(h, dtype=compute, device=q.device) for _ in range(2))
+    dmask = dmask_size = None
+    if s.mask_grad and s.mask is not None:
+        dmask, dmask_size = (
+            torch.zeros(s.mask.shape, dtype=compute, device=q.device) for _ in range(2)
+        )
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         rows = slice(row0, row1)
         scores = torch.matmul(q[:, :, rows], k_all.transpose(-1, -2)) * s.scale
+        derivative = None
+        if s.softcap:
+            capped = torch.tanh(scores / s.softcap)
+            scores, derivative = s.softcap * capped, 1.0 - capped * capped
+        if s.alibi_slopes is not None:
+            places = torch.arange(row0, row1, device=q.device).unsqueeze(1) + s.diagonal
+            distance = (places - torch.arange(kv_len, device=q.device)).abs()
+            scores -= s.alibi_slopes.to(compute)[:, :, None, None] * distance
+        if s.mask is not None:
+            mask = s.mask if s.mask.shape[2] == 1 else s.mask[:, :, rows]
+            if mask.dtype == torch.bool:
+                scores.masked_fill_(~mask, -math.inf)
+            else:
+                scores += mask.to(compute)
         hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.expand(b, h, row1 - row0, 1)), dim=-1)
         row_lse = torch.logsumexp(scores, dim=-1)
         empty = (row_lse == -math.inf).unsqueeze(-1)
         # The softmax is taken anew. In exp(scores - lse), lse could not hold log(n) beside a large
         # score.
         weights = torch.softmax(scores.masked_fill_(empty, 0.0), dim=-1).masked_fill_(empty, 0.0)
+        of_sinks = weights[..., kv_len:]
+        weights = weights[..., :kv_len]
         del scores
         sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
         sizes *= weights
@@ -95,7 +121,17 @@ def attention(
         if dlse is not None:
             row_dlse = dlse[:, :, rows].to(compute).unsqueeze(-1)
             delta -= row_dlse.masked_fill(empty, 0.0)
-        dscores = weights * (dscores - delta) * s.scale
+        dscores = weights * (dscores - delta)
+        row_size = products.abs().sum(-1, keepdim=True)
+        if dmask is not None and s.mask is not None:
+            part = slice(None) if s.mask.shape[2] == 1 else rows
+            like = dmask[:, :, part]
+            like += dscores.sum_to_size(like.shape)
+            dmask_size[:, :, part] += (weights * row_size).sum_to_size(like.shape)
+        if sinks is not None:
+            dsinks -= (of_sinks * delta).sum((0, 2, 3))
+            dsinks_size += (of_sinks * row_size).sum((0, 2, 3))
+        dscores = dscores * s.scale if derivative is None else dscores * derivative * s.scale
         dq[:, :, rows] = torch.matmul(dscores, k_all)
         dk += torch.matmul(dscores.transpose(-1, -2), q[:, :, rows])
         size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
@@ -106,12 +142,18 @@ def attention(
     )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
+    if dmask is not None and s.mask is not None and dtype != torch.float64:
+        dmask = dmask.to(s.mask.dtype)
     return MathResult(
         out.to(dtype),
         lse.to(lse_dtype),
         *rounded,
         dq_cancelled,
         largest(dk_size),
+        dmask,
+        None if sinks is None else dsinks.to(lse_dtype),
+        0.0 if dmask_size is None else largest(dmask_size),
+        largest(dsinks_size),
         score_size=score_size,
         lse_size=lse_size,
         out_size=out_size,

@@ -89,6 +89,9 @@ void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
 
 const AttentionParams* bridge_params(const Answer* answer) { return &answer->plan.params; }
 int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elements; }
+int64_t bridge_dmask_part_elements(const Answer* answer) {
+  return answer->plan.dmask_part_elements;
+}
 int64_t bridge_map_elements(const Answer* answer) { return answer->plan.map_elements; }
 
 void bridge_strides_in_order_of(const int64_t* like, const int64_t* sizes, int64_t* strides) {

@@ -74,6 +74,7 @@ void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& 
   };
   plan.params.dmask_parts = 1;
   plan.params.dmask_elements = heads * sizes[3] * sizes[4];
+  if (plan.params.dmask_elements == 0 || query_heads(p) == 0) return;
   if (shared_keys) {
     add_mask_kernel(p, "attention_backward_dmask_rows",
         groups(heads, shared_rows ? 1 : blocks_of(sizes[3], threads)), plan);
@@ -89,9 +90,8 @@ void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& 
   const TileChoice tile = dq_choice(row.dmask, dtype.operand);
   const int64_t tiles = blocks_of(sizes[3], tile.rows) * blocks_of(sizes[4], row.dmask.bk);
   const int64_t terms =
-      heads == 0 ? 0
-                 : query_heads(p) / heads * (shared_rows ? blocks_of(p.q.sizes[2], kPartRows) : 1);
-  const int64_t wanted = heads == 0 ? 1 : blocks_of(kMaskGradientGroups, heads * tiles);
+      query_heads(p) / heads * (shared_rows ? blocks_of(p.q.sizes[2], kPartRows) : 1);
+  const int64_t wanted = blocks_of(kMaskGradientGroups, heads * tiles);
   const int64_t parts = std::clamp<int64_t>(terms, 1, wanted);
   KernelPlan kernel = make_kernel(p, "attention_backward_dmask", tile,
       variant_of_mask_gradient(p, chunks, parts > 1), heads * parts, tiles * tile.rows);

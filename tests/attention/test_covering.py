@@ -35,6 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pattern": ("none", "scattered", "blocks", "padding"),
     "dtype": (F32, F16, BF16),
     "values": ("as wide", "narrower", "wider"),
+    "ranges": ("", "any", "any B", "any H", "any BH", "documents", "padding", "prefix"),
     "window": ("open", "causal", "both sides", "bottom right"),
     "q_len": (1, 33, 64, 75),
     "kv_len": (2, 50, 64, 98),
@@ -46,7 +47,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sinks": (False, True),
     "dlse": (False, True),
     "mask_grad": (False, True),
-    "ranges": ("", "any", "any B", "any H", "any BH", "documents", "padding", "prefix"),
 }  # fmt: skip
 FAMILIES = {  # whether two simdgroups share keys, and whether dS is stored
     "dkv": (False, False),

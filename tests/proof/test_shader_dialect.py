@@ -18,11 +18,15 @@ from mutation.harness import (
     DELTA,
     DKV,
     DKV_PAIRS,
+    DMASK_SUM,
+    DMASK_SUM_KEYS,
     DQ_FROM_DS,
+    DSINKS,
     FAMILIES,
     FORWARD,
+    MASK_MAP,
+    OTHER_FAMILIES,
     ROOT,
-    SMALL_FAMILIES,
     Params,
     Sources,
 )
@@ -37,6 +41,7 @@ pytestmark = pytest.mark.skipif(
 # found fails the test.
 ACCEPTED = {
     "'mulhi' is not in PyTorch's Metal sources": "an integer function of the Metal specification",
+    "'simd_or' is not in PyTorch's Metal sources": "a reduction of the Metal specification",
     "'xy' is not in PyTorch's Metal sources": "a swizzle",
     "swizzle of 2: not in PyTorch's Metal sources": "the wheel writes swizzles, it reads none",
     "pragma clang fp contract(off): not in PyTorch's Metal sources": (
@@ -65,8 +70,8 @@ def _findings(family: str) -> list:
 def _sampled(family: str) -> list[dict]:
     """Variants that together use all of the source."""
     kernels = variants()[family]
-    if family in SMALL_FAMILIES:
-        return kernels
+    if family in OTHER_FAMILIES:
+        return kernels[:: -(-len(kernels) // 4)]
     wanted = ("half", "bfloat", "float")
     widths = {DKV: ("_d64_", "_d64_", "_d80_"), DKV_PAIRS: ("_d128_", "_d128_", "_d256_")}.get(
         family, ("_d64_", "_d128_", "_d256_")
@@ -91,7 +96,7 @@ _SCORES = dict.fromkeys(
 )
 _SCORES |= {DELTA: ("", "mask sinks", "sinks"), DQ_FROM_DS: ("", "mask")}
 _PARTS_OF_SCORES = ("softcap", "alibi", "mask", "mask_bool", "mask_float32_pairs", "sinks")
-_EVERY_FAMILY = (*FAMILIES, *SMALL_FAMILIES)
+_EVERY_FAMILY = (*FAMILIES, *OTHER_FAMILIES)
 
 
 @pytest.mark.parametrize("family", _EVERY_FAMILY)
@@ -115,7 +120,7 @@ def test_threadgroup_memory_of_every_variant(family: str):
     kernels = variants()[family]
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
-    none = family in (DELTA, *SMALL_FAMILIES)
+    none = family in (DELTA, MASK_MAP, DSINKS, DMASK_SUM, DMASK_SUM_KEYS)
     assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 
 

@@ -247,6 +247,13 @@ kernel void private_index(OUT, TID) {
   int k = int(o[t]) + int(t & 7);
   o[t] = r[k];  // expect: array index out of bounds
 }
+struct Rows { float2 pairs[1][2]; };
+kernel void private_index_of_member(OUT, TID) {
+  Rows r;
+  r.pairs[0][0] = r.pairs[0][1] = float2(1.0f);
+  int k = int(o[t]) + int(t & 1);
+  o[t] = r.pairs[k][0].x;  // expect: array index out of bounds
+}
 kernel void shift(OUT, TID) {
   o[t] = float(1u << (t + uint(o[t])));  // expect: shift by more than the width
 }

@@ -201,6 +201,10 @@ def math_attention(
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
         dk_size = torch.matmul(size.transpose(-1, -2), q.abs()) * abs(scale)
         dmask_size = size if bias is None else _sum_as(bias, size)
+        if bias is not None and sink is not None and bias.shape[-1] == 1:
+            # A row's sum of dS is what its sink lacks, P_sink delta, and may be formed as that.
+            of_sink = probabilities[..., kv_len:] * row_size
+            dmask_size = torch.maximum(dmask_size, _sum_as(bias, of_sink))
         dsinks_cancelled = dsinks_size = size
         if sink is not None:
             delta = (dout.cpu().to(compute) * out).sum(-1, keepdim=True)

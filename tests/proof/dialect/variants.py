@@ -10,7 +10,7 @@ from mutation.harness import (
     BOOL,
     DTYPE_NUMBERS,
     FAMILIES,
-    SMALL_FAMILIES,
+    OTHER_FAMILIES,
     MaskPlace,
     Sources,
     request,
@@ -27,7 +27,7 @@ def variants() -> dict[str, list[dict]]:
     """
     sources = Sources()
     head_dims = sources.head_dims()
-    found: dict[str, dict[str, dict]] = {family: {} for family in (*FAMILIES, *SMALL_FAMILIES)}
+    found: dict[str, dict[str, dict]] = {family: {} for family in (*FAMILIES, *OTHER_FAMILIES)}
     for dtype in DTYPE_NUMBERS.values():
         for head_dim in (*head_dims, *(d - 1 for d in head_dims)):
             shape = (1, 2, _LENGTH, head_dim)
@@ -38,7 +38,8 @@ def variants() -> dict[str, list[dict]]:
                 (False, True), (0.0, 0.5), (0, 1 << 20), scores
             ):
                 numbers = {"dropout_p": dropout_p, "scratch_bytes": scratch_bytes}
-                plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **score))
+                wanted = score | {"mask_grad": backward and "mask" in score}
+                plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **wanted))
                 for kernel in plan["kernels"]:
                     found[kernel["family"]][kernel["name"]] = kernel
     return {family: list(kernels.values()) for family, kernels in found.items()}
@@ -51,6 +52,9 @@ def scores_of(dtype: int) -> tuple[dict, ...]:
     for of_mask, offset in itertools.product({BOOL, dtype, DTYPE_NUMBERS[torch.float32]}, (0, 1)):
         sizes, strides = (1, 1, 1, _LENGTH, _LENGTH), (full, full, full, _LENGTH, 1)
         masks.append({"mask": MaskPlace(sizes, strides, offset, 1, of_mask)})
+    for sizes in ((1, 1, 1, 1, _LENGTH), (1, 1, 1, _LENGTH, 1)):  # of keys, of rows
+        strides = (_LENGTH, _LENGTH, _LENGTH, 1 if sizes[4] == 1 else _LENGTH, 1)
+        masks.append({"mask": MaskPlace(sizes, strides, 0, 1, dtype)})
     return tuple(
         {"softcap": softcap, "has_alibi": alibi, "has_sinks": sinks, **mask}
         for mask, softcap, alibi, sinks in itertools.product(

@@ -14,11 +14,13 @@ from .operators import OPERATORS
 from .sites import Code
 
 FILES = (
-    "shaders/backward_delta.h", "shaders/backward_dkv.h", "shaders/backward_dkv_pairs.h",
-    "shaders/backward_dq.h", "shaders/backward_dq_from_ds.h", "shaders/dropout.h",
-    "shaders/dscore.h", "shaders/forward.h", "shaders/keys.h", "shaders/loader.h",
-    "shaders/params.h", "shaders/philox.h", "shaders/scores.h", "shaders/softmax.h",
-    "shaders/staging.h", "shaders/sum_parts.h", "shaders/tile.h",
+    *(f"shaders/{name}.h" for name in (
+        "backward_delta", "backward_dkv", "backward_dkv_pairs", "backward_dmask",
+        "backward_dmask_rows", "backward_dmask_sum", "backward_dmask_sum_keys", "backward_dq",
+        "backward_dq_from_ds", "backward_dsinks", "dropout", "dscore", "forward", "key_sums",
+        "keys", "loader", "long_sum", "mask_map", "mask_sharers", "masks", "params", "philox",
+        "ranges", "scores", "softmax", "staging", "sum_parts", "tile",
+    )),
     *(f"native/plan/{name}.cpp" for name in (
         "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
     )),

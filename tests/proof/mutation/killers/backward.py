@@ -22,7 +22,17 @@ from ..harness import (
     request,
     with_seed,
 )
-from .attention import F16, F32, KEYS_SIDE, dense, empty, forward_results, kernel_of, reference
+from .attention import (
+    F16,
+    F32,
+    KEYS_SIDE,
+    Attention,
+    dense,
+    empty,
+    forward_results,
+    kernel_of,
+    reference,
+)
 from .compiled import compile_kernel
 from .operands import dominant_keys, infinite_rows, long_sums, sums_of_half
 from .properties import Given, Property
@@ -164,7 +174,16 @@ def dominant_keys_dq(sources: Sources, note: Callable[[str], None]) -> None:
 _PARTNERS = ((DKV, DKV), (DKV_PAIRS, DKV_PAIRS), (DQ_FROM_DS, DKV))  # a family, the key's side
 
 
-def properties() -> Iterator[Property]:
+def parts_of_sums() -> Iterator[Attention]:
+    """Two parts of the queries and keys of every simdgroup. Pairs of columns would end behind a
+    row, and dk and dv lie in different strides."""
+    case = Case(1040, 40, 15, num_heads=1, dtype=F32, dropout_p=0.3)
+    for family in KEYS_SIDE:
+        yield Attention(f"{family}: parts of sums, dropout, elements", family, case,
+                        layouts=("padded", "padded", "odd", "dense", "odd"))  # fmt: skip
+
+
+def properties() -> Iterator[Property | Attention]:
     yield Property(f"{DQ}: dominant keys", DQ, dominant_keys_dq)
     yield Property(f"{DQ}: scores of -inf", DQ, infinite_scores_dq)
     for name, test in (
@@ -182,6 +201,7 @@ def properties() -> Iterator[Property]:
                 long_sums_dkv, family=family, head_dim=head_dim, heads=heads, q_len=q_len
             )
             yield Property(f"{family}: {heads} x {q_len} queries", family, partial)
+    yield from parts_of_sums()
     for family, keys_side in _PARTNERS:
         partial = functools.partial(divided_keys, keys_side=keys_side)
         yield Property(f"{family}: divided keys", family, partial)

@@ -33,7 +33,10 @@ class _Sparse:
 
 def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
                  strides: tuple[int, ...], kv_heads: int) -> dict[str, Tensor]:  # fmt: skip
-    """Twelve heads of q_len queries, of which 32 run, and two keys of width 2, row_stride apart."""
+    """Twelve heads of q_len queries, of which 32 run, and two keys of width 2, these strides apart.
+
+    The keys' gradients have adjacent columns, whatever the keys have.
+    """
     keys = (1, kv_heads, 2, 2)
     generator = torch.Generator().manual_seed(3)
     rows, stats = (1, 12, 32, 2), (12, 32)
@@ -41,6 +44,8 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
              "row_stats": (*stats, 2), "dlse": stats, "delta": stats, "dq": rows,
              "dk": keys, "dv": keys}  # fmt: skip
     packed = {"key": strides, "value": strides}
+    if strides[-1] == 1:
+        packed |= {"dk": strides, "dv": strides}
     x = {}
     for name, shape in sizes.items():
         place_ = packed.get(name, (0, 70, 2, 1)) if len(shape) == 4 else (q_len, 1)
