@@ -127,9 +127,8 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     for (int r = 0; r < R; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < BK / 8; c++) {
-        const int key = key0 + 8 * c;
-        const bool written =
-            passes && hulls.meets(r, key) && (all_seen || window.sees_any(row0 + 8 * r, 8, key, 8));
+        const bool in_window = all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8);
+        const bool written = in_window && passes && hulls.meets(r, key0 + 8 * c);
         ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
       }
     }

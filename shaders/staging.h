@@ -4,6 +4,15 @@
 
 #include "loader.h"
 
+/// Makes both operands take a block without a guard, or both with one: the two widths may differ,
+/// and kernels shall ask once.
+template <typename Operand>
+METAL_FUNC void guard_alike(thread Operand& a, thread Operand& b) {
+  const uint whole = min(a.loader.whole, b.loader.whole);
+  a.loader.whole = whole;
+  b.loader.whole = whole;
+}
+
 /// K and V of a head, BK keys at a time. BUFFERS: 2, staged side by side; 1, staged one after the
 /// other in the same threadgroup memory; 0, read from device memory by each simdgroup.
 template <typename T, typename F, int BK, int BD, int THREADS, bool VEC, int BUFFERS>
@@ -19,6 +28,7 @@ struct KeyValueBlocks {
     threadgroup uint4* value_storage = storage + (BUFFERS == 2 ? kChunks : 0);
     k.start(keys, key0, reinterpret_cast<threadgroup F*>(storage), thread_index, at);
     v.start(values, key0, reinterpret_cast<threadgroup F*>(value_storage), thread_index, at);
+    guard_alike(k, v);
   }
 
   /// Behind it K can be read; with two buffers V as well. Keys that are not `seen` are zero.
@@ -72,6 +82,7 @@ struct QueryBlocks {
     q.start(queries, row0, reinterpret_cast<threadgroup F*>(storage), thread_index, at);
     dout.start(
         gradients, row0, reinterpret_cast<threadgroup F*>(storage + kChunks), thread_index, at);
+    guard_alike(q, dout);
   }
 
   /// Behind it both can be read. Rows that are not `seen` are zero.
