@@ -111,7 +111,7 @@ def test_all_files_are_mutated(all_of_them):
     assert {m.operator for m in all_of_them} == set(OPERATORS)
     barriers = [m for m in all_of_them if "barrier" in m.before and not m.text]
     assert Counter(m.before.split("<")[0].split("(")[0] for m in barriers) == {
-        "threadgroup_barrier": 6,
+        "threadgroup_barrier": 9,
         "barrier_if": 4,
     }
 
