@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,8 +172,10 @@ def given(problem: Scores) -> Given:
     if meaning is not None:
         passes = passes & (meaning if meaning.dtype == torch.bool else meaning != -math.inf)
     seen = seen & passes
+    hidden = [seen]
     if sight is not None:
-        seen = seen & sight.sees(case.kv_len)
+        hidden.append(sight.sees(case.kv_len))
+        seen = seen & hidden[1]
     slopes = scoring.alibi_slopes
     fields = {
         "scale": scoring.scale, "dropout_p": case.dropout_p, "diagonal": case.diagonal,
@@ -192,13 +195,19 @@ def given(problem: Scores) -> Given:
     if mask_place is not None:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
-    _hide(case, tensors, seen)
+    _hide(case, tensors, seen, hidden)
     return Given(tensors, mask_place, ref, eager, seen, within, passes, sight, *ds, fields)
 
 
-def _hide(case: Case, tensors: dict[str, Tensor], seen: Tensor) -> None:
-    """What takes no part becomes NaN: keys that no row sees, rows that see no key."""
-    of_group = seen.unflatten(1, (case.num_kv_heads, -1)).any(2).any(2)
+def _hide(case: Case, tensors: dict[str, Tensor], seen: Tensor, hidden: Sequence[Tensor]) -> None:
+    """What takes no part becomes NaN: keys that no row sees, rows that see no key.
+
+    Of the keys, those that one of `hidden` (a mask with the window, key ranges) hides from all
+    rows. What a mask and key ranges only hide together the kernels read: test_unseen_keys.py says
+    so.
+    """
+    by_group = (x.unflatten(1, (case.num_kv_heads, -1)).any(2).any(2) for x in hidden)
+    of_group = functools.reduce(torch.logical_and, by_group)
     blind = ~seen.any(-1)
     for name, unseen in (("query", blind), ("dout", blind), ("key", ~of_group),
                          ("value", ~of_group)):  # fmt: skip
