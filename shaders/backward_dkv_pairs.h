@@ -150,8 +150,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           }
           ranges.hide(x, key0, row0, at);
           if (V::Score::kCapped) {
-            times_derivative<kHides>(derivatives, x);
-            handed_over.store(derivatives);
+            Tile<float, 1, kBlocks> p = x;
+            times_derivative<kHides>(p, derivatives);
+            handed_over.store(p);
           } else {
             handed_over.store(x);
           }

@@ -97,6 +97,7 @@ class Plan:
     ds_elements: int
     map_elements: int
     dmask_part_elements: int
+    hull_elements: int
 
 
 def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
@@ -139,7 +140,7 @@ class Planner:
             "head_dims",
         ):
             self._function(name).restype = ctypes.c_uint64
-        for name in ("ds_elements", "map_elements", "dmask_part_elements"):
+        for name in ("ds_elements", "map_elements", "dmask_part_elements", "hull_elements"):
             self._function(name).restype = ctypes.c_int64
         self._check_mirrors()
 
@@ -214,6 +215,7 @@ class Planner:
             self._library.bridge_ds_elements(answer),
             self._library.bridge_map_elements(answer),
             self._library.bridge_dmask_part_elements(answer),
+            self._library.bridge_hull_elements(answer),
         )
 
     def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:

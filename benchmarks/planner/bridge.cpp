@@ -92,6 +92,7 @@ int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elemen
 int64_t bridge_dmask_part_elements(const Answer* answer) {
   return answer->plan.dmask_part_elements;
 }
+int64_t bridge_hull_elements(const Answer* answer) { return answer->plan.hull_elements; }
 int64_t bridge_map_elements(const Answer* answer) { return answer->plan.map_elements; }
 
 void bridge_strides_in_order_of(const int64_t* like, const int64_t* sizes, int64_t* strides) {

@@ -263,3 +263,32 @@ def test_rows_that_see_no_key_reach_nothing(device: str, name: str, dtype: torch
         assert torch.equal(x, y), f"{label} depends on a row that sees no key"
     assert not found[0][:, :, blind].any()
     assert not found[2][:, :, blind].any()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "mps",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="kernels ask which keys some row of a group sees by its range, and which "
+                "by the mask, not which by both: a key that only the two together hide is "
+                "read",
+            ),
+        ),
+    ],
+)
+def test_hidden_by_a_mask_and_key_ranges_together(device: str):
+    """Key 5 lies in the range of the first rows, from which the mask hides it."""
+    case = Case(64, 40, 16, num_heads=1)
+    ranges = torch.zeros(1, 1, 64, 4, dtype=torch.int32)
+    ranges[..., :16, 1] = 20
+    ranges[..., 16:, 0], ranges[..., 16:, 1] = 20, 40
+    mask = torch.ones(1, 1, 64, 40, dtype=torch.bool)
+    mask[..., :16, 5] = False
+    scoring = case.scoring()._replace(attn_mask=mask.to(device), key_ranges=ranges.to(device))
+    unseen = torch.zeros(1, 1, 40, dtype=torch.bool)
+    unseen[..., 5] = True
+    check(case, unseen, scoring, device, "metal" if device == "mps" else "auto")

@@ -166,7 +166,8 @@ class Sources:
                 for x in plan.launches
             ],
             "scratch_bytes": 4 * plan.ds_elements,
-            "map_elements": plan.map_elements,
+            "map_elements": plan.map_elements, "hull_elements": plan.hull_elements,
+            "dmask_part_elements": plan.dmask_part_elements,
         }, plan.params  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def _expected_kernel(family: str, dtype: torch.dtype, width: int, tile: str, fla
     if family in KEYS_SIDE:
         arguments.append(str(tile.endswith("_ds")).lower())
     switches = (str(word in flags).lower() for word in ("chunks", "dropout"))
-    arguments += ["4", f"Variant<{', '.join(switches)}, PlainScore>"]
+    arguments += ["4", f"Variant<{', '.join(switches)}, PlainScore, false>"]
     arguments += ["NoSinks"] * (family == DELTA)
     call = f"{family}<{', '.join(arguments)}>"
     sizes = ""
@@ -143,7 +143,7 @@ def plan_of_every_width(sources: Sources) -> None:
                 "refusal": "", "detail": "", "advice": "" if chunks else _ADVICE,
                 "kernels": kernels,
                 "scratch_bytes": stored,
-                "map_elements": 0,
+                "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
                 "launches": [
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
                 ],
@@ -436,7 +436,7 @@ def plan_of_refusals(sources: Sources) -> None:
             assert plan.pop("advice") == _ADVICE_OF[refusal]
             assert plan == {
                 "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
-                "launches": [], "map_elements": 0,
+                "launches": [], "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
             }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),

@@ -12,11 +12,16 @@ from ..harness import (
     DELTA,
     DKV,
     DKV_PAIRS,
+    DMASK,
+    DMASK_ROWS,
+    DMASK_SUM,
+    DMASK_SUM_KEYS,
     DQ,
     DQ_FROM_DS,
     DSINKS,
     FORWARD,
     MASK_MAP,
+    Params,
     Sources,
     request,
 )
@@ -24,7 +29,10 @@ from .plan import _layouts
 from .properties import Property
 
 _METAL = {"float16": "half", "bfloat16": "bfloat", "float32": "float", "bool": "uchar"}
-_ROLES = {MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 3, DQ: 3, DQ_FROM_DS: 3, DSINKS: 5}
+_ROLES = {
+    MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 3, DQ: 3, DQ_FROM_DS: 3, DMASK: 4,
+    DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
+}  # fmt: skip
 _FULL = (1, 2, 4, 40, 70)  # (outer, inner, Hq, L, S) of _layouts
 
 
@@ -64,13 +72,14 @@ def plan_of_scores(sources: Sources) -> None:
     """Names and types, for every kind of score; no two kinds have a name in common."""
     by_name: dict[tuple[str, str], str] = {}
     kinds = itertools.product(
-        range(3), (0.0, 2.5, 0.25), (False, True), (False, True), (0.0, 0.5),
+        range(3), (0.0, 2.5, 0.25), (False, True), (False, True), (0.0, 0.5), (False, True),
         (None, *((of_mask, pairs) for of_mask in (BOOL, 0, 1, 2) for pairs in (False, True))),
     )  # fmt: skip
-    for dtype, softcap, alibi, sinks, dropout_p, mask in kinds:
+    for dtype, softcap, alibi, sinks, dropout_p, ranges, mask in kinds:
         if mask and mask[0] not in (BOOL, 2, dtype):
             continue
-        fields: dict = {"softcap": softcap, "has_alibi": alibi, "has_sinks": sinks}
+        fields: dict = {"softcap": softcap, "has_alibi": alibi, "has_sinks": sinks,
+                        "has_key_ranges": ranges}  # fmt: skip
         of_mask, suffix = "NoMask", ""
         if mask:
             element, pairs = DTYPES[mask[0]], mask[1]
@@ -82,14 +91,17 @@ def plan_of_scores(sources: Sources) -> None:
         score = "PlainScore" if plain else f"Score<{cap}, {slope}, {of_mask}>"
         parts = f"{'_softcap' * bool(softcap)}{'_alibi' * alibi}{suffix}"
         parts = parts or "_natural" * sinks
-        drop = "_dropout" * bool(dropout_p)
+        drop, listed = "_dropout" * bool(dropout_p), "_ranges" * ranges
+        last = str(ranges).lower()
         hides = "Score<false, false, Mask<uchar, false>>" if mask else "PlainScore"
-        visible = f"Variant<true, false, {hides}>"
-        full = drop + parts, f"Variant<true, {str(bool(drop)).lower()}, {score}>"
+        visible = f"Variant<true, false, {hides}, {last}>"
+        type_of_all = f"Variant<true, {str(bool(drop)).lower()}, {score}, {last}>"
+        full = drop + parts + listed, type_of_all
         found = _names(sources, dtype=dtype, dropout_p=dropout_p, **fields)
         expected = {
-            FORWARD: full, DKV: full, DQ: full, DQ_FROM_DS: ("_mask" * bool(mask), visible),
-            DELTA: ("_mask" * bool(mask) + "_sinks" * sinks,
+            FORWARD: full, DKV: full, DQ: full,
+            DQ_FROM_DS: ("_mask" * bool(mask) + listed, visible),
+            DELTA: ("_mask" * bool(mask) + listed + "_sinks" * sinks,
                     f"{visible}, {'Sinks' if sinks else 'NoSinks'}"),
         }  # fmt: skip
         assert found == expected, (found, expected)
@@ -193,6 +205,93 @@ def plan_of_slopes(sources: Sources) -> None:
         assert params.has_sinks == sinks and abs(params.softcap - 0.3) < 1e-7
 
 
+def plan_of_mask_gradients(sources: Sources) -> None:
+    """Which kernels form it, who shares a tile of it, and what they leave for those that add up."""
+    names = {0: "half", 1: "bfloat", 2: "float"}
+
+    def plan_of(own: tuple[int, ...], dtype: int = 2, grad: bool = True, b: int = 6,
+                layouts: dict | None = None, **fields: object) -> tuple[dict, Params]:  # fmt: skip
+        sizes = {"b": b, "h": 4, "l": 300, "s": 150} | (layouts or {})
+        place = _mask(own, inner=own[1], dtype=dtype)
+        dtype = 2 if dtype == BOOL else dtype
+        plan, params = sources.plan(
+            request(_layouts(**sizes), dtype, True, mask=place, mask_grad=grad, **fields)
+        )
+        assert not plan["refusal"], plan["refusal"]
+        for kernel in plan["kernels"]:
+            assert kernel["role"] == _ROLES[kernel["family"]], kernel["family"]
+        kernels = [kernel for kernel in plan["kernels"] if kernel["role"] in (4, 5)]
+        for kernel in kernels:
+            element, family = names[dtype], kernel["family"]
+            if family == DMASK:
+                element = "float" if params.dmask_parts > 1 else element
+                call = f"PlainScore, false>, {element}>"
+                assert "Mask<" in kernel["instantiation"] or call in kernel["instantiation"]
+                assert kernel["instantiation"].endswith(f", false>, {element}>;\n")
+                assert kernel["name"].endswith("_parts") == (params.dmask_parts > 1)
+                continue
+            x, y = kernel["groups"]
+            assert kernel["tile"] == f"{x} x {y} threadgroups of 128 threads"
+            assert kernel["name"] == f"{family}_{DTYPES[dtype]}"
+            assert f"decltype({family}<{element}, 4>)" in kernel["instantiation"]
+        found = [(kernel["family"], kernel["groups"]) for kernel in kernels]
+        return {"kernels": found, "elements": plan["dmask_part_elements"]}, params
+
+    for own in ((6, 1, 4, 300, 150), (1, 1, 1, 1, 150), (1, 1, 1, 300, 1)):
+        for dtype, grad in ((BOOL, True), (2, False)):
+            plan, params = plan_of(own, dtype, grad)
+            assert plan == {"kernels": [], "elements": 0} and not params.has_key_sums
+    cases = (  # the mask's sizes; kernels and grids; elements of parts; parts
+        ((6, 1, 4, 300, 150), [(DMASK, [24, 10 * 5])], 0, 1),
+        ((1, 6, 1, 300, 150), [(DMASK, [6 * 2, 10 * 5]), (DMASK_SUM, [2110, 1])], 540000, 2),
+        ((1, 1, 4, 300, 150), [(DMASK, [4 * 3, 10 * 5]), (DMASK_SUM, [1407, 1])], 540000, 3),
+        ((3, 1, 1, 1, 150), [(DMASK_SUM_KEYS, [3, 2])], 6 * 4 * 150, 1),
+        ((1, 2, 4, 300, 1), [(DMASK_ROWS, [8, 3])], 0, 1),
+        ((1, 2, 4, 1, 1), [(DMASK_ROWS, [8, 1])], 0, 1),
+    )
+    for own, kernels, elements, parts in cases:
+        for dtype in (0, 1, 2):
+            plan, params = plan_of(own, dtype)
+            assert plan == {"kernels": kernels, "elements": elements}, (own, plan)
+            size = own[0] * own[1] * own[2] * own[3] * own[4]
+            assert (params.dmask_elements, params.dmask_parts) == (size, parts)
+            assert params.has_key_sums == (own[3:] == (1, 150))
+    for d, softcap, sums in ((64, 1.5, True), (128, 0.0, True), (128, 1.5, False)):
+        plan, params = plan_of((1, 1, 1, 1, 150), layouts={"d": d}, softcap=softcap)
+        assert params.has_key_sums == sums
+        assert [family for family, _ in plan["kernels"]] == (
+            [DMASK_SUM_KEYS] if sums else [DMASK, DMASK_SUM]
+        )
+    for l, parts in ((1024, 24), (1025, 48)):
+        capped = {"layouts": {"d": 128, "l": l}, "softcap": 1.5}
+        assert plan_of((1, 1, 1, 1, 150), **capped)[1].dmask_parts == parts
+    nothing = plan_of((1, 1, 4, 300, 150), b=0)[0]
+    assert nothing == {"kernels": [], "elements": 0}
+
+
+def plan_of_key_ranges(sources: Sources) -> None:
+    """Hulls of 8 queries each; the window goes to the ranges, whose map of a mask has none."""
+    for batch, head, count in ((0, 0, 1), (480, 0, 2), (0, 160, 4), (640, 160, 8)):
+        for mask in (None, _mask()):
+            ranges = {"has_key_ranges": True, "ranges_batch": batch, "ranges_head": head}
+            plan, params = sources.plan(
+                request(_layouts(l=41 if mask is None else 40), 0, True, mask=mask, window_left=7,
+                        window_right=1 << 40, **ranges)
+            )  # fmt: skip
+            assert plan["hull_elements"] == count * (6 if mask is None else 5) * 6
+            of_params = params.ranges
+            assert (of_params.batch, of_params.head) == (batch, head)
+            assert (of_params.left, of_params.right) == (7, 1 << 30)
+            assert (params.window_left, params.window_right) == (1 << 30, 1 << 30)
+    one_key = _mask((1, 2, 4, 40, 1))
+    for ranges in (False, True):
+        plan, params = sources.plan(
+            request(_layouts(), 0, mask=one_key, window_left=7, has_key_ranges=ranges)
+        )
+        assert plan["map_elements"] == 8 * 2 * (1 if ranges else 3)
+        assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
+
+
 def plan_of_value_widths(sources: Sources) -> None:
     """The wider of the two decides; both row lengths decide on chunks."""
     for d, dv, width in ((64, 40, 64), (40, 64, 64), (192, 128, 192), (24, 136, 160)):
@@ -218,7 +317,8 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_pairs, plan_of_slopes,
-        plan_of_value_widths, plan_of_tiles_beside_masks,
+        plan_of_mask_gradients, plan_of_key_ranges, plan_of_value_widths,
+        plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)
