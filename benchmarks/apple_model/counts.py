@@ -30,6 +30,7 @@ from simulator import engine  # noqa: E402
 from simulator.engine import arrays  # noqa: E402
 
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = harness.FAMILIES
+DMASK = harness.DMASK  #: a block of its loop is a batch entry that shares the mask
 #: The key's side as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
 STORING = {name: f"{name} storing dS" for name in (DKV, DKV_PAIRS)}
 DKV_STORING, DKV_PAIRS_STORING = STORING.values()
@@ -38,9 +39,20 @@ PREFILL = "prefill_attention"
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORT, LONG = 2, 4  #: blocks of the two launches
+#: Key ranges of which each block is seen in part; in those that are called LISTED alone, whole.
+LISTED, EDGES = "key ranges", "key ranges, edges"
 #: What a score may have besides the product; masks have a full matrix, of which each block is seen
 #: in part.
-SCORES = ("softcap", "alibi", "bias", "bias, element by element", "bool mask", "sinks")
+SCORES = (
+    "softcap",
+    "alibi",
+    "bias",
+    "bias, element by element",
+    "bool mask",
+    "sinks",
+    LISTED,
+    EDGES,
+)
 
 
 @dataclass(frozen=True)
@@ -145,23 +157,26 @@ def _request(
     backward: bool,
     scratch_bytes: int = 0,
     score: str = "",
+    batch: int = 1,
 ) -> Any:
+    """One head of each batch entry. Where these are several, the mask's gradient is asked for."""
+
     def dense(length: int) -> tuple[Sequence[int], Sequence[int], int]:
         size = length * head_dim
-        return (1, 1, length, head_dim), (size, size, head_dim, 1), 0
+        return (batch, 1, length, head_dim), (size, size, head_dim, 1), 0
 
     layouts = {x: dense(q_len) for x in ("q", "out", "dout")}
     layouts |= {x: dense(kv_len) for x in ("k", "v")}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
     fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
     fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
-    fields |= dict(has_sinks=score == "sinks")
+    fields |= dict(has_sinks=score == "sinks", has_key_ranges=score in (LISTED, EDGES))
+    fields |= dict(mask_grad=batch > 1)
     if "bias" in score or "mask" in score:
         of_mask = harness.BOOL if score == "bool mask" else number
         odd = score == "bias, element by element"
-        full = q_len * kv_len
         fields["mask"] = harness.MaskPlace(
-            (1, 1, 1, q_len, kv_len), (full, full, full, kv_len, 1), int(odd), 1, of_mask
+            (1, 1, 1, q_len, kv_len), (0, 0, 0, kv_len, 1), int(odd), 1, of_mask
         )
     return harness.request(layouts, number, backward, **fields)
 
@@ -203,13 +218,20 @@ class NoVariant(LookupError):
 
 
 def variant(
-    family: str, dtype: str, head_dim: int, q_len: int = 64, kv_len: int = 64, score: str = ""
+    family: str,
+    dtype: str,
+    head_dim: int,
+    q_len: int = 64,
+    kv_len: int = 64,
+    score: str = "",
+    batch: int = SHORT,
 ) -> Variant:
-    """The kernel that the plan chooses for a dense problem, with one of SCORES."""
+    """The kernel that the plan chooses for a dense problem, with one of SCORES. DMASK alone has a
+    batch."""
     storing = family in (*TEMPLATES, DQ_FROM_DS)
-    request = _request(
-        dtype, head_dim, q_len, kv_len, family != FORWARD, (1 << 40) * storing, score
-    )
+    batch = batch if family == DMASK else 1
+    backward, scratch = family != FORWARD, (1 << 40) * storing
+    request = _request(dtype, head_dim, q_len, kv_len, backward, scratch, score, batch)
     plan, params = _sources().plan(request)
     template = TEMPLATES.get(family, family)
     kernels = {k["family"]: k for k in plan["kernels"]}
@@ -227,7 +249,7 @@ def variant(
         tile["BQ"],
         tile["BK"],
         threads,
-        harness.with_seed(params, key_end=kv_len),
+        harness.with_seed(params, key_end=kv_len, dmask_parts=1),
         tuple(_sources().buffers.items()),
     )
 
@@ -247,21 +269,42 @@ def _program(v: Variant) -> str:
     return _sources().text(v.family) + v.instantiation
 
 
-def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> tuple:
+def _listed_keys(q_len: int, kv_len: int, edges: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """key_ranges of all keys, where there are `edges` of the first one alone for every other query,
+    and the hulls of 8 queries each (shaders/ranges.h)."""
+    ranges = torch.zeros(q_len, 4, dtype=torch.int32)
+    ranges[:, 1] = kv_len
+    ranges[:, 2] = torch.arange(q_len)
+    if edges:
+        ranges[1::2, 1] = 1
+    of_all = 1 if edges else kv_len
+    hull = torch.tensor((0, kv_len, 0, of_all, 0, 0), dtype=torch.int32)
+    return ranges, hull.repeat(-(-q_len // 8))
+
+
+def _launch(
+    v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int, score: str, batch: int
+) -> tuple:
     """One threadgroup."""
     library = engine.compile(_program(v), check=True)
     numbers = dict(v.numbers)
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randn((1, 1, n, head_dim), generator=generator).to(DTYPES[dtype])  # noqa: E731
+    batch = batch if v.family == DMASK else 1
+
+    def draw(length: int) -> torch.Tensor:
+        shape = (batch, 1, length, head_dim)
+        return torch.randn(shape, generator=generator).to(DTYPES[dtype])
+
     q, out, dout, dq = (draw(q_len) for _ in range(4))
     k, v_, dk, dv = (draw(kv_len) for _ in range(4))
-    delta, dlse = (torch.zeros(1, 1, q_len) for _ in range(2))
-    row_stats = torch.zeros(1, 1, q_len, 2)
+    delta, dlse = (torch.zeros(batch, 1, q_len) for _ in range(2))
+    row_stats = torch.zeros(batch, 1, q_len, 2)
     ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
     mask = torch.ones(q_len * kv_len + 1)
     blocks = -(-q_len // 32) * -(-kv_len // 32)
     mask_map = torch.tensor((-1, 0), dtype=torch.int32).repeat(blocks)  # keys seen, not by all
     per_head = torch.ones(1)
+    key_ranges, range_hulls = _listed_keys(q_len, kv_len, score == EDGES)
     tensors = dict(
         query=q,
         key=k,
@@ -280,6 +323,9 @@ def _launch(v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int) -> t
         alibi_slopes=per_head,
         sinks=per_head,
         sink_parts=torch.zeros(q_len),
+        dmask=torch.zeros(q_len, kv_len),
+        key_ranges=key_ranges,
+        range_hulls=range_hulls,
     )
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
     buffers = {
@@ -299,15 +345,18 @@ def count(family: str, dtype: str, head_dim: int, score: str = "") -> Counts:
         return _count_prefill(dtype, head_dim)
     v = variant(family, dtype, head_dim, score=score)
 
-    def launch(q_len: int, kv_len: int) -> tuple:
-        sized = variant(family, dtype, head_dim, q_len, kv_len, score)
-        return _launch(sized, dtype, head_dim, q_len, kv_len)
+    def launch(q_len: int, kv_len: int, batch: int = 1) -> tuple:
+        sized = variant(family, dtype, head_dim, q_len, kv_len, score, batch)
+        return _launch(sized, dtype, head_dim, q_len, kv_len, score, batch)
 
     if family == DELTA:
         only = launch(v.bq, v.bq)
         return _counts(only, only, v.simdgroups, (0, 1))
     results = []
     for blocks in (SHORT, LONG):
+        if family == DMASK:
+            results.append(launch(v.bq, v.bk, blocks))
+            continue
         lengths = (v.bq * blocks, v.bk) if v.family in STORING else (v.bq, v.bk * blocks)
         results.append(launch(*lengths))
     return _counts(*results, v.simdgroups, (SHORT, LONG))

@@ -39,9 +39,10 @@ def cases() -> tuple[Case, ...]:
         for score in counts.SCORES
         for family, dtype, head_dim, _ in plain
         if dtype == "float16" and family not in (counts.DELTA, *counts.TEMPLATES)
-        if family != counts.DQ_FROM_DS or score == "bool mask"
+        if family != counts.DQ_FROM_DS or score in ("bool mask", counts.LISTED, counts.EDGES)
     ]
-    return (*plain, *scored)
+    gradients = [(counts.DMASK, "float16", head_dim, "bias") for head_dim in (64, 128)]
+    return (*plain, *scored, *gradients)
 
 
 #: What is added up. Products of half operands alone are not gated: more of them instead of float
@@ -70,6 +71,10 @@ def totals(family: str, dtype: str, head_dim: int, score: str) -> dict[str, floa
         kernel = None
         rows = counts.variant(family, dtype, head_dim).bq
         work = [0] * (-(-PROBLEM.length // rows))
+    elif family == counts.DMASK:
+        kernel = None
+        tile = counts.variant(family, dtype, head_dim, score=score)
+        work = [1] * (-(-PROBLEM.length // tile.bq) * -(-PROBLEM.length // tile.bk))
     else:
         kernel = kernels.structure(family, dtype, head_dim)
         work = blocks(kernel, PROBLEM)

@@ -236,7 +236,7 @@ def everything(step: int = 1) -> dict[str, Any]:
         for n in HEAD_DIMS
         if counts.has(f, d, n)
     ]
-    counts.compile_all(cases)
+    counts.compile_all([(*case, "") for case in cases])
     fitted = json.loads(ENSEMBLE.read_text())
     return dict(
         made_by="python -m benchmarks.apple_model",

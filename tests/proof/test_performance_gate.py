@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.apple_model import counts, gate
+from benchmarks.apple_model import counts, features, gate
 
 COMMITTED = json.loads(gate.TABLE.read_text())["kernels"]
 
@@ -58,3 +58,15 @@ def test_gate_sees_a_class_that_was_not_there():
 def test_gate_sees_an_unknown_kernel():
     x = {**COMMITTED[0], "head_dim": 8}
     assert "is not in" in gate.compare(COMMITTED, [x])[0][0]
+
+
+def test_docs_quote_what_features_cost():
+    """The table word for word, and the cycles of the mask's gradient."""
+    text = (counts.ROOT / "docs" / "performance.md").read_text()
+    header, rows = features.costs(COMMITTED)
+    assert len(rows) == len(counts.SCORES) + 1
+    for row in (header, *rows):
+        assert f"| {' | '.join(row)} |" in text
+    narrow, wide = features.gradient_cycles(COMMITTED)
+    said = f"{narrow} cycles each at D 64, {wide} at D 128"
+    assert said in " ".join(text.split())
