@@ -51,7 +51,7 @@ struct OnlineSoftmax {
       above = above || top[r] - origin[r] > kFar;
     }
     if (simd_any(above)) {
-      raise(top, o);
+      raise(top, kFar, o);
     }
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -66,14 +66,14 @@ struct OnlineSoftmax {
     }
   }
 
-  /// Moves origins that are more than the slack below a row's scores to the largest of these.
+  /// Moves origins that are more than `slack` below a row's scores to the largest of these.
   template <int DEPTH>
-  METAL_FUNC void raise(thread const float* top, thread Tile<float, ROWS, DEPTH>& o) {
+  METAL_FUNC void raise(thread const float* top, float slack, thread Tile<float, ROWS, DEPTH>& o) {
     float rescale[ROWS];
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const float largest = row_max(top[r]);
-      const bool moves = largest - origin[r] > kFar;
+      const bool moves = largest - origin[r] > slack;
       rescale[r] = moves ? Exp::of(origin[r] - largest) : 1.0f;
       origin[r] = moves ? largest : origin[r];
       sum[r] *= rescale[r];
@@ -81,7 +81,8 @@ struct OnlineSoftmax {
     mul_row(o, rescale);
   }
 
-  /// Counts from an origin that is not far below one more score, the same for all rows.
+  /// Counts from an origin that is not below one more score, the same for all rows. A sink is taken
+  /// once, so this needs no slack, which would only make the logarithm of the sum coarser.
   template <int DEPTH>
   METAL_FUNC void make_room_for(float score, thread Tile<float, ROWS, DEPTH>& o) {
     float top[ROWS];
@@ -89,7 +90,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < ROWS; r++) {
       top[r] = score;
     }
-    raise(top, o);
+    raise(top, 0.0f, o);
   }
 
   /// Sum over the whole row.
