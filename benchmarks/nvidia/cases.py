@@ -162,11 +162,15 @@ def place(x: Tensor, layout: str) -> Tensor:
 
 
 def hide_unseen(case: Case, x: tuple[Tensor | None, ...]) -> None:
-    """Puts NaN into queries (q, dout, dlse) that see no key, and keys (k, v) that none sees."""
+    """Puts NaN into queries (q, dout, dlse) that see no key, and keys (k, v) that none sees.
+
+    Beside sinks every lse has a gradient: that of a row without a key is its sink's.
+    """
     left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
     rows = range(-case.diagonal - right, case.kv_len - case.diagonal + left)
     keys = range(case.diagonal - left, case.q_len + case.diagonal + right)
     q, k, v, dout, dlse = x
+    dlse = None if case.sinks else dlse
     for tensors, seen in (((q, dout, dlse), rows), ((k, v), keys)):
         for tensor in tensors:
             if tensor is not None:
