@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 
 import orchard_ops
 from orchard_ops.commands.demo.attention import orchard_attention
 from orchard_ops.commands.demo.model import GPT, ModelConfig
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, context_length=24)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    """Inductor's cache on the disk would serve calls of an op as an older schema had them."""
+    with fresh_cache():
+        yield
 
 
 def losses(compiled: bool, dropout_p: float, steps: int = 5) -> list[float]:
