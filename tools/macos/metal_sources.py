@@ -1,8 +1,9 @@
 """Writes what Apple's Metal compiler should be shown: `metal_sources.py DIRECTORY [PER_FILE]`.
 
 One file per kernel family, or several of PER_FILE variants each for a compiler that runs in
-parallel, with every variant that the plan can ask for, with dS stored and in
-low-memory mode, and the forward's other tiles that `bench --tiles` measures by default. Xcode's
+parallel, with every variant of plain scores that the plan can ask for, with dS stored and in
+low-memory mode, the forward's other tiles that `bench --tiles` measures by default, and each kind
+of score, mask and key ranges at two head dims. The mask's gradient has no call here. Xcode's
 compiler needs no GPU, so a Mac without one (a hosted CI machine) can still say whether the text
 compiles:
     xcrun metal -std=metal3.1 -c attention_forward.metal
@@ -32,12 +33,26 @@ HEAD_DIMS = range(8, 257, 8)
 MEASURED_HEAD_DIMS = {problem.head_dim for problem in PRESETS.values()}
 
 
-def kernels(dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float) -> tuple[Kernel, ...]:
+FEATURES: tuple[dict[str, Any], ...] = (
+    {"softcap": 30.0},
+    {"alibi_slopes": torch.ones(1)},
+    {"sinks": torch.ones(1)},
+    {"attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
+    {"attn_mask": torch.ones(1, 1, 64, 64)},
+    {"key_ranges": torch.zeros(1, 1, 64, 4, dtype=torch.int32)},
+)
+FEATURED_HEAD_DIMS = (64, 128)
+
+
+def kernels(
+    dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float, **features: Any
+) -> tuple[Kernel, ...]:
     """The kernels that the plan runs for such a call: forward, then backward."""
     shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.
     operand = torch.empty(64 * head_dim + offset, dtype=dtype)[offset:].view(shape)
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
+    scoring = scoring._replace(**features)
     return plan(operand, operand, operand, *scoring, "metal").kernels
 
 
@@ -63,11 +78,14 @@ def sources(per_file: int | None = None) -> dict[str, str]:
     for call in itertools.product(DTYPES, HEAD_DIMS, (0, 1), (0.0, 0.1)):
         for kernel in every_kernel(*call):
             variants[kernel.family][kernel.name] = kernel.instantiation
+    for dtype, head_dim, features in itertools.product(DTYPES, FEATURED_HEAD_DIMS, FEATURES):
+        for kernel in kernels(dtype, head_dim, 0, 0.0, **features):
+            variants[kernel.family][kernel.name] = kernel.instantiation
     texts = {}
     for family, header in embed_shaders.FAMILIES.items():
         text = embed_shaders.flatten(header) + "\n"
         instantiations = list(variants[family].values())
-        size = per_file or len(instantiations)
+        size = per_file or max(len(instantiations), 1)
         for part, first in enumerate(range(0, len(instantiations), size)):
             name = f"{family}_{part}" if per_file else family
             texts[name] = text + "".join(instantiations[first : first + size])
