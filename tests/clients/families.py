@@ -6,7 +6,6 @@ of attention, so that few kernels serve them all.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,19 +60,22 @@ class Family:
     """The name of the class in transformers."""
     config: Callable[[], Any]
     dropout: tuple[str, ...] = ("attention_dropout",)
-    """Where the configuration keeps the dropout of attention."""
+    """Where the dropout of attention stands: in the configuration, or in a class of modules."""
     without: tuple[str, ...] = ()
     """Situations that the family does not know, with eager attention either."""
-    note: str = ""
 
     def make(self, implementation: str, dropout: float = 0.0) -> nn.Module:
         """A model with the same weights for any implementation."""
         config = self.config()
-        for name in self.dropout if dropout else ():
+        of_config = [name for name in self.dropout if "." not in name]
+        for name in of_config if dropout else ():
             setattr(config, name, dropout)
-        config = copy.deepcopy(config)
         torch.manual_seed(0)
         model = getattr(hf, self.model)._from_config(config, attn_implementation=implementation)
+        for kind, name in (x.split(".") for x in self.dropout if "." in x):
+            for module in model.modules():
+                if type(module).__name__ == kind:
+                    setattr(module, name, dropout)
         with torch.no_grad():  # gates and biases that begin at 0 would hide what they act on
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -192,9 +194,12 @@ FAMILIES = {
         _decoder("phi", "PhiConfig", "PhiForCausalLM", dict(resid_pdrop=0.0)),
         _decoder("granite", "GraniteConfig", "GraniteForCausalLM", dict(attention_multiplier=0.3)),
         _decoder("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
-        _decoder("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", dict(
-            sliding_window=WINDOW, residual_dropout=0.0, embedding_dropout=0.0
-        )),
+        _decoder(
+            "starcoder2",
+            "Starcoder2Config",
+            "Starcoder2ForCausalLM",
+            dict(sliding_window=WINDOW, residual_dropout=0.0, embedding_dropout=0.0),
+        ),
         _decoder("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
         _decoder("glm4", "Glm4Config", "Glm4ForCausalLM", dict(head_dim=16)),
         _decoder("cohere", "CohereConfig", "CohereForCausalLM"),
@@ -281,15 +286,23 @@ FAMILIES = {
             "OPTConfig",
             "OPTForCausalLM",
             dict(ffn_dim=64, word_embed_proj_dim=64, dropout=0.0),
-            without=("packed", "flat"),
+            without=("packed", "flat", "mask4d"),
         ),
         _decoder(
             "bloom",
             "BloomConfig",
             "BloomForCausalLM",
             dict(n_layer=2, n_head=4, hidden_dropout=0.0),
-            without=("packed", "flat", "mask4d", "static"),
-            dropout=("attention_dropout",),
+            without=("packed", "flat", "mask4d", "static", "dropout"),
+            dropout=(),
+        ),
+        _decoder(
+            "mpt",
+            "MptConfig",
+            "MptForCausalLM",
+            dict(d_model=64, n_layers=2, n_heads=4, expansion_ratio=1, max_seq_len=128),
+            without=("packed", "flat", "mask4d", "static", "dropout"),
+            dropout=(),
         ),
         _encoder("bert", "BertConfig", "BertModel"),
         _encoder("roberta", "RobertaConfig", "RobertaModel"),
@@ -306,23 +319,17 @@ FAMILIES = {
             "ModernBertConfig",
             "ModernBertModel",
             dict(local_attention=WINDOW, layer_types=_SLIDING, cls_token_id=1, sep_token_id=2),
-            dropout=("attention_dropout",),
+            dropout=("ModernBertAttention.attention_dropout",),
         ),
-        Family(
-            "clip_text", "encoder", "CLIPTextModel", _clip, without=("mask4d", "left")
-        ),
+        Family("clip_text", "encoder", "CLIPTextModel", _clip, without=("mask4d", "left")),
         Family(
             "t5",
             "seq2seq",
             "T5ForConditionalGeneration",
             lambda: hf.T5Config(**_T5),
-            dropout=("dropout_rate",),
-            note="its one dropout rate is also that of the other layers",
-            without=("dropout",),
+            dropout=("T5Attention.dropout",),
         ),
-        Family(
-            "bart", "seq2seq", "BartForConditionalGeneration", lambda: hf.BartConfig(**_BART)
-        ),
+        Family("bart", "seq2seq", "BartForConditionalGeneration", lambda: hf.BartConfig(**_BART)),
         Family(
             "whisper",
             "seq2seq",
@@ -339,17 +346,23 @@ FAMILIES = {
         ),
         _vision("vit", "ViTConfig", "ViTModel"),
         _vision("dinov2", "Dinov2Config", "Dinov2Model"),
-        _vision("siglip", "SiglipVisionConfig", "SiglipVisionModel", dropout=("attention_dropout",)),
         _vision(
+            "siglip", "SiglipVisionConfig", "SiglipVisionModel", dropout=("attention_dropout",)
+        ),
+        Family(
             "swin",
-            "SwinConfig",
+            "vision",
             "SwinModel",
-            embed_dim=32,
-            depths=[1, 2],
-            num_heads=[2, 4],
-            window_size=3,
-            drop_path_rate=0.0,
-            image_size=24,
+            lambda: hf.SwinConfig(
+                image_size=24,
+                patch_size=2,
+                embed_dim=32,
+                depths=[2, 1],
+                num_heads=[2, 4],
+                window_size=3,
+                drop_path_rate=0.0,
+            ),
+            dropout=("attention_probs_dropout_prob",),
         ),
         Family(
             "wav2vec2",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ class Situation:
     """A way to use a model."""
 
     name: str
+    says: str
     run: Callable[[Family, nn.Module, str], Results]
     kinds: tuple[str, ...]
     dropout: float = 0.0
@@ -96,20 +99,25 @@ def _packed(family: Family, model: nn.Module, device: str) -> Results:
 
 
 def _flat(family: Family, model: nn.Module, device: str) -> Results:
-    """As transformers' DataCollatorWithFlattening gives batches."""
-    ends = torch.tensor([0, 11, 12, 32, 40], dtype=torch.int32)
-    inputs = {
-        **family.inputs(batch=1),
+    """As transformers' DataCollatorWithFlattening gives batches. Eager attention gets the documents
+    one by one, which is what packing means."""
+    inputs, ends = family.inputs(batch=1), [0, 11, 12, 32, 40]
+    if device == "cpu":
+
+        def one_by_one(input_ids: Tensor, **rest: Any) -> Any:
+            parts = [model(input_ids[:, a:b], **rest).logits for a, b in pairwise(ends)]
+            return SimpleNamespace(logits=torch.cat(parts, 1))
+
+        return _step(family, model, device, inputs, call=one_by_one)
+    lengths = torch.tensor(ends, dtype=torch.int32)
+    packing = {
         "position_ids": _positions(),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
         "max_length_q": 20,
         "max_length_k": 20,
     }
-    if model.config._attn_implementation == "eager":
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            del inputs[name]
-    return _step(family, model, device, inputs)
+    return _step(family, model, device, {**inputs, **packing})
 
 
 def _mask4d(family: Family, model: nn.Module, device: str) -> Results:
@@ -137,8 +145,10 @@ def _autocast(family: Family, model: nn.Module, device: str) -> Results:
 
 def _compiled(family: Family, model: nn.Module, device: str) -> Results:
     if device == "cpu":
-        return _padded("right")(family, model, device) if family.kind in _TEXT else _plain(
-            family, model, device
+        return (
+            _padded("right")(family, model, device)
+            if family.kind in _TEXT
+            else _plain(family, model, device)
         )
     torch._dynamo.reset()
     call = torch.compile(model, backend="aot_eager")
@@ -188,9 +198,7 @@ def _generated(**options: Any) -> Callable[[Family, nn.Module, str], Results]:
         if "input_ids" in inputs:
             inputs["attention_mask"] = torch.ones((2, 20), dtype=torch.int64)
             inputs["attention_mask"][0, :6] = 0
-        tokens = model.generate(
-            **_to(device, inputs), max_new_tokens=8, do_sample=False, **options
-        )
+        tokens = model.generate(**_to(device, inputs), max_new_tokens=8, do_sample=False, **options)
         return {"tokens": tokens}
 
     return run
@@ -199,23 +207,69 @@ def _generated(**options: Any) -> Callable[[Family, nn.Module, str], Results]:
 SITUATIONS = {
     situation.name: situation
     for situation in (
-        Situation("nopad", _plain, _ALL),
-        Situation("right", _padded("right"), _TEXT),
-        Situation("left", _padded("left"), _TEXT),
-        Situation("holes", _padded("holes"), _TEXT),
-        Situation("packed", _packed, ("decoder",)),
-        Situation("flat", _flat, ("decoder",)),
-        Situation("mask4d", _mask4d, ("decoder",)),
-        Situation("dropout", _plain, _ALL, dropout=DROPOUT),
-        Situation("checkpoint", _checkpoint, _ALL, dropout=DROPOUT),
-        Situation("autocast", _autocast, _ALL, autocast=True),
-        Situation("compile", _compiled, _ALL),
-        Situation("chunked", _chunked_prefill, ("decoder",)),
-        Situation("last", _last_logits, ("decoder",)),
-        Situation("generate", _generated(), ("decoder", "seq2seq"), exact=True),
-        Situation("beams", _generated(num_beams=3), ("decoder", "seq2seq"), exact=True),
+        Situation("nopad", "a training step without any mask", _plain, _ALL),
+        Situation(
+            "right", "a training step of a batch padded on the right", _padded("right"), _TEXT
+        ),
+        Situation("left", "of a batch padded on the left", _padded("left"), _TEXT),
+        Situation(
+            "holes",
+            "of a batch whose attention_mask has padding between tokens",
+            _padded("holes"),
+            _TEXT,
+        ),
+        Situation("packed", "documents packed in a row, by position_ids", _packed, ("decoder",)),
+        Situation(
+            "flat",
+            "as DataCollatorWithFlattening gives them, against each document alone",
+            _flat,
+            ("decoder",),
+        ),
+        Situation("mask4d", "a float mask (B, 1, L, L) of the user", _mask4d, ("decoder",)),
+        Situation(
+            "dropout",
+            "attention dropout, against the same dropout mask",
+            _plain,
+            _ALL,
+            dropout=DROPOUT,
+        ),
+        Situation(
+            "checkpoint", "gradient checkpointing, with dropout", _checkpoint, _ALL, dropout=DROPOUT
+        ),
+        Situation(
+            "autocast",
+            "bfloat16 autocast, at most three times as far from float32 as eager's",
+            _autocast,
+            _ALL,
+            autocast=True,
+        ),
+        Situation(
+            "compile", "torch.compile (aot_eager) of a padded training step", _compiled, _ALL
+        ),
+        Situation(
+            "chunked",
+            "a left-padded prompt through the cache in four parts",
+            _chunked_prefill,
+            ("decoder",),
+        ),
+        Situation("last", "logits_to_keep=4", _last_logits, ("decoder",)),
+        Situation(
+            "generate",
+            "greedy generation from left-padded prompts",
+            _generated(),
+            ("decoder", "seq2seq"),
+            exact=True,
+        ),
+        Situation(
+            "beams",
+            "beam search with three beams",
+            _generated(num_beams=3),
+            ("decoder", "seq2seq"),
+            exact=True,
+        ),
         Situation(
             "static",
+            "greedy generation with a static cache",
             _generated(cache_implementation="static"),
             ("decoder", "seq2seq"),
             exact=True,

@@ -115,7 +115,7 @@ def interval_of(function: MaskFunction, q: Tensor) -> Interval:
 
 def _captured(function: MaskFunction) -> tuple[Any, ...]:
     """The captured variables, in the order of their names."""
-    return tuple(cell.cell_contents for cell in function.__closure__ or ())  # type: ignore[attr-defined]
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
 
 
 def _size(n: Any) -> int:

@@ -79,6 +79,7 @@ def attention_mask(
     """
     where = torch.device(device)
     traced = torch.compiler.is_compiling()
+    offset: Any = q_offset
     q = torch.arange(q_length, device=where)[None] + q_offset
     try:
         if traced:
@@ -92,7 +93,7 @@ def attention_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -186,7 +187,7 @@ def attention_forward(
     if block_indices is not None:
         raise NotImplementedError(
             f"{_OP}: {type(module).__name__} chooses blocks of keys by block_indices, which are "
-            f'not supported: ask for attn_implementation="eager"'
+            'not supported: ask for attn_implementation="eager"'
         )
     if s_aux is not None and sinks is not None:
         raise ValueError(f"{_OP}: {type(module).__name__} passes both s_aux and sinks")
@@ -198,7 +199,7 @@ def attention_forward(
         mask = _own_mask(module, attention_mask, kv_len)
     diagonal = seen.diagonal if ranges is None else 0
     if cu_seq_lens_q is not None:
-        documents = _documents(module, cu_seq_lens_q, cu_seq_lens_k, query, kv_len)
+        documents = _documents(module, cu_seq_lens_q, cu_seq_lens_k, query)
         ranges, diagonal = _intersect(seen, documents), 0
     if indices is not None:
         chosen = torch.zeros(
@@ -208,7 +209,7 @@ def attention_forward(
     if position_bias is not None:
         mask = position_bias if mask is None else _added(position_bias, mask)
     p = dropout if module.training else 0.0
-    shared = {
+    shared: dict[str, Any] = {
         "scale": scaling,
         "enable_gqa": True,
         "window_left": seen.window_left,
@@ -281,7 +282,6 @@ def _documents(
     of_query: Tensor,
     of_key: Tensor | None,
     query: Tensor,
-    kv_len: int,
 ) -> KeyRanges:
     """Packed sequences by cumulative lengths; models pass them beside a batch of one row."""
     if query.shape[0] != 1:
@@ -289,10 +289,8 @@ def _documents(
             f"{_OP}: {type(module).__name__} passes cu_seq_lens_q, which describe one packed row, "
             f"with a batch of {query.shape[0]}: pass position_ids instead"
         )
-    same = of_key is None or of_key is of_query or query.shape[2] == kv_len
-    return KeyRanges.from_cu_seqlens(
-        of_query, None if same else of_key, q_len=query.shape[2]
-    )
+    same = of_key is None or of_key is of_query
+    return KeyRanges.from_cu_seqlens(of_query, None if same else of_key, q_len=query.shape[2])
 
 
 def _intersect(seen: Visibility, documents: KeyRanges) -> KeyRanges:

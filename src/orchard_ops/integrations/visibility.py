@@ -114,7 +114,7 @@ _METADATA |= {Tensor.__len__, Tensor.__hash__, Tensor.get_device, Tensor.stride}
 
 
 class LazyMask(Tensor):
-    """A float mask (B, 1, L, S) that takes memory when something else than our function reads it."""
+    """A float mask (B, 1, L, S) that takes memory when other code than ours reads it."""
 
     visibility: Visibility
 
@@ -150,7 +150,7 @@ class LazyMask(Tensor):
         return func(*tree_map(_dense, tuple(args)), **tree_map(_dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict | None = None
     ) -> Any:
         return func(*tree_map(_dense, tuple(args)), **tree_map(_dense, kwargs or {}))
