@@ -97,7 +97,7 @@ def _run(family: Family, situation: Situation, implementation: str, device: str)
 def _expected(family: Family, situation: Situation) -> tuple[Results, dict[str, float]]:
     """What eager attention gives on the CPU, and how far ours may be from it, by result."""
     eager = WITH_OUR_DROPOUT if situation.dropout else "eager"
-    if not situation.autocast:
+    if not situation.bfloat16:
         return _run(family, situation, eager, "cpu"), {}
     exact = _run(family, SITUATIONS["nopad"], eager, "cpu")
     rounded = _run(family, situation, eager, "cpu")

@@ -55,7 +55,7 @@ class Family:
 
     name: str
     kind: str
-    """"decoder", "encoder", "seq2seq", "vision" or "audio"."""
+    """"decoder", "encoder", "seq2seq", "images", "vision" or "audio"."""
     model: str
     """The name of the class in transformers."""
     config: Callable[[], Any]
@@ -91,14 +91,66 @@ class Family:
             return {"pixel_values": torch.randn((batch, 3, 24, 24), generator=generator)}
         if self.kind == "audio":
             return {"input_values": torch.randn((batch, 400), generator=generator)}
-        ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+        ids = torch.randint(3, VOCABULARY - 1, (batch, length), generator=generator)
+        if self.name == "gemma3_images":
+            return _with_images(ids, generator)
+        if self.name == "mllama":
+            return _with_image_states(ids, generator)
         if self.kind != "seq2seq":
             return {"input_ids": ids}
-        decoder = torch.randint(3, VOCABULARY, (batch, 12), generator=generator)
+        decoder = torch.randint(3, VOCABULARY - 1, (batch, 12), generator=generator)
         if self.name == "whisper":
             features = torch.randn((batch, 8, 2 * LENGTH), generator=generator)
             return {"input_features": features, "decoder_input_ids": decoder}
         return {"input_ids": ids, "decoder_input_ids": decoder}
+
+
+IMAGE_TOKENS = 4
+
+
+def _with_images(ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Two images a row, of four tokens each, which see each other (Gemma 3)."""
+    types = torch.zeros_like(ids)
+    for row, firsts in enumerate(((14, 20), (15, 16 + IMAGE_TOKENS))):
+        for first in firsts:
+            types[row, first : first + IMAGE_TOKENS] = 1
+    ids = ids.masked_fill(types.bool(), VOCABULARY - 1)
+    pixels = torch.randn((2 * len(ids), 3, 16, 16), generator=generator)
+    return {"input_ids": ids, "token_type_ids": types, "pixel_values": pixels}
+
+
+def _with_image_states(ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """What Mllama's text model gets of images: states, and a float mask of each query's own."""
+    batch, length = ids.shape
+    seen = torch.rand((batch, 1, length, 8), generator=generator) > 0.4
+    seen[:, :, :5] = False
+    rows = seen.any(-1, keepdim=True)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) * rows
+    return {
+        "input_ids": ids,
+        "cross_attention_states": torch.randn((batch, 8, 64), generator=generator),
+        "cross_attention_mask": mask,
+        "full_text_row_masked_out_mask": rows.float(),
+    }
+
+
+def _gemma3_images() -> Any:
+    text = {
+        **_LLAMA,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": _SLIDING,
+        "query_pre_attn_scalar": 16,
+    }
+    vision = {**_VISION, "image_size": 16, "vision_use_head": False}
+    return hf.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=IMAGE_TOKENS,
+        image_token_index=VOCABULARY - 1,
+        boi_token_index=1,
+        eoi_token_index=2,
+    )
 
 
 def _decoder(
@@ -137,6 +189,7 @@ def _clip() -> Any:
     return hf.CLIPTextConfig(**text)
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MLA = dict(
     q_lora_rank=32,
     kv_lora_rank=16,
@@ -342,7 +395,23 @@ FAMILIES = {
                 suppress_tokens=None,
                 begin_suppress_tokens=None,
             ),
-            without=("right", "left", "mask4d"),
+            without=("right", "left", "holes"),
+        ),
+        Family(
+            "gemma3_images",
+            "images",
+            "Gemma3ForConditionalGeneration",
+            _gemma3_images,
+            dropout=("Gemma3Attention.attention_dropout",),
+        ),
+        Family(
+            "mllama",
+            "images",
+            "MllamaForCausalLM",
+            lambda: hf.models.mllama.MllamaTextConfig(
+                **_LLAMA, cross_attention_layers=[1], rope_parameters=_ROPE
+            ),
+            dropout=("MllamaTextSelfAttention.dropout", "MllamaTextCrossAttention.dropout"),
         ),
         _vision("vit", "ViTConfig", "ViTModel"),
         _vision("dinov2", "Dinov2Config", "Dinov2Model"),

@@ -17,8 +17,8 @@ from families import LENGTH, Family
 from torch import Tensor, nn
 
 DROPOUT = 0.3
-_ALL = ("decoder", "encoder", "seq2seq", "vision", "audio")
-_TEXT = ("decoder", "encoder", "seq2seq")
+_TEXT = ("decoder", "encoder", "seq2seq", "images")
+_ALL = (*_TEXT, "vision", "audio")
 
 Results = dict[str, Tensor]
 
@@ -32,7 +32,7 @@ class Situation:
     run: Callable[[Family, nn.Module, str], Results]
     kinds: tuple[str, ...]
     dropout: float = 0.0
-    autocast: bool = False
+    bfloat16: bool = False
     exact: bool = False
     """Whether the results are tokens."""
 
@@ -57,7 +57,7 @@ def _step(
     model.train()
     model.zero_grad()
     inputs = _to(device, inputs)
-    if family.kind == "decoder":
+    if family.kind in ("decoder", "images"):
         inputs["use_cache"] = False
     out = _out((model if call is None else call)(**inputs)).float()
     weights = torch.sin(torch.arange(out.numel(), device=device).view_as(out) * 0.7)
@@ -102,6 +102,8 @@ def _flat(family: Family, model: nn.Module, device: str) -> Results:
     """As transformers' DataCollatorWithFlattening gives batches. Eager attention gets the documents
     one by one, which is what packing means."""
     inputs, ends = family.inputs(batch=1), [0, 11, 12, 32, 40]
+    if device == "cpu" and family.name == "deepseek_v32":
+        return _packed(family, model, device)  # its indexer breaks ties by the place in the row
     if device == "cpu":
 
         def one_by_one(input_ids: Tensor, **rest: Any) -> Any:
@@ -141,6 +143,15 @@ def _checkpoint(family: Family, model: nn.Module, device: str) -> Results:
 def _autocast(family: Family, model: nn.Module, device: str) -> Results:
     with torch.autocast(device, torch.bfloat16):
         return _plain(family, model, device)
+
+
+def _bfloat16(family: Family, model: nn.Module, device: str) -> Results:
+    model.to(torch.bfloat16)
+    inputs = {
+        name: x.to(torch.bfloat16) if x.is_floating_point() else x
+        for name, x in family.inputs().items()
+    }
+    return _step(family, model, device, inputs)
 
 
 def _compiled(family: Family, model: nn.Module, device: str) -> Results:
@@ -225,7 +236,9 @@ SITUATIONS = {
             _flat,
             ("decoder",),
         ),
-        Situation("mask4d", "a float mask (B, 1, L, L) of the user", _mask4d, ("decoder",)),
+        Situation(
+            "mask4d", "a float mask (B, 1, L, L) of the user", _mask4d, ("decoder", "encoder")
+        ),
         Situation(
             "dropout",
             "attention dropout, against the same dropout mask",
@@ -241,7 +254,14 @@ SITUATIONS = {
             "bfloat16 autocast, at most three times as far from float32 as eager's",
             _autocast,
             _ALL,
-            autocast=True,
+            bfloat16=True,
+        ),
+        Situation(
+            "bfloat16",
+            "a model in bfloat16, judged as under autocast",
+            _bfloat16,
+            _ALL,
+            bfloat16=True,
         ),
         Situation(
             "compile", "torch.compile (aot_eager) of a padded training step", _compiled, _ALL
