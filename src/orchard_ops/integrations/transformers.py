@@ -36,6 +36,7 @@ NOT_OURS = frozenset(
 )
 """Names of arguments that are not attention's. Any other unknown one is refused."""
 
+_logger = transformers.utils.logging.get_logger(__name__)
 _ADVICE = (
     'leave the model at attn_implementation="sdpa" and call orchard_ops.enable(), or ask for '
     '"eager"'
@@ -191,6 +192,8 @@ def attention_forward(
         )
     if s_aux is not None and sinks is not None:
         raise ValueError(f"{_OP}: {type(module).__name__} passes both s_aux and sinks")
+    if others.get("output_attentions"):
+        _logger.warning_once(f"{_OP}: attention weights are not made; output_attentions gives None")
     q_len, kv_len = query.shape[2], key.shape[2]
     seen = _seen(module, attention_mask, is_causal, query, kv_len)
     ranges: KeyRanges | Tensor | None = seen.ranges
