@@ -3,7 +3,7 @@
 transformers describes a mask by a function (batch, head, query, key) -> bool, put together from
 closures of `transformers.masking_utils`. `interval_of` knows those closures by their code, and says
 the mask as an interval of keys per query. Under torch.compile closures cannot be opened; there
-`bisected` finds the interval by evaluating the function at a few keys for each query.
+`interval_of_neighbours` finds the interval by asking the function which neighbours see each other.
 """
 
 from __future__ import annotations
@@ -195,12 +195,25 @@ def _runs(ids: Tensor, q: Tensor) -> Interval:
     )
 
 
-def bisected(
-    function: MaskFunction, q: Tensor, batch: int, first_key: int, kv_len: int
+def interval_of_neighbours(
+    function: MaskFunction,
+    q: Tensor,
+    batch: int,
+    keys: tuple[int, int],
+    local_size: int | None,
+    both_ways: bool,
 ) -> Interval:
-    """The interval round the key that each query stands at, by halving: for torch.compile.
+    """The interval of each query, from which neighbours see each other: for torch.compile.
 
-    What transformers puts together without functions of the user is such an interval.
+    What transformers puts together without functions of the user is told apart by the neighbours.
+    A key that does not see the one before it begins a document or a chunk. A key that sees the next
+    one is in a block with it. Chunks and blocks do not come together.
+
+    Args:
+        q: where the queries stand, (1 or B, L).
+        keys: the first key, and how many there are.
+        local_size: the size of the window or of the chunks, if there are any.
+        both_ways: whether the mask is not causal.
 
     Raises:
         Unsayable: for a function that transformers has not put together.
@@ -210,18 +223,30 @@ def bisected(
     if function is FULL:
         return Interval()
     code = function.__code__
+    if both_ways:
+        if code is not _AND or local_size is None:
+            raise Unsayable
+        return Interval(left=local_size, right=local_size)
     if not (code is _AND or code is _OR or code is _REMAPPED):
         raise Unsayable
+    first, count = keys
     of_batch = torch.arange(batch, device=q.device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=q.device)
-    q = q.expand(batch, -1)
-    first = last = q  # keys that are seen
-    below, behind = torch.full_like(q, first_key - 1), torch.full_like(q, first_key + kv_len)
-    for _ in range(kv_len.bit_length() if isinstance(kv_len, int) else 31):
-        middle = torch.div(below + first, 2, rounding_mode="floor")
-        seen = function(of_batch, head, q, middle.clamp(min=first_key)) & (middle > below)
-        below, first = torch.where(seen, below, middle), torch.where(seen, middle, first)
-        middle = torch.div(last + behind, 2, rounding_mode="floor")
-        seen = function(of_batch, head, q, middle)
-        behind, last = torch.where(seen, behind, middle), torch.where(seen, middle, last)
-    return Interval(begin=first, end=last + 1)
+    j = torch.arange(first + 1, first + count, device=q.device)[None]
+    document = _numbered(function(of_batch, head, j, j - 1), batch)
+    block = _numbered(function(of_batch, head, j - 1, j), batch)
+    at = (q - first).clamp(0, count - 1).expand(batch, -1)
+    of_query = document.gather(1, at)
+    begin = torch.searchsorted(document, of_query) + first
+    if local_size is not None:
+        begin = torch.maximum(begin, q - (local_size - 1))
+    of_query = block.gather(1, at)
+    begin = torch.minimum(begin, torch.searchsorted(block, of_query) + first)
+    return Interval(begin=begin, end=torch.searchsorted(block, of_query, right=True) + first)
+
+
+def _numbered(linked: Tensor, batch: int) -> Tensor:
+    """The number of the run that each key is in, (B, T), from whether it is linked to the one
+    before it, (1 or B, T - 1)."""
+    parts = (~linked).expand(batch, -1).cumsum(-1)
+    return torch.cat([parts.new_zeros((batch, 1)), parts], 1)

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from ..arguments import prepare
 from ..attention import flash_attn, run
 from ..key_ranges import OPEN, KeyRanges
-from .patterns import CAUSAL, Interval, Unsayable, bisected, interval_of
+from .patterns import CAUSAL, Interval, Unsayable, interval_of, interval_of_neighbours
 from .visibility import LazyMask, TracedMask, Visibility
 
 NAME = "orchard"
@@ -67,7 +67,7 @@ def attention_mask(
     mask_function: Callable[..., Any] = CAUSAL,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_bidirectional_skip: bool = False,
+    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -76,7 +76,8 @@ def attention_mask(
     """The mask interface of transformers: a descriptor of what each query sees.
 
     It takes memory linear in the lengths unless the model's own mask function is none that
-    transformers puts together (`patterns.py`). Nothing waits for the device.
+    transformers puts together (`patterns.py`). Nothing waits for the device. Masks that are not
+    causal come with allow_is_bidirectional_skip, causal ones without.
     """
     where = torch.device(device)
     traced = torch.compiler.is_compiling()
@@ -86,7 +87,11 @@ def attention_mask(
         if traced:
             if use_vmap:  # functions of the user, in a graph
                 raise Unsayable
-            found = bisected(mask_function, q, batch_size, kv_offset, kv_length)
+            both_ways = allow_is_bidirectional_skip is not None
+            keys = (kv_offset, kv_length)
+            found = interval_of_neighbours(
+                mask_function, q, batch_size, keys, local_size, both_ways
+            )
         else:
             found = interval_of(mask_function, q)
     except Unsayable:
@@ -105,11 +110,11 @@ def attention_mask(
         seen = Visibility(batch_size, q_length, kv_length, dtype, where, dense=dense)
         return TracedMask(seen) if traced else LazyMask(seen)
 
-    keys = _padding(attention_mask, kv_length, kv_offset)
-    if allow_is_bidirectional_skip and keys is None and found == Interval():
+    tokens = _padding(attention_mask, kv_length, kv_offset)
+    if allow_is_bidirectional_skip and tokens is None and found == Interval():
         return None
     seen = _visibility(found, q, q_offset, kv_offset, kv_length)
-    seen.batch, seen.dtype, seen.keys = batch_size, dtype, keys
+    seen.batch, seen.dtype, seen.keys = batch_size, dtype, tokens
     return TracedMask(seen) if traced else LazyMask(seen)
 
 
