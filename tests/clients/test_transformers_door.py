@@ -224,6 +224,31 @@ def test_the_name_may_be_set_after_loading():
     assert torch.equal(model(**inputs).logits, other(**inputs).logits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("window", (None, 8))
+def test_inductor_takes_the_ranges_of_packed_rows(window: int | None):
+    """Its lowering inlines what depends on what; a long chain of choices takes it for ever."""
+    masking = transformers.masking_utils
+
+    def ranges(position_ids: Tensor, documents: Tensor) -> Tensor:
+        base = masking.causal_mask_function
+        if window is not None:
+            base = masking.sliding_window_causal_mask_function(window)
+        function = masking.and_masks(
+            masking.remap_positions_for_packed_sequence(base, position_ids),
+            masking.packed_sequence_mask_function(documents),
+        )
+        mask = door.attention_mask(1, L, L, mask_function=function, local_size=window)
+        assert mask is not None and mask.visibility.ranges is not None
+        return mask.visibility.to_bool()
+
+    position_ids = (torch.arange(L) % 16)[None]
+    documents = (torch.arange(L) // 16)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(ranges, fullgraph=True)
+    assert torch.equal(compiled(position_ids, documents), ranges(position_ids, documents))
+
+
 def test_a_compiled_layer_takes_the_mask_of_an_eager_model():
     """Regional compilation: the descriptor goes into a graph that others have not made."""
     family = FAMILIES["mistral"]
