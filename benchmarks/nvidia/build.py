@@ -139,6 +139,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument(
+        "--groups", nargs="+", choices=cases.GROUPS, help="only the kernels of these groups"
+    )
+    parser.add_argument(
         "--speed", action="store_true", help="for speed.py; --only forward leaves out the backward"
     )
     workloads.add_options(parser)
@@ -161,7 +164,9 @@ def main() -> None:
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)
     planner = build_planner(PLANNER)
-    variants = every_variant(planner) | cases.kernels_of_scores(planner)
+    variants = {} if options.groups else every_variant(planner)
+    for group in options.groups or cases.GROUPS:
+        variants |= cases.kernels_of(planner, cases.GROUPS[group]())
     write_sources(SOURCES)
     chosen = {name: kernel for name, kernel in variants.items() if options.only in name}
     build_kernels(chosen, options.arch, options.jobs)

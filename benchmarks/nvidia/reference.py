@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops import dropout
+from orchard_ops.reference.ranges import Ranges
 from orchard_ops.testing import MathResult
 from orchard_ops.testing.mathematics import largest
 
@@ -20,8 +21,10 @@ from .plans import Scoring
 _BLOCK_ELEMENTS = 1 << 26
 
 
-def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
-    """(rows, S) bool, True where the window hides a key."""
+def _hidden(rows: Tensor, kv_len: int, s: Scoring, ranges: Ranges | None) -> Tensor | None:
+    """(rows, S) or (1 or B, 1 or H, rows, S) bool, True where window or ranges hide a key."""
+    if ranges is not None:
+        return ranges.hidden(int(rows[0]), int(rows[-1]) + 1, 0, kv_len)
     if s.window_left < 0 and s.window_right < 0:
         return None
     distance = torch.arange(kv_len, device=rows.device) - rows.unsqueeze(1) - s.diagonal
@@ -61,6 +64,9 @@ def attention(
         dmask, dmask_size = (
             torch.zeros(s.mask.shape, dtype=compute, device=q.device) for _ in range(2)
         )
+    ranges = None
+    if s.key_ranges is not None:
+        ranges = Ranges(s.key_ranges, kv_len, s.window_left, s.window_right)
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
@@ -74,6 +80,8 @@ def attention(
         if s.alibi_slopes is not None:
             places = torch.arange(row0, row1, device=q.device).unsqueeze(1) + s.diagonal
             distance = (places - torch.arange(kv_len, device=q.device)).abs()
+            if ranges is not None:
+                distance = ranges.distance(row0, row1, 0, kv_len)
             scores -= s.alibi_slopes.to(compute)[:, :, None, None] * distance
         if s.mask is not None:
             mask = s.mask if s.mask.shape[2] == 1 else s.mask[:, :, rows]
@@ -81,7 +89,7 @@ def attention(
                 scores.masked_fill_(~mask, -math.inf)
             else:
                 scores += mask.to(compute)
-        hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s)
+        hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s, ranges)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         if sinks is not None:
