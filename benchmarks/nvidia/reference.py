@@ -54,9 +54,9 @@ def attention(
     kv_len = k.shape[2]
     out, dq = torch.zeros_like(dout), torch.zeros_like(q)
     dk, dk_size = (torch.zeros_like(k_all) for _ in range(2))
-    dv, dv_size = (torch.zeros_like(v_all) for _ in range(2))
+    dv, dv_size, dv_squares = (torch.zeros_like(v_all) for _ in range(3))
     lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
-    dq_cancelled = score_size = lse_size = out_size = 0.0
+    dq_cancelled = score_size = lse_size = out_size = out_squares = 0.0
     sinks = None if s.sinks is None else s.sinks.to(compute).view(1, -1, 1, 1)
     dsinks, dsinks_size = (torch.zeros(h, dtype=compute, device=q.device) for _ in range(2))
     dmask = dmask_size = None
@@ -119,6 +119,10 @@ def attention(
         dv += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows])
         out_size = max(out_size, largest(torch.matmul(kept, v_all.abs())))
         dv_size += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows].abs())
+        squares = kept.square()
+        out_squares += torch.matmul(squares, v_all.square()).sum().item()
+        dv_squares += torch.matmul(squares.transpose(-1, -2), dout[:, :, rows].square())
+        del squares
         # From here on this is what autograd computes: softmax's gradient from the unrounded
         # results.
         products = dout[:, :, rows] * row_out
@@ -145,8 +149,8 @@ def attention(
         size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
         dq_cancelled = max(dq_cancelled, largest(torch.matmul(size, k_all.abs())))
         dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
-    dk, dv, dk_size, dv_size = (
-        x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size, dv_size)
+    dk, dv, dk_size, dv_size, dv_squares = (
+        x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size, dv_size, dv_squares)
     )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
@@ -166,4 +170,6 @@ def attention(
         lse_size=lse_size,
         out_size=out_size,
         dv_size=largest(dv_size),
+        out_spread=math.sqrt(out_squares / max(1, out.numel())),
+        dv_spread=math.sqrt(dv_squares.sum().item() / max(1, dv.numel())),
     )

@@ -11,6 +11,9 @@ from torch import Tensor
 from .. import dropout
 from ..scoring import Scoring
 
+UNLIKELY = 1e-6
+"""The chance that rounded weights move an element by more than `MathResult.rounded_weights`."""
+
 
 @dataclass(frozen=True)
 class MathResult:
@@ -45,6 +48,12 @@ class MathResult:
     dsinks_size: float = 0.0
     """Largest sum over rows of P |rowsum(dO O) - dlse| of a sink, the same for dsinks."""
 
+    out_spread: float = 0.0
+    """The root mean square of out's elements, if the signs of the terms P v were those of coins:
+    that of sqrt(sum (P v)^2)."""
+    dv_spread: float = 0.0
+    """Largest root of the sum of (P dO)^2, the same for dv."""
+
     def rounding(self, name: str, dtype: torch.dtype) -> float:
         """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
@@ -66,6 +75,21 @@ class MathResult:
             moved += u32 * self.dsinks_size
         cancelled = getattr(self, f"{name}_cancelled")
         return (torch.finfo(dtype).eps / 2 + 2 * u32) * cancelled + moved
+
+    def rounded_weights(self, name: str, dtype: torch.dtype) -> float:
+        """What the weights' rounding to float16, the matrix unit's operands, can do to out and dv.
+
+        Unfused math keeps its weights in float32. If the relative roundings are independent and
+        uniform within u = 2^-11, an element moves by more than t u / sqrt(3) times its spread with
+        a chance of at most 2 exp(-t^2 / 2), however many keys there are; t makes that `UNLIKELY`.
+        Where there are many elements, the largest is above their root mean square, and what its own
+        rounding grants is more.
+        """
+        if dtype != torch.float16 or name not in ("out", "dv"):
+            return 0.0
+        t = math.sqrt(2.0 * math.log(2.0 / UNLIKELY))
+        u = torch.finfo(dtype).eps / 2
+        return t * u / math.sqrt(3.0) * getattr(self, f"{name}_spread")
 
 
 def _hidden(
@@ -196,6 +220,8 @@ def math_attention(
         weights = weights.detach()
         score_terms = torch.matmul(q.abs(), k_all.abs().transpose(-1, -2)) * abs(scale)
         dv_terms = torch.matmul(dropped.transpose(-1, -2), dout.cpu().to(compute).abs())
+        out_squares = torch.matmul(dropped.detach() ** 2, v_all.detach() ** 2)
+        dv_squares = torch.matmul(dropped.detach().mT ** 2, dout.cpu().to(compute) ** 2)
         row_size = (dout.cpu().to(compute) * out).abs().sum(-1, keepdim=True)
         size = weights * row_size
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
@@ -231,7 +257,13 @@ def math_attention(
         largest(dv_terms.unflatten(1, (-1, group)).sum(2)),
         largest((weights * score_terms).sum(-1)),
         largest(dsinks_size),
+        _root_mean(out_squares),
+        _root_mean(dv_squares.unflatten(1, (-1, group)).sum(2)),
     )
+
+
+def _root_mean(squares: Tensor) -> float:
+    return math.sqrt(squares.mean().item()) if squares.numel() else 0.0
 
 
 def largest(x: Tensor) -> float:
