@@ -134,9 +134,7 @@ def test_grants_rounded_weights_of_a_single_element():
     assert refused_without > 10
 
 
-@pytest.mark.parametrize(
-    "fault", ("a key too few", "the scale a tenth off", "another value")
-)
+@pytest.mark.parametrize("fault", ("a key too few", "the scale a tenth off", "another value"))
 def test_refuses_faults_of_a_single_element(fault: str):
     """Those of a kernel, in nine of ten draws at least: some change next to nothing by luck."""
     noticed = 0
