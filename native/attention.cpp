@@ -247,7 +247,9 @@ struct ScoreTensors {
 
   Bindings for_map() const {
     if (!map.has_value()) return {};
-    return {{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    Bindings tensors{{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    if (ranges.has_value()) tensors.bind({kBufferKeyRanges, *ranges});
+    return tensors;
   }
 
   void bind(Bindings& tensors) const {

@@ -142,8 +142,10 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   }
   MaskMap<typename V::Score::Mask> visible;
   visible.start(first, mask_map, params);
-  const Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
-  const int blocks = seen.template any<BK>() ? max(rows.end - rows.begin, 0) : 0;
+  Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
+  // Where key ranges tell heads apart, so does the map: each head's is looked at in its turn.
+  const bool any_seen = V::kListed || seen.template any<BK>();
+  const int blocks = any_seen ? max(rows.end - rows.begin, 0) : 0;
   const int runs = (blocks + kRunBlocks - 1) / kRunBlocks;  // of blocks of one head
   const Range terms = terms_of_part(sharers.count() * runs, part, parts);
 
@@ -171,9 +173,14 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     Blocks kv;
     kv.start(head.key_rows(key, params.k, params.head_dim),
         head.key_rows(value, params.v, params.v_head_dim), key0, storage, thread_index, at);
-    kv.stage_keys(seen);
     const int first_block = rows.begin + run * kRunBlocks;
-    const int last_block = min(first_block + kRunBlocks, rows.end);
+    int last_block = min(first_block + kRunBlocks, rows.end);
+    if (V::kListed) {
+      visible.start(head, mask_map, params);
+      seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
+      last_block = seen.template any<BK>() ? last_block : first_block;
+    }
+    kv.stage_keys(seen);
     for (int block = first_block; block < last_block; block++) {
       const int row0 = block * kGroupRows + simdgroup * 8 * R;
       ranges.start(head, key_ranges, block * kGroupRows, row0, at, lane, params);

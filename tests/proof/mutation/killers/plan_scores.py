@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 from benchmarks.planner import DTYPES, MaskPlace
@@ -157,7 +158,7 @@ def plan_of_maps(sources: Sources) -> None:
             assert plan["map_elements"] == heads * ends[3] * ends[4]
             kernel, element = plan["kernels"][0], DTYPES[dtype]
             assert kernel["groups"] == [heads, blocks] and kernel["threads"] == 128
-            call = f"{MASK_MAP}<{_METAL[element]}, 4>"
+            call = f"{MASK_MAP}<{_METAL[element]}, 4, false>"
             assert kernel["name"] == f"{MASK_MAP}_{element}" and kernel["instantiation"] == (
                 f'template [[host_name("{MASK_MAP}_{element}")]] [[kernel]] decltype({call}) '
                 f"{call};\n"
@@ -166,6 +167,41 @@ def plan_of_maps(sources: Sources) -> None:
                 f"blocks of 32 queries and keys of the mask; {heads} x {blocks} threadgroups of "
                 "128 threads"
             )
+
+
+def plan_of_maps_with_ranges(sources: Sources) -> None:
+    """Where rows of the mask differ, the map is one of its key ranges too, of both's own heads."""
+    sizes = {"b": 6, "h": 4, "l": 65, "s": 300}
+    for own, inner, ranges, ends in (  # of the mask, of ranges (B, Hq), of the map
+        ((1, 1, 1, 65, 300), 1, (0, 0), (1, 1, 1, 3, 10)),
+        ((1, 1, 1, 65, 300), 1, (9, 0), (6, 1, 1, 3, 10)),
+        ((1, 1, 1, 65, 1), 1, (0, 9), (1, 1, 4, 3, 10)),
+        ((3, 1, 1, 65, 300), 2, (0, 9), (3, 1, 4, 3, 10)),
+        ((3, 1, 1, 65, 300), 2, (9, 0), (3, 2, 1, 3, 10)),
+        ((1, 2, 4, 65, 1), 2, (9, 9), (3, 2, 4, 3, 10)),
+        ((6, 1, 4, 1, 300), 1, (9, 9), None), ((1, 2, 1, 1, 1), 2, (9, 9), None),
+    ):  # fmt: skip
+        for strides in (_dense(own), tuple(0 if d == 3 else n for d, n in enumerate(_dense(own)))):
+            fields = {"has_key_ranges": True, "ranges_batch": ranges[0], "ranges_head": ranges[1]}
+            plan, params = sources.plan(
+                request(_layouts(**sizes), 0, mask=_mask(own, strides, inner=inner), **fields)
+            )
+            kernel = plan["kernels"][0]
+            listed = ends is not None and strides[3] != 0
+            assert kernel["name"] == f"{MASK_MAP}_bool{'_ranges' * listed}"
+            call = f"{MASK_MAP}<uchar, 4, {str(listed).lower()}>"
+            assert f"decltype({call}) {call};" in kernel["instantiation"]
+            if listed:
+                assert ends is not None
+                heads, blocks = ends[0] * ends[1] * ends[2], ends[3] * -(-ends[4] // 4)
+                assert kernel["groups"] == [heads, blocks]
+                assert plan["map_elements"] == heads * ends[3] * ends[4]
+                of_map = [0 if n == 1 else s for n, s in zip(ends, _dense(ends))]
+                assert list(params.mask_map) == [*of_map, inner]
+            else:
+                whole = [-(-n // 32) if d > 2 else n for d, n in enumerate(own)]
+                whole[3] = 1
+                assert plan["map_elements"] == math.prod(whole)
 
 
 def plan_of_pairs(sources: Sources) -> None:
@@ -288,7 +324,7 @@ def plan_of_key_ranges(sources: Sources) -> None:
         plan, params = sources.plan(
             request(_layouts(), 0, mask=one_key, window_left=7, has_key_ranges=ranges)
         )
-        assert plan["map_elements"] == 8 * 2 * (1 if ranges else 3)
+        assert plan["map_elements"] == 8 * 2 * 3
         assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
 
 
@@ -316,9 +352,9 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 
 def properties() -> Iterator[Property]:
     for test in (
-        plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_pairs, plan_of_slopes,
-        plan_of_mask_gradients, plan_of_key_ranges, plan_of_value_widths,
-        plan_of_tiles_beside_masks,
+        plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
+        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_key_ranges,
+        plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

@@ -40,7 +40,7 @@ WRITTEN = {
     DSINKS: ("dsinks",),
 }  # fmt: skip
 ALONE = {
-    MASK_MAP: ("mask",), DSINKS: ("sink_parts",), DMASK_SUM: ("dmask_parts",),
+    MASK_MAP: ("mask", "key_ranges"), DSINKS: ("sink_parts",), DMASK_SUM: ("dmask_parts",),
     DMASK_SUM_KEYS: ("dmask_parts",),
 }  # fmt: skip
 """What is bound where it is not all that there is."""
@@ -120,7 +120,7 @@ def launched(
     outputs = {name: Guarded(s, dense(s), t) for name, (s, t) in shapes.items() if name in written}
     inputs = {name: _flat(x) for name, x in known.items() if name not in written}
     if family in ALONE:
-        inputs = {name: inputs[name] for name in ALONE[family]}
+        inputs = {name: x for name, x in inputs.items() if name in ALONE[family]}
     place_of = given(problem).mask
     if place_of is not None and "mask" in inputs:  # as the host binds it, at its first element
         memory = inputs["mask"]

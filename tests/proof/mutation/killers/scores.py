@@ -159,6 +159,15 @@ PROBLEMS: dict[str, Scores] = {
     "ranges beside a bias": Scores(_RANGES.but(mask="float32", softcap=1.5, window_left=25,
                                                mask_full=(False, True, True, True)),
                                    "rows", mask_grad=True),
+    "ranges of heads beside a bias of all": Scores(
+        _RANGES.but(ranges_full=(False, True), mask="float32",
+                    mask_full=(False, False, True, True)), "blocks", mask_grad=True),
+    "ranges of batches beside inner batches": Scores(
+        _RANGES.but(ranges_full=(True, False), batch=4, mask="bool",
+                    mask_full=(True, False, True, False)), folded=(1, 2)),
+    "ranges of all beside outer batches": Scores(
+        _RANGES.but(ranges_full=(True, True), batch=4, mask="same", dtype=F16, kv_len=70,
+                    mask_full=(True, False, True, True)), "rows", folded=(2, 1)),
     "ranges beside a bias of keys": Scores(_RANGES.but(ranges="documents", mask="float32",
                                                        mask_full=(True, False, False, True)),
                                            "padding", mask_grad=True),
@@ -191,6 +200,7 @@ def checked() -> tuple[Scored, ...]:
             "ranges",
             "ranges, extreme",
             "ranges of a prefix, stored",
+            "ranges of heads beside a bias of all",
             "ranges of pairs",
         )
         for family in _families(PROBLEMS[name])
