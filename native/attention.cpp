@@ -369,6 +369,7 @@ Gradients run_backward(const BackwardCall& call) {
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
+    for_mask.bind({kBufferDs, *ds});
   }
   OptionalTensor dmask_parts;
   if (grads.dmask.has_value()) {

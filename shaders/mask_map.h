@@ -19,15 +19,23 @@ METAL_FUNC int blocks_of(int length) {
   return (length + ORCHARD_MAP_BLOCK - 1) / ORCHARD_MAP_BLOCK;
 }
 
+/// Bit j of lane i becomes bit i of lane j: squares off the diagonal change places, from 16 x 16
+/// down to 1 x 1.
+METAL_FUNC uint transposed_bits(uint bits, ushort lane) {
+  uint left = 0x0000ffff;  // of the squares
+  for (ushort size = 16; size > 0; size /= 2) {
+    const uint other = simd_shuffle_xor(bits, size);
+    bits = (lane & size) == 0 ? (bits & left) | ((other & left) << size)
+                              : (bits & ~left) | ((other >> size) & left);
+    left ^= left << (size / 2);
+  }
+  return bits;
+}
+
 /// Which of ORCHARD_MAP_BLOCK queries from row0 on have each lane's key in their ranges: row0 + i
 /// is bit i. The lanes' keys begin with key0.
 METAL_FUNC uint rows_in_range(RangeRows ranges, int row0, int key0, ushort lane) {
-  const uint keys_of_row = ranges.of(row0 + lane).bits(key0);
-  uint rows = 0;
-  for (ushort i = 0; i < ORCHARD_MAP_BLOCK; i++) {
-    rows |= (simd_shuffle(keys_of_row, i) >> lane & 1) << i;
-  }
-  return rows;
+  return transposed_bits(ranges.of(row0 + lane).bits(key0), lane);
 }
 
 template <typename E, int SIMDGROUPS, bool LISTED>

@@ -148,6 +148,19 @@ void add_mask_kernel(const Problem& p, const std::string& family,
   plan.add(std::move(kernel));
 }
 
+void add_mask_gradient_from_ds(
+    const Problem& p, bool parts, const std::array<uint64_t, 2>& groups, Plan& plan) {
+  const std::string family = "attention_backward_dmask_from_ds";
+  KernelPlan kernel = named_kernel(family,
+      join(family, "_", names(p.mask_dtype).torch, parts ? "_parts" : "",
+          p.has_key_ranges ? "_ranges" : ""),
+      join(parts ? "float" : mask_element(p), ", ", kSimdgroups, ", ", word(p.has_key_ranges)),
+      groups);
+  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", groups[0],
+      " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
+  plan.add(std::move(kernel));
+}
+
 void add_sink_gradient(const Problem& p, Plan& plan) {
   if (!p.has_sinks) return;
   const uint64_t heads = static_cast<uint64_t>(p.q.sizes[1]);

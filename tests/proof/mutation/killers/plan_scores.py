@@ -14,6 +14,7 @@ from ..harness import (
     DKV,
     DKV_PAIRS,
     DMASK,
+    DMASK_FROM_DS,
     DMASK_ROWS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
@@ -32,7 +33,7 @@ from .properties import Property
 _METAL = {"float16": "half", "bfloat16": "bfloat", "float32": "float", "bool": "uchar"}
 _ROLES = {
     MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 3, DQ: 3, DQ_FROM_DS: 3, DMASK: 4,
-    DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
+    DMASK_FROM_DS: 4, DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
 }  # fmt: skip
 _FULL = (1, 2, 4, 40, 70)  # (outer, inner, Hq, L, S) of _layouts
 
@@ -267,6 +268,20 @@ def plan_of_mask_gradients(sources: Sources) -> None:
                 assert kernel["name"].endswith("_parts") == (params.dmask_parts > 1)
                 continue
             x, y = kernel["groups"]
+            if family == DMASK_FROM_DS:
+                of_parts = params.dmask_parts > 1
+                element = "float" if of_parts else element
+                listed = bool(fields.get("has_key_ranges"))
+                assert kernel["name"] == (
+                    f"{family}_{DTYPES[dtype]}{'_parts' * of_parts}{'_ranges' * listed}"
+                )
+                call = f"{family}<{element}, 4, {str(listed).lower()}>"
+                assert f"decltype({call}) {call};" in kernel["instantiation"]
+                assert kernel["tile"] == (
+                    f"blocks of 32 queries and keys of the mask; {x} x {y} threadgroups of 128 "
+                    "threads"
+                )
+                continue
             assert kernel["tile"] == f"{x} x {y} threadgroups of 128 threads"
             assert kernel["name"] == f"{family}_{DTYPES[dtype]}"
             assert f"decltype({family}<{element}, 4>)" in kernel["instantiation"]
@@ -292,6 +307,25 @@ def plan_of_mask_gradients(sources: Sources) -> None:
             size = own[0] * own[1] * own[2] * own[3] * own[4]
             assert (params.dmask_elements, params.dmask_parts) == (size, parts)
             assert params.has_key_sums == (own[3:] == (1, 150))
+    of_all = 4 * (24 * 304 * 152)  # bytes of dS
+    stored: tuple[tuple, ...] = (
+        ((6, 1, 4, 300, 150), [(DMASK_FROM_DS, [24, 10 * 5])], 1),
+        ((1, 6, 1, 300, 150), [(DMASK_FROM_DS, [6 * 2, 10 * 5]), (DMASK_SUM, [2110, 1])], 2),
+    )
+    for own, kernels, parts in stored:
+        for dtype, ranges in itertools.product((0, 1, 2), (False, True)):
+            fields = {"layouts": {"d": 64}, "has_key_ranges": ranges, "scratch_bytes": of_all}
+            plan, params = plan_of(own, dtype, **fields)
+            assert plan["kernels"] == kernels and params.dmask_parts == parts
+            assert bool(plan["elements"]) == (parts > 1)
+    for change in ({"scratch_bytes": of_all - 4}, {"softcap": 1.0}, {"layouts": {"d": 32}}):
+        fields = {"layouts": {"d": 64}, "scratch_bytes": of_all} | change
+        assert plan_of((6, 1, 4, 300, 150), **fields)[0]["kernels"][0][0] == DMASK
+    one_head = {"b": 1, "h": 1, "hk": 1, "l": 64, "s": 6400, "d": 64}
+    for keys, family in ((6400, DMASK_FROM_DS), (4096, DMASK)):  # divided
+        scratch = 4 * (64 * 64 * (keys < 6400) + 64 * keys)
+        plan, _ = plan_of((1, 1, 1, 64, 6400), b=1, layouts=one_head, scratch_bytes=scratch)
+        assert plan["kernels"][0][0] == family
     for d, softcap, sums in ((64, 1.5, True), (128, 0.0, True), (128, 1.5, False)):
         plan, params = plan_of((1, 1, 1, 1, 150), layouts={"d": d}, softcap=softcap)
         assert params.has_key_sums == sums

@@ -13,7 +13,7 @@ from ..harness import BOOL, DMASK, DQ, DQ_FROM_DS, FORWARD
 from .attention import F32, KEYS_SIDE, ds_tiles, keys_of_group, repository
 from .compiled import template_arguments
 from .score_problems import Scores, given, meets
-from .score_runs import left_by_the_repository, plan_of
+from .score_runs import IN_PARTS, left_by_the_repository, plan_of
 
 _PRODUCTS = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1, DMASK: 2}  # for a block of scores
 
@@ -43,7 +43,7 @@ def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
             assert error <= 32 * eps * size, "sums of keys"
         elif name == "dmask":
             assert x.ref.dmask is not None and x.mask is not None
-            if family == DMASK and got.dim() == 2:  # of several threadgroups
+            if family in IN_PARTS and got.dim() == 2:  # of several threadgroups
                 got = got.double().sum(0)
             dtype = x.tensors["mask"].dtype
             named["dmask"] = got.to(dtype).reshape(x.ref.dmask.shape)
