@@ -82,6 +82,7 @@ PROBLEMS: dict[str, Scores] = {
     "ALiBi by head": Scores(_BASE.but(alibi="head", diagonal=-7)),
     "sinks, alone": Scores(_BASE.but(sinks=True, window_right=0, diagonal=-10)),
     "blocks of a mask": Scores(_BASE.but(mask="bool", q_len=75, kv_len=100), "blocks"),
+    "one query less than blocks of a mask": Scores(_BASE.but(mask="bool", q_len=63)),
     "pairs of a mask": Scores(_BASE.but(mask="bool", kv_len=98), "blocks", side_by_side=True),
     "padding": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True), sinks=True),
                       "padding"),
@@ -206,6 +207,7 @@ def checked() -> tuple[Scored, ...]:
         for name in (
             "all together",
             "blocks of a mask",
+            "one query less than blocks of a mask",
             "pairs, stored",
             "inner batches",
             "bias of pairs",
