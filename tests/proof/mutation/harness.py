@@ -44,6 +44,7 @@ DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BOOL = 3  # of a mask
 MAP_BLOCK = 32  # ORCHARD_MAP_BLOCK of params.h
 GUARD_BYTES = 4096
+OBJECTS = ROOT / "build" / "mutation" / "objects"  # of the repository's plan
 
 
 # ---- tensors
@@ -143,7 +144,7 @@ class Sources:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "plan.so")
             try:
-                compile_planner(output, self.root, "-O0", "-w")
+                compile_planner(output, self.root, "-O0", "-w", objects=OBJECTS)
             except subprocess.CalledProcessError as error:
                 raise engine.CompileError(error.stderr) from None
             return Planner(output)
