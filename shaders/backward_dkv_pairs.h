@@ -103,7 +103,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
-    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    const DscoreTiles<V::kListed> ds_tiles =
+        dscore_tiles<V::kListed>(ds, group.x * heads + member, at, params);
     ColumnRanges<V::kListed, BQ> ranges;
     ranges.start(head, key_ranges, range_hulls, lane, params);
     const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
@@ -168,7 +169,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           dscore_transposed<kHides>(x, p, row_delta);
           sums_of_keys.take(x, params);
           if (STORE_DS) {
-            store_dscore(ds_tiles, key0, row0, x, params);
+            store_dscore(ds_tiles, ranges, key0, row0, x, params);
           }
         }
         mma_AB(sum, x, summed);
