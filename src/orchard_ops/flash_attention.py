@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
-from .varlen import PACKED, packed_call, unpacked
+from .varlen import PACKED, check_longest, packed_call, unpacked
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
@@ -342,8 +342,7 @@ def _packed(
         )
     _check_options(op, options, return_attn_probs, q, 1)
     longest = sequences.longest_key
-    if isinstance(longest, bool) or not isinstance(longest, _INTEGERS):
-        raise TypeError(f"{op}: the longest sequence must be an integer; got {longest!r}")
+    check_longest(op, longest)
     cu_seqlens = (sequences.of_query, sequences.of_key)
     call = packed_call(op, (q, k, v), cu_seqlens, longest, **_by_our_names(options, longest))
     if not return_attn_probs:

@@ -103,6 +103,11 @@ def flash_attn_varlen(
     return unpacked(out), lse[0]
 
 
+def check_longest(op: str, max_seqlen: object) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, INTEGERS):
+        raise TypeError(f"{op}: the longest sequence must be an integer; got {max_seqlen!r}")
+
+
 def packed_call(
     op: str,
     operands: Sequence[Tensor],
@@ -112,9 +117,8 @@ def packed_call(
 ) -> Call:
     """The call of the op for packed operands (total, H, D), as one batch of views."""
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in operands)
-    integral = isinstance(max_seqlen, INTEGERS) and not isinstance(max_seqlen, bool)
-    if max_seqlen is not None and not integral:
-        raise TypeError(f"{op}: the longest sequence must be an integer; got {max_seqlen!r}")
+    if max_seqlen is not None:
+        check_longest(op, max_seqlen)
     of_query, of_key = cu_seqlens
     check_cu_seqlens(op, of_query, of_key)
     if of_query.device != query.device:

@@ -292,6 +292,43 @@ def plan_of_key_ranges(sources: Sources) -> None:
         assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
 
 
+def plan_of_key_spans(sources: Sources) -> None:
+    """dS of a span of keys, where it is known and shorter than all, and the kernel for the rest."""
+    row = 4 * 2 * 8 * 6  # bytes of one key's dS: two query heads, 41 queries
+    for kv_len, span, keys in (
+        (990, 0, 992), (990, -1, 992), (990, 1, 64), (990, 57, 64), (990, 58, 128), (990, 121, 128),
+        (990, 890, 960), (990, 953, 960), (990, 954, 992), (990, 991, 992), (990, 1 << 62, 992),
+        (64, 1, 64), (72, 1, 64),
+    ):  # fmt: skip
+        partial = keys < kv_len
+        for fits in (0, 1, 2, 3, 1 << 20):
+            asked = request(
+                _layouts(b=1, h=4, hk=2, l=41, s=kv_len, d=64), 0, True, key_span=span,
+                has_key_ranges=True, scratch_bytes=fits * keys * row + row - 1,
+            )  # fmt: skip
+            plan, params = sources.plan(asked)
+            at_once = min(fits, 2)
+            assert plan["scratch_bytes"] == at_once * keys * row
+            expected = [0] if not fits else [keys, partial]
+            assert [params.ranges.ds_keys, params.ranges.ds_partial][: len(expected)] == expected
+            families = [kernel["family"] for kernel in plan["kernels"]]
+            of_query = [DQ_FROM_DS, *[DQ] * partial] if fits else [DQ]
+            assert families == [DELTA, DKV, *of_query]
+            turns = [] if not fits else [[1, 2]] * (2 // at_once)
+            kernels = sum(turns, [0]) + [3] * partial if fits else [0, 1, 2]
+            assert [launch[0] for launch in plan["launches"]] == kernels
+            last = plan["launches"][-1]
+            if fits and partial:
+                assert last[1:] == [*plan["kernels"][3]["groups"], 0, 0, kv_len]
+                assert plan["kernels"][3]["role"] == _ROLES[DQ] and last[1] == 4
+                assert "_ranges" in plan["kernels"][3]["name"]
+    layouts = _layouts(b=1, h=4, hk=2, l=41, s=990, d=64)
+    without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
+    plan, params = sources.plan(without)
+    assert plan["scratch_bytes"] == 2 * 992 * row
+    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
+
+
 def plan_of_value_widths(sources: Sources) -> None:
     """The wider of the two decides; both row lengths decide on chunks."""
     for d, dv, width in ((64, 40, 64), (40, 64, 64), (192, 128, 192), (24, 136, 160)):
@@ -317,7 +354,7 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_pairs, plan_of_slopes,
-        plan_of_mask_gradients, plan_of_key_ranges, plan_of_value_widths,
+        plan_of_mask_gradients, plan_of_key_ranges, plan_of_key_spans, plan_of_value_widths,
         plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
