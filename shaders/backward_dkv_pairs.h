@@ -66,12 +66,14 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kGroupKeys = 8 * SIMDGROUPS / 2;
   const int kDepth = BD / 8;
+  const int kValueBD = V::template Value<BD>::kWidth;
+  const int kValueDepth = kValueBD / 8;
   const int kBlocks = BQ / 8;
   const bool kKeep = BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK or dV, K or V
   const int kHandedOver = SIMDGROUPS / 2 * kBlocks * ORCHARD_SIMD_WIDTH / 2;  // chunks of P^T
   const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
-  using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
+  using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, kValueBD>;
   using Staged = SharedBlock<F, StagedRow<F, BD>::kLength>;
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
 
@@ -141,7 +143,11 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
 
         Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
         zero(x);
-        mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        if (kValueDepth < kDepth && second) {
+          mma_ABt<F, kValueDepth, Chains<T>::kCount>(x, left, scored);
+        } else {
+          mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        }
         if (!second) {
           Tile<float, 1, kBlocks> derivatives;
           scores.apply(x, derivatives, ranges, row0, masked, params);
@@ -172,7 +178,11 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
             store_dscore(ds_tiles, ranges, key0, row0, x, params);
           }
         }
-        mma_AB(sum, x, summed);
+        if (kValueDepth < kDepth && !second) {
+          mma_AB_columns<kValueDepth>(sum, x, summed);
+        } else {
+          mma_AB(sum, x, summed);
+        }
         rows.advance();
       }
       if (parts.ended()) {

@@ -42,12 +42,14 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kDepth = BD / 8;
+  const int kValueBD = V::template Value<BD>::kWidth;
+  const int kValueDepth = kValueBD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
   const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
   using Ranges = TileRanges<V::kListed, R, kGroupRows>;
-  using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2>;
+  using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2, kValueBD>;
   threadgroup uint4 storage[Blocks::kStorage];
 
   const Head head = query_head(group.x, params);
@@ -68,7 +70,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
 
   LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
   q.load(device_rows<V::kVec>(head.query_rows(query, params.q, params.head_dim), row0, at));
-  LeftOperand<T, F, R, kDepth, V::kVec, kKeep> do_;
+  LeftOperand<T, F, R, kValueDepth, V::kVec, kKeep> do_;
   do_.load(device_rows<V::kVec>(head.query_rows(dout, params.dout, params.v_head_dim), row0, at));
   Blocks kv;
   kv.start(head.key_rows(key, params.k, params.head_dim),
@@ -113,7 +115,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     ranges.hide(p, key0, 0.0f, at);
     Tile<float, R, BK / 8> dp;
     zero(dp);
-    mma_ABt<F, kDepth, Chains<T>::kCount>(dp, do_, kv.v);
+    mma_ABt<F, kValueDepth, Chains<T>::kCount>(dp, do_, kv.v);
     if (V::kDropout) {
       drop(dp, row0, key0, draws);
       scale(dp, params.dropout_rescale);
