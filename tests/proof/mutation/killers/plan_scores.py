@@ -338,6 +338,20 @@ def plan_of_value_widths(sources: Sources) -> None:
             assert (params.head_dim, params.v_head_dim) == (d, dv)
             assert all(f"_d{width}_" in kernel["name"] for kernel in plan["kernels"])
             assert all("_chunks" in kernel["name"] for kernel in plan["kernels"])
+            for kernel in plan["kernels"]:
+                own = (d, dv) == (192, 128) and kernel["family"] != DQ_FROM_DS
+                assert ("_v128" in kernel["name"]) == own
+                assert (", false, 128>" in kernel["instantiation"]) == own
+    for d, dv, own in (
+        (192, 1, True), (161, 128, True), (192, 129, False), (160, 128, False), (193, 128, False),
+        (128, 192, False),
+    ):  # fmt: skip
+        for scratch, families in ((0, 4), (1 << 40, 3)):
+            names = []
+            for backward in (False, True):
+                asked = request(_layouts(d=d, dv=dv), 2, backward, scratch_bytes=scratch)
+                names += [kernel["name"] for kernel in sources.plan(asked)[0]["kernels"]]
+            assert sum(name.endswith("_v128") for name in names) == own * families, names
     for d, dv in ((64, 41), (41, 64)):
         plan, _ = sources.plan(request(_layouts(d=d, dv=dv), 0))
         assert "_elements" in plan["kernels"][0]["name"]

@@ -15,7 +15,8 @@ from .compiled import template_arguments
 from .score_problems import Scores, fits, given, meets
 from .score_runs import left_by_the_repository, plan_of
 
-_PRODUCTS = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1, DMASK: 2}  # for a block of scores
+# For a block of scores: over the head dim, and over that of the values.
+_PRODUCTS = {FORWARD: (1, 1), DQ: (2, 1), DQ_FROM_DS: (1, 0), DMASK: (2, 0)}
 
 
 def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
@@ -184,16 +185,20 @@ def _hulls(problem: Scores) -> Tensor:
 def products(problem: Scores, kernel: dict) -> int:
     """8 x 8 x 8 products if exactly the blocks run in which something is seen."""
     family, arguments = kernel["family"], template_arguments(kernel)
+    width = int(arguments[2]) // 8 if len(arguments) > 2 else 0
+    of_values = 16 if width == 24 and problem.case.value_dim in range(1, 129) else width
     if family in KEYS_SIDE:
         block, keys = int(arguments[3]), keys_of_group(family)
         blocks = _blocks_of_keys(problem, block, keys)
-        return blocks * 4 * 4 * (block // 8) * (int(arguments[2]) // 8) * keys // 32
+        return blocks * 4 * 2 * (block // 8) * (width + of_values) * keys // 32
     if family not in _PRODUCTS:
         return 0
     r, block = int(arguments[3]), int(arguments[4])
     of_family = _blocks_of_mask_gradient if family == DMASK else _blocks_of_queries
     blocks = of_family(problem, 32 * r, block, family)
-    return blocks * 4 * _PRODUCTS[family] * r * (block // 8) * (int(arguments[2]) // 8)
+    over_head_dim, over_values = _PRODUCTS[family]
+    depth = over_head_dim * width + over_values * of_values
+    return blocks * 4 * r * (block // 8) * depth
 
 
 def _blocks_of_queries(problem: Scores, rows: int, keys: int, family: str) -> int:

@@ -93,6 +93,10 @@ PROBLEMS: dict[str, Scores] = {
                             side_by_side=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
+    "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
+    "values of their own width, stored": Scores(
+        _BASE.but(head_dim=170, value_dim=99, num_heads=2, window_right=0, diagonal=9),
+        store_ds=True),
     "stored": Scores(_WIDE.but(softcap=1.5, mask="bool", value_dim=40, window_left=50), "blocks",
                      store_ds=True),
     "stored, tall": Scores(_WIDE.but(alibi="head", mask="float32", q_len=75, dropout_p=0.2),
