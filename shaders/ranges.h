@@ -282,8 +282,8 @@ struct RangeHulls {
 };
 
 /// Whether dS of the ORCHARD_DS_ROWS queries round `row` is stored, where not all queries' is.
-METAL_FUNC bool stores_dscore(Head head, const device int* all, int row, ushort lane,
-    constant AttentionParams& params) {
+METAL_FUNC bool stores_dscore(
+    Head head, const device int* all, int row, ushort lane, constant AttentionParams& params) {
   const int count = ORCHARD_DS_ROWS / 8;
   RangeHulls hulls;
   hulls.start(head, all, params);

@@ -13,8 +13,9 @@ METAL_FUNC void guard_alike(thread First& a, thread Second& b) {
   b.loader.whole = whole;
 }
 
-/// K and V of a head, BK keys at a time, of padded head dims BD and VALUE_BD <= BD. BUFFERS: 2, staged side by side; 1, staged one after the
-/// other in the same threadgroup memory; 0, read from device memory by each simdgroup.
+/// K and V of a head, BK keys at a time, of padded head dims BD and VALUE_BD <= BD. BUFFERS: 2,
+/// staged side by side; 1, staged one after the other in the same threadgroup memory; 0, read from
+/// device memory by each simdgroup.
 template <typename T, typename F, int BK, int BD, int THREADS, bool VEC, int BUFFERS,
     int VALUE_BD = BD>
 struct KeyValueBlocks {

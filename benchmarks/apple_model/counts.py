@@ -350,9 +350,7 @@ def _launch(
 
 
 @cache
-def count(
-    family: str, dtype: str, head_dim: int, score: str = "", value_dim: int = 0
-) -> Counts:
+def count(family: str, dtype: str, head_dim: int, score: str = "", value_dim: int = 0) -> Counts:
     """A kernel of ours, or PyTorch's prefill kernel (causal, as published). What has no loop
     (DELTA) is all `once`."""
     if family == PREFILL:

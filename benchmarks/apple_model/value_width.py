@@ -1,8 +1,8 @@
 """python -m benchmarks.apple_model.value_width: values of 128 beside queries of 192, by model A.
 
-Cycles for 8 x 8 scores in the loop, of the kernels with tiles of the values' own width, and of those
-that take values of 192: what values padded to the queries' width would cost at least. Counted anew
-at each run.
+Cycles for 8 x 8 scores in the loop, of the kernels with tiles of the values' own width, and of
+those that take values of 192: what values padded to the queries' width would cost at least. Counted
+anew at each run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def cycles(family: str, dtype: str, value_dim: int) -> float:
 
 
 def table() -> list[list[str]]:
-    header = ["kernel", *(f"{dtype}: {x}" for dtype in counts.DTYPES for x in ("own", "padded", ""))]
+    header = [
+        "kernel",
+        *(f"{dtype}: {x}" for dtype in counts.DTYPES for x in ("own", "padded", "")),
+    ]
     rows: dict[str, list[tuple[float, float]]] = {
         name: [tuple(cycles(family, d, x) for x in (VALUE_DIM, HEAD_DIM)) for d in counts.DTYPES]  # type: ignore[misc]
         for name, family in FAMILIES.items()

@@ -91,8 +91,8 @@ KernelPlan named_kernel(const std::string& family, const std::string& name,
 
 Variant full_variant(const Problem& p, bool chunks) {
   const ScoreType score = score_of(p);
-  return variant_of(p, chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix,
-      own_value_dim(p));
+  return variant_of(
+      p, chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix, own_value_dim(p));
 }
 
 namespace {

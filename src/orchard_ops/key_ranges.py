@@ -318,7 +318,7 @@ class KeyRanges:
             self.diagonal,
             self.has_prefix or other.has_prefix,
             self.from_first and other.from_first,
-            min((x.reach for x in (self, other) if x.reach is not None), default=None),
+            _lower(self.reach, other.reach),
         )
 
     def key_span(self, window_left: int = -1, window_right: int = -1) -> int:
@@ -328,13 +328,11 @@ class KeyRanges:
         """
         if self.diagonal is None or self.has_prefix:
             return 0
-        sides = []
-        for window in (window_left, window_right):
-            known = [x for x in (self.reach, window if window >= 0 else None) if x is not None]
-            if not known:
-                return 0
-            sides.append(min(known))
-        span = sides[0] + sides[1] + 8
+        left = _lower(self.reach, window_left if window_left >= 0 else None)
+        right = _lower(self.reach, window_right if window_right >= 0 else None)
+        if left is None or right is None:
+            return 0
+        span = left + right + 8
         if not torch.compiler.is_compiling():
             return span
         # A compiled call is for one number, and would be compiled again for each.
@@ -430,6 +428,13 @@ def _stack(begin: Tensor, end: Tensor, position: Tensor, prefix: Tensor) -> Tens
     columns = torch.broadcast_tensors(begin, end, position, prefix)
     tensor = torch.stack([x.to(torch.int32) for x in columns], -1)
     return tensor[None, None] if tensor.dim() == 2 else tensor.unsqueeze(1)
+
+
+def _lower(a: int | None, b: int | None) -> int | None:
+    """Of two numbers, as far as they are known."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
 
 
 def _reach(op: str, max_length: int | None) -> int | None:

@@ -54,6 +54,7 @@ class Scoring(NamedTuple):
     """int32 (1 or B, 1 or Hq, L, 4): a query's (begin, end, position, prefix), see `KeyRanges`.
 
     The position takes the place of i + diagonal in windows and ALiBi."""
+
     @property
     def plain(self) -> bool:
         """Whether a logit is a scaled dot product and nothing else.

@@ -184,6 +184,20 @@ def test_who_knows_a_span():
             assert kernels(flash_attn(*dense, key_ranges=ranges.tensor)) == {FROM_DS}
 
 
+def test_equal_lengths_are_a_dense_batch():
+    """The view that docs/packed-batches.md shows."""
+    tensors = [torch.randn(4 * 75, 2, 64) for _ in range(4)]
+    expected, _ = gradients(tensors, cumulative(75, 75, 75, 75), 75, is_causal=True)
+    leaves = [x.to("mps").requires_grad_() for x in tensors[:3]]
+    dense = (x.unflatten(0, (4, -1)).transpose(1, 2) for x in leaves)
+    with simulator.recording() as launches:
+        out = flash_attn(*dense, is_causal=True).transpose(1, 2).flatten(0, 1)
+        found = [out, *torch.autograd.grad(out, leaves, tensors[3].to("mps"))]
+    assert set(products(launches)) == {FROM_DS}
+    for x, y in zip(found, expected):
+        torch.testing.assert_close(x.detach().cpu(), y, rtol=1e-5, atol=1e-5)
+
+
 # ---- KeyRanges.key_span -------------------------------------------------------------------------
 
 
