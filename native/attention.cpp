@@ -98,6 +98,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
     const int64_t of_head = 4 * x.query.size(2), heads = s.key_ranges->size(1);
     problem.ranges_head = heads == 1 ? 0 : of_head;
     problem.ranges_batch = s.key_ranges->size(0) == 1 ? 0 : of_head * heads;
+    problem.key_span = s.key_span;
   }
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
