@@ -24,6 +24,7 @@ from .flash_attention import (  # noqa: E402
 )
 from .key_ranges import KeyRanges  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
+from .report import Report, ReportedCall, report  # noqa: E402
 from .varlen import flash_attn_varlen  # noqa: E402
 
 if native.why_not() is not None:
@@ -34,6 +35,8 @@ __all__ = [
     "Explanation",
     "KeyRanges",
     "OrchardFallbackWarning",
+    "Report",
+    "ReportedCall",
     "Stats",
     "__version__",
     "dropout_mask",
@@ -47,6 +50,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
+    "report",
     "reset_stats",
     "stats",
 ]

@@ -1,7 +1,13 @@
-"""Which path each call took, and why: counters, the debug log, and the one warning per reason."""
+"""Which path each call took, and why: counters, logs, and the one warning per reason.
+
+`logging.getLogger("orchard_ops")` gets a record for each distinct call that the reference runs: a
+WARNING where an mps call fell back, DEBUG where the reference was asked for or the tensors are
+elsewhere. It has a NullHandler, so that a program without logging sees the Python warning alone.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import warnings
@@ -13,12 +19,19 @@ from pathlib import Path
 
 import torch
 
-from . import native
+from . import native, watch
+from .descriptions import Description
 from .environment import switched_on
+
+logger = logging.getLogger("orchard_ops")
+logger.addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
+_logged: set[tuple[str, str, Description]] = set()
+_MOST_LOGGED = 1000
+"""Distinct calls that are logged: a program whose lengths never repeat must not fill the memory."""
 _metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0}
 
 _OURS = (
@@ -86,18 +99,18 @@ def _users_level() -> int:
     return level
 
 
-def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
+def record_reference(op: str, reason: str, call: Description, impl: str) -> None:
     """Counts a call that will run on the reference. Raises if the caller insisted on Metal."""
-    if insists_on_metal(device_type, impl):
+    if insists_on_metal(call.device, impl):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
     if debug_enabled():
         print(f"[orchard] {op}: reference ({reason})", file=sys.stderr)
-    unasked = device_type == "mps" and impl == "auto"
+    unasked = call.device == "mps" and impl == "auto"
     if unasked and reason not in _warned:
         warnings.warn(
             f"orchard::{op} runs on the reference kernels: {reason}. Results are the same, slower. "
-            "orchard_ops.explain(...) shows the path of a call, orchard_ops.stats() counts them; "
-            "ORCHARD_STRICT=1 turns this into an error.",
+            "orchard_ops.explain(...) shows the path of a call, orchard_ops.report() that of every "
+            "call; ORCHARD_STRICT=1 turns this into an error.",
             OrchardFallbackWarning,
             stacklevel=_users_level(),
         )
@@ -105,6 +118,13 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
         _reference[op, reason] += 1
         if unasked:
             _warned.add(reason)
+        new = (op, reason, call) not in _logged and len(_logged) < _MOST_LOGGED
+        if new:
+            _logged.add((op, reason, call))
+    watch.note_reference(reason)
+    if new:
+        level = logging.WARNING if unasked else logging.DEBUG
+        logger.log(level, "orchard::%s runs on the reference: %s; %s", op, reason, call)
 
 
 def stats() -> Stats:
@@ -118,11 +138,12 @@ def stats() -> Stats:
 
 
 def reset_stats() -> None:
-    """Sets every counter to 0 and lets each fallback reason warn again."""
+    """Sets every counter to 0; each fallback reason warns and each call is logged again."""
     metal = native.metal_calls()
     with _lock:
         _reference.clear()
         _warned.clear()
+        _logged.clear()
         _metal_before_reset.update(metal)
 
 

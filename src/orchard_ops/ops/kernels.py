@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import calls, native, reference
 from ..checks import check_impl, check_problem
+from ..descriptions import Description, describe
 from ..layout import empty_in_order_of
 from .schema import BackwardArgs, ForwardArgs, library, stats_dtype
 
@@ -89,16 +90,20 @@ def _no_autocast(query: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
+def _described(args: ForwardArgs | BackwardArgs) -> Description:
+    return describe(args.query, args.key, args.value, args.scoring)
+
+
 def _run_forward(args: ForwardArgs, reason: str) -> tuple[Tensor, Tensor]:
     _check_forward("orchard::flash_attn_fwd", args)
-    calls.record_reference("flash_attn_fwd", reason, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_fwd", reason, _described(args), args.impl)
     with _no_autocast(args.query):
         return reference.forward(args.query, args.key, args.value, args.scoring)
 
 
 def _run_backward(args: BackwardArgs, reason: str) -> tuple[Tensor, ...]:
     _check_backward("orchard::flash_attn_bwd", args)
-    calls.record_reference("flash_attn_bwd", reason, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_bwd", reason, _described(args), args.impl)
     with _no_autocast(args.query):
         return reference.backward(*args[:7], scoring=args.scoring, mask_grad=args.mask_grad)
 

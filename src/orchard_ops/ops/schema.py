@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import calls, scoring
+from .. import calls, scoring, watch
 from ..scoring import Scoring
 
 _FORWARD = f"Tensor query, Tensor key, Tensor value, {scoring.SCHEMA}"
@@ -54,12 +54,16 @@ for _schema in (
 def _raising_what_was_raised(op: Any) -> Any:
     """The handle `op`, whose calls raise the very exception of a fallback to the reference.
 
-    From there it passes through the native library, which knows RuntimeError alone.
+    From there it passes through the native library, which knows RuntimeError alone. The calls are
+    also what `report` watches.
     """
     call = op._op
+    name = str(op).split(".")[1]  # of orchard.flash_attn_fwd.default
 
     def call_and_tell(*args: Any, **kwargs: Any) -> Any:
         try:
+            if watch.watchers:
+                return watch.call(name, call, args, kwargs)
             return call(*args, **kwargs)
         except RuntimeError as error:
             original = calls.take_pending(str(error))
