@@ -14,6 +14,16 @@ _INTERFACE = "orchard_library_interface"
 _why_not: str | None = "the native library has not been looked for"
 
 
+def is_overridden() -> bool:
+    """Whether ORCHARD_NATIVE_LIBRARY names another library than the package's."""
+    return bool(os.environ.get("ORCHARD_NATIVE_LIBRARY"))
+
+
+def is_expected() -> bool:
+    """Whether this installation should have a library: a Mac's, or one that is told of one."""
+    return sys.platform == "darwin" or "ORCHARD_NATIVE_LIBRARY" in os.environ
+
+
 def _library_path() -> Path:
     """The path in ORCHARD_NATIVE_LIBRARY (for development builds), or the file inside the
     package."""
@@ -80,7 +90,7 @@ def load(interface: str) -> None:
         return
     if exists:
         _why_not = _open(path, interface)
-    elif sys.platform == "darwin" or "ORCHARD_NATIVE_LIBRARY" in os.environ:
+    elif is_expected():
         _why_not = f"the native library {path.name} is missing"
     else:
         _why_not = "this installation has no Metal kernels (they need macOS on Apple silicon)"

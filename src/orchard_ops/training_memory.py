@@ -17,9 +17,12 @@ with what the allocator of the simulated device gives out, byte for byte.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _FLOAT32 = 4
+_FAR = 1 << 30
+"""No length is as large."""
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 DEFAULT_SCRATCH_MB = 256
 _STORING_HEAD_DIM = 64
@@ -27,8 +30,20 @@ _STORING_HEAD_DIM = 64
 
 
 def scratch_budget_mb() -> int:
-    """ORCHARD_BACKWARD_SCRATCH_MB, or its default."""
-    return int(os.environ.get("ORCHARD_BACKWARD_SCRATCH_MB") or DEFAULT_SCRATCH_MB)
+    """ORCHARD_BACKWARD_SCRATCH_MB, or its default, by the rule of ``native/environment.cpp``.
+
+    Raises:
+        RuntimeError: the variable is no whole number of MiB.
+    """
+    text = os.environ.get("ORCHARD_BACKWARD_SCRATCH_MB", "").strip()
+    if not text:
+        return DEFAULT_SCRATCH_MB
+    if not text.isdecimal():
+        raise RuntimeError(
+            "orchard::flash_attn: ORCHARD_BACKWARD_SCRATCH_MB must be a whole number of MiB, 0 or "
+            f"more; got '{text}'"
+        )
+    return int(text)
 
 
 def score_matrix_bytes(batch: int, num_heads: int, q_len: int, kv_len: int) -> int:
@@ -175,3 +190,14 @@ class TrainingStep:
         kept = sum(self.layer.stock_kept(length).values())
         moments = self.layer.stock_forward(length), self.layer.stock_backward(length)
         return self._bytes(length, kept, max(sum(moment.values()) for moment in moments))
+
+    def longest(self, num_bytes: int, peak: Callable[[int], int], step: int = 64) -> int:
+        """The largest multiple of `step` whose peak, of `ours` or `stock`, is within the bytes; 0
+        if none is."""
+        low, high = 0, 1
+        while high <= _FAR and peak(high * step) <= num_bytes:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if peak(middle * step) <= num_bytes else (low, middle)
+        return low * step
