@@ -16,7 +16,8 @@ import torch
 import orchard_ops
 from orchard_ops import native
 from orchard_ops.__main__ import main
-from orchard_ops.commands import doctor, kernel_check, machine, probes, variables
+from orchard_ops.commands import doctor, kernel_check, machine, probes, selftest, variables
+from orchard_ops.commands.bench import command, results
 from orchard_ops.commands.findings import FAULT, NOTE
 from orchard_ops.commands.place import find_place
 
@@ -247,16 +248,18 @@ def test_a_mac_without_a_device(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_command_describes_the_machine_alike(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Those of bench, selftest, demo and doctor are one, but for the load at their moment."""
+    monkeypatch.setattr(selftest, "check", lambda v, *_: selftest.Outcome(str(v), True, "", 0.0))
+    monkeypatch.setattr(command, "measure", lambda *_: results.CaseResult("none", 16, "none", []))
     small = "--lengths 16 24 --heads 2 --head-dims 8 --cases gpt --dtypes float32 --seconds 0.01"
     assert main(["bench", "--device", "cpu", *small.split(), "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")
     of_bench = json.loads(file.read_text())["machine"]
-    selftest = tmp_path / "selftest.json"
-    assert main(["selftest", "--quick", "--device", "cpu", "--report", str(selftest)]) == 0
-    of_selftest = json.loads(selftest.read_text())["environment"]
+    report_file = tmp_path / "selftest.json"
+    assert main(["selftest", "--quick", "--device", "cpu", "--report", str(report_file)]) == 0
+    of_selftest = json.loads(report_file.read_text())["environment"]
     of_selftest.pop("date")
     _, found = report(capsys)
     for of_command, device in ((of_bench, "cpu"), (of_selftest, "cpu"), (found["machine"], "auto")):
