@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ def shown(page: str) -> list[tuple[str, str, str]]:
     blocks = _FENCE.findall((DOCS / page).read_text())
     return [
         (language, typed, output)
-        for (language, typed), (below, output) in zip(blocks, blocks[1:])
+        for (language, typed), (below, output) in itertools.pairwise(blocks)
         if language in ("bash", "python") and below == "text"
     ]
 
