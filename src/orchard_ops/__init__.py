@@ -28,6 +28,11 @@ from .varlen import flash_attn_varlen  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
+
+from . import takeover  # noqa: E402
+from .takeover import disable, enable, sdpa  # noqa: E402
+
+takeover.switch.register_with_pytorch()
 one_copy.remember()
 
 __all__ = [
@@ -36,7 +41,9 @@ __all__ = [
     "OrchardFallbackWarning",
     "Stats",
     "__version__",
+    "disable",
     "dropout_mask",
+    "enable",
     "explain",
     "flash_attn",
     "flash_attn_func",
@@ -48,5 +55,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
     "reset_stats",
+    "sdpa",
     "stats",
 ]
