@@ -67,7 +67,8 @@ class _TwiceDifferentiable(autograd._FlashAttention):
         out = mathematics(query, key, value, scoring)
         leaves = (query, key, value, scoring.attn_mask)
         wanted = [n for n in range(len(leaves)) if ctx.needs_input_grad[n]]
-        grads = torch.autograd.grad(out, [leaves[n] for n in wanted], dout, create_graph=True)
+        inputs: list[Any] = [leaves[n] for n in wanted]
+        grads = torch.autograd.grad(out, inputs, dout, create_graph=True)
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for n, grad in zip(wanted, grads):
             result[n] = grad
