@@ -20,27 +20,25 @@ from ..scoring import Scoring
 
 def mathematics(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """out of a call without sinks, ALiBi, softcap, key ranges and windows other than causality."""
-    mask, keep = scoring.attn_mask, None
-    if scoring.dropout_p > 0.0:
-        shape = (*query.shape[:3], key.shape[2])
-        assert scoring.dropout_seed is not None
-        keep = dropout_mask(scoring.dropout_seed, scoring.dropout_p, shape, query.device)
     batch = scoring.mask_batch(query.shape[0])
     if len(batch) > 1:
         query, key, value = (x.unflatten(0, batch) for x in (query, key, value))
-        keep = None if keep is None else keep.unflatten(0, batch)
-    dropout_p = 0.0 if keep is None else 1.0 - 1.0 / rescale(scoring.dropout_p)
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+    out, weights = torch.ops.aten._scaled_dot_product_attention_math(
         query,
         key,
         value,
-        _additive(mask, query.dtype),
-        dropout_p,
-        scoring.window_right == 0,
-        keep,
+        _additive(scoring.attn_mask, query.dtype),
+        is_causal=scoring.window_right == 0,
         scale=scoring.scale,
         enable_gqa=True,
     )
+    if scoring.dropout_p > 0.0:
+        assert scoring.dropout_seed is not None
+        flat = weights.flatten(0, 1) if len(batch) > 1 else weights
+        keep = dropout_mask(scoring.dropout_seed, scoring.dropout_p, flat.shape, query.device)
+        weights = weights * (keep * rescale(scoring.dropout_p)).view_as(weights).to(weights.dtype)
+        group = query.shape[-3] // value.shape[-3]
+        out = weights @ value.repeat_interleave(group, dim=-3)
     return out.flatten(0, 1) if len(batch) > 1 else out
 
 

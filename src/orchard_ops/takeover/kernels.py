@@ -49,8 +49,7 @@ def attention(
             return _pytorch(arguments)
     reason = _why_not_metal(query, value)
     if reason is not None and not calls.strict():
-        calls.record_left_to_pytorch(reason, warn=True)
-        return _pytorch(arguments)
+        return _pytorch_instead(arguments, reason)
     if (
         attn_mask is None
         and op.usual_numbers(dropout_p, scale)
@@ -73,9 +72,7 @@ def attention(
     except (TypeError, ValueError, NotImplementedError):
         if calls.strict():
             raise
-        out = _pytorch(arguments)  # which may refuse the call too, in its own words
-        calls.record_left_to_pytorch("flash_attn does not take such arguments", warn=True)
-        return out
+        return _pytorch_instead(arguments, "flash_attn does not take such arguments")
     return op.run(call, record=double_backward.record)
 
 
@@ -109,6 +106,14 @@ def _pytorch(arguments: _Arguments) -> Tensor:
     """PyTorch's own kernel, past the dispatcher."""
     *leading, scale, enable_gqa = arguments
     return OPERATOR.decompose(*leading, scale=scale, enable_gqa=enable_gqa)
+
+
+def _pytorch_instead(arguments: _Arguments, reason: str) -> Tensor:
+    """PyTorch's own kernel for a call that was meant to be ours. It may refuse the call too, in its
+    own words."""
+    out = _pytorch(arguments)
+    calls.record_left_to_pytorch(reason, warn=True)
+    return out
 
 
 # ---- which calls are PyTorch's ------------------------------------------------------------------
