@@ -536,7 +536,9 @@ def test_heads_wider_than_any_kernel(monkeypatch: pytest.MonkeyPatch):
     leaves = operands(head_dim=272)
     expected = F.scaled_dot_product_attention(*leaves)
     with orchard_ops.sdpa():
-        with pytest.warns(orchard_ops.OrchardFallbackWarning, match="head_dim is above 256") as seen:
+        with pytest.warns(
+            orchard_ops.OrchardFallbackWarning, match="head_dim is above 256"
+        ) as seen:
             for _ in range(2):
                 out = F.scaled_dot_product_attention(*leaves)
         assert len(seen) == 1 and seen[0].filename == __file__
