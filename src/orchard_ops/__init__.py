@@ -29,6 +29,11 @@ from .varlen import flash_attn_varlen  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
+
+from . import takeover  # noqa: E402
+from .takeover import disable, enable, sdpa  # noqa: E402
+
+takeover.switch.register_with_pytorch()
 one_copy.remember()
 
 __all__ = [
@@ -39,7 +44,9 @@ __all__ = [
     "ReportedCall",
     "Stats",
     "__version__",
+    "disable",
     "dropout_mask",
+    "enable",
     "explain",
     "flash_attn",
     "flash_attn_func",
@@ -52,5 +59,6 @@ __all__ = [
     "merge_attentions",
     "report",
     "reset_stats",
+    "sdpa",
     "stats",
 ]

@@ -28,6 +28,7 @@ logger.addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
+_left_to_pytorch: Counter[str] = Counter()
 _warned: set[str] = set()
 _logged: set[tuple[str, str, Description]] = set()
 _MOST_LOGGED = 1000
@@ -54,6 +55,10 @@ class Stats:
     """Calls that ran as Metal kernels."""
     reference: dict[str, dict[str, int]] = field(default_factory=dict)
     """Calls that ran on the reference: reason -> op -> count."""
+
+    left_to_pytorch: dict[str, int] = field(default_factory=dict)
+    """Calls of F.scaled_dot_product_attention under `sdpa` that PyTorch's own path took: reason ->
+    count. One that compiled code holds counts when it is traced."""
 
     @property
     def fallbacks(self) -> int:
@@ -127,6 +132,24 @@ def record_reference(op: str, reason: str, call: Description, impl: str) -> None
         logger.log(level, "orchard::%s runs on the reference: %s; %s", op, reason, call)
 
 
+def record_left_to_pytorch(reason: str, warn: bool = False) -> None:
+    """Counts a call of F.scaled_dot_product_attention that PyTorch's own path takes."""
+    op = "scaled_dot_product_attention"
+    if debug_enabled():
+        print(f"[orchard] {op}: PyTorch's own path ({reason})", file=sys.stderr)
+    if warn and reason not in _warned:
+        warnings.warn(
+            f"{op} runs on PyTorch's own path: {reason}. Results are as without orchard_ops; "
+            "ORCHARD_STRICT=1 turns this into an error.",
+            OrchardFallbackWarning,
+            stacklevel=_users_level(),
+        )
+    with _lock:
+        _left_to_pytorch[reason] += 1
+        if warn:
+            _warned.add(reason)
+
+
 def stats() -> Stats:
     """Calls of this process by path and reason, see `Stats`."""
     metal = native.metal_calls()
@@ -134,7 +157,11 @@ def stats() -> Stats:
         reference: dict[str, dict[str, int]] = {}
         for (op, reason), count in _reference.items():
             reference.setdefault(reason, {})[op] = count
-        return Stats({op: n - _metal_before_reset[op] for op, n in metal.items()}, reference)
+        return Stats(
+            {op: n - _metal_before_reset[op] for op, n in metal.items()},
+            reference,
+            dict(_left_to_pytorch),
+        )
 
 
 def reset_stats() -> None:
@@ -142,6 +169,7 @@ def reset_stats() -> None:
     metal = native.metal_calls()
     with _lock:
         _reference.clear()
+        _left_to_pytorch.clear()
         _warned.clear()
         _logged.clear()
         _metal_before_reset.update(metal)
