@@ -1,8 +1,9 @@
 """Which path each call took, and why: counters, logs, and the one warning per reason.
 
-`logging.getLogger("orchard_ops")` gets a record for each distinct call that the reference runs: a
-WARNING where an mps call fell back, DEBUG where the reference was asked for or the tensors are
-elsewhere. It has a NullHandler, so that a program without logging sees the Python warning alone.
+`logging.getLogger("orchard_ops")` gets a record for each distinct call that the reference or, under
+`sdpa`, PyTorch runs: a WARNING where an mps call fell back, DEBUG where the program asked for it or
+the tensors are elsewhere. It has a NullHandler, so that a program without logging sees the Python
+warning alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import native, watch
-from .descriptions import Description
+from .descriptions import Description, describe_sdpa
 from .environment import switched_on
 
 logger = logging.getLogger("orchard_ops")
@@ -104,6 +106,14 @@ def _users_level() -> int:
     return level
 
 
+def _is_new(op: str, reason: str, call: Description) -> bool:
+    """Whether a call is to be logged. The caller holds the lock."""
+    if (op, reason, call) in _logged or len(_logged) >= _MOST_LOGGED:
+        return False
+    _logged.add((op, reason, call))
+    return True
+
+
 def record_reference(op: str, reason: str, call: Description, impl: str) -> None:
     """Counts a call that will run on the reference. Raises if the caller insisted on Metal."""
     if insists_on_metal(call.device, impl):
@@ -123,17 +133,21 @@ def record_reference(op: str, reason: str, call: Description, impl: str) -> None
         _reference[op, reason] += 1
         if unasked:
             _warned.add(reason)
-        new = (op, reason, call) not in _logged and len(_logged) < _MOST_LOGGED
-        if new:
-            _logged.add((op, reason, call))
+        new = _is_new(op, reason, call)
     watch.note_reference(reason)
     if new:
         level = logging.WARNING if unasked else logging.DEBUG
         logger.log(level, "orchard::%s runs on the reference: %s; %s", op, reason, call)
 
 
-def record_left_to_pytorch(reason: str, warn: bool = False) -> None:
-    """Counts a call of F.scaled_dot_product_attention that PyTorch's own path takes."""
+def record_left_to_pytorch(reason: str, arguments: tuple[Any, ...], warn: bool = False) -> None:
+    """Counts a call of F.scaled_dot_product_attention that PyTorch's own path takes.
+
+    Args:
+        reason: why.
+        arguments: those of the operator, all of them in its order.
+        warn: whether the program did not ask for it.
+    """
     op = "scaled_dot_product_attention"
     if debug_enabled():
         print(f"[orchard] {op}: PyTorch's own path ({reason})", file=sys.stderr)
@@ -144,10 +158,16 @@ def record_left_to_pytorch(reason: str, warn: bool = False) -> None:
             OrchardFallbackWarning,
             stacklevel=_users_level(),
         )
+    call = describe_sdpa(*arguments)
     with _lock:
         _left_to_pytorch[reason] += 1
         if warn:
             _warned.add(reason)
+        new = _is_new(op, reason, call)
+    watch.tell(op, arguments, reason)
+    if new:
+        level = logging.WARNING if warn else logging.DEBUG
+        logger.log(level, "%s runs on PyTorch's own path: %s; %s", op, reason, call)
 
 
 def stats() -> Stats:

@@ -41,8 +41,35 @@ def describe(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Des
     )
 
 
+def describe_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Description:
+    """The same of a call of F.scaled_dot_product_attention."""
+    words = ["causal"] if is_causal else []
+    words += [f"dropout_p {_number(dropout_p)}"] if dropout_p else []
+    words += [] if scale is None else [f"scale {_number(scale)}"]
+    words += [] if attn_mask is None else [_tensor("attn_mask", attn_mask)]
+    shapes = _shape(query), _shape(key), _shape(value)
+    dtype = str(query.dtype).removeprefix("torch.")
+    return Description(*shapes, dtype, query.device.type, ", ".join(words))
+
+
 def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(map(int, x.shape))
+    """A length that a compiler has not fixed is left to it: a name takes its place."""
+    if x.is_nested:
+        return ()
+    return tuple(n if type(n) is int else str(n) for n in x.shape)  # type: ignore[misc]
+
+
+def _tensor(name: str, x: Tensor) -> str:
+    return f"{name} {_shape(x)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def _arguments(query: Tensor, scoring: Scoring) -> list[str]:
@@ -63,8 +90,7 @@ def _arguments(query: Tensor, scoring: Scoring) -> list[str]:
     words += [f"{name} {_number(value)}" for name, value in given.items()]
     for name, value in scoring._asdict().items():
         if isinstance(value, Tensor) and name != "dropout_seed":
-            dtype = str(value.dtype).removeprefix("torch.")
-            words.append(f"{name} {_shape(value)} {dtype}")
+            words.append(_tensor(name, value))
     return words
 
 

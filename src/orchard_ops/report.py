@@ -12,12 +12,14 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from . import watch
-from .descriptions import Description, describe
+from .descriptions import Description, describe, describe_sdpa
 from .explain import explain_flat
 from .ops.schema import BackwardArgs, ForwardArgs
 from .training_memory import score_matrix_bytes
 
 _DIRECTIONS = {"flash_attn_fwd": "forward", "flash_attn_bwd": "backward"}
+_SDPA = "scaled_dot_product_attention"
+METAL, REFERENCE, PYTORCH = "metal", "reference", "pytorch"
 NOT_SEEN = (
     "attention that never calls orchard_ops (matrix products written out, "
     "F.scaled_dot_product_attention that is not taken over), code that torch.compile wrote with "
@@ -40,11 +42,11 @@ class ReportedCall:
     arguments: str
     """The arguments that are not the defaults, such as "causal, dropout_p 0.1"."""
     path: str
-    """ "metal" or "reference"."""
+    """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
     """The Metal kernels by the plan, but for those that only the gradient of a mask needs."""
     reason: str
-    """The reason for the reference; empty on Metal."""
+    """The reason for another path; empty on Metal."""
     advice: str
     """A change that would make the call run on Metal, or faster there. It may be empty."""
     count: int = 0
@@ -56,7 +58,8 @@ class ReportedCall:
         problem = Description(
             self.query, self.key, self.value, self.dtype, self.device, self.arguments
         )
-        lines = [f"{self.count} x {self.direction} on {self.path}: {problem}"]
+        where = "left to PyTorch" if self.path == PYTORCH else f"on {self.path}"
+        lines = [f"{self.count} x {self.direction} {where}: {problem}"]
         lines += [f"    kernel: {name}" for name in self.kernels]
         for name in ("reason", "advice"):
             if getattr(self, name):
@@ -84,7 +87,7 @@ class Report:
     """In the order of their first run."""
 
     def count(self, path: str) -> int:
-        """Calls on "metal" or on the "reference"."""
+        """Calls on "metal", on the "reference", or left to "pytorch"."""
         return sum(call.count for call in self.calls if call.path == path)
 
     @property
@@ -100,9 +103,10 @@ class Report:
     def __str__(self) -> str:
         if not self.calls:
             return f"orchard_ops: no attention call was seen. Not seen are {NOT_SEEN}."
+        left = self.count(PYTORCH)
         lines = [
-            f"orchard_ops: {self.count('metal')} attention calls on Metal, "
-            f"{self.count('reference')} on the reference"
+            f"orchard_ops: {self.count(METAL)} attention calls on Metal, "
+            f"{self.count(REFERENCE)} on the reference" + (f", {left} left to PyTorch" * (left > 0))
         ]
         lines += map(str, self.calls)
         if self.bytes_not_allocated:
@@ -122,6 +126,8 @@ class _Collector:
         self._entries: dict[tuple[Any, ...], ReportedCall] = {}
 
     def __call__(self, op: str, args: tuple[Any, ...], reference: str | None) -> None:
+        if op == _SDPA:
+            self._left_to_pytorch(args, str(reference))
         if op not in _DIRECTIONS:
             return
         reader: Any = BackwardArgs if op == "flash_attn_bwd" else ForwardArgs
@@ -140,6 +146,19 @@ class _Collector:
                 scores = score_matrix_bytes(batch, num_heads, q_len, problem.key[2])
                 entry.bytes_not_allocated += scores
 
+    def _left_to_pytorch(self, args: tuple[Any, ...], reason: str) -> None:
+        problem = describe_sdpa(*args)
+        with self._lock:
+            self._listed(ReportedCall("forward", *problem, PYTORCH, (), reason, "")).count += 1
+
+    def _listed(self, call: ReportedCall) -> ReportedCall:
+        """The entry that says the same, in another layout perhaps, or this one as a new entry."""
+        for other in self.report.calls:
+            if _same(other, call):
+                return other
+        self.report.calls.append(call)
+        return call
+
     def _new(self, op: str, problem: Description, call: Any, reference: str | None) -> ReportedCall:
         direction = _DIRECTIONS[op]
         found = explain_flat(call.query, call.key, call.value, *call.scoring, call.impl)
@@ -148,13 +167,8 @@ class _Collector:
             kernels = found.forward_kernels if direction == "forward" else found.backward_kernels
         # The advice of a plan that Metal takes is about speed there.
         advice = found.advice if (reference is None) == (found.path == "metal") else ""
-        path, reason = ("metal", "") if reference is None else ("reference", reference)
-        new = ReportedCall(direction, *problem, path, kernels, reason, advice)
-        for other in self.report.calls:  # in another layout, which runs alike
-            if _same(other, new):
-                return other
-        self.report.calls.append(new)
-        return new
+        path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
+        return self._listed(ReportedCall(direction, *problem, path, kernels, reason, advice))
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
@@ -182,7 +196,8 @@ def report(file: TextIO | None = None, *, show: bool = True) -> Iterator[Report]
     its backward. It sees forwards and backwards, whatever calls them: the functions of this
     package, `torch.ops.orchard`, F.scaled_dot_product_attention where it is taken over, autograd,
     checkpointing, `torch.compile` and `torch.func`. A backward is counted where it runs, so the
-    block must hold it. A call that the dispatcher refuses is not listed.
+    block must hold it. Calls that the takeover leaves to PyTorch are listed with the reason, their
+    backwards are not; one that compiled code holds is listed when it is traced.
 
     It does not see attention that never calls this package, code that torch.compile wrote with
     cpp_wrapper or AOTInductor, and other processes.

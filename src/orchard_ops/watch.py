@@ -1,4 +1,6 @@
-"""Who watches the functional ops: `report` sees each call that runs, on any thread, and its path.
+"""Who watches the ops: `report` sees each call that runs, on any thread, and its path.
+
+Calls of F.scaled_dot_product_attention that are left to PyTorch are told, too.
 
 While nobody watches, a call costs one look at an empty tuple.
 """
@@ -18,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Watcher = Callable[[str, tuple[Any, ...], "str | None"], None]
-"""It takes an op's name, the flat arguments, and the reason why the reference ran them, or None."""
+"""It takes an op's name, the flat arguments, and why Metal did not run them, or None."""
 
 watchers: tuple[Watcher, ...] = ()
 _lock = threading.Lock()
@@ -90,7 +92,13 @@ def call(name: str, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         outer.counted = True
     if frame.counted or _traced(args):
         return result
-    with torch._C._DisableTorchDispatch():  # what a watcher asks is not the program's
-        for watcher in watchers:
-            watcher(name, args, frame.reference)
+    tell(name, args, frame.reference)
     return result
+
+
+def tell(name: str, args: tuple[Any, ...], reason: str | None) -> None:
+    """Tells the watchers of a call that has run."""
+    if watchers:
+        with torch._C._DisableTorchDispatch():  # what a watcher asks is not the program's
+            for watcher in watchers:
+                watcher(name, args, reason)

@@ -9,9 +9,12 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import Case
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import orchard_ops
+from orchard_ops.descriptions import describe_sdpa
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -312,3 +315,60 @@ def test_the_log_does_not_grow_without_end(
         q = torch.ones(1, 1, length, 8)
         orchard_ops.flash_attn(q, q, q)
     assert len(caplog.records) == len(orchard_ops.calls._logged) == 2
+
+
+# ---- F.scaled_dot_product_attention, taken over -------------------------------------------------
+
+
+def test_calls_that_are_taken_over_are_seen(agrees):
+    q, k, v = operands("mps")
+    with orchard_ops.sdpa(), orchard_ops.report(show=False) as report:
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    assert counts(report) == {(FORWARD, "metal"): 1, (BACKWARD, "metal"): 1}
+    agrees(report)
+
+
+def test_calls_that_are_left_to_pytorch_are_listed_with_the_reason(
+    fresh_stats: None, quiet_fallback: None, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.DEBUG, logger="orchard_ops")
+    q, k, v = (x.detach() for x in operands("mps"))
+    wide = torch.ones(1, 1, 4, 300, device="mps")
+    with orchard_ops.sdpa(), orchard_ops.report(show=False) as report:
+        for _ in range(2):
+            F.scaled_dot_product_attention(wide, wide, wide, is_causal=True, scale=0.5)
+        with sdpa_kernel(SDPBackend.MATH):
+            F.scaled_dot_product_attention(q, k, v, scale=2.0, enable_gqa=True)
+    assert [(c.path, c.reason, c.arguments, c.count) for c in report.calls] == [
+        ("pytorch", "head_dim is above 256", "causal, scale 0.5", 2),
+        ("pytorch", "sdpa_kernel does not allow SDPBackend.FLASH_ATTENTION", "scale 2", 1),
+    ]
+    assert report.bytes_not_allocated == 0
+    first, second, *_ = str(report).splitlines()
+    assert first.endswith("0 on the reference, 3 left to PyTorch")
+    assert second.startswith("2 x forward left to PyTorch: query (1, 1, 4, 300)")
+    assert sum(call.count for call in report.calls) == sum(
+        orchard_ops.stats().left_to_pytorch.values()
+    )
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG"]
+
+
+def test_lengths_of_a_compiler_stay_open(fresh_stats: None, quiet_fallback: None):
+    """Describing a call that is traced does not fix its lengths, or others would be traced anew."""
+    torch.compiler.reset()
+    step = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", dynamic=True)
+    traced = []
+    with orchard_ops.sdpa(), orchard_ops.report(show=False) as report:
+        for length in (4, 5, 6, 7):
+            x = torch.ones(1, 1, length, 300, device="mps")
+            step(x, x, x)
+            traced.append(sum(call.count for call in report.calls))
+    torch.compiler.reset()
+    assert traced == [traced[0]] * 4 and traced[0] > 0
+
+
+def test_nested_tensors_are_described():
+    x = torch.nested.as_nested_tensor([torch.ones(2, 3, 8), torch.ones(2, 5, 8)])
+    assert x.is_nested and x.layout == torch.strided  # which have no shape
+    found = describe_sdpa(x, x, x, None, 0.1, False, None, False)
+    assert found == ((), (), (), "float32", "cpu", "dropout_p 0.1")

@@ -17,6 +17,7 @@ import torch
 
 from .. import native, plan
 from ..ops import schema
+from ..takeover import switch
 from . import endings, kernel_check, machine, probes, variables
 from .findings import FAULT, GOOD, NOTE, Finding
 from .place import Place, find_place
@@ -107,11 +108,7 @@ def diagnose() -> Diagnosis:
 
 def takeover() -> str:
     """Whether F.scaled_dot_product_attention is taken over in this process, and how to do it."""
-    try:
-        from .. import takeover as module  # type: ignore[attr-defined]
-    except ImportError:
-        return "this version does not take it over"
-    if module.switch.active():
+    if switch.active():
         return "taken over on mps"
     return "PyTorch's own, until orchard_ops.enable() or a block of orchard_ops.sdpa()"
 

@@ -45,7 +45,7 @@ def attention(
     if not _is_plain(query, key, value, attn_mask, is_causal):
         reason = _why_left_to_pytorch(query, key, value, attn_mask, is_causal)
         if reason is not None:
-            calls.record_left_to_pytorch(reason)
+            calls.record_left_to_pytorch(reason, arguments)
             return _pytorch(arguments)
     reason = _why_not_metal(query, value)
     if reason is not None and not calls.strict():
@@ -95,7 +95,8 @@ def attention_under_vmap(
     if query.device.type != "mps":
         return _pytorch(arguments)
     if dropout_p > 0.0 and _vmap_randomness() != "different":
-        calls.record_left_to_pytorch("vmap asks for one dropout mask for all samples")
+        reason = "vmap asks for one dropout mask for all samples"
+        calls.record_left_to_pytorch(reason, arguments)
         return _pytorch(arguments)
     return attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -112,7 +113,7 @@ def _pytorch_instead(arguments: _Arguments, reason: str) -> Tensor:
     """PyTorch's own kernel for a call that was meant to be ours. It may refuse the call too, in its
     own words."""
     out = _pytorch(arguments)
-    calls.record_left_to_pytorch(reason, warn=True)
+    calls.record_left_to_pytorch(reason, arguments, warn=True)
     return out
 
 
