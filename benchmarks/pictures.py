@@ -89,7 +89,9 @@ def predicted_speed(result: dict[str, Any]) -> Figure:
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
         axes.set_ylim(bottom=0)
     forward.legend(fontsize=8, loc="lower left")
-    figure.suptitle("Predicted for an M1 Max by a model, not measured (median, middle 80 %)", size=9)
+    figure.suptitle(
+        "Predicted for an M1 Max by a model, not measured (median, middle 80 %)", size=9
+    )
     return figure
 
 
@@ -233,7 +235,9 @@ def digest(source: str) -> str:
 def main() -> None:
     for name, (source, draw) in PICTURES.items():
         figure = draw(json.loads((RESULTS / source).read_text()))
-        figure.savefig(IMAGES / name, dpi=120, metadata={"Source": source, "SHA-256": digest(source)})
+        figure.savefig(
+            IMAGES / name, dpi=120, metadata={"Source": source, "SHA-256": digest(source)}
+        )
         print(IMAGES / name)
 
 

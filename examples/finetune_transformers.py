@@ -1,16 +1,16 @@
 """A causal language model of transformers, fine-tuned on a padded batch.
 
-The model is a tiny Llama with random weights, so that nothing is downloaded; with a checkpoint it is
-`AutoModelForCausalLM.from_pretrained(name, attn_implementation="orchard")`.
+The model is a tiny Llama with random weights, so that nothing is downloaded. With a checkpoint it
+is `AutoModelForCausalLM.from_pretrained(name, attn_implementation="orchard")`.
 """
 
 import argparse
 
+import orchard_ops.integrations.transformers  # registers "orchard"
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import orchard_ops
-import orchard_ops.integrations.transformers  # registers "orchard"
 
 
 def main(arguments: list[str] | None = None) -> list[float]:

@@ -6,7 +6,7 @@ page's own words are parsed and used in any case.
 
 from __future__ import annotations
 
-import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,10 +16,11 @@ import pages
 import pytest
 from pages import PAGES, ROOT
 
-from orchard_ops.__main__ import build_parser
+from orchard_ops.__main__ import build_parser, main
 
+_TINY = "--cases gpt --heads 1 --head-dims 8 --dtypes float32 --lengths 16 24 --seconds 0.01"
 SMALL = {
-    "bench": "--device cpu --lengths 16 24 --seconds 0.01",
+    "bench": f"--device cpu {_TINY}",
     "demo": "--device cpu --steps 1 --sample-bytes 2",
     "selftest": "--device cpu --quick",
     "doctor": "",
@@ -31,12 +32,9 @@ SMALL = {
     "diffusers_unet.py": "--steps 1 --size 8",
 }
 """Behind the words of the page."""
-ON_MPS = {
-    "bench --tiles": "--device mps --cases gpt --heads 1 --head-dims 64 --dtypes float16 "
-    "--lengths 16 --seconds 0.01"
-}
-"""Instead of SMALL for calls that need Metal kernels."""
-COLLECT = "--collect-only -q -p no:xdist -p no:cacheprovider tests/docs/test_commands.py"
+FEW_TILES = f"--device mps {_TINY} --head-dims 64 --tiles r1_k16_b0"
+"""Instead of SMALL for measurements that need Metal kernels."""
+COLLECT = "--collect-only -q -n 0 -p no:cacheprovider tests/docs/test_commands.py"
 MADE = {
     "demo": "--steps 1 --sample-bytes 2",
     "bench": SMALL["bench"],
@@ -45,8 +43,13 @@ MADE = {
     "mutants": "keys.h --list",
 }
 """ARGS of make, behind those of the page. The suite is collected, not run from within itself."""
-BUILT = (".venv/ready", ".venv/dev", "tools", "lint", "build/native/liborchard_ops.so")
+BUILT = (
+    *(".venv/ready", ".venv/dev", "tools", "lint"),
+    *("build/native/liborchard_ops.so", "src/orchard_ops/liborchard_ops.dylib"),
+)
 """What make takes as done: a test installs and builds nothing in the checkout."""
+LINUX_ONLY = ("make mutants",)
+"""Instruments that are built on the simulated device."""
 
 COMMANDS = {
     " ".join(words): (words, block)
@@ -57,80 +60,77 @@ COMMANDS = {
 }
 
 
-def run(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """In a folder where nothing of the checkout is written."""
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Shows the checkout's files under their relative names."""
-    for name in ("examples", "benchmarks", "src"):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shows the checkout's files under their relative names, and takes what a command writes."""
+    for name in ("examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def python_command(words: list[str]) -> list[str]:
-    """The words behind `python`, made small, through the simulated device where there is one."""
-    on_device = [sys.executable, *(["-m", "simulator"] if sys.platform == "linux" else [])]
-    if words[:2] == ["-m", "orchard_ops"]:
-        small = SMALL[words[2]]
-        if words[2] == "bench" and {"--tiles", "--scratch"} & set(words):
-            small = ON_MPS["bench --tiles"]
-        if "--plot" in words:
-            small = ""
-        output = ["--output", "out"] if words[2] in ("bench", "demo") else []
-        return [*on_device, *words, *small.split(), *output]
+def run_package(words: list[str]) -> int:
+    small = SMALL[words[0]].split()
+    if words[0] == "bench" and {"--tiles", "--scratch"} & set(words):
+        small = FEW_TILES.split()
+    if "--plot" in words:
+        small = []
+    output = ["--output", "out"] if words[0] in ("bench", "demo") else []
+    return main([*words, *small, *output])
+
+
+def run_example(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     script = Path(words[0]).name
+    monkeypatch.setattr(sys, "argv", [*words, *SMALL[script].split()])
     assert words[0] == f"examples/{script}", f"no such program: {words[0]}"
-    return [*on_device, *words, *SMALL[script].split()]
+    runpy.run_path(words[0], run_name="__main__")
+    return 0
 
 
-def make_command(words: list[str]) -> list[str]:
-    (target, *arguments) = words
+def run_make(words: list[str]) -> int:
+    target, *arguments = words
     own = next((x.removeprefix("ARGS=") for x in arguments if x.startswith("ARGS=")), "")
     done = [word for file in BUILT for word in ("-o", file)]
-    python = f"PY={sys.executable}"
-    return ["make", "-C", str(ROOT), *done, target, python, f"ARGS={own} {MADE[target]}"]
+    small = f"ARGS={own} {MADE[target]}"
+    return subprocess.call(["make", "-C", str(ROOT), *done, target, f"PY={sys.executable}", small])
 
 
-def pip_command(words: list[str]) -> list[str]:
-    """Resolved and built as far as metadata goes; nothing is installed or downloaded."""
+def run_pip(words: list[str], folder: Path) -> int:
+    """Built as far as metadata goes, from a copy; nothing is installed or downloaded."""
     assert words[0] == "install", words
+    source = folder / "copy"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
     dry = ["--dry-run", "--no-deps", "--no-build-isolation", "--quiet", "--no-index"]
-    return [sys.executable, "-m", "pip", "install", *dry, *words[1:]]
+    pip = [sys.executable, "-m", "pip", "install", *dry, *words[1:]]
+    return subprocess.call(pip, cwd=source)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_page_s_command_runs(command: str, folder: Path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(x, marks=[pytest.mark.simulated] if x.startswith(LINUX_ONLY) else [])
+        for x in COMMANDS
+    ],
+)
+def test_a_page_s_command_runs(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     words, block = COMMANDS[command]
-    variables = {}
     while "=" in words[0]:
-        name, _, variables[name] = words[0].partition("=")
+        name, _, value = words[0].partition("=")
+        monkeypatch.setenv(name, value)
         words = words[1:]
-    program, *words = words
-    if program == "python":
-        done = run(python_command(words), folder, PYTHONPATH=str(ROOT), **variables)
-    elif program == "make":
-        (folder / "out").mkdir()
-        done = run(make_command(words), folder, **variables)
-    elif program == "pip":
-        source = shutil.copytree(
-            ROOT / "src", folder / "copy" / "src", ignore=shutil.ignore_patterns("*.egg-info")
-        ).parent
-        for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / file, source)
-        done = run(pip_command(words), source, **variables)
+    if words[:3] == _PACKAGE:
+        status = run_package(words[3:])
+    elif words[0] == "python":
+        status = run_example(words[1:], monkeypatch)
+    elif words[0] == "make":
+        status = run_make(words[1:])
+    elif words[0] == "pip":
+        status = run_pip(words[1:], folder)
     else:
         pytest.fail(f"{block}: no test knows how to run {command!r}: add it to {__file__}")
-    assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
+    assert status == 0, f"{block}: {command}"
 
 
 def test_every_command_of_the_package_is_on_a_page():

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import orchard_ops
 import pages
 import pytest
 from pages import PAGES, ROOT, Block
+
+import orchard_ops
 
 WITH_CODE = [p for p in PAGES if any(b.language in ("python", "pycon") for b in pages.blocks(p))]
 ANY = Path(__file__)
