@@ -29,16 +29,21 @@ html_theme = "furo"
 html_title = f"orchard_ops {release}"
 html_show_sourcelink = False
 
-_FROM_THE_ROOT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+_STAND_IN = {  # a page of the site for one that stands elsewhere in the repository
+    "changelog": ROOT / "CHANGELOG.md",
+    "contributing": ROOT / "CONTRIBUTING.md",
+    "examples": ROOT / "examples" / "README.md",
+}
+_COLON = "\0"
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#|path:)([^)#\s]+)(?=[)#])")
 
 
 def _adapt(app, docname, source):
-    """Pages are written for readers of the repository. In the site two of them are files of the
-    root, and a link to a file that is no page of the site offers the file itself."""
+    """Pages are written for readers of the repository. In the site a link to a file that is no page
+    of it offers the file itself."""
     folder, text = DOCS, source[0]
-    if docname in _FROM_THE_ROOT:
-        folder, text = ROOT, (ROOT / _FROM_THE_ROOT[docname]).read_text()
+    if docname in _STAND_IN:
+        folder, text = _STAND_IN[docname].parent, _STAND_IN[docname].read_text()
 
     def for_the_site(link):
         target = (folder / link[1]).resolve()
@@ -49,11 +54,19 @@ def _adapt(app, docname, source):
     source[0] = _LINK.sub(for_the_site, text)
 
 
-def _escape(app, what, name, obj, options, lines):
-    """Docstrings write |i - j|, which reStructuredText takes for a substitution."""
+def _before_napoleon(app, what, name, obj, options, lines):
+    """Docstrings write |i - j|, which reStructuredText takes for a substitution. A colon in that
+    of an attribute is one, where napoleon sees a type before it."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
+    if what == "attribute":
+        lines[:] = [line.replace(":", _COLON) for line in lines]
+
+
+def _after_napoleon(app, what, name, obj, options, lines):
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 def setup(app):
     app.connect("source-read", _adapt)
-    app.connect("autodoc-process-docstring", _escape, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
