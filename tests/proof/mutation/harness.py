@@ -41,6 +41,7 @@ MASK_MAP, DSINKS, DMASK, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS = OTHER_FAMILIES 
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BOOL = 3  # of a mask
 GUARD_BYTES = 4096
+OBJECTS = ROOT / "build" / "mutation" / "objects"  # of the repository's plan
 
 
 # ---- tensors
@@ -140,7 +141,7 @@ class Sources:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "plan.so")
             try:
-                compile_planner(output, self.root, "-O0", "-w")
+                compile_planner(output, self.root, "-O0", "-w", objects=OBJECTS)
             except subprocess.CalledProcessError as error:
                 raise engine.CompileError(error.stderr) from None
             return Planner(output)

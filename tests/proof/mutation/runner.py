@@ -3,7 +3,8 @@
 A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
 the child starts with torch, the references and the engine loaded, so that a mutant costs little
 more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
-there already is not run again, and what killed a mutant of earlier sources goes first now.
+there already is not run again. What killed a mutant of earlier sources goes first now, then what
+killed others of its function.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +169,7 @@ def _work(tasks, results, original: Original) -> None:
         for name in ("shaders", "native"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         order: dict[str, list] = {}
-        for mutant, suspect in iter(tasks.get, None):
+        for mutant, suspects in iter(tasks.get, None):
             began = time.monotonic()
             path = root / mutant.file
             text = path.read_text(encoding="ascii")
@@ -177,13 +179,10 @@ def _work(tasks, results, original: Original) -> None:
             if mutant.file not in order:
                 order[mutant.file] = relevant(mutant.file, baseline)
             tests = order[mutant.file]
-            first = [test for test in tests if test.name == suspect]
+            places = {name: place for place, name in enumerate(suspects)}
+            tests = sorted(tests, key=lambda test: places.get(test.name, len(places)))
             try:
-                found = run_mutant(
-                    first + [test for test in tests if test.name != suspect],
-                    sources,
-                    original.libraries,
-                )
+                found = run_mutant(tests, sources, original.libraries)
             finally:
                 path.write_text(text, encoding="ascii")
             same = not own_plan and found.get("code", {}).items() <= original.code.items()
@@ -248,29 +247,69 @@ class Progress:
             file.write(json.dumps({**outcome.__dict__, "stamp": self.stamp}) + "\n")
 
 
+class Suspects:
+    """The killers that go first: a mutant's own of earlier sources, and those that have noticed
+    the most mutants of its function, and of its file, for their time.
+    """
+
+    WIDTH = 6  # so many of a function, and of a file
+
+    def __init__(self, earlier: dict[str, str]):
+        self._earlier = earlier
+        self._kills: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        self._seconds: dict[str, float] = {}  # the shortest run that ended with a killer
+
+    def learn(self, mutant: Mutant, outcome: Outcome) -> None:
+        if not outcome.killer or outcome.status == "compiler":
+            return
+        for place in (mutant.file, mutant.function), (mutant.file,):
+            self._kills[place][outcome.killer] += 1
+        known = self._seconds.get(outcome.killer, outcome.seconds)
+        self._seconds[outcome.killer] = min(known, outcome.seconds)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        names = [self._earlier[mutant.key]] if mutant.key in self._earlier else []
+        for place in (mutant.file, mutant.function), (mutant.file,):
+            kills = self._kills[place]
+            best = sorted(kills, key=lambda name: (self._seconds[name] + 0.1) / kills[name])
+            names += best[: self.WIDTH]
+        return list(dict.fromkeys(names))
+
+
 class Workers:
     """Processes that run mutants; iterating gives their outcomes."""
 
     def __init__(
-        self, mutants: Sequence[Mutant], suspects: dict[str, str], jobs: int, original: Original
+        self, mutants: Sequence[Mutant], suspects: Suspects, jobs: int, original: Original
     ):
         context = multiprocessing.get_context("fork")
         self.tasks, self.results = context.Queue(), context.Queue()
-        self.total = len(mutants)
+        self.waiting = list(reversed(mutants))
+        self.running: dict[str, Mutant] = {}
+        self.suspects = suspects
         self.processes = [
             context.Process(target=_work, args=(self.tasks, self.results, original), daemon=True)
             for _ in range(jobs)
         ]
         for process in self.processes:  # first, as putting starts a thread
             process.start()
-        for mutant in mutants:
-            self.tasks.put((mutant, suspects.get(mutant.key, "")))
-        for _ in range(jobs):
-            self.tasks.put(None)
+        for _ in range(2 * jobs):  # not all of them, since what is learned orders the later ones
+            self._give()
+
+    def _give(self) -> None:
+        if self.waiting:
+            mutant = self.waiting.pop()
+            self.running[mutant.key] = mutant
+            self.tasks.put((mutant, self.suspects.of(mutant)))
 
     def __iter__(self) -> Iterator[Outcome]:
-        for _ in range(self.total):
-            yield self._next()
+        while self.running:
+            outcome = self._next()
+            self.suspects.learn(self.running.pop(outcome.key), outcome)
+            self._give()
+            yield outcome
+        for _ in self.processes:
+            self.tasks.put(None)
         for process in self.processes:
             process.join()
 
@@ -340,7 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     if todo and not arguments.report:
         random.Random(1).shuffle(todo)  # so that the time left can be told
-        workers = Workers(todo, progress.suspects, arguments.jobs, prepare())
+        suspects = Suspects(progress.suspects)
+        for mutant in mutants:
+            if mutant.key in progress.outcomes:
+                suspects.learn(mutant, progress.outcomes[mutant.key])
+        workers = Workers(todo, suspects, arguments.jobs, prepare())
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
                 progress.add(outcome)
