@@ -70,7 +70,7 @@ versions:
 
 # A warning is an error: a dead link, a page that is in no list, a docstring that does not parse.
 docs: $(VENV)/dev
-	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
+	$(PY) -m sphinx -E -W --keep-going -q -b html docs build/docs $(ARGS)
 
 engine: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal tests/simulator/test_engine*.py $(ARGS)
