@@ -3,6 +3,7 @@
 #   make test   the whole suite; on a Mac what is not Linux-only (tests/rooms.py)
 #   make quick  a part of it that takes a minute and a half, for the loop of work
 #   make versions  what needs no mps device, on the oldest and the newest torch
+#   make docs   the site, in build/docs/index.html
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
 #   make sdist  the source distribution, in dist/
@@ -33,7 +34,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test quick versions bench memory lint format native wheel sdist abi tools clean
+.PHONY: demo test quick versions docs bench memory lint format native wheel sdist abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -67,6 +68,10 @@ quick: $(VENV)/dev tools $(PLUGIN)
 # Throwaway environments: $(VENV) keeps the torch that everything else is checked with.
 versions:
 	$(PYTHON) tools/torch_versions.py $(ARGS)
+
+# A warning is an error: a dead link, a page that is in no list, a docstring that does not parse.
+docs: $(VENV)/dev
+	$(PY) -m sphinx -E -W --keep-going -q -b html docs build/docs $(ARGS)
 
 engine: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal tests/simulator/test_engine*.py $(ARGS)

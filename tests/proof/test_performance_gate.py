@@ -62,7 +62,7 @@ def test_gate_sees_an_unknown_kernel():
 
 def test_docs_quote_what_features_cost():
     """The table word for word, and the cycles of the mask's gradient."""
-    text = (counts.ROOT / "docs" / "performance.md").read_text()
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
     header, rows = features.costs(COMMITTED)
     assert len(rows) == len(counts.SCORES) + 1
     for row in (header, *rows):
