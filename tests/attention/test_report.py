@@ -87,6 +87,12 @@ def compiled(q, k, v):
         step(q, k, v).backward()
 
 
+def inductor(q, k, v):
+    step = torch.compile(lambda q, k, v: (attend(q * 2, k, v) + 1).square().sum())
+    for _ in range(2):
+        step(q, k, v).backward()
+
+
 def func_grad(q, k, v):
     torch.func.grad(lambda q: attend(q, k.detach(), v.detach()).square().sum())(q.detach())
 
@@ -129,6 +135,7 @@ WAYS = {
     "inference_mode": (inference_mode, (2, 0)),
     "functional pair": (functional_pair, (1, 1)),
     "torch.compile": (compiled, (2, 2)),
+    "torch.compile, inductor": (inductor, (2, 2)),
     "torch.func.grad": (func_grad, (1, 1)),
     "vmap": (vmapped, (1, 0)),
     "checkpoint": (checkpointed, (2, 1)),
