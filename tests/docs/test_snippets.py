@@ -18,8 +18,8 @@ import orchard_ops
 WITH_CODE = [p for p in PAGES if any(b.language in ("python", "pycon") for b in pages.blocks(p))]
 ANY = Path(__file__)
 GIVEN = Path(__file__).parent / "given"
-"""What the reader of a page has before its first line, such as a checkpoint: a program by the page's
-name. Most pages need none, since what they show is complete."""
+"""What the reader of a page has before its first line, such as a checkpoint: programs by pages'
+names. Most pages need none, since what they show is complete."""
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
