@@ -42,6 +42,7 @@ class Mutant:
     begin: int  # offsets of the replaced text
     end: int
     text: str
+    lines: tuple[int, int]  # of the statement: its first and last
 
     @cached_property
     def key(self) -> str:
@@ -75,7 +76,7 @@ def mutants_of(file: str, text: str) -> Iterator[Mutant]:
             count[same] += 1
             yield Mutant(
                 file, function, name, before, after, count[same], code.line(edit.begin),
-                place[0], place[1], edit.text,
+                place[0], place[1], edit.text, (code.line(begin), code.line(end - 1)),
             )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attention_cases import Case
-from simulator import engine
 
 from ..harness import (
     DELTA,
@@ -30,11 +29,10 @@ from ..harness import (
     Sources,
 )  # fmt: skip
 from .attention import BF16, F16, F32
+from .compiled import compile_kernel
 from .score_problems import Scores
 from .score_results import compare, products
 from .score_runs import launched, left_by_the_repository, plan_of
-
-_compiled: dict[tuple, engine.Library] = {}
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,9 @@ class Scored:
         known = dict(left_by_the_repository(problem))
         plan, params = plan_of(problem, sources, known["out"], family != FORWARD)
         kernel = next(dict(k) for k in plan["kernels"] if k["family"] == family)
-        key = (sources.root, kernel["name"], self.check)
-        if key not in _compiled:
-            text = sources.text(family) + kernel["instantiation"]
-            _compiled[key] = engine.compile(text, check=self.check)
+        library = compile_kernel(sources, family, kernel, self.check)
         note("compiled")
-        results, counters = launched(
-            problem, kernel, plan, params, known, _compiled[key], sources.buffers
-        )
+        results, counters = launched(problem, kernel, plan, params, known, library, sources.buffers)
         compare(problem, family, results)
         expected = products(problem, kernel)
         assert counters.mma == expected, f"{counters.mma} matrix products, not {expected}"
