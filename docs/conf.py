@@ -37,7 +37,7 @@ _STAND_IN = {  # a page of the site for one that stands elsewhere in the reposit
     "examples": ROOT / "examples" / "README.md",
 }
 _COLON = "\0"
-_LINK = re.compile(r"(?<=\]\()(?!https?:|#|path:)([^)#\s]+)(?=[)#])")
+_LINK = re.compile(r"(?<=\]\()(?!https?:|#|path:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
 def _adapt(app, docname, source):
@@ -53,7 +53,7 @@ def _adapt(app, docname, source):
     def for_the_site(link):
         target = (folder / link[1]).resolve()
         if DOCS in target.parents or not target.is_file():
-            return relpath(target, DOCS)
+            return relpath(target, DOCS) + (link[2] or "")
         return f"path:{relpath(target, DOCS)}"
 
     source[0] = _LINK.sub(for_the_site, text)
