@@ -1,5 +1,6 @@
 """The site of docs/, built by ``make docs``: Sphinx reads the Markdown pages through MyST."""
 
+import os
 import re
 import sys
 from os.path import relpath
@@ -10,6 +11,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from orchard_ops import __version__  # noqa: E402
+from orchard_ops.__main__ import build_parser  # noqa: E402
 
 project = "orchard_ops"
 author = "The orchard_ops authors"
@@ -35,7 +37,7 @@ _STAND_IN = {  # a page of the site for one that stands elsewhere in the reposit
     "examples": ROOT / "examples" / "README.md",
 }
 _COLON = "\0"
-_LINK = re.compile(r"(?<=\]\()(?!https?:|#|path:)([^)#\s]+)(?=[)#])")
+_LINK = re.compile(r"(?<=\]\()(?!https?:|#|path:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
 def _adapt(app, docname, source):
@@ -45,13 +47,25 @@ def _adapt(app, docname, source):
     if docname in _STAND_IN:
         folder, text = _STAND_IN[docname].parent, _STAND_IN[docname].read_text()
 
+    if docname == "commands":
+        text += _help()
+
     def for_the_site(link):
         target = (folder / link[1]).resolve()
         if DOCS in target.parents or not target.is_file():
-            return relpath(target, DOCS)
+            return relpath(target, DOCS) + (link[2] or "")
         return f"path:{relpath(target, DOCS)}"
 
     source[0] = _LINK.sub(for_the_site, text)
+
+
+def _help():
+    """What every command prints about itself, 80 columns wide."""
+    os.environ["COLUMNS"] = "80"
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    return "".join(
+        f"\n## {name}\n\n```text\n{parser.format_help()}```\n" for name, parser in commands.items()
+    )
 
 
 def _before_napoleon(app, what, name, obj, options, lines):

@@ -198,14 +198,15 @@ class Attention:
 
         Where several threadgroups share dmask, its kernel writes to dmask_parts, as on a Mac.
         """
-        for name in ("mask", "alibi_slopes", "sinks"):
+        for name in ("mask", "alibi_slopes", "sinks", "key_ranges"):
             if getattr(s, name) is not None:
                 tensors[name] = getattr(s, name)
-        if plan.map_elements:
-            device = tensors["q"].device
-            tensors["mask_map"] = torch.full(
-                (plan.map_elements, 2), -7, dtype=torch.int32, device=device
-            )
+        written = {"mask_map": 2 * plan.map_elements, "range_hulls": plan.hull_elements}
+        for name, elements in written.items():
+            if elements:
+                tensors[name] = torch.full(
+                    (elements,), -7, dtype=torch.int32, device=tensors["q"].device
+                )
         if self.disturb is not None:
             self.disturb(plan.params)
         buffers = {self._index[name]: tensor for name, tensor in tensors.items()}

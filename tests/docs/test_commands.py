@@ -87,12 +87,14 @@ def run_example(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def run_make(words: list[str]) -> int:
+def run_make(words: list[str], folder: Path) -> int:
     target, *arguments = words
     own = next((x.removeprefix("ARGS=") for x in arguments if x.startswith("ARGS=")), "")
     done = [word for file in BUILT for word in ("-o", file)]
-    small = f"ARGS={own} {MADE[target]}"
-    return subprocess.call(["make", "-C", str(ROOT), *done, target, f"PY={sys.executable}", small])
+    output = f"--output {folder}" if target in ("demo", "bench") else ""
+    small = f"ARGS={own} {MADE[target]} {output}"
+    variables = (f"PY={sys.executable}", "MAKE=true", small)  # no make within make builds either
+    return subprocess.call(["make", "-C", str(ROOT), *done, target, *variables])
 
 
 def run_pip(words: list[str], folder: Path) -> int:
@@ -125,7 +127,7 @@ def test_a_page_s_command_runs(command: str, folder: Path, monkeypatch: pytest.M
     elif words[0] == "python":
         status = run_example(words[1:], monkeypatch)
     elif words[0] == "make":
-        status = run_make(words[1:])
+        status = run_make(words[1:], folder)
     elif words[0] == "pip":
         status = run_pip(words[1:], folder)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import orchard_ops
 
 WITH_CODE = [p for p in PAGES if any(b.language in ("python", "pycon") for b in pages.blocks(p))]
 ANY = Path(__file__)
+GIVEN = Path(__file__).parent / "given"
+"""What the reader of a page has before its first line, such as a checkpoint: programs by pages'
+names. Most pages need none, since what they show is complete."""
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
@@ -37,8 +41,14 @@ def run_session(block: Block, namespace: dict[str, Any]) -> None:
     namespace.update(test.globs)
 
 
-def run_page(blocks: list[Block]) -> None:
+def given(page: Path) -> Path:
+    return GIVEN / f"{page.stem.replace('-', '_')}.py"
+
+
+def run_page(blocks: list[Block], before: Path | None = None) -> None:
     namespace: dict[str, Any] = {"__name__": "page"}
+    if before is not None and before.exists():
+        namespace = runpy.run_path(str(before))
     for block in blocks:
         if block.language == "python":
             run_python(block, namespace)
@@ -52,7 +62,7 @@ def test_a_page_s_code_runs(page: Path, monkeypatch, tmp_path, fresh_stats):
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
     try:
-        run_page(pages.blocks(page))
+        run_page(pages.blocks(page), given(page))
     finally:
         for variable in os.environ.keys() - before.keys():
             del os.environ[variable]
@@ -64,6 +74,10 @@ def test_no_block_escapes(page: Path):
     for block in pages.blocks(page):
         why = pages.unexecuted(block)
         assert why is None, f"{block}: no test executes this block: {why}"
+
+
+def test_every_program_in_given_has_its_page():
+    assert {*GIVEN.glob("*.py")} <= {given(page) for page in WITH_CODE}
 
 
 def test_an_example_that_does_not_run_is_found():
