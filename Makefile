@@ -5,6 +5,7 @@
 #   make versions  what needs no mps device, on the oldest and the newest torch
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
+#   make hub-kernel  what Hugging Face's `kernels` loads, in build/hub-kernel
 #   make abi    which torch releases that wheel's library loads into, and why
 # The instruments of docs/proof.md; what is fast enough is part of `make test`:
 #   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model | memory
@@ -32,7 +33,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test quick versions bench memory lint format native wheel abi tools clean
+.PHONY: demo test quick versions bench memory lint format native wheel hub-kernel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -114,6 +115,9 @@ $(PLUGIN): $(shell find native shaders -name '*.h' -o -name '*.cpp' -o -name '*.
 
 wheel: $(VENV)/dev tools
 	$(PY) $(WHEEL)
+
+hub-kernel: $(VENV)/dev tools
+	$(PY) tools/hub_kernel.py $(ARGS)
 
 abi: $(VENV)/dev tools
 	$(PY) tools/macos/abi_check.py

@@ -8,3 +8,5 @@ import torch
 
 NAME = "orchard"
 OPS = getattr(torch.ops, NAME)
+INSTALLED = NAME == "orchard"
+"""Whether this is the installed package, and not a copy with a library of its own."""

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .namespace import NAME, OPS
+from .namespace import INSTALLED, NAME, OPS
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
 _INTERFACE = "orchard_library_interface"
@@ -17,7 +17,7 @@ _why_not: str | None = "the native library has not been looked for"
 def _library_path() -> Path:
     """The path in ORCHARD_NATIVE_LIBRARY (for development builds), or the file inside the
     package."""
-    override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
+    override = os.environ.get("ORCHARD_NATIVE_LIBRARY") if INSTALLED else None
     return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
 
 
