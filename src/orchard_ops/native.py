@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+from .namespace import INSTALLED, NAME, OPS
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
 _INTERFACE = "orchard_library_interface"
@@ -27,7 +27,7 @@ def is_expected() -> bool:
 def _library_path() -> Path:
     """The path in ORCHARD_NATIVE_LIBRARY (for development builds), or the file inside the
     package."""
-    override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
+    override = os.environ.get("ORCHARD_NATIVE_LIBRARY") if INSTALLED else None
     return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
 
 
@@ -69,7 +69,8 @@ def _open(path: Path, interface: str) -> str | None:
             f"the native library {path.name} is of another version of orchard_ops "
             f"({_difference(theirs, interface)}); reinstall it"
         )
-    failure = register()
+    register.argtypes = [ctypes.c_char_p]
+    failure = register(NAME.encode())
     if failure:
         why = failure.decode(errors="replace")
         return f"the native library {path.name} cannot register its ops: {why}"
@@ -103,5 +104,5 @@ def why_not() -> str | None:
 
 def metal_calls() -> dict[str, int]:
     """Calls that have run as Metal kernels in this process, by op."""
-    forward, backward = (0, 0) if _why_not else torch.ops.orchard.metal_calls()
+    forward, backward = (0, 0) if _why_not else OPS.metal_calls()
     return {"flash_attn_fwd": forward, "flash_attn_bwd": backward}

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -383,7 +384,7 @@ def test_torch_func_differentiates_twice():
 class Seen(Tensor):
     """A subclass that notes the operators it sees."""
 
-    operators: list[str] = []
+    operators: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .. import calls, native, reference
 from ..checks import check_impl, check_problem
 from ..descriptions import Description, describe
 from ..layout import empty_in_order_of
+from ..namespace import NAME
 from .schema import BackwardArgs, ForwardArgs, library, stats_dtype
 
 
@@ -44,7 +45,7 @@ def _check_backward(op: str, args: BackwardArgs) -> None:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("orchard::flash_attn_fwd", lib=library)
+@torch.library.register_fake(f"{NAME}::flash_attn_fwd", lib=library)
 def _forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
     _check_forward("orchard::flash_attn_fwd", call)
@@ -53,7 +54,7 @@ def _forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
     return out, call.query.new_empty(stats_shape, dtype=stats_dtype(call.query))
 
 
-@torch.library.register_fake("orchard::flash_attn_bwd", lib=library)
+@torch.library.register_fake(f"{NAME}::flash_attn_bwd", lib=library)
 def _backward_shapes(*args: Any) -> tuple[Tensor, ...]:
     call = BackwardArgs.read(args)
     _check_backward("orchard::flash_attn_bwd", call)

@@ -15,17 +15,15 @@ import torch
 from torch.library import Library
 
 from .._version import __version__
+from ..namespace import NAME
 from . import kernels
-
-NAME = "orchard"
-"""The name for `torch.nn.attention.activate_flash_attention_impl`."""
 
 _lock = threading.Lock()
 _holders = 0
 _enabled = False
 _registration: Library | None = None
 _tag_before = ""
-_TAG = f"orchard_ops-{__version__}-sdpa"
+_TAG = f"{NAME}-{__version__}-sdpa"
 
 
 def _begin() -> None:
@@ -142,7 +140,10 @@ class _Handle:
 
 
 def register_with_pytorch() -> bool:
-    """Makes `activate_flash_attention_impl("orchard")` known, where this torch has it."""
+    """Makes `activate_flash_attention_impl("orchard")` known, where this torch has it.
+
+    The name is that of the ops' namespace, so that a copy of the package has its own.
+    """
     register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
     if register is None:
         return False
