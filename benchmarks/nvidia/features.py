@@ -5,7 +5,7 @@ Half fragments are multiplied as float ones ("equal-rate"). A feature's launches
 hulls included, run between two runs of the plain ones. Where a feature hides pairs, its time is
 also given by the ideal: the plain time times the share of pairs in blocks that are seen. Nothing is
 timed before its numbers agree with float64. It writes one JSON file and a Markdown table after each
-comparison; ``--docs`` puts the tables of that file into docs/performance.md instead.
+comparison; ``--docs`` puts the tables of that file into docs/performance-tables.md instead.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def _write(bench: Bench, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--docs", action="store_true", help="only docs/performance.md, from the file"
+        "--docs", action="store_true", help="only docs/performance-tables.md, from the file"
     )
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--seconds", type=float, default=6.0, help="for each comparison")

@@ -11,7 +11,7 @@ from .report import provenance
 
 LIMIT = 1.15
 """What a feature that hides pairs may take at most, by the ideal of the blocks that are seen."""
-DOCS = ROOT / "docs" / "performance.md"
+DOCS = ROOT / "docs" / "performance-tables.md"
 BEGIN, END = "<!-- benchmarks.nvidia.features -->", "<!-- end -->"
 _PACKED = "padded batch"  # the yardstick of packed documents
 
@@ -68,7 +68,7 @@ def above_limit(records: list[dict]) -> list[str]:
 
 
 def tables(result: dict, spreads: bool = False) -> list[str]:
-    """What docs/performance.md shows, too."""
+    """What docs/performance-tables.md shows, too."""
     records = result["records"]
     kinds = {
         "What hides pairs": lambda r: r["share"] and r["yardstick"] != _PACKED,
@@ -130,7 +130,7 @@ def page(result: dict) -> str:
 
 
 def section(result: dict) -> str:
-    """What stands between the marks in docs/performance.md."""
+    """What stands between the marks in docs/performance-tables.md."""
     link = "[features.md](../benchmarks/results/nvidia/features.md)"
     where = f"{provenance(result['environment'])}; with spreads in {link}."
     note = f"The same text on an NVIDIA GPU, which is no Mac ({where}) {_READING} {_SEVEN}"

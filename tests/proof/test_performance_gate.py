@@ -64,7 +64,7 @@ def test_gate_sees_an_unknown_kernel():
 
 def test_docs_quote_what_features_cost():
     """The table word for word, and the cycles of the mask's gradient."""
-    text = (counts.ROOT / "docs" / "performance.md").read_text()
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
     header, rows = features.costs(COMMITTED)
     assert len(rows) == len(counts.SCORES) + 1
     for row in (header, *rows):
@@ -76,6 +76,6 @@ def test_docs_quote_what_features_cost():
 
 @pytest.mark.slow
 def test_docs_quote_what_values_of_their_own_width_save():
-    text = (counts.ROOT / "docs" / "performance.md").read_text()
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
     for row in value_width.table():
         assert f"| {' | '.join(row)} |" in text
