@@ -158,7 +158,10 @@ def step(name):
     return torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
 
 expected, found = step("eager"), step("{REPOSITORY}")
-(kernel,) = (m for n, m in sys.modules.items() if n.startswith("orchard_ops_metal") and "." not in n)
+(kernel,) = (
+    module for name, module in sys.modules.items()
+    if name.startswith("orchard_ops_metal") and "." not in name
+)
 stats = kernel.stats()
 print(json.dumps({{
     "error": ((found - expected).abs().max() / expected.abs().max()).item(),
