@@ -225,6 +225,21 @@ def test_caches_of_the_compiler_tell_the_takeover(tmp_path: Path, monkeypatch: p
                 on_metal(0, 0)
 
 
+def test_attention_written_by_hand_is_recognised_by_inductor():
+    """It replaces the formula by F.scaled_dot_product_attention, which is taken over."""
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1)).div(4.0).softmax(dim=-1) @ v
+
+    expected = step(by_hand)
+    torch.compiler.reset()
+    with orchard_ops.sdpa():
+        found = step(torch.compile(by_hand, fullgraph=True))
+    for x, y in zip(found, expected, strict=True):
+        same(x, y)
+    on_metal(1, 1)
+
+
 def test_a_block_inside_of_a_compiled_function():
     def attention_in_a_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with orchard_ops.sdpa():
