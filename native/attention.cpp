@@ -436,7 +436,7 @@ void check_counts(bool as_listed) {
 }  // namespace
 
 std::string& op_namespace() {
-  static auto& name = *new std::string;  // read until the process ends
+  static auto& name = *new std::string("orchard");  // read until the process ends
   return name;
 }
 

@@ -174,3 +174,20 @@ def on_metal(forwards: int, backwards: int) -> None:
     stats = orchard_ops.stats()
     assert stats.metal == {"flash_attn_fwd": forwards, "flash_attn_bwd": backwards}
     assert stats.reference == {} and stats.left_to_pytorch == {}
+
+
+def left_to_pytorch() -> dict[str, int]:
+    stats = orchard_ops.stats()
+    assert stats.metal == {"flash_attn_fwd": 0, "flash_attn_bwd": 0} and stats.reference == {}
+    return stats.left_to_pytorch
+
+
+# ---- small calls ---------------------------------------------------------------------------------
+
+
+def operands(head_dim: int = 16, **options: object) -> list[Tensor]:
+    return [torch.randn(2, 2, 9, head_dim, **options).to("mps").requires_grad_() for _ in range(3)]
+
+
+def same(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found.detach().cpu(), wanted.detach().cpu(), rtol=1e-4, atol=1e-5)

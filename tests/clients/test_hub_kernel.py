@@ -88,6 +88,21 @@ def test_it_imports_itself_and_torch(repository: Path):
             assert {name.split(".")[0] for name in names} <= allowed, path
 
 
+def test_it_names_no_op_of_the_installed_package(repository: Path):
+    for path in repository.rglob("*.py"):
+        code = [ast.unparse(x) for x in ast.walk(ast.parse(path.read_text())) if _names_an_op(x)]
+        assert not code, f"{path.name}: {code}; namespace.OPS has the ops"
+
+
+def _names_an_op(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node) == "torch.ops.orchard"
+    arguments = node.args if isinstance(node, ast.Call) else []
+    texts = [x.value for x in arguments if isinstance(x, ast.Constant)]
+    registers = isinstance(node, ast.Call) and "register" in ast.unparse(node.func)
+    return registers and any(str(text).startswith("orchard::") for text in texts)
+
+
 def test_the_same_sources_give_the_same_bytes(repository: Path, tmp_path: Path):
     tool().build(library(), tmp_path)
     again = "build/torch-metal/metadata.json"
@@ -158,7 +173,10 @@ def step(name):
     return torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
 
 expected, found = step("eager"), step("{REPOSITORY}")
-(kernel,) = (m for n, m in sys.modules.items() if n.startswith("orchard_ops_metal") and "." not in n)
+(kernel,) = (
+    module for name, module in sys.modules.items()
+    if name.startswith("orchard_ops_metal") and "." not in name
+)
 stats = kernel.stats()
 print(json.dumps({{
     "error": ((found - expected).abs().max() / expected.abs().max()).item(),
