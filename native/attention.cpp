@@ -247,7 +247,9 @@ struct ScoreTensors {
 
   Bindings for_map() const {
     if (!map.has_value()) return {};
-    return {{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    Bindings tensors{{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    if (ranges.has_value()) tensors.bind({kBufferKeyRanges, *ranges});
+    return tensors;
   }
 
   void bind(Bindings& tensors) const {
@@ -367,6 +369,7 @@ Gradients run_backward(const BackwardCall& call) {
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
+    for_mask.bind({kBufferDs, *ds});
   }
   OptionalTensor dmask_parts;
   if (grads.dmask.has_value()) {

@@ -30,7 +30,8 @@ from simulator import engine  # noqa: E402
 from simulator.engine import arrays  # noqa: E402
 
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = harness.FAMILIES
-DMASK = harness.DMASK  #: a block of its loop is a batch entry that shares the mask
+#: The mask's gradient: a block of the loop is a batch entry that shares the mask.
+DMASK, DMASK_FROM_DS = MASK_GRADIENTS = harness.DMASK, harness.DMASK_FROM_DS
 #: The key's side as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
 STORING = {name: f"{name} storing dS" for name in (DKV, DKV_PAIRS)}
 DKV_STORING, DKV_PAIRS_STORING = STORING.values()
@@ -226,10 +227,10 @@ def variant(
     score: str = "",
     batch: int = SHORT,
 ) -> Variant:
-    """The kernel that the plan chooses for a dense problem, with one of SCORES. DMASK alone has a
-    batch."""
-    storing = family in (*TEMPLATES, DQ_FROM_DS)
-    batch = batch if family == DMASK else 1
+    """The kernel that the plan chooses for a dense problem, with one of SCORES. MASK_GRADIENTS
+    alone have a batch."""
+    storing = family in (*TEMPLATES, DQ_FROM_DS, DMASK_FROM_DS)
+    batch = batch if family in MASK_GRADIENTS else 1
     backward, scratch = family != FORWARD, (1 << 40) * storing
     request = _request(dtype, head_dim, q_len, kv_len, backward, scratch, score, batch)
     plan, params = _sources().plan(request)
@@ -242,6 +243,8 @@ def variant(
     tile = {name: int(n) for name, n in re.findall(r"\b(BQ|BK) (\d+)", kernel["tile"])}
     if family == DELTA:
         tile = dict(BQ=threads // 32 * 8, BK=0)
+    elif family == DMASK_FROM_DS:
+        tile = dict(BQ=harness.MAP_BLOCK, BK=harness.MAP_BLOCK)
     return Variant(
         template,
         kernel["name"],
@@ -289,7 +292,7 @@ def _launch(
     library = engine.compile(_program(v), check=True)
     numbers = dict(v.numbers)
     generator = torch.Generator().manual_seed(0)
-    batch = batch if v.family == DMASK else 1
+    batch = batch if v.family in MASK_GRADIENTS else 1
 
     def draw(length: int) -> torch.Tensor:
         shape = (batch, 1, length, head_dim)
@@ -299,7 +302,7 @@ def _launch(
     k, v_, dk, dv = (draw(kv_len) for _ in range(4))
     delta, dlse = (torch.zeros(batch, 1, q_len) for _ in range(2))
     row_stats = torch.zeros(batch, 1, q_len, 2)
-    ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
+    ds = torch.zeros(batch * -(-q_len // 8) * -(-kv_len // 8) * 64)
     mask = torch.ones(q_len * kv_len + 1)
     blocks = -(-q_len // 32) * -(-kv_len // 32)
     mask_map = torch.tensor((-1, 0), dtype=torch.int32).repeat(blocks)  # keys seen, not by all
@@ -354,7 +357,7 @@ def count(family: str, dtype: str, head_dim: int, score: str = "") -> Counts:
         return _counts(only, only, v.simdgroups, (0, 1))
     results = []
     for blocks in (SHORT, LONG):
-        if family == DMASK:
+        if family in MASK_GRADIENTS:
             results.append(launch(v.bq, v.bk, blocks))
             continue
         lengths = (v.bq * blocks, v.bk) if v.family in STORING else (v.bq, v.bk * blocks)

@@ -213,7 +213,8 @@ class Attention:
         launches = []
         for x in plan.kernels:
             own = dict(buffers)
-            if x.family == "attention_backward_dmask" and "dmask_parts" in tensors:
+            in_parts = ("attention_backward_dmask", "attention_backward_dmask_from_ds")
+            if x.family in in_parts and "dmask_parts" in tensors:
                 own[self._index["dmask"]] = tensors["dmask_parts"]
             params = Params.from_buffer_copy(plan.params)
             x.set(params)

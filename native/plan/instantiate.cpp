@@ -128,10 +128,11 @@ void add_mask_map(const Problem& p, Plan& plan) {
   const std::array<int64_t, 5> sizes = mask_map_sizes(p);
   const int64_t heads = sizes[0] * sizes[1] * sizes[2];
   const int64_t blocks = sizes[3] * blocks_of(sizes[4], kSimdgroups);
+  const bool listed = map_has_ranges(p);
   KernelPlan kernel = named_kernel("attention_mask_map",
-      join(
-          "attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch),
-      join(mask_element(p), ", ", kSimdgroups),
+      join("attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch,
+          listed ? "_ranges" : ""),
+      join(mask_element(p), ", ", kSimdgroups, ", ", word(listed)),
       {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
   kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
       " x ", blocks, " threadgroups of ", kernel.threads, " threads");
@@ -144,6 +145,19 @@ void add_mask_kernel(const Problem& p, const std::string& family,
   KernelPlan kernel = named_kernel(family, join(family, "_", names(p.mask_dtype).torch),
       join(mask_element(p), ", ", kSimdgroups), groups);
   kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
+  plan.add(std::move(kernel));
+}
+
+void add_mask_gradient_from_ds(
+    const Problem& p, bool parts, const std::array<uint64_t, 2>& groups, Plan& plan) {
+  const std::string family = "attention_backward_dmask_from_ds";
+  KernelPlan kernel = named_kernel(family,
+      join(family, "_", names(p.mask_dtype).torch, parts ? "_parts" : "",
+          p.has_key_ranges ? "_ranges" : ""),
+      join(parts ? "float" : mask_element(p), ", ", kSimdgroups, ", ", word(p.has_key_ranges)),
+      groups);
+  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", groups[0],
+      " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
   plan.add(std::move(kernel));
 }
 

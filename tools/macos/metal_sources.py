@@ -40,6 +40,10 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
     {"attn_mask": torch.ones(1, 1, 64, 64)},
     {"key_ranges": torch.zeros(1, 1, 64, 4, dtype=torch.int32)},
+    {
+        "attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "key_ranges": torch.zeros(1, 1, 64, 4, dtype=torch.int32),
+    },
 )
 FEATURED_HEAD_DIMS = (64, 128)
 

@@ -100,6 +100,7 @@ class Given:
     within: Tensor  # (L, S), what the windows leave; with key ranges all
     passes: Tensor  # (B, Hq, L, S), what the mask lets through
     sight: Sight | None  # by key ranges
+    map_has_ranges: bool  # where rows of the mask differ
     ds: Tensor  # float64, of scale * q k^T
     dscores: Tensor  # float64, of what the mask is added to
     fields: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +177,9 @@ def given(problem: Scores) -> Given:
     if sight is not None:
         hidden.append(sight.sees(case.kv_len))
         seen = seen & hidden[1]
+    map_has_ranges = sight is not None and mask_place is not None and mask_place.sizes[3] > 1
+    if map_has_ranges:
+        hidden = [seen]
     slopes = scoring.alibi_slopes
     fields = {
         "scale": scoring.scale, "dropout_p": case.dropout_p, "diagonal": case.diagonal,
@@ -196,15 +200,16 @@ def given(problem: Scores) -> Given:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
     _hide(case, tensors, seen, hidden)
-    return Given(tensors, mask_place, ref, eager, seen, within, passes, sight, *ds, fields)
+    return Given(
+        tensors, mask_place, ref, eager, seen, within, passes, sight, map_has_ranges, *ds, fields
+    )
 
 
 def _hide(case: Case, tensors: dict[str, Tensor], seen: Tensor, hidden: Sequence[Tensor]) -> None:
     """What takes no part becomes NaN: keys that no row sees, rows that see no key.
 
     Of the keys, those that one of `hidden` (a mask with the window, key ranges) hides from all
-    rows. What a mask and key ranges only hide together the kernels read: test_unseen_keys.py says
-    so.
+    rows. A mask whose rows do not differ hides nothing together with key ranges.
     """
     by_group = (x.unflatten(1, (case.num_kv_heads, -1)).any(2).any(2) for x in hidden)
     of_group = functools.reduce(torch.logical_and, by_group)

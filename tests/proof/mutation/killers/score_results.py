@@ -13,7 +13,7 @@ from ..harness import BOOL, DMASK, DQ, DQ_FROM_DS, FORWARD
 from .attention import F32, KEYS_SIDE, ds_tiles, keys_of_group, repository
 from .compiled import template_arguments
 from .score_problems import Scores, given, meets
-from .score_runs import left_by_the_repository, plan_of
+from .score_runs import IN_PARTS, left_by_the_repository, plan_of
 
 _PRODUCTS = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1, DMASK: 2}  # for a block of scores
 
@@ -43,7 +43,7 @@ def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
             assert error <= 32 * eps * size, "sums of keys"
         elif name == "dmask":
             assert x.ref.dmask is not None and x.mask is not None
-            if family == DMASK and got.dim() == 2:  # of several threadgroups
+            if family in IN_PARTS and got.dim() == 2:  # of several threadgroups
                 got = got.double().sum(0)
             dtype = x.tensors["mask"].dtype
             named["dmask"] = got.to(dtype).reshape(x.ref.dmask.shape)
@@ -104,6 +104,9 @@ def _map(problem: Scores) -> Tensor:
     if passes.shape[3] > 1 and windowed:
         passes = passes.expand(*passes.shape[:4], case.kv_len)
         any_seen = passes & x.within
+    if x.map_has_ranges:
+        passes, in_range = torch.broadcast_tensors(passes, _own_ranges(problem))
+        any_seen = passes & in_range
     blocks = []
     for seen, all_of in ((any_seen, False), (passes, True)):
         rows, keys = seen.shape[3], seen.shape[4]
@@ -119,6 +122,15 @@ def _map(problem: Scores) -> Tensor:
     found = torch.stack((bits, blocks[1].int()), -1).flatten(0, -2)
     assert len(found) == plan["map_elements"]
     return found
+
+
+def _own_ranges(problem: Scores) -> Tensor:
+    """What key ranges let through, as a mask of five dimensions, 1 where they are the same."""
+    x = given(problem)
+    assert x.sight is not None and x.mask is not None
+    batches, heads = x.tensors["key_ranges"].shape[:2]
+    sees = x.sight.sees(problem.case.kv_len)[:batches, :heads]
+    return sees.unflatten(0, (-1, x.mask.inner if batches > 1 else 1))
 
 
 def _hulls(problem: Scores) -> Tensor:
@@ -163,7 +175,9 @@ def _blocks_of_queries(problem: Scores, rows: int, keys: int) -> int:
             for row in range(0, case.q_len, rows):
                 group = slice(row, row + rows)
                 any_passes = x.passes[batch, head, group].any(0)
-                if x.sight is not None:  # the two are met key by key
+                if x.map_has_ranges:
+                    seen = x.seen[batch, head, group].any(0)
+                elif x.sight is not None:  # the two are met key by key
                     seen = any_passes & x.sight.sees(case.kv_len)[batch, head, group].any(0)
                 elif x.mask is not None:
                     seen = x.seen[batch, head, group].any(0)
@@ -188,7 +202,8 @@ def _blocks_of_keys(problem: Scores, rows: int, keys: int) -> int:
                     ]
                     within = torch.tensor(eights).repeat_interleave(8)[: case.q_len]
                 for row in _span(within, rows):
-                    seen = x.passes if x.sight is not None else x.seen
+                    by_map = x.sight is None or x.map_has_ranges
+                    seen = x.seen if by_map else x.passes
                     part = seen[batch, head, row // 32 * 32 :, key // 32 * 32 :][:32, :32]
                     runs = x.mask is None or bool(part.any())
                     if x.sight is not None:
@@ -211,6 +226,8 @@ def _blocks_of_mask_gradient(problem: Scores, rows: int, keys: int) -> int:
                     seen = x.passes[batch, head, group, key : key + keys]
                     if not shared_rows:
                         seen = seen & x.within[group, key : key + keys]
+                    if x.map_has_ranges:
+                        seen = x.seen[batch, head, group, key : key + keys]
                     runs = bool(seen.any())
                     if x.sight is not None:
                         runs = runs and meets(x.sight.hull(batch, head, group), key, key + keys)

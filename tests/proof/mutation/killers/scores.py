@@ -18,6 +18,7 @@ from ..harness import (
     DKV,
     DKV_PAIRS,
     DMASK,
+    DMASK_FROM_DS,
     DMASK_ROWS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
@@ -74,6 +75,7 @@ PROBLEMS: dict[str, Scores] = {
     "ALiBi by head": Scores(_BASE.but(alibi="head", diagonal=-7)),
     "sinks, alone": Scores(_BASE.but(sinks=True, window_right=0, diagonal=-10)),
     "blocks of a mask": Scores(_BASE.but(mask="bool", q_len=75, kv_len=100), "blocks"),
+    "one query less than blocks of a mask": Scores(_BASE.but(mask="bool", q_len=63)),
     "pairs of a mask": Scores(_BASE.but(mask="bool", kv_len=98), "blocks", side_by_side=True),
     "padding": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True), sinks=True),
                       "padding"),
@@ -126,6 +128,21 @@ PROBLEMS: dict[str, Scores] = {
                                                  softcap=1.5, window_left=60, diagonal=-1000,
                                                  mask_full=(False, False, False, True)),
                                             mask_grad=True, parts=3),
+    "stored bias": Scores(_WIDE.but(mask="float32", q_len=75, kv_len=100, window_left=30,
+                                    window_right=15, diagonal=12), "blocks", store_ds=True,
+                          mask_grad=True),
+    "stored bias of all": Scores(_WIDE.but(mask="float32", mask_full=(False, False, True, True),
+                                           q_len=75), "rows", store_ds=True, mask_grad=True),
+    "stored bias of outer batches": Scores(_WIDE.but(batch=4, num_kv_heads=2, mask="same",
+                                                     dtype=F16),
+                                           folded=(2, 1), store_ds=True, mask_grad=True),
+    "stored bias of many": Scores(Case(9, 10, 64, batch=70, num_heads=1, mask="float32",
+                                       mask_full=(False, False, True, True)), store_ds=True,
+                                  mask_grad=True),
+    "stored bias beside ranges": Scores(_WIDE.but(ranges="any", ranges_full=(False, True),
+                                                  mask="float32", q_len=75, kv_len=100,
+                                                  mask_full=(True, False, True, True)),
+                                        "blocks", store_ds=True, mask_grad=True),
     "bias of rows": Scores(_BIAS.but(mask_full=(True, False, True, False), q_len=150, sinks=True,
                                      window_right=0, diagonal=-10), mask_grad=True),
     "bias of rows, half": Scores(_BIAS.but(mask_full=(False, True, True, False), mask="same",
@@ -152,6 +169,15 @@ PROBLEMS: dict[str, Scores] = {
     "ranges beside a bias": Scores(_RANGES.but(mask="float32", softcap=1.5, window_left=25,
                                                mask_full=(False, True, True, True)),
                                    "rows", mask_grad=True),
+    "ranges of heads beside a bias of all": Scores(
+        _RANGES.but(ranges_full=(False, True), mask="float32",
+                    mask_full=(False, False, True, True)), "blocks", mask_grad=True),
+    "ranges of batches beside inner batches": Scores(
+        _RANGES.but(ranges_full=(True, False), batch=4, mask="bool",
+                    mask_full=(True, False, True, False)), folded=(1, 2)),
+    "ranges of all beside outer batches": Scores(
+        _RANGES.but(ranges_full=(True, True), batch=4, mask="same", dtype=F16, kv_len=70,
+                    mask_full=(True, False, True, True)), "rows", folded=(2, 1)),
     "ranges beside a bias of keys": Scores(_RANGES.but(ranges="documents", mask="float32",
                                                        mask_full=(True, False, False, True)),
                                            "padding", mask_grad=True),
@@ -174,16 +200,21 @@ def checked() -> tuple[Scored, ...]:
         for name in (
             "all together",
             "blocks of a mask",
+            "one query less than blocks of a mask",
             "pairs, stored",
             "inner batches",
             "bias of pairs",
             "bias of capped pairs",
             "bias of keys",
+            "stored bias",
+            "stored bias of all",
+            "stored bias beside ranges",
             "bias of rows",
             "bias of one",
             "ranges",
             "ranges, extreme",
             "ranges of a prefix, stored",
+            "ranges of heads beside a bias of all",
             "ranges of pairs",
         )
         for family in _families(PROBLEMS[name])
@@ -202,7 +233,8 @@ def _families(problem: Scores) -> list[str]:
         of_mask = [DMASK_SUM_KEYS]
     elif problem.mask_grad:
         shared = not case.mask_full[0] or not case.mask_full[2] or problem.folded != (0, 0)
-        of_mask = [DMASK, *[DMASK_SUM] * shared]
+        from_ds = problem.store_ds and not case.softcap
+        of_mask = [DMASK_FROM_DS if from_ds else DMASK, *[DMASK_SUM] * shared]
     return [
         *[MASK_MAP] * bool(case.mask), FORWARD, DELTA, DKV_PAIRS if pairs else DKV,
         DQ_FROM_DS if problem.store_ds else DQ, *of_mask, *[DSINKS] * case.sinks,
