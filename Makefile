@@ -6,6 +6,8 @@
 #   make docs   the site, in build/docs/index.html
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
+#   make sdist  the source distribution, in dist/
+#   make hub-kernel  what Hugging Face's `kernels` loads, in build/hub-kernel
 #   make abi    which torch releases that wheel's library loads into, and why
 # The instruments of docs/proof.md; what is fast enough is part of `make test`:
 #   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model | memory
@@ -33,7 +35,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test quick versions docs bench memory lint format native wheel abi tools clean
+.PHONY: demo test quick versions docs bench memory lint format native wheel sdist hub-kernel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -119,6 +121,13 @@ $(PLUGIN): $(shell find native shaders -name '*.h' -o -name '*.cpp' -o -name '*.
 
 wheel: $(VENV)/dev tools
 	$(PY) $(WHEEL)
+
+# With the setuptools of PYTHON: nothing is compiled, and torch is not needed.
+sdist:
+	$(PYTHON) -c "import setuptools.build_meta as backend; print(backend.build_sdist('dist'))"
+
+hub-kernel: $(VENV)/dev tools
+	$(PY) tools/hub_kernel.py $(ARGS)
 
 abi: $(VENV)/dev tools
 	$(PY) tools/macos/abi_check.py

@@ -18,6 +18,8 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;
+  plan.params.ranges.ds_keys = static_cast<int32_t>(ds.stored_keys);
+  plan.params.ranges.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
   const size_t dkv = plan.kernels.size(), dq = dkv + 1;
   plan.kernels.push_back(
       make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
@@ -44,7 +46,13 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
       plan.launches.push_back(launch);
     }
   }
-  return store_ds && ds.kv_heads == kv_heads(p) && ds.keys == p.k.sizes[2];
+  if (plan.params.ranges.ds_partial == 0) {
+    return store_ds && ds.kv_heads == kv_heads(p) && ds.keys == p.k.sizes[2];
+  }
+  // The span of keys is the caller's word: queries that see keys farther apart are for this one.
+  plan.add(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
+      full_variant(p, chunks), query_heads(p), p.q.sizes[2]));
+  return false;
 }
 
 // Threadgroups that the mask's gradient is to have, so that they fill a large GPU: where it has

@@ -24,19 +24,29 @@ from .flash_attention import (  # noqa: E402
 )
 from .key_ranges import KeyRanges  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
+from .report import Report, ReportedCall, report  # noqa: E402
 from .varlen import flash_attn_varlen  # noqa: E402
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
+
+from . import takeover  # noqa: E402
+from .takeover import disable, enable, sdpa  # noqa: E402
+
+takeover.switch.register_with_pytorch()
 one_copy.remember()
 
 __all__ = [
     "Explanation",
     "KeyRanges",
     "OrchardFallbackWarning",
+    "Report",
+    "ReportedCall",
     "Stats",
     "__version__",
+    "disable",
     "dropout_mask",
+    "enable",
     "explain",
     "flash_attn",
     "flash_attn_func",
@@ -47,6 +57,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
+    "report",
     "reset_stats",
+    "sdpa",
     "stats",
 ]

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.apple_model import counts, features, gate
+from benchmarks.apple_model import counts, features, gate, value_width
 
 COMMITTED = json.loads(gate.TABLE.read_text())["kernels"]
 
@@ -72,3 +72,10 @@ def test_docs_quote_what_features_cost():
     narrow, wide = features.gradient_cycles(COMMITTED)
     said = f"{narrow} cycles each at D 64, {wide} at D 128"
     assert said in " ".join(text.split())
+
+
+@pytest.mark.slow
+def test_docs_quote_what_values_of_their_own_width_save():
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
+    for row in value_width.table():
+        assert f"| {' | '.join(row)} |" in text

@@ -153,6 +153,7 @@ def math_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_span: int = 0,  # changes no result
     key_ranges: Tensor | None = None,
 ) -> MathResult:
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.

@@ -260,18 +260,19 @@ def plan_of_mask_gradients(sources: Sources) -> None:
         kernels = [kernel for kernel in plan["kernels"] if kernel["role"] in (4, 5)]
         for kernel in kernels:
             element, family = names[dtype], kernel["family"]
+            listed = bool(fields.get("has_key_ranges"))
             if family == DMASK:
                 element = "float" if params.dmask_parts > 1 else element
-                call = f"PlainScore, false>, {element}>"
+                last = f"{str(listed).lower()}>, {element}>"
+                call = f"PlainScore, {last}"
                 assert "Mask<" in kernel["instantiation"] or call in kernel["instantiation"]
-                assert kernel["instantiation"].endswith(f", false>, {element}>;\n")
+                assert kernel["instantiation"].endswith(f", {last};\n")
                 assert kernel["name"].endswith("_parts") == (params.dmask_parts > 1)
                 continue
             x, y = kernel["groups"]
             if family == DMASK_FROM_DS:
                 of_parts = params.dmask_parts > 1
                 element = "float" if of_parts else element
-                listed = bool(fields.get("has_key_ranges"))
                 assert kernel["name"] == (
                     f"{family}_{DTYPES[dtype]}{'_parts' * of_parts}{'_ranges' * listed}"
                 )
@@ -318,7 +319,10 @@ def plan_of_mask_gradients(sources: Sources) -> None:
             plan, params = plan_of(own, dtype, **fields)
             assert plan["kernels"] == kernels and params.dmask_parts == parts
             assert bool(plan["elements"]) == (parts > 1)
-    for change in ({"scratch_bytes": of_all - 4}, {"softcap": 1.0}, {"layouts": {"d": 32}}):
+    for change in (
+        {"scratch_bytes": of_all - 4}, {"softcap": 1.0}, {"layouts": {"d": 32}},
+        {"has_key_ranges": True, "key_span": 1},  # dS of a span of keys
+    ):  # fmt: skip
         fields = {"layouts": {"d": 64}, "scratch_bytes": of_all} | change
         assert plan_of((6, 1, 4, 300, 150), **fields)[0]["kernels"][0][0] == DMASK
     one_head = {"b": 1, "h": 1, "hk": 1, "l": 64, "s": 6400, "d": 64}
@@ -362,6 +366,43 @@ def plan_of_key_ranges(sources: Sources) -> None:
         assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
 
 
+def plan_of_key_spans(sources: Sources) -> None:
+    """dS of a span of keys, where it is known and shorter than all, and the kernel for the rest."""
+    row = 4 * 2 * 8 * 6  # bytes of one key's dS: two query heads, 41 queries
+    for kv_len, span, keys in (
+        (990, 0, 992), (990, -1, 992), (990, 1, 64), (990, 57, 64), (990, 58, 128), (990, 121, 128),
+        (990, 890, 960), (990, 953, 960), (990, 954, 992), (990, 991, 992), (990, 1 << 62, 992),
+        (64, 1, 64), (72, 1, 64),
+    ):  # fmt: skip
+        partial = keys < kv_len
+        for fits in (0, 1, 2, 3, 1 << 20):
+            asked = request(
+                _layouts(b=1, h=4, hk=2, l=41, s=kv_len, d=64), 0, True, key_span=span,
+                has_key_ranges=True, scratch_bytes=fits * keys * row + row - 1,
+            )  # fmt: skip
+            plan, params = sources.plan(asked)
+            at_once = min(fits, 2)
+            assert plan["scratch_bytes"] == at_once * keys * row
+            expected = [0] if not fits else [keys, partial]
+            assert [params.ranges.ds_keys, params.ranges.ds_partial][: len(expected)] == expected
+            families = [kernel["family"] for kernel in plan["kernels"]]
+            of_query = [DQ_FROM_DS, *[DQ] * partial] if fits else [DQ]
+            assert families == [DELTA, DKV, *of_query]
+            turns = [] if not fits else [[1, 2]] * (2 // at_once)
+            kernels = sum(turns, [0]) + [3] * partial if fits else [0, 1, 2]
+            assert [launch[0] for launch in plan["launches"]] == kernels
+            last = plan["launches"][-1]
+            if fits and partial:
+                assert last[1:] == [*plan["kernels"][3]["groups"], 0, 0, kv_len]
+                assert plan["kernels"][3]["role"] == _ROLES[DQ] and last[1] == 4
+                assert "_ranges" in plan["kernels"][3]["name"]
+    layouts = _layouts(b=1, h=4, hk=2, l=41, s=990, d=64)
+    without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
+    plan, params = sources.plan(without)
+    assert plan["scratch_bytes"] == 2 * 992 * row
+    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
+
+
 def plan_of_value_widths(sources: Sources) -> None:
     """The wider of the two decides; both row lengths decide on chunks."""
     for d, dv, width in ((64, 40, 64), (40, 64, 64), (192, 128, 192), (24, 136, 160)):
@@ -371,6 +412,20 @@ def plan_of_value_widths(sources: Sources) -> None:
             assert (params.head_dim, params.v_head_dim) == (d, dv)
             assert all(f"_d{width}_" in kernel["name"] for kernel in plan["kernels"])
             assert all("_chunks" in kernel["name"] for kernel in plan["kernels"])
+            for kernel in plan["kernels"]:
+                own = (d, dv) == (192, 128) and kernel["family"] != DQ_FROM_DS
+                assert ("_v128" in kernel["name"]) == own
+                assert (", false, 128>" in kernel["instantiation"]) == own
+    for d, dv, own in (
+        (192, 1, True), (161, 128, True), (192, 129, False), (160, 128, False), (193, 128, False),
+        (128, 192, False),
+    ):  # fmt: skip
+        for scratch, families in ((0, 4), (1 << 40, 3)):
+            names = []
+            for backward in (False, True):
+                asked = request(_layouts(d=d, dv=dv), 2, backward, scratch_bytes=scratch)
+                names += [kernel["name"] for kernel in sources.plan(asked)[0]["kernels"]]
+            assert sum(name.endswith("_v128") for name in names) == own * families, names
     for d, dv in ((64, 41), (41, 64)):
         plan, _ = sources.plan(request(_layouts(d=d, dv=dv), 0))
         assert "_elements" in plan["kernels"][0]["name"]
@@ -388,7 +443,7 @@ def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
         plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_key_ranges,
-        plan_of_value_widths, plan_of_tiles_beside_masks,
+        plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

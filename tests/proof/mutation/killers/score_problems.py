@@ -31,6 +31,12 @@ class Scores:
     mask_grad: bool = False
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
+    span: int = 0  # of keys, as the plan hears of it
+
+    @property
+    def ds_keys(self) -> int:
+        """Keys that have a place of their own in dS of 8 queries, where not all have."""
+        return -(-(self.span + 7) // 64) * 64 if self.span else 0
 
     def mask(self) -> Tensor | None:
         mask = self.case.scoring().attn_mask
@@ -81,6 +87,11 @@ class Sight:
         """begin, end and prefix of what several rows see."""
         begin, end, prefix = (x[batch, head, rows] for x in (self.begin, self.end, self.prefix))
         return int(begin.min()), int(end.max()), int(prefix.max())
+
+
+def fits(hull: tuple[int, int, int], keys: int) -> bool:
+    begin, end, prefix = hull
+    return max(prefix, end) <= (0 if prefix else begin) // 8 * 8 + keys
 
 
 def meets(hull: tuple[int, int, int], key0: int, key1: int) -> bool:
@@ -193,6 +204,7 @@ def given(problem: Scores) -> Given:
             "has_key_ranges": True,
             "ranges_batch": 4 * heads * case.q_len if batches > 1 else 0,
             "ranges_head": 4 * case.q_len if heads > 1 else 0,
+            "key_span": problem.span,
         }
     if slopes is not None:
         fields |= {"alibi_batch": slopes.stride(0) if slopes.dim() == 2 else 0, "alibi_head": 1}

@@ -88,6 +88,10 @@ PROBLEMS: dict[str, Scores] = {
                             side_by_side=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
+    "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
+    "values of their own width, stored": Scores(
+        _BASE.but(head_dim=170, value_dim=99, num_heads=2, window_right=0, diagonal=9),
+        store_ds=True),
     "stored": Scores(_WIDE.but(softcap=1.5, mask="bool", value_dim=40, window_left=50), "blocks",
                      store_ds=True),
     "stored, tall": Scores(_WIDE.but(alibi="head", mask="float32", q_len=75, dropout_p=0.2),
@@ -164,6 +168,14 @@ PROBLEMS: dict[str, Scores] = {
                                        alibi="head"), store_ds=True),
     "ranges of a prefix, stored": Scores(_WIDE.but(ranges="prefix", mask="bool", kv_len=200),
                                          "blocks", store_ds=True),
+    "ranges of a span": Scores(_WIDE.but(ranges="prefix", q_len=299, kv_len=200, dropout_p=0.2),
+                               store_ds=True, span=40),
+    "ranges of a span of documents": Scores(
+        _WIDE.but(ranges="documents", q_len=202, kv_len=202, num_kv_heads=2, dtype=F16),
+        store_ds=True, span=70),
+    "ranges of a span of pairs": Scores(
+        _WIDE.but(head_dim=96, ranges="any", q_len=150, kv_len=200, batch=1, window_right=9,
+                  softcap=1.5), store_ds=True, span=64),
     "ranges of pairs": Scores(_WIDE.but(head_dim=96, q_len=75, ranges="documents", kv_len=130,
                                         dropout_p=0.2, alibi="batch")),
     "ranges beside a bias": Scores(_RANGES.but(mask="float32", softcap=1.5, window_left=25,
@@ -215,6 +227,7 @@ def checked() -> tuple[Scored, ...]:
             "ranges, extreme",
             "ranges of a prefix, stored",
             "ranges of heads beside a bias of all",
+            "ranges of a span",
             "ranges of pairs",
         )
         for family in _families(PROBLEMS[name])
@@ -233,9 +246,10 @@ def _families(problem: Scores) -> list[str]:
         of_mask = [DMASK_SUM_KEYS]
     elif problem.mask_grad:
         shared = not case.mask_full[0] or not case.mask_full[2] or problem.folded != (0, 0)
-        from_ds = problem.store_ds and not case.softcap
+        from_ds = problem.store_ds and not case.softcap and not problem.span
         of_mask = [DMASK_FROM_DS if from_ds else DMASK, *[DMASK_SUM] * shared]
     return [
         *[MASK_MAP] * bool(case.mask), FORWARD, DELTA, DKV_PAIRS if pairs else DKV,
-        DQ_FROM_DS if problem.store_ds else DQ, *of_mask, *[DSINKS] * case.sinks,
+        *[DQ_FROM_DS] * problem.store_ds, *[DQ] * (not problem.store_ds or problem.span > 0),
+        *of_mask, *[DSINKS] * case.sinks,
     ]  # fmt: skip
