@@ -67,6 +67,7 @@ def test_a_page_s_code_runs(page: Path, monkeypatch, tmp_path, fresh_stats):
         for variable in os.environ.keys() - before.keys():
             del os.environ[variable]
         os.environ.update(before)
+        orchard_ops.disable()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name)
