@@ -4,8 +4,11 @@
 #   make quick  a part of it that takes a minute and a half, for the loop of work
 #   make clients  every cell of docs/transformers-matrix.md, and writes it
 #   make versions  what needs no mps device, on the oldest and the newest torch
+#   make docs   the site, in build/docs/index.html
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
 #   make wheel  the macOS wheel, in dist/ (cross-built on Linux)
+#   make sdist  the source distribution, in dist/
+#   make hub-kernel  what Hugging Face's `kernels` loads, in build/hub-kernel
 #   make abi    which torch releases that wheel's library loads into, and why
 # The instruments of docs/proof.md; what is fast enough is part of `make test`:
 #   make engine | dialect | mutants | nvidia | inductor | faults | fuzz | selftest | model | memory
@@ -33,7 +36,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test quick clients versions bench memory lint format native wheel abi tools clean
+.PHONY: demo test quick clients versions docs bench memory lint format native wheel sdist hub-kernel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -71,6 +74,10 @@ clients: $(VENV)/dev tools $(PLUGIN)
 # Throwaway environments: $(VENV) keeps the torch that everything else is checked with.
 versions:
 	$(PYTHON) tools/torch_versions.py $(ARGS)
+
+# A warning is an error: a dead link, a page that is in no list, a docstring that does not parse.
+docs: $(VENV)/dev
+	$(PY) -m sphinx -E -W --keep-going -q -b html docs build/docs $(ARGS)
 
 engine: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal tests/simulator/test_engine*.py $(ARGS)
@@ -119,6 +126,13 @@ $(PLUGIN): $(shell find native shaders -name '*.h' -o -name '*.cpp' -o -name '*.
 
 wheel: $(VENV)/dev tools
 	$(PY) $(WHEEL)
+
+# With the setuptools of PYTHON: nothing is compiled, and torch is not needed.
+sdist:
+	$(PYTHON) -c "import setuptools.build_meta as backend; print(backend.build_sdist('dist'))"
+
+hub-kernel: $(VENV)/dev tools
+	$(PY) tools/hub_kernel.py $(ARGS)
 
 abi: $(VENV)/dev tools
 	$(PY) tools/macos/abi_check.py

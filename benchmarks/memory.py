@@ -86,17 +86,12 @@ PROBLEMS = (Problem(1, 8, 8, 64, "float16"), Problem(1, 32, 8, 128, "bfloat16"))
 
 def formula(problem: Problem, length: int) -> dict[str, int]:
     """Bytes of each tensor that a step of ours allocates beside the backward's scratch for dS."""
-    q, kv = (torch.Size(shape).numel() for shape in problem.shapes(length))
-    size = getattr(torch, problem.dtype).itemsize
-    rows = problem.batch * problem.num_heads * length * 4  # float32
-    return {
-        "out": size * q,
-        "row_stats": 2 * rows,
-        "delta": rows,
-        "dq": size * q,
-        "dk": size * kv,
-        "dv": size * kv,
-    }
+    from orchard_ops.training_memory import AttentionLayer
+
+    layer = AttentionLayer(
+        problem.num_heads, problem.num_kv_heads, problem.head_dim, problem.dtype, problem.batch
+    )
+    return layer.kept(length) | layer.backward(length)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Both run in turns, so that other work of the machine affects both alike. The rat
 fastest runs; beside it stands the median of the ratios of neighbouring runs. Memory is the most
 that a process of its own held during one forward and backward, above what it held before. Threads
 sleep at barriers: spinning ones, on a machine with other work, would measure its scheduler. Writes
-benchmarks/results/reference_cost.json and prints the tables of docs/performance.md.
+benchmarks/results/reference_cost.json and prints the tables of docs/performance-tables.md.
 """
 
 from __future__ import annotations

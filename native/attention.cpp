@@ -98,6 +98,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
     const int64_t of_head = 4 * x.query.size(2), heads = s.key_ranges->size(1);
     problem.ranges_head = heads == 1 ? 0 : of_head;
     problem.ranges_batch = s.key_ranges->size(0) == 1 ? 0 : of_head * heads;
+    problem.key_span = s.key_span;
   }
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
@@ -199,13 +200,15 @@ void allow_fallback(const char* op, const std::string& impl, const MetalError& e
 /// Hands a call over to a reference op: its results become this call's. That op, which is Python,
 /// remembers what it raises, and Python's caller of this one raises that instead of the text here.
 template <typename Call>
-void run_reference(const char* name, const Call& call, const std::string& reason,
+void run_reference(const char* op, const Call& call, const std::string& reason,
     StableIValue* results, uint64_t num_results) {
   Stack arguments;
   arguments.put(call);
   arguments.put(reason);
   std::vector<StableIValue>& stack = arguments.with_room_for(num_results);
-  const AOTITorchError code = torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION);
+  const std::string name = op_namespace() + "::" + op;
+  const AOTITorchError code =
+      torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
   if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(last_error());
   std::copy_n(stack.begin(), num_results, results);
 }
@@ -247,7 +250,9 @@ struct ScoreTensors {
 
   Bindings for_map() const {
     if (!map.has_value()) return {};
-    return {{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    Bindings tensors{{kBufferMask, *scoring.attn_mask}, {kBufferMaskMap, *map}};
+    if (ranges.has_value()) tensors.bind({kBufferKeyRanges, *ranges});
+    return tensors;
   }
 
   void bind(Bindings& tensors) const {
@@ -367,6 +372,7 @@ Gradients run_backward(const BackwardCall& call) {
   if (ds.has_value()) {
     for_keys.bind({kBufferDs, *ds});
     for_queries.bind({kBufferDs, *ds});
+    for_mask.bind({kBufferDs, *ds});
   }
   OptionalTensor dmask_parts;
   if (grads.dmask.has_value()) {
@@ -429,6 +435,11 @@ void check_counts(bool as_listed) {
 
 }  // namespace
 
+std::string& op_namespace() {
+  static auto& name = *new std::string("orchard");  // read until the process ends
+  return name;
+}
+
 void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumForwardArguments && num_results == 2);
   const auto call = Arguments(stack).take<ForwardCall>();
@@ -448,7 +459,7 @@ void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   } catch (const Mistake& mistake) {
     reason = mistake.what();
   }
-  run_reference("orchard::flash_attn_fwd_reference", call, reason, stack, num_results);
+  run_reference("flash_attn_fwd_reference", call, reason, stack, num_results);
 }
 
 void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
@@ -475,7 +486,7 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   } catch (const Mistake& mistake) {
     reason = mistake.what();
   }
-  run_reference("orchard::flash_attn_bwd_reference", call, reason, stack, num_results);
+  run_reference("flash_attn_bwd_reference", call, reason, stack, num_results);
 }
 
 const char* const kPlanResults =

@@ -4,7 +4,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 namespace orchard {
+
+/// The dispatcher's namespace of the ops, which the Python package gives when it registers them.
+std::string& op_namespace();
 
 void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);

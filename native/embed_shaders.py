@@ -20,6 +20,7 @@ FAMILIES = {
     "attention_backward_dq": "backward_dq.h",
     "attention_backward_dq_from_ds": "backward_dq_from_ds.h",
     "attention_backward_dmask": "backward_dmask.h",
+    "attention_backward_dmask_from_ds": "backward_dmask_from_ds.h",
     "attention_backward_dmask_rows": "backward_dmask_rows.h",
     "attention_backward_dmask_sum": "backward_dmask_sum.h",
     "attention_backward_dmask_sum_keys": "backward_dmask_sum_keys.h",

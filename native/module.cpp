@@ -17,7 +17,7 @@ using torch::stable::detail::StableLibrary;
 using Kind = StableLibrary::Kind;
 
 // Counts the changes that the schemas below do not show, in what results and arguments mean.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 /// The schemas of the two ops that Python defines, without default values, and of the plan.
 std::string forward_schema() {
@@ -35,7 +35,7 @@ void register_ops() {
   // Never destroyed: what is registered stays until the process ends.
   static auto& libraries = *new std::array<std::unique_ptr<StableLibrary>, 3>;
   auto library = [](Kind kind, const char* key) {
-    return std::make_unique<StableLibrary>(kind, "orchard", key, __FILE__, __LINE__);
+    return std::make_unique<StableLibrary>(kind, op_namespace().c_str(), key, __FILE__, __LINE__);
   };
   auto definitions = library(Kind::FRAGMENT, nullptr);
   definitions->def(plan_schema().c_str());
@@ -61,7 +61,7 @@ void register_ops() {
 #define ORCHARD_EXPORT extern "C" __attribute__((visibility("default")))
 
 /// What the library was built for, as one line:
-///   orchard_ops interface 2: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
+///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
 ///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...)
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
@@ -72,10 +72,12 @@ ORCHARD_EXPORT const char* orchard_library_interface() {
   return line.c_str();
 }
 
-/// Registers the ops, once in a process. Null, or why it could not: nothing is registered then.
-ORCHARD_EXPORT const char* orchard_register_ops() {
-  static const std::string failure = []() -> std::string {
+/// Registers the ops in a namespace, once for each loaded copy of the library. Null, or why it
+/// could not: nothing is registered then.
+ORCHARD_EXPORT const char* orchard_register_ops(const char* name) {
+  static const std::string failure = [name]() -> std::string {
     try {
+      orchard::op_namespace() = name;
       orchard::register_ops();
       return "";
     } catch (const std::exception&) {  // its text is a place in torch's headers

@@ -27,6 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
   X(int64_t, window_right)        \
   X(int64_t, diagonal)            \
   X(double, softcap)              \
+  X(int64_t, key_span)            \
   X(OptionalTensor, key_ranges)
 
 #define ORCHARD_OPERANDS(X) \

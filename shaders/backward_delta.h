@@ -53,7 +53,7 @@ attention_backward_delta(const device T* out [[buffer(kBufferOut)]],  // (B, Hq,
       head.rows(dout, params.dout, params.v_head_dim, head.head, every_row), row0, at);
   float part = 0.0f;
   ORCHARD_UNROLL
-  for (int d = 0; d < BD / 8; d++) {
+  for (int d = 0; d < V::template Value<BD>::kWidth / 8; d++) {
     const float2 product =
         operand<float>(dout_rows.pair(0, d)) * operand<float>(out_rows.pair(0, d));
     part += product.x + product.y;

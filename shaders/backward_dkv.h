@@ -84,7 +84,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
-    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    const DscoreTiles<V::kListed> ds_tiles =
+        dscore_tiles<V::kListed>(ds, group.x * heads + member, at, params);
     ColumnRanges<V::kListed, BQ> ranges;
     ranges.start(head, key_ranges, range_hulls, lane, params);
     const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
@@ -138,7 +139,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           times_derivative<kHides>(ds_block, derivatives);
         }
         if (STORE_DS) {
-          store_dscore(ds_tiles, key0, row0, ds_block, params);
+          store_dscore(ds_tiles, ranges, key0, row0, ds_block, params);
         }
         if (V::kDropout) {
           drop_transposed(p, kept, kPScale);

@@ -66,12 +66,14 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kGroupKeys = 8 * SIMDGROUPS / 2;
   const int kDepth = BD / 8;
+  const int kValueBD = V::template Value<BD>::kWidth;
+  const int kValueDepth = kValueBD / 8;
   const int kBlocks = BQ / 8;
   const bool kKeep = BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dK or dV, K or V
   const int kHandedOver = SIMDGROUPS / 2 * kBlocks * ORCHARD_SIMD_WIDTH / 2;  // chunks of P^T
   const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
-  using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
+  using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, kValueBD>;
   using Staged = SharedBlock<F, StagedRow<F, BD>::kLength>;
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
 
@@ -103,7 +105,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
-    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
+    const DscoreTiles<V::kListed> ds_tiles =
+        dscore_tiles<V::kListed>(ds, group.x * heads + member, at, params);
     ColumnRanges<V::kListed, BQ> ranges;
     ranges.start(head, key_ranges, range_hulls, lane, params);
     const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
@@ -140,7 +143,11 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
 
         Tile<float, 1, kBlocks> x;  // (8 keys, BQ queries): S^T and P^T, or dP^T and dS^T
         zero(x);
-        mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        if (kValueDepth < kDepth && second) {
+          mma_ABt<F, kValueDepth, Chains<T>::kCount>(x, left, scored);
+        } else {
+          mma_ABt<F, kDepth, Chains<T>::kCount>(x, left, scored);
+        }
         if (!second) {
           Tile<float, 1, kBlocks> derivatives;
           scores.apply(x, derivatives, ranges, row0, masked, params);
@@ -168,10 +175,14 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           dscore_transposed<kHides>(x, p, row_delta);
           sums_of_keys.take(x, params);
           if (STORE_DS) {
-            store_dscore(ds_tiles, key0, row0, x, params);
+            store_dscore(ds_tiles, ranges, key0, row0, x, params);
           }
         }
-        mma_AB(sum, x, summed);
+        if (kValueDepth < kDepth && !second) {
+          mma_AB_columns<kValueDepth>(sum, x, summed);
+        } else {
+          mma_AB(sum, x, summed);
+        }
         rows.advance();
       }
       if (parts.ended()) {

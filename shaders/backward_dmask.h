@@ -1,5 +1,6 @@
 // Attention backward, the gradient of an additive mask: what dS sums up to over all that share an
-// element of the mask. It is computed again, since no other kernel forms it in this order.
+// element of the mask. dS is computed again; backward_dmask_from_ds.h is for calls whose key's side
+// has stored all of it.
 //
 //   for each head of a batch entry that shares these elements, each block of queries that does:
 //     P   = exp((score(Q K^T) - m) - log(l))      dP = drop(dO V^T)
@@ -21,6 +22,7 @@
 #include "keys.h"
 #include "loader.h"
 #include "long_sum.h"
+#include "mask_gradient.h"
 #include "mask_sharers.h"
 #include "ranges.h"
 #include "scores.h"
@@ -30,72 +32,6 @@
 /// Blocks of a head's rows that are summed up one after the other, where rows share a row of the
 /// mask: several threadgroups share the others.
 constant int kRunBlocks = 32;
-
-/// The gradient of one (batch, head) of the mask, or one threadgroup's part of it.
-template <typename O>
-struct MaskGradient {
-  device O* data;
-  int rows;
-  int keys;
-
-  METAL_FUNC void store(int row, int key, float x) const {
-    if (row < rows && key < keys) {
-      data[(int64_t)row * keys + key] = O(x);
-    }
-  }
-
-  template <int ROWS, int COLS>
-  METAL_FUNC void store(
-      thread const Tile<float, ROWS, COLS>& x, int row0, int key0, LanePosition at) const {
-    ORCHARD_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      ORCHARD_UNROLL
-      for (int c = 0; c < COLS; c++) {
-        const int row = row0 + 8 * r + at.row;
-        const int key = key0 + 8 * c + at.col;
-        store(row, key, x.fragments[r][c].x);
-        store(row, key + 1, x.fragments[r][c].y);
-      }
-    }
-  }
-
-  /// Stores what the columns of all simdgroups' tiles sum up to. `sums` is (SIMDGROUPS, 8 COLS).
-  template <int SIMDGROUPS, int ROWS, int COLS>
-  METAL_FUNC void store_columns(thread const Tile<float, ROWS, COLS>& x, int key0,
-      threadgroup float* sums, uint thread_index, ushort simdgroup, LanePosition at) const {
-    const int kKeys = 8 * COLS;
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLS; c++) {
-      float2 column = x.fragments[0][c];
-      ORCHARD_UNROLL
-      for (int r = 1; r < ROWS; r++) {
-        column += x.fragments[r][c];
-      }
-      column = column_sum(column);
-      if (at.row == 0) {
-        sums[simdgroup * kKeys + 8 * c + at.col] = column.x;
-        sums[simdgroup * kKeys + 8 * c + at.col + 1] = column.y;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = thread_index; i < kKeys; i += ORCHARD_THREADS(SIMDGROUPS)) {
-      float total = 0.0f;
-      for (int j = 0; j < SIMDGROUPS; j++) {
-        total += sums[j * kKeys + i];
-      }
-      store(0, key0 + i, total);
-    }
-  }
-};
-
-/// Of `count` terms, those that a threadgroup sums up which is the index-th of `parts`.
-METAL_FUNC Range terms_of_part(int count, int part, int parts) {
-  const int terms = (count + parts - 1) / parts;
-  Range range;
-  range.begin = min(part * terms, count);
-  range.end = min(range.begin + terms, count);
-  return range;
-}
 
 template <typename T, typename F, int BD, int R, int BK, int SIMDGROUPS, typename V, typename O>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -142,8 +78,10 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
   }
   MaskMap<typename V::Score::Mask> visible;
   visible.start(first, mask_map, params);
-  const Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
-  const int blocks = seen.template any<BK>() ? max(rows.end - rows.begin, 0) : 0;
+  Seen seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
+  // Where key ranges tell heads apart, so does the map: each head's is looked at in its turn.
+  const bool any_seen = V::kListed || seen.template any<BK>();
+  const int blocks = any_seen ? max(rows.end - rows.begin, 0) : 0;
   const int runs = (blocks + kRunBlocks - 1) / kRunBlocks;  // of blocks of one head
   const Range terms = terms_of_part(sharers.count() * runs, part, parts);
 
@@ -171,9 +109,14 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
     Blocks kv;
     kv.start(head.key_rows(key, params.k, params.head_dim),
         head.key_rows(value, params.v, params.v_head_dim), key0, storage, thread_index, at);
-    kv.stage_keys(seen);
     const int first_block = rows.begin + run * kRunBlocks;
-    const int last_block = min(first_block + kRunBlocks, rows.end);
+    int last_block = min(first_block + kRunBlocks, rows.end);
+    if (V::kListed) {
+      visible.start(head, mask_map, params);
+      seen = visible.template keys<kGroupRows>(own_block * kGroupRows, key0);
+      last_block = seen.template any<BK>() ? last_block : first_block;
+    }
+    kv.stage_keys(seen);
     for (int block = first_block; block < last_block; block++) {
       const int row0 = block * kGroupRows + simdgroup * 8 * R;
       ranges.start(head, key_ranges, block * kGroupRows, row0, at, lane, params);

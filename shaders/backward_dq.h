@@ -1,5 +1,5 @@
 // Attention backward, the query's side: dq, with dS computed again. backward_dq_from_ds.h is for
-// heads whose key's side has stored dS.
+// heads whose key's side has stored dS, all of it or that of some queries.
 //
 //   for each block of BK keys:
 //     P  = exp((score(Q K^T) - m) - log(l))       dP = drop(dO V^T)
@@ -35,17 +35,21 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     const device uint2* mask_map [[buffer(kBufferMaskMap)]],          // MaskMap
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
+    const device int* range_hulls
+    [[buffer(kBufferRangeHulls)]],  // RangeHulls, read if params.ranges.ds_partial
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kDepth = BD / 8;
+  const int kValueBD = V::template Value<BD>::kWidth;
+  const int kValueDepth = kValueBD / 8;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeep = R * BD * (4 + 2 * sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;  // dQ, Q, dO
   const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
   using Ranges = TileRanges<V::kListed, R, kGroupRows>;
-  using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2>;
+  using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, 2, kValueBD>;
   threadgroup uint4 storage[Blocks::kStorage];
 
   const Head head = query_head(group.x, params);
@@ -53,6 +57,10 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;  // heaviest first, as in the forward
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
+  if (V::kListed && params.ranges.ds_partial &&
+      stores_dscore(head, range_hulls, group_row0, lane, params)) {
+    return;  // attention_backward_dq_from_ds has computed these
+  }
   Ranges ranges;
   ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
   const Range blocks = ranges.key_blocks(
@@ -62,7 +70,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
 
   LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;
   q.load(device_rows<V::kVec>(head.query_rows(query, params.q, params.head_dim), row0, at));
-  LeftOperand<T, F, R, kDepth, V::kVec, kKeep> do_;
+  LeftOperand<T, F, R, kValueDepth, V::kVec, kKeep> do_;
   do_.load(device_rows<V::kVec>(head.query_rows(dout, params.dout, params.v_head_dim), row0, at));
   Blocks kv;
   kv.start(head.key_rows(key, params.k, params.head_dim),
@@ -107,7 +115,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     ranges.hide(p, key0, 0.0f, at);
     Tile<float, R, BK / 8> dp;
     zero(dp);
-    mma_ABt<F, kDepth, Chains<T>::kCount>(dp, do_, kv.v);
+    mma_ABt<F, kValueDepth, Chains<T>::kCount>(dp, do_, kv.v);
     if (V::kDropout) {
       drop(dp, row0, key0, draws);
       scale(dp, params.dropout_rescale);

@@ -88,6 +88,10 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
+  if (V::kListed && params.ranges.ds_partial &&
+      !stores_dscore(head, range_hulls, group_row0, lane, params)) {
+    return;  // attention_backward_dq computes these
+  }
   TileRanges<V::kListed, R, kGroupRows> ranges;
   ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
   RowHulls<V::kListed, R> hulls;
@@ -106,7 +110,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   if (params.key_begin > 0) {
     partial.load(dq_sum);
   }
-  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
+  const DscoreTiles<V::kListed> ds_tiles = dscore_tiles<V::kListed>(ds, group.x, at, params);
   const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
@@ -117,7 +121,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
       k.advance();
-      tile += ds_tiles.row_of_tiles() * (BK / 8);
+      tile = ds_tiles.behind(tile, key0, BK, row0);
       continue;
     }
     const bool all_seen = unmasked.has(key0);
@@ -138,7 +142,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
     k.advance();
-    tile += ds_tiles.row_of_tiles() * (BK / 8);
+    tile = ds_tiles.behind(tile, key0, BK, row0);
   }
 
   if (params.key_end < params.kv_len) {

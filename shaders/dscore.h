@@ -1,7 +1,9 @@
 // dS, the gradient of the scores, on its way from the key's side of the backward to the query's:
 // float tiles of 8 keys x 8 queries, contiguous, ordered by (query head, key block, query block).
 // Where not all keys' tiles fit into the buffer, several dispatches share it, and dq is summed
-// behind them in between.
+// behind them in between. Where key_ranges are given, the buffer has params.ranges.ds_keys keys for
+// each 8 queries, and a key has the place of the one so many keys ahead: no 8 queries whose dS is
+// stored see both (RangeHull::fits).
 #pragma once
 
 #include "params.h"
@@ -9,9 +11,11 @@
 #include "tile.h"
 
 /// The tiles of one query head.
+template <bool LISTED>
 struct DscoreTiles {
   device float* data;
   int query_blocks;  // of 8 rows
+  int key_blocks;    // of 8 keys
   int key_begin;     // of the dispatch
   LanePosition at;
 
@@ -19,7 +23,14 @@ struct DscoreTiles {
   METAL_FUNC int64_t row_of_tiles() const { return (int64_t)query_blocks * 64; }
 
   METAL_FUNC device float* tile(int key0, int row0) const {
-    return data + ((int64_t)((key0 - key_begin) / 8) * query_blocks + row0 / 8) * 64;
+    const int key_block = LISTED ? key0 / 8 % key_blocks : (key0 - key_begin) / 8;
+    return data + ((int64_t)key_block * query_blocks + row0 / 8) * 64;
+  }
+
+  /// From `tile`, of (key0, row0), to that of (key0 + keys, row0).
+  METAL_FUNC const device float* behind(
+      const device float* tile_of_key, int key0, int keys, int row0) const {
+    return LISTED ? tile(key0 + keys, row0) : tile_of_key + row_of_tiles() * (keys / 8);
   }
 
   /// One fragment of dS^T (keys, queries) to a tile, as the key's side holds it.
@@ -35,9 +46,9 @@ struct DscoreTiles {
 };
 
 /// Stores a row of tiles, dS^T of 8 keys; what begins beyond the keys or queries has no tile.
-template <int COLS>
-METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
-    thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
+template <bool LISTED, int COLS, typename Ranges>
+METAL_FUNC void store_dscore(DscoreTiles<LISTED> tiles, thread const Ranges& ranges, int key0,
+    int row0, thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
   if (key0 >= params.kv_len) {
     return;
   }
@@ -45,7 +56,7 @@ METAL_FUNC void store_dscore(DscoreTiles tiles, int key0, int row0,
   const bool whole = row0 + 8 * COLS <= params.q_len;
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
-    if (whole || row0 + 8 * c < params.q_len) {
+    if ((whole || row0 + 8 * c < params.q_len) && ranges.stores(row0 + 8 * c, key0, params)) {
       tiles.store(tile + 64 * c, ds.fragments[0][c]);
     }
   }
@@ -98,13 +109,15 @@ METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
 }
 
 /// head counts from the first one of the dispatch.
-METAL_FUNC DscoreTiles dscore_tiles(
+template <bool LISTED>
+METAL_FUNC DscoreTiles<LISTED> dscore_tiles(
     device float* ds, int head, LanePosition at, constant AttentionParams& params) {
-  DscoreTiles tiles;
+  DscoreTiles<LISTED> tiles;
   tiles.query_blocks = (params.q_len + 7) / 8;
   tiles.key_begin = params.key_begin;
-  const int64_t key_blocks = (params.key_end - params.key_begin + 7) / 8;
-  tiles.data = ds + head * key_blocks * tiles.row_of_tiles();
+  tiles.key_blocks =
+      LISTED ? params.ranges.ds_keys / 8 : (params.key_end - params.key_begin + 7) / 8;
+  tiles.data = ds + head * (int64_t)tiles.key_blocks * tiles.row_of_tiles();
   tiles.at = at;
   return tiles;
 }

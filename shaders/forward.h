@@ -42,11 +42,13 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int kDepth = BD / 8;
+  const int kValueBD = V::template Value<BD>::kWidth;
   const int kGroupRows = 8 * R * SIMDGROUPS;
   const bool kKeepQ = R * BD * (4 + sizeof(F)) / 16 <= ORCHARD_OPERAND_REGISTERS;
   const bool kNatural = V::Score::kNatural;
   using Ranges = TileRanges<V::kListed, R, kGroupRows>;
-  using Blocks = KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, BUFFERS>;
+  using Blocks =
+      KeyValueBlocks<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, BUFFERS, kValueBD>;
   threadgroup uint4 storage[Blocks::kStorage];
 
   // Heads run fastest and late rows first: under a causal mask the heaviest blocks start first.
@@ -68,7 +70,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   kv.start(head.key_rows(key, params.k, params.head_dim),
       head.key_rows(value, params.v, params.v_head_dim), blocks.begin * BK, storage, thread_index,
       at);
-  Tile<float, R, kDepth> o;
+  Tile<float, R, kValueBD / 8> o;
   zero(o);
   OnlineSoftmax<R, kNatural> softmax;
   softmax.init();

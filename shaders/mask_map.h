@@ -1,10 +1,11 @@
 // The map of what a mask lets through (MaskMap in masks.h), for the kernels to skip what is hidden.
 //
-// A simdgroup takes a block of ORCHARD_MAP_BLOCK queries and keys of one (batch, head) of the mask,
-// each lane a key of it.
+// A simdgroup takes a block of ORCHARD_MAP_BLOCK queries and keys of one (batch, head) of the map,
+// each lane a key of it. LISTED: the rows of the mask differ, and so do their key_ranges.
 #pragma once
 
 #include "masks.h"
+#include "ranges.h"
 
 /// Whether a mask lets a pair through.
 METAL_FUNC bool lets_through(uchar element) { return element; }
@@ -18,11 +19,31 @@ METAL_FUNC int blocks_of(int length) {
   return (length + ORCHARD_MAP_BLOCK - 1) / ORCHARD_MAP_BLOCK;
 }
 
-template <typename E, int SIMDGROUPS>
+/// Bit j of lane i becomes bit i of lane j: squares off the diagonal change places, from 16 x 16
+/// down to 1 x 1.
+METAL_FUNC uint transposed_bits(uint bits, ushort lane) {
+  uint left = 0x0000ffff;  // of the squares
+  for (ushort size = 16; size > 0; size /= 2) {
+    const uint other = simd_shuffle_xor(bits, size);
+    bits = (lane & size) == 0 ? (bits & left) | ((other & left) << size)
+                              : (bits & ~left) | ((other >> size) & left);
+    left ^= left << (size / 2);
+  }
+  return bits;
+}
+
+/// Which of ORCHARD_MAP_BLOCK queries from row0 on have each lane's key in their ranges: row0 + i
+/// is bit i. The lanes' keys begin with key0.
+METAL_FUNC uint rows_in_range(RangeRows ranges, int row0, int key0, ushort lane) {
+  return transposed_bits(ranges.of(row0 + lane).bits(key0), lane);
+}
+
+template <typename E, int SIMDGROUPS, bool LISTED>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_mask_map(
     const device uchar* attn_mask [[buffer(kBufferMask)]],
     device uint2* mask_map [[buffer(kBufferMaskMap)]],
     constant AttentionParams& params [[buffer(kBufferParams)]],
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],  // (B, Hq, L, 4)
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -49,13 +70,22 @@ template <typename E, int SIMDGROUPS>
   // A mask of keys alone is the same for rows that see different keys.
   const bool by_row = params.mask.row != 0;
   const Window window = window_of(params);
+  uint in_range = 0;
+  if (LISTED) {
+    Head listed;
+    listed.batch = batch / inner_size * int(params.mask.inner_size) + batch % inner_size;
+    listed.head = head;
+    in_range =
+        rows_in_range(range_rows(listed, key_ranges, params), row0, col * ORCHARD_MAP_BLOCK, lane);
+  }
   bool any = false;
   bool all = true;
   if (exists) {
     const device E* column = mask + key * params.mask.col;
     for (int i = row0; i < row_end; i++) {
       const bool passes = lets_through(column[i * params.mask.row]);
-      any = any || (passes && (!by_row || window.sees(i, key)));
+      const bool sees = LISTED ? in_range >> (i - row0) & 1 : !by_row || window.sees(i, key);
+      any = any || (passes && sees);
       all = all && passes;
     }
   }

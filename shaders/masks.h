@@ -34,12 +34,13 @@ struct Mask {
 };
 
 /// A score with its element of the mask. What a mask hides is -inf even where the score is NaN.
-METAL_FUNC float masked(float s, uchar element) { return element ? s : -INFINITY; }
+/// What is added may come with a `factor` of the score.
+METAL_FUNC float masked(float s, uchar element, float) { return element ? s : -INFINITY; }
 
 template <typename E>
-METAL_FUNC float masked(float s, E element) {
+METAL_FUNC float masked(float s, E element, float factor) {
   const float addend = float(element);
-  return addend == -INFINITY ? -INFINITY : s + addend;
+  return addend == -INFINITY ? -INFINITY : fma(s, factor, addend);
 }
 
 /// Where the elements of a batch entry's head begin.
@@ -54,7 +55,7 @@ template <typename MASK, int ROWS, int COLS>
 struct MaskTile {
   METAL_FUNC void start(Head, const device uchar*, int, LanePosition, constant AttentionParams&) {}
   METAL_FUNC void fetch(int) {}
-  METAL_FUNC void add_to(thread Tile<float, ROWS, COLS>&) const {}
+  METAL_FUNC void add_to(thread Tile<float, ROWS, COLS>&, float) const {}
 };
 
 template <typename E, bool PAIRS, int ROWS, int COLS>
@@ -95,14 +96,14 @@ struct MaskTile<Mask<E, PAIRS>, ROWS, COLS> {
     }
   }
 
-  METAL_FUNC void add_to(thread Tile<float, ROWS, COLS>& s) const {
+  METAL_FUNC void add_to(thread Tile<float, ROWS, COLS>& s, float factor) const {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
         const vec<E, 2> pair = elements.fragments[r][c];
-        s.fragments[r][c] =
-            float2(masked(s.fragments[r][c].x, pair.x), masked(s.fragments[r][c].y, pair.y));
+        s.fragments[r][c] = float2(masked(s.fragments[r][c].x, pair.x, factor),
+            masked(s.fragments[r][c].y, pair.y, factor));
       }
     }
   }
@@ -113,7 +114,7 @@ template <typename MASK, int COLS>
 struct MaskTileTransposed {
   METAL_FUNC void start(Head, const device uchar*, int, LanePosition, constant AttentionParams&) {}
   METAL_FUNC void fetch(int) {}
-  METAL_FUNC void add_to(thread Tile<float, 1, COLS>&) const {}
+  METAL_FUNC void add_to(thread Tile<float, 1, COLS>&, float) const {}
 };
 
 template <typename E, bool PAIRS, int COLS>
@@ -136,6 +137,15 @@ struct MaskTileTransposed<Mask<E, PAIRS>, COLS> {
 
   /// Asks for the elements of the tile from row0 on.
   METAL_FUNC void fetch(int row0) {
+    if (row0 + 8 * COLS <= last + 1) {  // all queries are there
+      const device E* first = column + (row0 + row) * row_stride;
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        elements.fragments[0][c] =
+            vec<E, 2>(first[8 * c * row_stride], first[(8 * c + 1) * row_stride]);
+      }
+      return;
+    }
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       const int first = min(row0 + 8 * c + row, last);
@@ -144,12 +154,12 @@ struct MaskTileTransposed<Mask<E, PAIRS>, COLS> {
     }
   }
 
-  METAL_FUNC void add_to(thread Tile<float, 1, COLS>& s) const {
+  METAL_FUNC void add_to(thread Tile<float, 1, COLS>& s, float factor) const {
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       const vec<E, 2> pair = elements.fragments[0][c];
-      s.fragments[0][c] =
-          float2(masked(s.fragments[0][c].x, pair.x), masked(s.fragments[0][c].y, pair.y));
+      s.fragments[0][c] = float2(
+          masked(s.fragments[0][c].x, pair.x, factor), masked(s.fragments[0][c].y, pair.y, factor));
     }
   }
 };
@@ -197,18 +207,18 @@ struct MaskMap<Mask<E, PAIRS>> {
   using Seen = SeenKeys;
   const device uint2* blocks;
   int64_t row_stride;
-  int64_t col_stride;
+  int col_bits;  // all where keys have blocks of their own, else none
   int last_row;
 
   METAL_FUNC void start(Head head, const device uint2* map, constant AttentionParams& params) {
     blocks = map + mask_offset(head, params.mask_map);
     row_stride = params.mask_map.row;
-    col_stride = params.mask_map.col;
+    col_bits = -int(params.mask_map.col);
     last_row = (params.q_len - 1) / ORCHARD_MAP_BLOCK;
   }
 
   METAL_FUNC uint2 block(int row, int col) const {
-    return blocks[min(row, last_row) * row_stride + col * col_stride];
+    return blocks[min(row, last_row) * row_stride + (col & col_bits)];
   }
 
   /// The keys from key0 on that any of ROWS queries from row0 on sees.

@@ -67,6 +67,8 @@ struct RangeParams {
   int64_t head;
   int32_t left;
   int32_t right;
+  int32_t ds_keys;     ///< keys whose dS is stored for each 8 queries; 0: none
+  int32_t ds_partial;  ///< whether some queries may see keys farther apart: their dS is not stored
 };
 
 /// One attention problem. Row i sees key j iff i + diagonal - window_left <= j and
@@ -125,6 +127,9 @@ struct AttentionParams {
 /// Integers of a RangeHull (ranges.h).
 #define ORCHARD_RANGE_HULL 6
 
+/// Queries that either all take their dS from memory or all compute it again (key_ranges).
+#define ORCHARD_DS_ROWS 64
+
 /// Keys are divided between dispatches at multiples of this, whole blocks of every kernel.
 #define ORCHARD_KEY_CHUNK 64
 
@@ -133,5 +138,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 24 + 3 * 48 + 4 * 8 + 24 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 24 * 4,
     "host and shader must agree on AttentionParams");

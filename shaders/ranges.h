@@ -136,6 +136,13 @@ struct RangeHull {
     return key1 <= inner_prefix || (inner_begin <= key0 && key1 <= inner_end);
   }
 
+  /// Whether dS of the keys from the first to the last that 8 queries may see has room in blocks of
+  /// 8 keys that repeat after `keys` keys.
+  METAL_FUNC bool fits(int keys) const {
+    const int first = prefix > 0 ? 0 : begin;
+    return max(prefix, end) - first / 8 * 8 <= keys;
+  }
+
   /// Blocks of BK keys from the first to the last that any query may see.
   METAL_FUNC Range key_blocks(int BK) const {
     Range keys;
@@ -274,6 +281,16 @@ struct RangeHulls {
   }
 };
 
+/// Whether dS of the ORCHARD_DS_ROWS queries round `row` is stored, where not all queries' is.
+METAL_FUNC bool stores_dscore(
+    Head head, const device int* all, int row, ushort lane, constant AttentionParams& params) {
+  const int count = ORCHARD_DS_ROWS / 8;
+  RangeHulls hulls;
+  hulls.start(head, all, params);
+  const RangeHull hull = hulls.at(row / ORCHARD_DS_ROWS * count + lane % count);
+  return simd_min(hull.fits(params.ranges.ds_keys) ? 1 : 0) != 0;
+}
+
 /// Writes the hull of 8 queries, once for all heads that have these ranges.
 METAL_FUNC void write_hull(device int* hulls, RangeRows ranges, Head head, int row0,
     LanePosition at, ushort lane, constant AttentionParams& params) {
@@ -327,6 +344,9 @@ struct ColumnRanges {
 
   METAL_FUNC bool meets(int, int, int) const { return true; }
 
+  /// Whether dS of 8 queries and 8 keys is stored.
+  METAL_FUNC bool stores(int, int, constant AttentionParams&) const { return true; }
+
   /// Makes weights zero of what a query does not see.
   template <int COLS>
   METAL_FUNC void hide(thread Tile<float, 1, COLS>&, int, int, LanePosition) const {}
@@ -369,6 +389,14 @@ struct ColumnRanges<true, BQ> {
 
   METAL_FUNC bool meets(int row0, int key0, int key1) const {
     return hulls.template of<BQ>(row0).meets(key0, key1);
+  }
+
+  METAL_FUNC bool stores(int row0, int key0, constant AttentionParams& params) const {
+    if (!params.ranges.ds_partial) {
+      return true;
+    }
+    const RangeHull hull = hulls.at(row0 / 8);
+    return hull.fits(params.ranges.ds_keys) && hull.meets(key0, key0 + 8);
   }
 
   template <int COLS>

@@ -42,6 +42,13 @@ METAL_FUNC float2 tanh_of(float2 x) {
   return float2(x.x < 0.0f ? -t.x : t.x, x.y < 0.0f ? -t.y : t.y);
 }
 
+/// Whether a product becomes a score by its factor alone, so that the mask is added in the same
+/// rounding.
+template <bool SOFTCAP, bool ALIBI, typename MASK>
+METAL_FUNC bool adds_to_product() {
+  return MASK::kAdds && !SOFTCAP && !ALIBI;
+}
+
 /// The parts of a head's scores that do not depend on the mask.
 template <bool EXACT, bool SOFTCAP, bool ALIBI>
 struct HeadScore {
@@ -139,6 +146,10 @@ struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
   METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s,
       thread Tile<float, ROWS, COLS>& derivatives, int key0, bool masked,
       constant AttentionParams&) const {
+    if (adds_to_product<SOFTCAP, ALIBI, MASK>()) {
+      mask.add_to(s, head_score.factor);
+      return;
+    }
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const float distance = float(position[r] - key0);
@@ -150,7 +161,7 @@ struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
       }
     }
     if (masked) {
-      mask.add_to(s);
+      mask.add_to(s, 1.0f);
     }
   }
 };
@@ -194,13 +205,17 @@ struct ScoresTransposed<EXACT, Score<SOFTCAP, ALIBI, MASK>, COLS> {
   template <typename Ranges>
   METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
       thread const Ranges& ranges, int row0, bool masked, constant AttentionParams& params) const {
+    if (adds_to_product<SOFTCAP, ALIBI, MASK>()) {
+      mask.add_to(s, head_score.factor);
+      return;
+    }
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       const float2 distances = ALIBI ? ranges.distances(row0, c, key, at, params) : float2(0.0f);
       s.fragments[0][c] = head_score.of(s.fragments[0][c], distances, derivatives.fragments[0][c]);
     }
     if (masked) {
-      mask.add_to(s);
+      mask.add_to(s, 1.0f);
     }
   }
 };

@@ -6,22 +6,28 @@
 
 /// Makes both operands take a block without a guard, or both with one: the two widths may differ,
 /// and kernels shall ask once.
-template <typename Operand>
-METAL_FUNC void guard_alike(thread Operand& a, thread Operand& b) {
+template <typename First, typename Second>
+METAL_FUNC void guard_alike(thread First& a, thread Second& b) {
   const uint whole = min(a.loader.whole, b.loader.whole);
   a.loader.whole = whole;
   b.loader.whole = whole;
 }
 
-/// K and V of a head, BK keys at a time. BUFFERS: 2, staged side by side; 1, staged one after the
-/// other in the same threadgroup memory; 0, read from device memory by each simdgroup.
-template <typename T, typename F, int BK, int BD, int THREADS, bool VEC, int BUFFERS>
+/// K and V of a head, BK keys at a time, of padded head dims BD and VALUE_BD <= BD. BUFFERS: 2,
+/// staged side by side; 1, staged one after the other in the same threadgroup memory; 0, read from
+/// device memory by each simdgroup.
+template <typename T, typename F, int BK, int BD, int THREADS, bool VEC, int BUFFERS,
+    int VALUE_BD = BD>
 struct KeyValueBlocks {
   static constant constexpr const int kChunks = BK * StagedRow<F, BD>::kLength * sizeof(F) / 16;
-  static constant constexpr const int kStorage = BUFFERS > 0 ? BUFFERS* kChunks : 1;  // of 16 bytes
+  static constant constexpr const int kOfValues =
+      BK * StagedRow<F, VALUE_BD>::kLength * sizeof(F) / 16;
+  static constant constexpr const int kStorage = BUFFERS == 2   ? kChunks + kOfValues
+                                                 : BUFFERS == 1 ? kChunks
+                                                                : 1;  // of 16 bytes
 
   RightOperand<T, F, BK, BD, THREADS, VEC, (BUFFERS > 0)> k;
-  RightOperand<T, F, BK, BD, THREADS, VEC, (BUFFERS > 0)> v;
+  RightOperand<T, F, BK, VALUE_BD, THREADS, VEC, (BUFFERS > 0)> v;
 
   METAL_FUNC void start(HeadRows<T> keys, HeadRows<T> values, int key0, threadgroup uint4* storage,
       uint thread_index, LanePosition at) {
@@ -68,14 +74,15 @@ struct KeyValueBlocks {
   }
 };
 
-/// Q and dO of a head, BQ queries at a time, staged side by side.
-template <typename T, typename F, int BQ, int BD, int THREADS, bool VEC>
+/// Q and dO of a head, BQ queries at a time, of padded head dims BD and VALUE_BD <= BD, staged side
+/// by side in rows of one length.
+template <typename T, typename F, int BQ, int BD, int THREADS, bool VEC, int VALUE_BD = BD>
 struct QueryBlocks {
   static constant constexpr const int kChunks = BQ * StagedRow<F, BD>::kLength * sizeof(F) / 16;
   static constant constexpr const int kStorage = 2 * kChunks;  // of 16 bytes
 
   RightOperand<T, F, BQ, BD, THREADS, VEC, true> q;
-  RightOperand<T, F, BQ, BD, THREADS, VEC, true> dout;
+  RightOperand<T, F, BQ, VALUE_BD, THREADS, VEC, true, BD> dout;
 
   METAL_FUNC void start(HeadRows<T> queries, HeadRows<T> gradients, int row0,
       threadgroup uint4* storage, uint thread_index, LanePosition at) {

@@ -30,7 +30,8 @@ from simulator import engine  # noqa: E402
 from simulator.engine import arrays  # noqa: E402
 
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = harness.FAMILIES
-DMASK = harness.DMASK  #: a block of its loop is a batch entry that shares the mask
+#: The mask's gradient: a block of the loop is a batch entry that shares the mask.
+DMASK, DMASK_FROM_DS = MASK_GRADIENTS = harness.DMASK, harness.DMASK_FROM_DS
 #: The key's side as it runs before DQ_FROM_DS: it stores dS. (DKV alone runs beside DQ.)
 STORING = {name: f"{name} storing dS" for name in (DKV, DKV_PAIRS)}
 DKV_STORING, DKV_PAIRS_STORING = STORING.values()
@@ -158,15 +159,17 @@ def _request(
     scratch_bytes: int = 0,
     score: str = "",
     batch: int = 1,
+    value_dim: int = 0,
 ) -> Any:
     """One head of each batch entry. Where these are several, the mask's gradient is asked for."""
 
-    def dense(length: int) -> tuple[Sequence[int], Sequence[int], int]:
-        size = length * head_dim
-        return (batch, 1, length, head_dim), (size, size, head_dim, 1), 0
+    def dense(length: int, width: int) -> tuple[Sequence[int], Sequence[int], int]:
+        size = length * width
+        return (batch, 1, length, width), (size, size, width, 1), 0
 
-    layouts = {x: dense(q_len) for x in ("q", "out", "dout")}
-    layouts |= {x: dense(kv_len) for x in ("k", "v")}
+    layouts = {x: dense(q_len, value_dim or head_dim) for x in ("out", "dout")}
+    layouts |= {"q": dense(q_len, head_dim), "k": dense(kv_len, head_dim)}
+    layouts |= {"v": dense(kv_len, value_dim or head_dim)}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
     fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
     fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
@@ -225,13 +228,14 @@ def variant(
     kv_len: int = 64,
     score: str = "",
     batch: int = SHORT,
+    value_dim: int = 0,
 ) -> Variant:
-    """The kernel that the plan chooses for a dense problem, with one of SCORES. DMASK alone has a
-    batch."""
-    storing = family in (*TEMPLATES, DQ_FROM_DS)
-    batch = batch if family == DMASK else 1
+    """The kernel that the plan chooses for a dense problem, with one of SCORES. MASK_GRADIENTS
+    alone have a batch. A `value_dim` of 0 is that of the queries."""
+    storing = family in (*TEMPLATES, DQ_FROM_DS, DMASK_FROM_DS)
+    batch = batch if family in MASK_GRADIENTS else 1
     backward, scratch = family != FORWARD, (1 << 40) * storing
-    request = _request(dtype, head_dim, q_len, kv_len, backward, scratch, score, batch)
+    request = _request(dtype, head_dim, q_len, kv_len, backward, scratch, score, batch, value_dim)
     plan, params = _sources().plan(request)
     template = TEMPLATES.get(family, family)
     kernels = {k["family"]: k for k in plan["kernels"]}
@@ -242,6 +246,8 @@ def variant(
     tile = {name: int(n) for name, n in re.findall(r"\b(BQ|BK) (\d+)", kernel["tile"])}
     if family == DELTA:
         tile = dict(BQ=threads // 32 * 8, BK=0)
+    elif family == DMASK_FROM_DS:
+        tile = dict(BQ=harness.MAP_BLOCK, BK=harness.MAP_BLOCK)
     return Variant(
         template,
         kernel["name"],
@@ -283,23 +289,32 @@ def _listed_keys(q_len: int, kv_len: int, edges: bool) -> tuple[torch.Tensor, to
 
 
 def _launch(
-    v: Variant, dtype: str, head_dim: int, q_len: int, kv_len: int, score: str, batch: int
+    v: Variant,
+    dtype: str,
+    head_dim: int,
+    q_len: int,
+    kv_len: int,
+    score: str,
+    batch: int,
+    value_dim: int,
 ) -> tuple:
     """One threadgroup."""
     library = engine.compile(_program(v), check=True)
     numbers = dict(v.numbers)
     generator = torch.Generator().manual_seed(0)
-    batch = batch if v.family == DMASK else 1
+    batch = batch if v.family in MASK_GRADIENTS else 1
 
-    def draw(length: int) -> torch.Tensor:
-        shape = (batch, 1, length, head_dim)
+    def draw(length: int, width: int) -> torch.Tensor:
+        shape = (batch, 1, length, width)
         return torch.randn(shape, generator=generator).to(DTYPES[dtype])
 
-    q, out, dout, dq = (draw(q_len) for _ in range(4))
-    k, v_, dk, dv = (draw(kv_len) for _ in range(4))
+    q, dq = (draw(q_len, head_dim) for _ in range(2))
+    out, dout = (draw(q_len, value_dim or head_dim) for _ in range(2))
+    k, dk = (draw(kv_len, head_dim) for _ in range(2))
+    v_, dv = (draw(kv_len, value_dim or head_dim) for _ in range(2))
     delta, dlse = (torch.zeros(batch, 1, q_len) for _ in range(2))
     row_stats = torch.zeros(batch, 1, q_len, 2)
-    ds = torch.zeros(-(-q_len // 8) * -(-kv_len // 8) * 64)
+    ds = torch.zeros(batch * -(-q_len // 8) * -(-kv_len // 8) * 64)
     mask = torch.ones(q_len * kv_len + 1)
     blocks = -(-q_len // 32) * -(-kv_len // 32)
     mask_map = torch.tensor((-1, 0), dtype=torch.int32).repeat(blocks)  # keys seen, not by all
@@ -338,23 +353,23 @@ def _launch(
 
 
 @cache
-def count(family: str, dtype: str, head_dim: int, score: str = "") -> Counts:
+def count(family: str, dtype: str, head_dim: int, score: str = "", value_dim: int = 0) -> Counts:
     """A kernel of ours, or PyTorch's prefill kernel (causal, as published). What has no loop
     (DELTA) is all `once`."""
     if family == PREFILL:
         return _count_prefill(dtype, head_dim)
-    v = variant(family, dtype, head_dim, score=score)
+    v = variant(family, dtype, head_dim, score=score, value_dim=value_dim)
 
     def launch(q_len: int, kv_len: int, batch: int = 1) -> tuple:
-        sized = variant(family, dtype, head_dim, q_len, kv_len, score, batch)
-        return _launch(sized, dtype, head_dim, q_len, kv_len, score, batch)
+        sized = variant(family, dtype, head_dim, q_len, kv_len, score, batch, value_dim)
+        return _launch(sized, dtype, head_dim, q_len, kv_len, score, batch, value_dim)
 
     if family == DELTA:
         only = launch(v.bq, v.bq)
         return _counts(only, only, v.simdgroups, (0, 1))
     results = []
     for blocks in (SHORT, LONG):
-        if family == DMASK:
+        if family in MASK_GRADIENTS:
             results.append(launch(v.bq, v.bk, blocks))
             continue
         lengths = (v.bq * blocks, v.bk) if v.family in STORING else (v.bq, v.bk * blocks)

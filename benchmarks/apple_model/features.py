@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import counts, gate
+from .issue_model import issue
 
 KERNELS: tuple[tuple[str, str, int], ...] = (
     ("forward, D 64", counts.FORWARD, 64),
@@ -54,6 +55,21 @@ def gradient_cycles(kernels: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{x['a_cycles_per_product']:.2f}" for x in kernels if x["family"] == counts.DMASK]
 
 
+def gradient_tiles(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
+    """Of 8 x 8 elements that one head adds to the mask's gradient: cycles where dS is computed
+    again, at D 64 and D 128, and what is read and issued where it is stored."""
+    again = [
+        f"{x['a_cycles_per_product'] * 2 * x['head_dim'] / 8:.0f}"
+        for x in kernels
+        if x["family"] == counts.DMASK
+    ]
+    (stored,) = (x for x in kernels if x["family"] == counts.DMASK_FROM_DS)
+    steady = counts.Counts(0, 0, stored["steady"], {})
+    tiles = counts.harness.MAP_BLOCK // 8  # of a simdgroup
+    cycles = issue(counts.DMASK_FROM_DS, steady).cycles / tiles
+    return again, f"{cycles:.0f} and {stored['steady']['device_bytes_read'] / tiles:.0f} bytes"
+
+
 def share_of_edges(length: int, head_dim: int, documents: int = 8) -> float:
     """Of the forward's blocks in a batch of causal documents of one length, packed without gaps:
     how many are seen in part (RangeHull in shaders/ranges.h)."""
@@ -74,6 +90,8 @@ def main() -> None:
     for line in (header, ["---" for _ in header], *rows):
         print(f"| {' | '.join(line)} |")
     print("mask gradient, D 64 and D 128:", *gradient_cycles(kernels))
+    again, stored = gradient_tiles(kernels)
+    print("mask gradient of 8 x 8, D 64 and D 128:", *again, "cycles; from dS:", stored)
     for length in (1000, 4000):
         shares = (f"{share_of_edges(length, head_dim):.0%}" for head_dim in (64, 128))
         print(f"blocks seen in part, causal documents of {length}, D 64 and D 128:", *shares)

@@ -41,7 +41,10 @@ def cases() -> tuple[Case, ...]:
         if dtype == "float16" and family not in (counts.DELTA, *counts.TEMPLATES)
         if family != counts.DQ_FROM_DS or score in ("bool mask", counts.LISTED, counts.EDGES)
     ]
-    gradients = [(counts.DMASK, "float16", head_dim, "bias") for head_dim in (64, 128)]
+    gradients = [
+        *((counts.DMASK, "float16", head_dim, "bias") for head_dim in (64, 128)),
+        (counts.DMASK_FROM_DS, "float16", 64, "bias"),  # the same for every head_dim
+    ]
     return (*plain, *scored, *gradients)
 
 
@@ -71,7 +74,7 @@ def totals(family: str, dtype: str, head_dim: int, score: str) -> dict[str, floa
         kernel = None
         rows = counts.variant(family, dtype, head_dim).bq
         work = [0] * (-(-PROBLEM.length // rows))
-    elif family == counts.DMASK:
+    elif family in counts.MASK_GRADIENTS:
         kernel = None
         tile = counts.variant(family, dtype, head_dim, score=score)
         work = [1] * (-(-PROBLEM.length // tile.bq) * -(-PROBLEM.length // tile.bk))
@@ -99,15 +102,14 @@ def totals(family: str, dtype: str, head_dim: int, score: str) -> dict[str, floa
 
 def entry(case: Case) -> dict[str, Any]:
     counted = counts.count(*case)
+    steady = issue(case[0], counted)
     return dict(
         family=case[0],
         dtype=case[1],
         head_dim=case[2],
         score=case[3],
         totals=totals(*case),
-        a_cycles_per_product=round(issue(case[0], counted).per_product, 3)
-        if counted.steady
-        else None,
+        a_cycles_per_product=round(steady.per_product, 3) if steady.products else None,
         steady=counted.steady,
         once=counted.once,
     )

@@ -8,7 +8,7 @@ repeat starts with the code of the others in the processor's caches, as in a tra
 come in batches; the one in which F.sdpa's forward and backward on the CPU, which this project
 cannot influence, had the lowest median is reported, since the others say what else the machine did.
 Figures are medians with the 20th and 80th percentile, in microseconds. Writes
-benchmarks/results/host_cost.json and prints the table of docs/performance.md.
+benchmarks/results/host_cost.json and prints the table of docs/performance-tables.md.
 """
 
 from __future__ import annotations

@@ -198,21 +198,23 @@ class Attention:
 
         Where several threadgroups share dmask, its kernel writes to dmask_parts, as on a Mac.
         """
-        for name in ("mask", "alibi_slopes", "sinks"):
+        for name in ("mask", "alibi_slopes", "sinks", "key_ranges"):
             if getattr(s, name) is not None:
                 tensors[name] = getattr(s, name)
-        if plan.map_elements:
-            device = tensors["q"].device
-            tensors["mask_map"] = torch.full(
-                (plan.map_elements, 2), -7, dtype=torch.int32, device=device
-            )
+        written = {"mask_map": 2 * plan.map_elements, "range_hulls": plan.hull_elements}
+        for name, elements in written.items():
+            if elements:
+                tensors[name] = torch.full(
+                    (elements,), -7, dtype=torch.int32, device=tensors["q"].device
+                )
         if self.disturb is not None:
             self.disturb(plan.params)
         buffers = {self._index[name]: tensor for name, tensor in tensors.items()}
         launches = []
         for x in plan.kernels:
             own = dict(buffers)
-            if x.family == "attention_backward_dmask" and "dmask_parts" in tensors:
+            in_parts = ("attention_backward_dmask", "attention_backward_dmask_from_ds")
+            if x.family in in_parts and "dmask_parts" in tensors:
                 own[self._index["dmask"]] = tensors["dmask_parts"]
             params = Params.from_buffer_copy(plan.params)
             x.set(params)

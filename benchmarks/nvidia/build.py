@@ -4,7 +4,8 @@ Needs clang 19, as the simulator does, but no GPU and nothing of NVIDIA's. Write
 PTX of all variants in one archive, and native/plan as a library. prove.py needs nothing else.
 
 With --speed it writes build/nvidia/speed/ instead, for speed.py: only the kernels that are timed
-and PyTorch's own, an archive for each mode.
+and PyTorch's own, an archive for each mode. With --features it writes build/nvidia/features/, for
+features.py: the kernels of its comparisons at equal rate.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from pathlib import Path
 
 from benchmarks.planner import compile_planner
 
-from . import cases, peer, workloads
+from . import cases, feature_works, peer, workloads
 from .paths import (
+    FEATURES_KERNELS,
+    FEATURES_PLANNER,
+    FEATURES_SOURCES,
     KERNELS,
     PLANNER,
     ROOT,
@@ -113,6 +117,18 @@ def build_speed_kernels(
     return len(texts)
 
 
+def build_feature_kernels(planner: Planner, arch: str, jobs: int) -> int:
+    """Writes the archive of what features.py times; gives the number of kernels."""
+    kernels = feature_works.kernels(planner)
+
+    def compile_one(kernel: Kernel) -> str:
+        return ptx.compile(source_of(kernel), arch=arch, equal_rate=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        write_archive(FEATURES_KERNELS, zip(kernels, pool.map(compile_one, kernels.values())))
+    return len(kernels)
+
+
 def write_sources(path: Path, **more: str) -> None:
     """A description of what the kernels are made from, for the result."""
     paths = ["shaders", "native/plan"]
@@ -139,8 +155,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument(
+        "--groups", nargs="+", choices=cases.GROUPS, help="only the kernels of these groups"
+    )
+    parser.add_argument(
         "--speed", action="store_true", help="for speed.py; --only forward leaves out the backward"
     )
+    parser.add_argument("--features", action="store_true", help="for features.py")
     workloads.add_options(parser)
     options = parser.parse_args()
     if options.speed:
@@ -159,9 +179,18 @@ def main() -> None:
         )
         print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
+    if options.features:
+        FEATURES_PLANNER.parent.mkdir(parents=True, exist_ok=True)
+        write_sources(FEATURES_SOURCES)
+        started = time.monotonic()
+        count = build_feature_kernels(build_planner(FEATURES_PLANNER), options.arch, options.jobs)
+        print(f"{FEATURES_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+        return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)
     planner = build_planner(PLANNER)
-    variants = every_variant(planner) | cases.kernels_of_scores(planner)
+    variants = {} if options.groups else every_variant(planner)
+    for group in options.groups or cases.GROUPS:
+        variants |= cases.kernels_of(planner, cases.GROUPS[group]())
     write_sources(SOURCES)
     chosen = {name: kernel for name, kernel in variants.items() if options.only in name}
     build_kernels(chosen, options.arch, options.jobs)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import listed
 from .plans import Kernel, Planner, Scoring
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,6 +46,8 @@ class Case:
     mask_grad: bool = False
     alibi: bool = False
     sinks: bool = False
+    ranges: str = ""  # a kind of listed.KINDS
+    ranges_full: tuple[bool, bool] = (True, True)  # of (B, H), where numbers are "any"
 
     def __str__(self) -> str:
         parts = [
@@ -65,6 +68,9 @@ class Case:
             full = "".join(name for name, keep in zip("BHLS", self.mask_full) if keep)
             parts.append(f"{self.mask} mask {full} {self.hides}" + " dmask" * self.mask_grad)
         parts += ["alibi"] * self.alibi + ["sinks"] * self.sinks
+        if self.ranges:
+            full = "".join(name for name, keep in zip("BH", self.ranges_full) if keep)
+            parts.append(f"ranges: {self.ranges}" + f" {full}" * (self.ranges == "any"))
         if self.scratch_bytes != _SCRATCH:
             parts.append(f"scratch {self.scratch_bytes >> 20} MiB")
         return " ".join(parts)
@@ -90,7 +96,7 @@ class Case:
     device = "cuda"
 
     def _score_tensors(self) -> dict[str, Tensor | None]:
-        if not (self.mask or self.alibi or self.sinks):
+        if not (self.mask or self.alibi or self.sinks or self.ranges):
             return {}
         generator = None
         if self.device != "meta":
@@ -101,7 +107,18 @@ class Case:
 
         slopes = draw(self.batch, self.num_heads).abs() / 64 if self.alibi else None
         sinks = draw(self.num_heads) if self.sinks else None
-        return {"mask": self._mask(draw), "alibi_slopes": slopes, "sinks": sinks}
+        return {
+            "mask": self._mask(draw),
+            "alibi_slopes": slopes,
+            "sinks": sinks,
+            "key_ranges": self._key_ranges(),
+        }
+
+    def _key_ranges(self) -> Tensor | None:
+        if not self.ranges:
+            return None
+        sizes = (self.q_len, self.kv_len, self.batch, self.num_heads)
+        return listed.draw(self.ranges, *sizes, self.ranges_full).to(self.device)
 
     def _mask(self, draw: Callable[..., Tensor]) -> Tensor | None:
         if not self.mask:
@@ -124,13 +141,12 @@ class Case:
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v, dout and dlse or None, dense."""
-        generator = torch.Generator("cuda").manual_seed(1)
-
+        generator = torch.Generator(self.device).manual_seed(1)
         width = self.value_dim or self.head_dim
 
         def draw(heads: int, length: int, width: int) -> Tensor:
             shape = (self.batch, heads, length, width)
-            return torch.randn(shape, generator=generator, dtype=self.dtype, device="cuda")
+            return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
 
         q = draw(self.num_heads, self.q_len, self.head_dim)
         dout = draw(self.num_heads, self.q_len, width)
@@ -138,7 +154,7 @@ class Case:
         v = draw(self.num_kv_heads, self.kv_len, width)
         dlse = None
         if self.has_dlse:
-            dlse = torch.randn(q.shape[:3], generator=generator, device="cuda")
+            dlse = torch.randn(q.shape[:3], generator=generator, device=self.device)
         return q, k, v, dout, dlse
 
 
@@ -151,11 +167,11 @@ def place(x: Tensor, layout: str) -> Tensor:
     if layout == "tight":
         return x.clone()
     if layout == "every second column":
-        buffer = torch.full((b, h, l, 2 * d), torch.nan, dtype=x.dtype, device="cuda")
+        buffer = torch.full((b, h, l, 2 * d), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer[..., 1::2]
     else:
         sizes = (b, l, h, d) if layout == "heads inside" else (b, h, l, d)
-        buffer = torch.full((x.numel() + 2 * _MARGIN,), torch.nan, dtype=x.dtype, device="cuda")
+        buffer = torch.full((x.numel() + 2 * _MARGIN,), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer[_MARGIN:-_MARGIN].view(sizes)
         view = view.transpose(1, 2) if layout == "heads inside" else view
     return view.copy_(x)
@@ -164,8 +180,12 @@ def place(x: Tensor, layout: str) -> Tensor:
 def hide_unseen(case: Case, x: tuple[Tensor | None, ...]) -> None:
     """Puts NaN into queries (q, dout, dlse) that see no key, and keys (k, v) that none sees.
 
-    Beside sinks every lse has a gradient: that of a row without a key is its sink's.
+    By windows and key ranges, not by masks. Beside sinks every lse has a gradient: that of a row
+    without a key is its sink's.
     """
+    if case.ranges:
+        _hide_unlisted(case, x)
+        return
     left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
     rows = range(-case.diagonal - right, case.kv_len - case.diagonal + left)
     keys = range(case.diagonal - left, case.q_len + case.diagonal + right)
@@ -176,6 +196,17 @@ def hide_unseen(case: Case, x: tuple[Tensor | None, ...]) -> None:
             if tensor is not None:
                 tensor[:, :, : max(seen.start, 0)] = torch.nan
                 tensor[:, :, max(seen.stop, 0) :] = torch.nan
+
+
+def _hide_unlisted(case: Case, x: tuple[Tensor | None, ...]) -> None:
+    sizes = (case.batch, case.num_heads, case.num_kv_heads, case.kv_len)
+    rows, keys = listed.unseen(case.scoring, *sizes)
+    q, k, v, dout, dlse = x
+    dlse = None if case.sinks else dlse
+    for tensors, hidden in (((q, dout, dlse), rows), ((k, v), keys)):
+        for tensor in tensors:
+            if tensor is not None:
+                tensor[hidden.to(tensor.device)] = torch.nan
 
 
 def head_dims(names: list[str]) -> list[int]:
@@ -308,10 +339,55 @@ def scores() -> Iterator[Case]:
     yield long.but(alibi=True, sinks=True, window_right=0, dtype=torch.float32)
 
 
-def kernels_of_scores(planner: Planner) -> dict[str, Kernel]:
-    """What `scores` runs, by name."""
+def ranges() -> Iterator[Case]:
+    """Key ranges, alone and with every other feature; unseen queries and keys are NaN.
+
+    "any" numbers are drawn for each row, the others are what padding, packing and prefixes give.
+    """
+    for dtype in DTYPES:
+        base = Case(1029, 774, 64, dtype, batch=2, num_heads=4, num_kv_heads=2)
+        narrow, wide = base.but(head_dim=40), base.but(head_dim=128)
+        low = {"scratch_bytes": 0}
+        yield base.but(ranges="documents")
+        yield wide.but(ranges="documents", window_right=0, layout="heads inside")
+        yield wide.but(ranges="documents", window_left=100, window_right=20, has_dlse=True, **low)
+        yield narrow.but(ranges="short documents", window_right=0)
+        yield base.but(ranges="padding", **low)
+        yield base.but(ranges="prefix", layout="every second column")
+        yield base.but(ranges="nothing in one batch entry", has_dlse=True, num_kv_heads=4)
+        yield wide.but(ranges="any", head_dim=256)
+        yield wide.but(ranges="any", head_dim=253, num_kv_heads=1, window_left=200, **low)
+        yield base.but(ranges="any", ranges_full=(False, True), alibi=True, window_right=3)
+        yield wide.but(ranges="any", ranges_full=(True, False), softcap=2.0, dropout_p=0.2)
+        yield narrow.but(ranges="documents", softcap=2.0, dropout_p=0.1, head_dim=37)
+        masked = base.but(mask="bool", hides="blocks", mask_full=(True, False, True, True))
+        yield masked.but(ranges="padding", window_right=0)
+        yield wide.but(
+            ranges="any", mask="same", mask_grad=True, hides="documents", sinks=True, has_dlse=True
+        )
+        yield base.but(
+            ranges="prefix", mask="float32", mask_grad=True, mask_full=(True, True, False, True)
+        )
+        yield wide.but(
+            ranges="any", mask="float32", mask_grad=True, softcap=2.0, alibi=True, sinks=True,
+            dropout_p=0.2, value_dim=67, kv_len=773, window_right=200, has_dlse=True, **low,
+        )  # fmt: skip
+    long = Case(8192, 8192, 64, torch.float16, num_heads=4, num_kv_heads=2, window_right=0)
+    yield long.but(ranges="documents")
+    yield long.but(ranges="short documents", head_dim=128, dtype=torch.bfloat16)
+    # dS of one head is larger than the budget: seven products.
+    yield long.but(ranges="documents", q_len=16384, kv_len=16384, num_heads=2)
+    yield long.but(ranges="any", q_len=9001, kv_len=10007, dtype=torch.float32, window_right=-1)
+
+
+GROUPS = {"scores": scores, "ranges": ranges}
+"""The groups of problems whose kernels are not among `plans.every_variant`."""
+
+
+def kernels_of(planner: Planner, problems: Iterable[Case]) -> dict[str, Kernel]:
+    """What the problems run, by name."""
     found: dict[str, Kernel] = {}
-    for case in scores():
+    for case in problems:
         planned = _OnMeta(**vars(case))
         q, k, v, out = planned.shaped()
         scoring = planned.scoring
@@ -332,6 +408,9 @@ class _OnMeta(Case):
 
         def empty(heads: int, length: int, width: int) -> Tensor:
             sizes = (self.batch, heads, length, width)
+            if self.layout == "every second column":
+                pairs = torch.empty(*sizes[:3], 2 * width, dtype=self.dtype, device="meta")
+                return pairs[..., 1::2]
             inside = self.layout == "heads inside"
             if inside:
                 sizes = (self.batch, length, heads, width)

@@ -13,4 +13,9 @@ SPEED_KERNELS = {mode: SPEED / f"{mode}.zip" for mode in ("native", "equal-rate"
 SPEED_PLANNER = SPEED / "libplanner.so"
 SPEED_SOURCES = SPEED / "sources.json"
 
+FEATURES = BUILD / "features"
+FEATURES_KERNELS = FEATURES / "equal-rate.zip"
+FEATURES_PLANNER = FEATURES / "libplanner.so"
+FEATURES_SOURCES = FEATURES / "sources.json"
+
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

@@ -34,6 +34,7 @@ class Scoring:
     mask: Tensor | None = None  # (B, Hq, L, S), of size 1 where it is the same for all
     alibi_slopes: Tensor | None = None  # (B, Hq)
     sinks: Tensor | None = None
+    key_ranges: Tensor | None = None  # int32 (1 or B, 1 or Hq, L, 4), dense
 
     @property
     def plain(self) -> bool:
@@ -50,6 +51,12 @@ class Scoring:
         if self.alibi_slopes is not None:
             batch, head = self.alibi_slopes.stride()
             found |= {"has_alibi": True, "alibi_batch": batch, "alibi_head": head}
+        if self.key_ranges is not None:
+            batch, head = (
+                stride if size > 1 else 0
+                for size, stride in zip(self.key_ranges.shape, self.key_ranges.stride()[:2])
+            )
+            found |= {"has_key_ranges": True, "ranges_batch": batch, "ranges_head": head}
         if self.mask is not None:
             (b, *sizes), (batch, *strides) = self.mask.shape, self.mask.stride()
             dtype = planner.DTYPES.index(str(self.mask.dtype).removeprefix("torch."))
@@ -84,6 +91,7 @@ class Plan:
     ds_elements: int
     map_elements: int = 0
     dmask_part_elements: int = 0
+    hull_elements: int = 0
 
 
 class Planner:
@@ -125,7 +133,12 @@ class Planner:
                 )
             )
         return Plan(
-            kernels, plan.params, plan.ds_elements, plan.map_elements, plan.dmask_part_elements
+            kernels,
+            plan.params,
+            plan.ds_elements,
+            plan.map_elements,
+            plan.dmask_part_elements,
+            plan.hull_elements,
         )
 
 

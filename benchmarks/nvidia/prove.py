@@ -42,6 +42,7 @@ _GROUPS = (
     "variants",
     "options",
     "scores",
+    "ranges",
     "exact",
     "long",
     "far",
@@ -267,15 +268,20 @@ def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
         "variants": ("every variant", cases.every_variant(cases.head_dims(names))),
         "options": ("options", cases.options()),
         "scores": ("scores", cases.scores()),
+        "ranges": ("key ranges", cases.ranges()),
         "long": ("long sequences", cases.long()),
     }
     if stride == 1:
-        prover.kernels.assemble(names)
+        wanted = {}
+        for group in set(chosen) & set(cases.GROUPS):
+            wanted |= cases.kernels_of(prover.planner, cases.GROUPS[group]())
+        others = set(chosen) - set(cases.GROUPS) - {"sanitizers"}
+        prover.kernels.assemble(names if others else [name for name in names if name in wanted])
     for key, (title, problems) in groups.items():
         if key in chosen:
             for case in itertools.islice(problems, 0, None, stride):
                 prover.case(title, case)
-    if {"variants", "scores"} <= set(chosen) and stride == 1:
+    if {"variants", *cases.GROUPS} <= set(chosen) and stride == 1:
         prover.every_kernel_has_run()
     if "exact" in chosen:
         for case in itertools.islice(exact.cases(), 0, None, stride):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from orchard_ops import dropout
+from orchard_ops.reference.ranges import Ranges
 from orchard_ops.testing import MathResult
 from orchard_ops.testing.mathematics import largest
 
@@ -20,8 +21,10 @@ from .plans import Scoring
 _BLOCK_ELEMENTS = 1 << 26
 
 
-def _hidden(rows: Tensor, kv_len: int, s: Scoring) -> Tensor | None:
-    """(rows, S) bool, True where the window hides a key."""
+def _hidden(rows: Tensor, kv_len: int, s: Scoring, ranges: Ranges | None) -> Tensor | None:
+    """(rows, S) or (1 or B, 1 or H, rows, S) bool, True where window or ranges hide a key."""
+    if ranges is not None:
+        return ranges.hidden(int(rows[0]), int(rows[-1]) + 1, 0, kv_len)
     if s.window_left < 0 and s.window_right < 0:
         return None
     distance = torch.arange(kv_len, device=rows.device) - rows.unsqueeze(1) - s.diagonal
@@ -51,9 +54,9 @@ def attention(
     kv_len = k.shape[2]
     out, dq = torch.zeros_like(dout), torch.zeros_like(q)
     dk, dk_size = (torch.zeros_like(k_all) for _ in range(2))
-    dv, dv_size = (torch.zeros_like(v_all) for _ in range(2))
+    dv, dv_size, dv_squares = (torch.zeros_like(v_all) for _ in range(3))
     lse = torch.full((b, h, q_len), -math.inf, dtype=compute, device=q.device)
-    dq_cancelled = score_size = lse_size = out_size = 0.0
+    dq_cancelled = score_size = lse_size = out_size = out_squares = 0.0
     sinks = None if s.sinks is None else s.sinks.to(compute).view(1, -1, 1, 1)
     dsinks, dsinks_size = (torch.zeros(h, dtype=compute, device=q.device) for _ in range(2))
     dmask = dmask_size = None
@@ -61,6 +64,9 @@ def attention(
         dmask, dmask_size = (
             torch.zeros(s.mask.shape, dtype=compute, device=q.device) for _ in range(2)
         )
+    ranges = None
+    if s.key_ranges is not None:
+        ranges = Ranges(s.key_ranges, kv_len, s.window_left, s.window_right)
     has_dropout = dropout.threshold(s.dropout_p) > 0
     step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
@@ -74,6 +80,8 @@ def attention(
         if s.alibi_slopes is not None:
             places = torch.arange(row0, row1, device=q.device).unsqueeze(1) + s.diagonal
             distance = (places - torch.arange(kv_len, device=q.device)).abs()
+            if ranges is not None:
+                distance = ranges.distance(row0, row1, 0, kv_len)
             scores -= s.alibi_slopes.to(compute)[:, :, None, None] * distance
         if s.mask is not None:
             mask = s.mask if s.mask.shape[2] == 1 else s.mask[:, :, rows]
@@ -81,7 +89,7 @@ def attention(
                 scores.masked_fill_(~mask, -math.inf)
             else:
                 scores += mask.to(compute)
-        hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s)
+        hidden = _hidden(torch.arange(row0, row1, device=q.device), kv_len, s, ranges)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         if sinks is not None:
@@ -111,6 +119,10 @@ def attention(
         dv += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows])
         out_size = max(out_size, largest(torch.matmul(kept, v_all.abs())))
         dv_size += torch.matmul(kept.transpose(-1, -2), dout[:, :, rows].abs())
+        squares = kept.square()
+        out_squares += torch.matmul(squares, v_all.square()).sum().item()
+        dv_squares += torch.matmul(squares.transpose(-1, -2), dout[:, :, rows].square())
+        del squares
         # From here on this is what autograd computes: softmax's gradient from the unrounded
         # results.
         products = dout[:, :, rows] * row_out
@@ -137,8 +149,8 @@ def attention(
         size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
         dq_cancelled = max(dq_cancelled, largest(torch.matmul(size, k_all.abs())))
         dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
-    dk, dv, dk_size, dv_size = (
-        x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size, dv_size)
+    dk, dv, dk_size, dv_size, dv_squares = (
+        x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv, dk_size, dv_size, dv_squares)
     )
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = [x.to(dtype) for x in (dq, dk, dv)]
@@ -158,4 +170,6 @@ def attention(
         lse_size=lse_size,
         out_size=out_size,
         dv_size=largest(dv_size),
+        out_spread=math.sqrt(out_squares / max(1, out.numel())),
+        dv_spread=math.sqrt(dv_squares.sum().item() / max(1, dv.numel())),
     )

@@ -15,6 +15,7 @@ Clock = Callable[[Work, int], float]
 _WARM_UP = 2
 _SHORTEST = 2.0  # milliseconds of one measurement
 _ROUNDS = (7, 51)
+_ROUNDS_BETWEEN = (5, 15)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,40 @@ def events(work: Work, repeats: int) -> float:
     return begin.elapsed_time(end) / repeats
 
 
+def repeats_of(work: Work, clock: Clock) -> tuple[int, float]:
+    """How often a work runs in one measurement, and how many milliseconds that takes."""
+    for _ in range(_WARM_UP):
+        once = clock(work, 1)
+    repeats = max(1, math.ceil(_SHORTEST / once))
+    return repeats, once * repeats
+
+
+def between(
+    yardstick: Work, works: Mapping[str, Work], seconds: float, clock: Clock = events
+) -> dict[str, list[tuple[float, float]]]:
+    """Each work between two runs of the yardstick, in as many rounds as fit into ``seconds``.
+
+    Returns:
+        work -> (its milliseconds, its time by the mean of the two runs beside it), round by round
+    """
+    own, length = repeats_of(yardstick, clock)
+    length *= len(works) + 1
+    repeats = {}
+    for name, work in works.items():
+        repeats[name], once = repeats_of(work, clock)
+        length += once
+    rounds = min(max(int(1e3 * seconds / length), _ROUNDS_BETWEEN[0]), _ROUNDS_BETWEEN[1])
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for i in range(rounds):
+        before = clock(yardstick, own)
+        for name in list(works)[:: -1 if i % 2 else 1]:
+            time = clock(works[name], repeats[name])
+            after = clock(yardstick, own)
+            samples[name].append((time, 2.0 * time / (before + after)))
+            before = after
+    return samples
+
+
 def take_turns(
     works: Mapping[str, Work], seconds: float, clock: Clock = events
 ) -> dict[str, list[float]]:
@@ -53,10 +88,8 @@ def take_turns(
     """
     repeats, length = {}, 0.0
     for name, work in works.items():
-        for _ in range(_WARM_UP):
-            once = clock(work, 1)
-        repeats[name] = max(1, math.ceil(_SHORTEST / once))
-        length += once * repeats[name]
+        repeats[name], once = repeats_of(work, clock)
+        length += once
     rounds = min(max(int(1e3 * seconds / length), _ROUNDS[0]), _ROUNDS[1])
     samples: dict[str, list[float]] = {name: [] for name in works}
     for i in range(rounds):

@@ -8,9 +8,12 @@ kernels that run elsewhere (benchmarks/nvidia) and plans that are changed on pur
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +103,14 @@ class Plan:
     hull_elements: int
 
 
-def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
+def compile_planner(
+    library: Path, root: Path = ROOT, *flags: str, objects: Path | None = None
+) -> None:
     """Compiles the plan of one copy of native/ and shaders/.
+
+    Args:
+        objects: A folder of compiled files. Those of the same text are linked as they are; the
+            repository's own are added to it.
 
     Raises:
         subprocess.CalledProcessError: it does not compile; stderr says why.
@@ -111,16 +120,35 @@ def compile_planner(library: Path, root: Path = ROOT, *flags: str) -> None:
         os.environ.get("CXX", "c++"),
         "-std=c++17",
         "-fPIC",
-        "-shared",
         *flags,
         f"-I{root}",
         f"-DORCHARD_BUFFERS={','.join(_ENUMERATORS)}",
         f"-DORCHARD_OFFSETS={offsets}",
-        str(Path(__file__).with_name("bridge.cpp")),
-        *(str(root / source.relative_to(ROOT)) for source in PLAN_SOURCES),
-        "-o",
-        str(library),
     ]
+    sources = [
+        Path(__file__).with_name("bridge.cpp"),
+        *(root / source.relative_to(ROOT) for source in PLAN_SOURCES),
+    ]
+    if objects is None:
+        _run([*command, "-shared", *sources, "-o", library])
+        return
+    headers = [root / "shaders" / "params.h", *sorted((root / "native").rglob("*.h"))]
+    shared = b"".join(path.read_bytes() for path in headers)
+    with tempfile.TemporaryDirectory() as folder:
+        linked = []
+        for source in sources:
+            name = hashlib.sha256(source.read_bytes() + shared).hexdigest()[:32] + ".o"
+            if not (objects / name).exists():
+                _run([*command, "-c", source, "-o", f"{folder}/{name}"])
+                if root == ROOT:
+                    objects.mkdir(parents=True, exist_ok=True)
+                    shutil.move(f"{folder}/{name}", objects / name)
+            kept = objects / name
+            linked.append(kept if kept.exists() else Path(folder, name))
+        _run([*command, "-shared", *linked, "-o", library])
+
+
+def _run(command: Sequence[str | Path]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 

@@ -10,14 +10,16 @@ namespace orchard {
 namespace {
 
 /// dk and dv, and dq from the dS that they store or with dS computed again: launches in turns,
-/// where dS is divided.
-void add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Plan& plan) {
+/// where dS is divided. Returns whether they leave dS of the whole call.
+bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Plan& plan) {
   const DTypeNames dtype = names(p.dtype);
   const int keys = keys_of_group(row.dkv);
   const DsDivision ds = divide_ds(p, bd, keys);
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;
+  plan.params.ranges.ds_keys = static_cast<int32_t>(ds.stored_keys);
+  plan.params.ranges.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
   const size_t dkv = plan.kernels.size(), dq = dkv + 1;
   plan.kernels.push_back(
       make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
@@ -44,6 +46,13 @@ void add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
       plan.launches.push_back(launch);
     }
   }
+  if (plan.params.ranges.ds_partial == 0) {
+    return store_ds && ds.kv_heads == kv_heads(p) && ds.keys == p.k.sizes[2];
+  }
+  // The span of keys is the caller's word: queries that see keys farther apart are for this one.
+  plan.add(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
+      full_variant(p, chunks), query_heads(p), p.q.sizes[2]));
+  return false;
 }
 
 // Threadgroups that the mask's gradient is to have, so that they fill a large GPU: where it has
@@ -62,8 +71,9 @@ bool has_key_sums(const Problem& p, const TileRow& row) {
   return has_mask_gradient(p) && p.mask.sizes[3] == 1 && p.mask.sizes[4] > 1 && !capped_pairs;
 }
 
-/// The gradient of an additive mask, where it is asked for.
-void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& plan) {
+/// The gradient of an additive mask, where it is asked for. `has_ds`: whether dS of the whole call
+/// is stored before. What the two kernels sum up, and in which order, is the same.
+void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, bool has_ds, Plan& plan) {
   if (!has_mask_gradient(p)) return;
   const std::array<int64_t, 5>& sizes = p.mask.sizes;
   const int64_t heads = sizes[0] * sizes[1] * sizes[2];  // of the mask
@@ -93,10 +103,15 @@ void add_mask_gradient(const Problem& p, const TileRow& row, bool chunks, Plan& 
       query_heads(p) / heads * (shared_rows ? blocks_of(p.q.sizes[2], kPartRows) : 1);
   const int64_t wanted = blocks_of(kMaskGradientGroups, heads * tiles);
   const int64_t parts = std::clamp<int64_t>(terms, 1, wanted);
-  KernelPlan kernel = make_kernel(p, "attention_backward_dmask", tile,
-      variant_of_mask_gradient(p, chunks, parts > 1), heads * parts, tiles * tile.rows);
   plan.params.dmask_parts = static_cast<int32_t>(parts);
-  plan.add(std::move(kernel));
+  if (has_ds && p.softcap == 0.0) {
+    const int64_t blocks =
+        blocks_of(sizes[3], ORCHARD_MAP_BLOCK) * blocks_of(sizes[4], ORCHARD_MAP_BLOCK);
+    add_mask_gradient_from_ds(p, parts > 1, groups(heads * parts, blocks), plan);
+  } else {
+    plan.add(make_kernel(p, "attention_backward_dmask", tile,
+        variant_of_mask_gradient(p, chunks, parts > 1), heads * parts, tiles * tile.rows));
+  }
   if (parts == 1) return;
   plan.dmask_part_elements = parts * plan.params.dmask_elements;
   add_mask_kernel(p, "attention_backward_dmask_sum",
@@ -128,8 +143,8 @@ Plan plan_backward(const Problem& p, const Layout& out, const Layout& dout) {
   add_mask_map(p, plan);
   plan.add(make_kernel(p, "attention_backward_delta", delta_choice(), variant_of_sinks(p, chunks),
       query_heads(p), p.q.sizes[2]));
-  add_products(p, row, bd, chunks, plan);
-  add_mask_gradient(p, row, chunks, plan);
+  const bool has_ds = add_products(p, row, bd, chunks, plan);
+  add_mask_gradient(p, row, chunks, has_ds, plan);
   add_sink_gradient(p, plan);
   return plan;
 }

@@ -12,6 +12,7 @@ struct DsDivision {
   int64_t keys;
   int64_t tile_elements;  // of the buffer, before the sums of dq; 0: dS is not stored
   int64_t sum_elements;   // behind them
+  int64_t stored_keys;    // of key_ranges: keys that the buffer has for each 8 queries
 };
 
 /// The division that fits into Problem::scratch_bytes; the undivided whole, with no buffer, where

@@ -23,13 +23,21 @@ bool has_pairs(const MaskLayout& mask, int64_t kv_len) {
 const char* word(bool x) { return x ? "true" : "false"; }
 
 /// `score` is the type of that name, `suffix` what a kernel's name says of it.
+/// `value` is the padded head dim of values where the kernel has one of its own, else 0.
 Variant variant_of(const Problem& p, bool chunks, bool dropout, const std::string& score,
-    const std::string& suffix) {
+    const std::string& suffix, int value) {
   // A kernel's name says which loads it uses either way, and the rest only where it is there.
   return {join("Variant<", word(chunks), ", ", word(dropout), ", ", score, ", ",
-              word(p.has_key_ranges), ">"),
+              word(p.has_key_ranges), value > 0 ? join(", ", value) : "", ">"),
       join(chunks ? "_chunks" : "_elements", dropout ? "_dropout" : "", suffix,
-          p.has_key_ranges ? "_ranges" : "")};
+          p.has_key_ranges ? "_ranges" : "", value > 0 ? join("_v", value) : "")};
+}
+
+/// The padded head dim of values, or 0 where that is the kernel's.
+int own_value_dim(const Problem& p) {
+  const int bd = padded_head_dim(widest_head_dim(p));
+  const int value = padded_value_dim(p.v.sizes[3], bd);
+  return value < bd ? value : 0;
 }
 
 struct ScoreType {
@@ -83,17 +91,24 @@ KernelPlan named_kernel(const std::string& family, const std::string& name,
 
 Variant full_variant(const Problem& p, bool chunks) {
   const ScoreType score = score_of(p);
-  return variant_of(p, chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix);
+  return variant_of(
+      p, chunks, dropout_threshold(p.dropout_p) > 0, score.type, score.suffix, own_value_dim(p));
 }
 
-Variant variant_of_visibility(const Problem& p, bool chunks) {
+namespace {
+
+Variant visibility(const Problem& p, bool chunks, int value) {
   return variant_of(p, chunks, false,
       p.has_mask ? "Score<false, false, Mask<uchar, false>>" : "PlainScore",
-      p.has_mask ? "_mask" : "");
+      p.has_mask ? "_mask" : "", value);
 }
 
+}  // namespace
+
+Variant variant_of_visibility(const Problem& p, bool chunks) { return visibility(p, chunks, 0); }
+
 Variant variant_of_sinks(const Problem& p, bool chunks) {
-  Variant variant = variant_of_visibility(p, chunks);
+  Variant variant = visibility(p, chunks, own_value_dim(p));
   variant.type += p.has_sinks ? ", Sinks" : ", NoSinks";
   variant.suffix += p.has_sinks ? "_sinks" : "";
   return variant;
@@ -128,10 +143,11 @@ void add_mask_map(const Problem& p, Plan& plan) {
   const std::array<int64_t, 5> sizes = mask_map_sizes(p);
   const int64_t heads = sizes[0] * sizes[1] * sizes[2];
   const int64_t blocks = sizes[3] * blocks_of(sizes[4], kSimdgroups);
+  const bool listed = map_has_ranges(p);
   KernelPlan kernel = named_kernel("attention_mask_map",
-      join(
-          "attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch),
-      join(mask_element(p), ", ", kSimdgroups),
+      join("attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch,
+          listed ? "_ranges" : ""),
+      join(mask_element(p), ", ", kSimdgroups, ", ", word(listed)),
       {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
   kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
       " x ", blocks, " threadgroups of ", kernel.threads, " threads");
@@ -144,6 +160,19 @@ void add_mask_kernel(const Problem& p, const std::string& family,
   KernelPlan kernel = named_kernel(family, join(family, "_", names(p.mask_dtype).torch),
       join(mask_element(p), ", ", kSimdgroups), groups);
   kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
+  plan.add(std::move(kernel));
+}
+
+void add_mask_gradient_from_ds(
+    const Problem& p, bool parts, const std::array<uint64_t, 2>& groups, Plan& plan) {
+  const std::string family = "attention_backward_dmask_from_ds";
+  KernelPlan kernel = named_kernel(family,
+      join(family, "_", names(p.mask_dtype).torch, parts ? "_parts" : "",
+          p.has_key_ranges ? "_ranges" : ""),
+      join(parts ? "float" : mask_element(p), ", ", kSimdgroups, ", ", word(p.has_key_ranges)),
+      groups);
+  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", groups[0],
+      " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
   plan.add(std::move(kernel));
 }
 

@@ -32,6 +32,11 @@ void add_mask_map(const Problem& problem, Plan& plan);
 void add_mask_kernel(const Problem& problem, const std::string& family,
     const std::array<uint64_t, 2>& groups, Plan& plan);
 
+/// Plans the mask's gradient from stored dS. `parts`: whether the threadgroups that share a block
+/// store floats.
+void add_mask_gradient_from_ds(
+    const Problem& problem, bool parts, const std::array<uint64_t, 2>& groups, Plan& plan);
+
 /// Plans the sum of the sinks' gradients, where there are sinks.
 void add_sink_gradient(const Problem& problem, Plan& plan);
 

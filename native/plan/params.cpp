@@ -48,14 +48,23 @@ int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) /
 
 TensorStrides to_strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
+bool map_has_ranges(const Problem& p) {
+  return p.has_mask && p.has_key_ranges && p.mask.sizes[3] > 1 && p.mask.strides[3] != 0;
+}
+
 std::array<int64_t, 5> mask_map_sizes(const Problem& p) {
   std::array<int64_t, 5> sizes = p.mask.sizes;
   for (int d = 0; d < 5; d++) {
     if (p.mask.strides[d] == 0) sizes[d] = 1;
   }
-  // Windows hide different keys from the rows of the mask.
+  // Windows and key ranges hide different keys from the rows of the mask.
   const bool windowed = !p.has_key_ranges && (p.window_left >= 0 || p.window_right >= 0);
-  if (windowed && sizes[3] > 1) sizes[4] = p.k.sizes[2];
+  if ((windowed && sizes[3] > 1) || map_has_ranges(p)) sizes[4] = p.k.sizes[2];
+  if (map_has_ranges(p) && p.ranges_batch != 0) {
+    sizes[0] = p.q.sizes[0] / std::max<int64_t>(p.mask.inner, 1);
+    sizes[1] = p.mask.inner;
+  }
+  if (map_has_ranges(p) && p.ranges_head != 0) sizes[2] = p.q.sizes[1];
   for (int d : {3, 4}) {
     if (sizes[d] > 1) sizes[d] = blocks_of(sizes[d], ORCHARD_MAP_BLOCK);
   }
@@ -80,7 +89,7 @@ void fill_params(const Problem& p, AttentionParams& params) {
   params.window_left = clamp_window(p.window_left);
   params.window_right = clamp_window(p.window_right);
   if (p.has_key_ranges) {  // these windows count from the rows' own positions
-    params.ranges = {p.ranges_batch, p.ranges_head, params.window_left, params.window_right};
+    params.ranges = {p.ranges_batch, p.ranges_head, params.window_left, params.window_right, 0, 0};
     params.window_left = params.window_right = ORCHARD_WINDOW_OPEN;
   }
   params.scale = static_cast<float>(p.scale);

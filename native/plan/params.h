@@ -7,8 +7,12 @@ namespace orchard {
 
 TensorStrides to_strides(const std::array<int64_t, 4>& strides);
 
-/// Sizes of the map of what the mask lets through: (outer, inner, Hq, blocks of queries, blocks of
-/// keys), 1 where it is the same for all.
+/// Whether the map of what the mask lets through is also one of key_ranges: where rows of the mask
+/// differ, the two may hide a key together.
+bool map_has_ranges(const Problem& problem);
+
+/// Sizes of that map: (outer, inner, Hq, blocks of queries, blocks of keys), 1 where it is the same
+/// for all.
 std::array<int64_t, 5> mask_map_sizes(const Problem& problem);
 
 /// The params that follow from the problem alone.

@@ -21,13 +21,13 @@ class Key {
     // Names every field, so that a new one does not compile until it is part of the key.
     const auto& [dtype, q, k, v, has_mask, mask_grad, mask_dtype, mask, has_alibi, has_sinks,
         per_head_float32, alibi_batch, alibi_head, has_key_ranges, ranges_batch, ranges_head,
-        dropout_p, scale, window_left, window_right, diagonal, softcap, scratch_bytes, tiles] =
-        problem;
+        key_span, dropout_p, scale, window_left, window_right, diagonal, softcap, scratch_bytes,
+        tiles] = problem;
     const Fields fields{{q, k, v, out, dout}, mask,
         {backward, static_cast<int64_t>(dtype), has_mask, mask_grad,
             static_cast<int64_t>(mask_dtype), has_alibi, has_sinks, per_head_float32, alibi_batch,
-            alibi_head, has_key_ranges, ranges_batch, ranges_head, window_left, window_right,
-            diagonal, scratch_bytes},
+            alibi_head, has_key_ranges, ranges_batch, ranges_head, key_span, window_left,
+            window_right, diagonal, scratch_bytes},
         {dropout_p, scale, softcap}};
     std::memcpy(words_.data(), &fields, sizeof fields);
     tiles_ = tiles;
@@ -52,10 +52,10 @@ class Key {
   struct Fields {
     Layout layouts[5];
     MaskLayout mask;
-    int64_t integers[17];
+    int64_t integers[18];
     double numbers[3];
   };
-  static_assert(sizeof(Fields) == (5 * 9 + 12 + 17 + 3) * sizeof(uint64_t) &&
+  static_assert(sizeof(Fields) == (5 * 9 + 12 + 18 + 3) * sizeof(uint64_t) &&
                     sizeof(Layout) == 9 * sizeof(uint64_t) &&
                     sizeof(MaskLayout) == 12 * sizeof(uint64_t),
       "a key has no bytes that nobody writes");

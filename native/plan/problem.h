@@ -45,6 +45,7 @@ struct Problem {
   bool has_key_ranges = false;
   int64_t ranges_batch = 0;  ///< strides of key_ranges; 0: the same for all batches, or heads
   int64_t ranges_head = 0;
+  int64_t key_span = 0;  ///< keys within which any 8 queries in a row see theirs; 0: not known
   double dropout_p = 0.0;
   double scale = 1.0;
   int64_t window_left = -1;

@@ -66,6 +66,12 @@ int padded_head_dim(int64_t head_dim) {
   return *std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), head_dim);
 }
 
+int padded_value_dim(int64_t value_dim, int bd) {
+  // As few as pay (docs/performance.md), since each is a variant of its own: those of multi-head
+  // latent attention.
+  return bd == 192 && value_dim <= 128 ? 128 : bd;
+}
+
 const TileRow& tiles(int head_dim, const DTypeNames& dtype) {
   const int operand_size = size_of(dtype.operand);
   return *std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& row) {

@@ -42,6 +42,10 @@ struct TileRow {
   DqTile dq, dq_from_ds, dmask;
 };
 
+/// The padded head dim of values beside queries of the padded head dim bd: bd, or one of its own
+/// that kernels are made in.
+int padded_value_dim(int64_t value_dim, int bd);
+
 const TileRow& tiles(int head_dim, const DTypeNames& dtype);
 
 /// One degree of freedom of a kernel: its tile and operand type.

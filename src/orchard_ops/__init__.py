@@ -24,6 +24,7 @@ from .flash_attention import (  # noqa: E402
 )
 from .key_ranges import KeyRanges  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
+from .report import Report, ReportedCall, report  # noqa: E402
 from .varlen import flash_attn_varlen  # noqa: E402
 
 
@@ -40,15 +41,24 @@ def register_transformers() -> None:
 
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
+
+from . import takeover  # noqa: E402
+from .takeover import disable, enable, sdpa  # noqa: E402
+
+takeover.switch.register_with_pytorch()
 one_copy.remember()
 
 __all__ = [
     "Explanation",
     "KeyRanges",
     "OrchardFallbackWarning",
+    "Report",
+    "ReportedCall",
     "Stats",
     "__version__",
+    "disable",
     "dropout_mask",
+    "enable",
     "explain",
     "flash_attn",
     "flash_attn_func",
@@ -60,6 +70,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
     "register_transformers",
+    "report",
     "reset_stats",
+    "sdpa",
     "stats",
 ]

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .commands import endings
-from .commands.arguments import heads, mebibytes, positive_integer, seconds, seed
+from .commands.arguments import (
+    gibibytes,
+    heads,
+    mebibytes,
+    positive_integer,
+    seconds,
+    seed,
+    whole_number,
+)
 
 _STATUS = (
     "Exit status 0: {right}; 1: {wrong}; 2: it cannot run here or as asked; 3: the command itself "
@@ -24,6 +32,18 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .commands.demo import run
+
+    return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .commands.doctor import run
+
+    return run(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .commands.plan_length import run
 
     return run(args)
 
@@ -164,13 +184,82 @@ def _add_selftest(commands: Any) -> None:
     parser.set_defaults(name="selftest", command=_selftest)
 
 
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="is this installation in order, and what runs on Metal here?",
+        description="Looks at versions, device, native library and environment, runs one small "
+        "attention forward and backward, and lists which calls would run on Metal and why others "
+        "would not. Takes about two seconds. "
+        + _STATUS.format(right="all is in order", wrong="something is not, with what to do"),
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, to attach to an issue")
+    parser.set_defaults(name="doctor", command=_doctor)
+
+
+def _add_plan(commands: Any) -> None:
+    from .training_memory import ITEMSIZE
+
+    parser = commands.add_parser(
+        "plan",
+        help="how long a sequence fits into memory in training",
+        description="Computes the memory that attention takes in a training step, beside "
+        "F.scaled_dot_product_attention, whose math path keeps the scores of every layer, and the "
+        "longest sequence that fits. Runs nothing.",
+    )
+    parser.add_argument("--layers", type=positive_integer, required=True)
+    parser.add_argument(
+        "--heads", type=heads, required=True, metavar="H/HKV", help="such as 12 or 32/8"
+    )
+    parser.add_argument("--head-dim", type=positive_integer, required=True, metavar="D")
+    parser.add_argument(
+        "--dtype", choices=tuple(ITEMSIZE), default="bfloat16", help="default: %(default)s"
+    )
+    parser.add_argument("--batch", type=positive_integer, default=1, help="default: %(default)s")
+    parser.add_argument("--full", action="store_true", help="not causal")
+    parser.add_argument(
+        "--checkpoint",
+        action="store_true",
+        help="each layer is checkpointed, so that only its input is kept",
+    )
+    parser.add_argument(
+        "--ram",
+        type=gibibytes,
+        metavar="GIB",
+        help="memory (default: what Metal recommends as the most, or this machine's)",
+    )
+    parser.add_argument(
+        "--reserved",
+        type=gibibytes,
+        default=0.0,
+        metavar="GIB",
+        help="of it for weights, gradients, optimizer and everything else (default: 0)",
+    )
+    parser.add_argument(
+        "--rest-per-token",
+        type=whole_number,
+        default=0,
+        metavar="BYTES",
+        help="what the rest of a layer keeps for each token (default: 0)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=mebibytes,
+        metavar="MB",
+        help="the backward's scratch (default: ORCHARD_BACKWARD_SCRATCH_MB, or 256)",
+    )
+    parser.add_argument("--lengths", nargs="+", type=positive_integer, metavar="L")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(name="plan", command=_plan)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Its parsers set `command`: from parsed arguments to an exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchard_ops", description="Exact attention for PyTorch on Apple GPUs."
     )
     commands = parser.add_subparsers(title="commands")
-    for add in (_add_bench, _add_demo, _add_selftest):
+    for add in (_add_doctor, _add_plan, _add_selftest, _add_bench, _add_demo):
         add(commands)
     return parser
 

@@ -348,6 +348,8 @@ def prepare(
     drops_all = dropout_p == 1.0
     if drops_all:
         dropout_p = 0.0
+    right = 0 if is_causal else window_right
+    span = key_ranges.key_span(window_left, right) if isinstance(key_ranges, KeyRanges) else 0
     scoring = Scoring(
         attn_mask=attn_mask,
         alibi_slopes=alibi_slopes,
@@ -356,10 +358,11 @@ def prepare(
         dropout_p=dropout_p,
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         window_left=window_left,
-        window_right=0 if is_causal else window_right,
+        window_right=right,
         diagonal=diagonal,
         softcap=softcap,
         key_ranges=ranges,
+        key_span=span,
     )
     scoring._replace(window_right=window_right).check(_OP, query, key)
     return Call((query, key, value), scoring, impl, batch_shape, has_heads, drops_all)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ from .key_ranges import KeyRanges
 from .ops import autograd, eager, schema, seed
 from .scoring import Scoring
 
+_LARGE = 1e30
+"""No scale in use is as large, and float32 can hold it."""
 
-def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+
+def is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether `prepare` would surely accept the operands and leave them as they are."""
     return (
         type(query) in eager.PLAIN
@@ -24,6 +29,40 @@ def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bo
         and plainly_right(query, key, value, enable_gqa)
         and (not torch.is_autocast_enabled("mps") or query.dtype == torch.get_autocast_dtype("mps"))
     )
+
+
+def usual_numbers(dropout_p: float, scale: float | None) -> bool:
+    """Whether `prepare` would surely take these as they are."""
+    return (type(dropout_p) is float and 0.0 <= dropout_p < 1.0) and (
+        scale is None or (type(scale) is float and abs(scale) < _LARGE)
+    )
+
+
+def attend_usual(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    window_left: int = -1,
+    window_right: int = -1,
+    record: Callable[..., Any] = autograd.record,
+) -> tuple[Tensor, Tensor, float]:
+    """out, row_stats and `Scoring.unit` of the call that `prepare` would make of arguments that
+    are usual, in less time."""
+    scoring = Scoring(  # by position, which takes less time than by name
+        None,  # attn_mask
+        None,  # alibi_slopes
+        None,  # sinks
+        seed.draw(query) if dropout_p > 0.0 else None,
+        dropout_p,
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        window_left,
+        0 if is_causal else window_right,
+    )
+    out, row_stats = autograd.attend(query, key, value, scoring, "auto", record)
+    return out, row_stats, scoring.unit
 
 
 def flash_attn(
@@ -95,26 +134,17 @@ def flash_attn(
     if (
         (attn_mask is None and alibi_slopes is None and sinks is None)
         and (key_ranges is None and impl is None)
-        and type(dropout_p) is float
-        and (0.0 <= dropout_p < 1.0 and softcap == 0.0)
-        and (scale is None or (type(scale) is float and abs(scale) < _LARGE))
+        and usual_numbers(dropout_p, scale)
+        and softcap == 0.0
         and (type(window_left) is int and type(window_right) is int)
         and (window_left >= -1 and window_right >= -1)
         and (type(is_causal) is bool and type(enable_gqa) is bool and type(softcap) is float)
-        and _is_usual(query, key, value, enable_gqa)
-    ):  # the call that `prepare` would make, in less time
-        scoring = Scoring(  # by position, which takes less time than by name
-            None,  # attn_mask
-            None,  # alibi_slopes
-            None,  # sinks
-            seed.draw(query) if dropout_p > 0.0 else None,
-            dropout_p,
-            1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_left,
-            0 if is_causal else window_right,
+        and is_usual(query, key, value, enable_gqa)
+    ):
+        out, row_stats, unit = attend_usual(
+            query, key, value, dropout_p, is_causal, scale, window_left, window_right
         )
-        out, row_stats = autograd.attend(query, key, value, scoring, "auto")
-        return (out, schema.public_lse(row_stats, scoring.unit)) if return_lse else out
+        return (out, schema.public_lse(row_stats, unit)) if return_lse else out
     call = prepare(
         query,
         key,
@@ -135,24 +165,21 @@ def flash_attn(
     return run_with_lse(call) if return_lse else run(call)
 
 
-def run(call: Call) -> Tensor:
+def run(call: Call, record: Callable[..., Any] = autograd.record) -> Tensor:
     """out of a call that `prepare` has made."""
-    return _run(call)[0]
+    return _run(call, record)[0]
 
 
 def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
     """out and lse of a call that `prepare` has made."""
-    out, row_stats = _run(call)
+    out, row_stats = _run(call, autograd.record)
     return out, call.restore(schema.public_lse(row_stats, call.scoring.unit))
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
-    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl)
+def _run(call: Call, record: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl, record)
     return call.restore(out * 0.0 if call.drops_all else out), row_stats
 
-
-_LARGE = 1e30
-"""No scale in use is as large, and float32 can hold it."""
 
 # With the second key, vmap too decomposes the op into the functional ops, which have rules for vmap
 # (ops/vmap.py). With the third, nested tensors reach the function, which refuses them by name.

@@ -1,7 +1,14 @@
-"""Which path each call took, and why: counters, the debug log, and the one warning per reason."""
+"""Which path each call took, and why: counters, logs, and the one warning per reason.
+
+`logging.getLogger("orchard_ops")` gets a record for each distinct call that the reference or, under
+`sdpa`, PyTorch runs: a WARNING where an mps call fell back, DEBUG where the program asked for it or
+the tensors are elsewhere. It has a NullHandler, so that a program without logging sees the Python
+warning alone.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import warnings
@@ -10,15 +17,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import native
+from . import native, watch
+from .descriptions import Description, describe_sdpa
 from .environment import switched_on
+
+logger = logging.getLogger("orchard_ops")
+logger.addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
+_left_to_pytorch: Counter[str] = Counter()
 _warned: set[str] = set()
+_logged: set[tuple[str, str, Description]] = set()
+_MOST_LOGGED = 1000
+"""Distinct calls that are logged: a program whose lengths never repeat must not fill the memory."""
 _metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0}
 
 _OURS = (
@@ -41,6 +57,10 @@ class Stats:
     """Calls that ran as Metal kernels."""
     reference: dict[str, dict[str, int]] = field(default_factory=dict)
     """Calls that ran on the reference: reason -> op -> count."""
+
+    left_to_pytorch: dict[str, int] = field(default_factory=dict)
+    """Calls of F.scaled_dot_product_attention under `sdpa` that PyTorch's own path took: reason ->
+    count. One that compiled code holds counts when it is traced."""
 
     @property
     def fallbacks(self) -> int:
@@ -86,18 +106,26 @@ def _users_level() -> int:
     return level
 
 
-def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
+def _is_new(op: str, reason: str, call: Description) -> bool:
+    """Whether a call is to be logged. The caller holds the lock."""
+    if (op, reason, call) in _logged or len(_logged) >= _MOST_LOGGED:
+        return False
+    _logged.add((op, reason, call))
+    return True
+
+
+def record_reference(op: str, reason: str, call: Description, impl: str) -> None:
     """Counts a call that will run on the reference. Raises if the caller insisted on Metal."""
-    if insists_on_metal(device_type, impl):
+    if insists_on_metal(call.device, impl):
         raise RuntimeError(f"orchard::{op}: the Metal kernels cannot run this call: {reason}")
     if debug_enabled():
         print(f"[orchard] {op}: reference ({reason})", file=sys.stderr)
-    unasked = device_type == "mps" and impl == "auto"
+    unasked = call.device == "mps" and impl == "auto"
     if unasked and reason not in _warned:
         warnings.warn(
             f"orchard::{op} runs on the reference kernels: {reason}. Results are the same, slower. "
-            "orchard_ops.explain(...) shows the path of a call, orchard_ops.stats() counts them; "
-            "ORCHARD_STRICT=1 turns this into an error.",
+            "orchard_ops.explain(...) shows the path of a call, orchard_ops.report() that of every "
+            "call; ORCHARD_STRICT=1 turns this into an error.",
             OrchardFallbackWarning,
             stacklevel=_users_level(),
         )
@@ -105,6 +133,41 @@ def record_reference(op: str, reason: str, device_type: str, impl: str) -> None:
         _reference[op, reason] += 1
         if unasked:
             _warned.add(reason)
+        new = _is_new(op, reason, call)
+    watch.note_reference(reason)
+    if new:
+        level = logging.WARNING if unasked else logging.DEBUG
+        logger.log(level, "orchard::%s runs on the reference: %s; %s", op, reason, call)
+
+
+def record_left_to_pytorch(reason: str, arguments: tuple[Any, ...], warn: bool = False) -> None:
+    """Counts a call of F.scaled_dot_product_attention that PyTorch's own path takes.
+
+    Args:
+        reason: why.
+        arguments: those of the operator, all of them in its order.
+        warn: whether the program did not ask for it.
+    """
+    op = "scaled_dot_product_attention"
+    if debug_enabled():
+        print(f"[orchard] {op}: PyTorch's own path ({reason})", file=sys.stderr)
+    if warn and reason not in _warned:
+        warnings.warn(
+            f"{op} runs on PyTorch's own path: {reason}. Results are as without orchard_ops; "
+            "ORCHARD_STRICT=1 turns this into an error.",
+            OrchardFallbackWarning,
+            stacklevel=_users_level(),
+        )
+    call = describe_sdpa(*arguments)
+    with _lock:
+        _left_to_pytorch[reason] += 1
+        if warn:
+            _warned.add(reason)
+        new = _is_new(op, reason, call)
+    watch.tell(op, arguments, reason)
+    if new:
+        level = logging.WARNING if warn else logging.DEBUG
+        logger.log(level, "%s runs on PyTorch's own path: %s; %s", op, reason, call)
 
 
 def stats() -> Stats:
@@ -114,15 +177,21 @@ def stats() -> Stats:
         reference: dict[str, dict[str, int]] = {}
         for (op, reason), count in _reference.items():
             reference.setdefault(reason, {})[op] = count
-        return Stats({op: n - _metal_before_reset[op] for op, n in metal.items()}, reference)
+        return Stats(
+            {op: n - _metal_before_reset[op] for op, n in metal.items()},
+            reference,
+            dict(_left_to_pytorch),
+        )
 
 
 def reset_stats() -> None:
-    """Sets every counter to 0 and lets each fallback reason warn again."""
+    """Sets every counter to 0; each fallback reason warns and each call is logged again."""
     metal = native.metal_calls()
     with _lock:
         _reference.clear()
+        _left_to_pytorch.clear()
         _warned.clear()
+        _logged.clear()
         _metal_before_reset.update(metal)
 
 

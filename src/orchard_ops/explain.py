@@ -6,13 +6,17 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, get_type_hints
+from typing import Any, ParamSpec, get_type_hints
 
 import torch
 
 from . import calls, native
 from .arguments import Call, prepare
 from .plan import plan
+
+_BACKWARD = "attention_backward"
+_MASK_MAP = "attention_mask_map"  # which both directions run
+"""How the names of kernels begin."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Explanation:
     """The tile and grid of each kernel, as a text for reading."""
     scratch_bytes: int = 0
     """The bytes that a backward takes, if it can, for the gradient of the scores while it runs."""
+
+    @property
+    def forward_kernels(self) -> tuple[str, ...]:
+        return tuple(name for name in self.kernels if not name.startswith(_BACKWARD))
+
+    @property
+    def backward_kernels(self) -> tuple[str, ...]:
+        return tuple(name for name in self.kernels if name.startswith((_BACKWARD, _MASK_MAP)))
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]
@@ -80,8 +92,13 @@ def explain(call: Call) -> Explanation:
     Raises:
         ValueError, TypeError: as `flash_attn`, for a malformed call.
     """
-    device = call.operands[0].device.type
-    other_path = "raises" if calls.insists_on_metal(device, call.impl) else "reference"
+    return explain_flat(*call.flat())
+
+
+def explain_flat(*arguments: Any) -> Explanation:
+    """`explain` for the arguments of ``orchard::flash_attn_fwd``."""
+    device, impl = arguments[0].device.type, arguments[-1]
+    other_path = "raises" if calls.insists_on_metal(device, impl) else "reference"
 
     def without_metal(reason: str, advice: str) -> Explanation:
         return Explanation(other_path, reason, advice, (), {})
@@ -91,7 +108,7 @@ def explain(call: Call) -> Explanation:
     missing = native.why_not()
     if missing:
         return without_metal(missing, "see docs/install.md")
-    chosen = plan(*call.flat())
+    chosen = plan(*arguments)
     if chosen.refusal:
         return without_metal(chosen.why_not, chosen.advice)
     tiles = {kernel.name: kernel.tile for kernel in chosen.kernels}

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
-from .varlen import PACKED, packed_call, unpacked
+from .varlen import PACKED, check_longest, packed_call, unpacked
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
@@ -163,6 +163,8 @@ def flash_attn_varlen_func(
         cu_seqlens_k: the same of the keys.
         max_seqlen_q: the longest sequence's queries; not used.
         max_seqlen_k: the longest sequence's keys: a side of the window of at least that is open.
+            Where cu_seqlens_q and cu_seqlens_k are one tensor, it also says how much memory makes
+            the backward faster (docs/packed-batches.md).
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in
             `flash_attn_func`, within each sequence; Sq and Sk are its own lengths.
         alibi_slopes: (Hq) or (1, Hq) float32. Slopes by sequence are refused.
@@ -340,10 +342,9 @@ def _packed(
         )
     _check_options(op, options, return_attn_probs, q, 1)
     longest = sequences.longest_key
-    if isinstance(longest, bool) or not isinstance(longest, _INTEGERS):
-        raise TypeError(f"{op}: the longest sequence must be an integer; got {longest!r}")
+    check_longest(op, longest)
     cu_seqlens = (sequences.of_query, sequences.of_key)
-    call = packed_call(op, (q, k, v), cu_seqlens, **_by_our_names(options, longest))
+    call = packed_call(op, (q, k, v), cu_seqlens, longest, **_by_our_names(options, longest))
     if not return_attn_probs:
         return unpacked(run(call))
     out, lse = run_with_lse(call)

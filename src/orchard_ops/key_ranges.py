@@ -6,7 +6,8 @@ and chunks hide is an interval per query, which kernels skip without reading any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ OPEN = 2**31 - 1
 """An end behind every key."""
 _FAR = 1 << 42
 """A window this wide hides nothing; wider ones would overflow int64."""
+INTEGERS = (int, torch.SymInt, numbers.Integral)
 _OP = "orchard_ops.KeyRanges"
 
 
@@ -43,6 +45,9 @@ class KeyRanges:
     """False where every prefix is known to be 0."""
     from_first: bool = False
     """True where every begin is known to be 0."""
+    reach: int | None = None
+    """No query sees a key farther than this from where it stands; None where that is not known. It
+    says how much memory a backward is worth. A number too small costs time, not the result."""
 
     def __post_init__(self) -> None:
         check_ranges(_OP, "tensor", self.tensor)
@@ -118,38 +123,48 @@ class KeyRanges:
         return _rows(q_len, diagonal, begin[:, None], end, from_first=starts is None)
 
     @staticmethod
-    def from_document_ids(ids: Tensor, *, padding_id: int | None = None) -> KeyRanges:
+    def from_document_ids(
+        ids: Tensor, *, padding_id: int | None = None, max_length: int | None = None
+    ) -> KeyRanges:
         """Packed documents: a query sees the keys of the document it is in.
 
         Args:
             ids: (B, L) integers, the document of each token; (L) is one row. A document is a run of
                 equal ids: the same id further on is another document.
             padding_id: an id whose tokens see nothing and are seen by nobody.
+            max_length: the longest document, where that is known: memory for a faster backward
+                (docs/packed-batches.md). A number too small costs time, not the result.
 
         Self-attention: there are as many keys as queries.
         """
         op = f"{_OP}.from_document_ids"
         ids = _check_tokens(op, "ids", ids)
         is_padding = None if padding_id is None else ids == padding_id
-        return _documents(ids != ids.roll(1, -1), is_padding)
+        return _documents(ids != ids.roll(1, -1), is_padding, _reach(op, max_length))
 
     @staticmethod
-    def from_position_ids(position_ids: Tensor) -> KeyRanges:
+    def from_position_ids(position_ids: Tensor, *, max_length: int | None = None) -> KeyRanges:
         """Packed documents, from the places of their tokens, as collators without padding give.
 
         Args:
             position_ids: (B, L) integers that count up within a document; (L) is one row. A token
                 whose number is not its predecessor's plus 1 begins a document.
+            max_length: as in `from_document_ids`.
 
         Self-attention: there are as many keys as queries.
         """
         op = f"{_OP}.from_position_ids"
         position_ids = _check_tokens(op, "position_ids", position_ids)
-        return _documents(position_ids != position_ids.roll(1, -1) + 1)
+        begins = position_ids != position_ids.roll(1, -1) + 1
+        return _documents(begins, reach=_reach(op, max_length))
 
     @staticmethod
     def from_cu_seqlens(
-        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *, q_len: int
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        q_len: int,
+        max_length: int | None = None,
     ) -> KeyRanges:
         """Sequences one behind another, in the cumulative lengths of FlashAttention's varlen calls.
 
@@ -162,8 +177,10 @@ class KeyRanges:
                 ends.
             cu_seqlens_k: the same of the keys; by default those of the queries (self-attention).
             q_len: the number of queries, all sequences together.
+            max_length: as in `from_document_ids`; it counts only where cu_seqlens_k is not given.
         """
         op = f"{_OP}.from_cu_seqlens"
+        reach = _reach(op, max_length)
         same = cu_seqlens_k is None
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         check_cu_seqlens(op, cu_seqlens_q, keys)
@@ -183,7 +200,9 @@ class KeyRanges:
             position,
             torch.zeros_like(i),
         )
-        return KeyRanges(tensor, 0 if same else None, has_prefix=False)
+        if not same:
+            return KeyRanges(tensor, has_prefix=False)
+        return KeyRanges(tensor, 0, has_prefix=False, reach=reach)
 
     # ---- from the shape of a pattern ------------------------------------------------------------
 
@@ -222,7 +241,7 @@ class KeyRanges:
             raise ValueError(f"{_OP}.chunked: chunk_size must be at least 1; got {chunk_size}")
         position = _count(q_len, device) + diagonal
         begin = torch.div(position, chunk_size, rounding_mode="floor") * chunk_size
-        return _rows(q_len, diagonal, begin, begin + chunk_size)
+        return _rows(q_len, diagonal, begin, begin + chunk_size, reach=chunk_size - 1)
 
     @staticmethod
     def sliding_window(
@@ -254,7 +273,8 @@ class KeyRanges:
         end = torch.full_like(position, OPEN) if right < 0 else position + (right + 1)
         first = torch.clamp(end, min=0, max=prefix)
         tensor = _stack(begin, end, position, first)
-        return KeyRanges(tensor, diagonal, has_prefix=prefix > 0, from_first=left < 0)
+        reach = max(left, right) if left >= 0 and right >= 0 else None
+        return KeyRanges(tensor, diagonal, prefix > 0, from_first=left < 0, reach=reach)
 
     # ---- what they can do -----------------------------------------------------------------------
 
@@ -298,11 +318,32 @@ class KeyRanges:
             self.diagonal,
             self.has_prefix or other.has_prefix,
             self.from_first and other.from_first,
+            _lower(self.reach, other.reach),
         )
+
+    def key_span(self, window_left: int = -1, window_right: int = -1) -> int:
+        """The keys that any 8 queries in a row see lie within so many; 0 where that is not known.
+
+        The windows are those of the call.
+        """
+        if self.diagonal is None or self.has_prefix:
+            return 0
+        left = _lower(self.reach, window_left if window_left >= 0 else None)
+        right = _lower(self.reach, window_right if window_right >= 0 else None)
+        if left is None or right is None:
+            return 0
+        span = left + right + 8
+        if not torch.compiler.is_compiling():
+            return span
+        # A compiled call is for one number, and would be compiled again for each.
+        rounded = 64
+        while rounded < min(span, 1 << 28):
+            rounded *= 2
+        return rounded
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same on another device."""
-        return KeyRanges(self.tensor.to(device), self.diagonal, self.has_prefix, self.from_first)
+        return replace(self, tensor=self.tensor.to(device))
 
     def dense(self, kv_len: int, *, window_left: int = -1, window_right: int = -1) -> Tensor:
         """(1 or B, 1 or Hq, L, S) bool, True where a query sees a key, in quadratic memory.
@@ -389,20 +430,42 @@ def _stack(begin: Tensor, end: Tensor, position: Tensor, prefix: Tensor) -> Tens
     return tensor[None, None] if tensor.dim() == 2 else tensor.unsqueeze(1)
 
 
+def _lower(a: int | None, b: int | None) -> int | None:
+    """Of two numbers, as far as they are known."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+def _reach(op: str, max_length: int | None) -> int | None:
+    if max_length is None:
+        return None
+    if isinstance(max_length, bool) or not isinstance(max_length, INTEGERS):
+        raise TypeError(f"{op}: max_length must be an integer or None; got {max_length!r}")
+    return max_length - 1 if max_length > 0 else 0
+
+
 def _rows(
-    q_len: int, diagonal: int, begin: Tensor, end: Tensor, from_first: bool = False
+    q_len: int,
+    diagonal: int,
+    begin: Tensor,
+    end: Tensor,
+    from_first: bool = False,
+    reach: int | None = None,
 ) -> KeyRanges:
     """Intervals of queries that stand at i + diagonal; no prefix."""
     position = _count(q_len, begin.device) + diagonal
     tensor = _stack(begin, end, position, torch.zeros_like(position))
-    return KeyRanges(tensor, diagonal, has_prefix=False, from_first=from_first)
+    return KeyRanges(tensor, diagonal, has_prefix=False, from_first=from_first, reach=reach)
 
 
-def _documents(begins: Tensor, is_padding: Tensor | None = None) -> KeyRanges:
+def _documents(
+    begins: Tensor, is_padding: Tensor | None = None, reach: int | None = None
+) -> KeyRanges:
     """From whether a token begins a document, (B, L); of the first of a row it may say either."""
     number = begins.cumsum(-1, dtype=torch.int32)
     begin = torch.searchsorted(number, number)
     end = torch.searchsorted(number, number, right=True)
     if is_padding is not None:
         end = end.masked_fill(is_padding, 0)
-    return _rows(number.shape[1], 0, begin, end)
+    return _rows(number.shape[1], 0, begin, end, reach=reach)

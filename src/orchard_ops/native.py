@@ -7,17 +7,27 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+from .namespace import INSTALLED, NAME, OPS
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
 _INTERFACE = "orchard_library_interface"
 _why_not: str | None = "the native library has not been looked for"
 
 
+def is_overridden() -> bool:
+    """Whether ORCHARD_NATIVE_LIBRARY names another library than the package's."""
+    return bool(os.environ.get("ORCHARD_NATIVE_LIBRARY"))
+
+
+def is_expected() -> bool:
+    """Whether this installation should have a library: a Mac's, or one that is told of one."""
+    return sys.platform == "darwin" or "ORCHARD_NATIVE_LIBRARY" in os.environ
+
+
 def _library_path() -> Path:
     """The path in ORCHARD_NATIVE_LIBRARY (for development builds), or the file inside the
     package."""
-    override = os.environ.get("ORCHARD_NATIVE_LIBRARY")
+    override = os.environ.get("ORCHARD_NATIVE_LIBRARY") if INSTALLED else None
     return Path(override) if override else Path(__file__).parent / _LIBRARY_NAME
 
 
@@ -59,7 +69,8 @@ def _open(path: Path, interface: str) -> str | None:
             f"the native library {path.name} is of another version of orchard_ops "
             f"({_difference(theirs, interface)}); reinstall it"
         )
-    failure = register()
+    register.argtypes = [ctypes.c_char_p]
+    failure = register(NAME.encode())
     if failure:
         why = failure.decode(errors="replace")
         return f"the native library {path.name} cannot register its ops: {why}"
@@ -80,7 +91,7 @@ def load(interface: str) -> None:
         return
     if exists:
         _why_not = _open(path, interface)
-    elif sys.platform == "darwin" or "ORCHARD_NATIVE_LIBRARY" in os.environ:
+    elif is_expected():
         _why_not = f"the native library {path.name} is missing"
     else:
         _why_not = "this installation has no Metal kernels (they need macOS on Apple silicon)"
@@ -93,5 +104,5 @@ def why_not() -> str | None:
 
 def metal_calls() -> dict[str, int]:
     """Calls that have run as Metal kernels in this process, by op."""
-    forward, backward = (0, 0) if _why_not else torch.ops.orchard.metal_calls()
+    forward, backward = (0, 0) if _why_not else OPS.metal_calls()
     return {"flash_attn_fwd": forward, "flash_attn_bwd": backward}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
+from .namespace import NAME, OPS
 
 _MARK = "_orchard_ops_modules"
 
@@ -26,14 +26,14 @@ def take_up() -> None:
     Raises:
         ImportError: the earlier import was of another copy of this package.
     """
-    first = getattr(torch.ops.orchard, _MARK, None)
+    first = getattr(OPS, _MARK, None)
     if first is None:
         return
     here, there = Path(__file__).parent, first["directory"]
     if here != there:
         raise ImportError(
             f"orchard_ops: {here} cannot be imported into a process that has imported {there}: "
-            "both register torch.ops.orchard; keep one of them on sys.path"
+            f"both register torch.ops.{NAME}; keep one of them on sys.path"
         )
     sys.modules.update(first["modules"])
 
@@ -41,4 +41,4 @@ def take_up() -> None:
 def remember() -> None:
     """Called when the import has succeeded."""
     mark = {"directory": Path(__file__).parent, "modules": _ours()}
-    setattr(torch.ops.orchard, _MARK, mark)
+    setattr(OPS, _MARK, mark)

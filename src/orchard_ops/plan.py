@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from . import native
+from .namespace import OPS
 
 
 class Kernel(NamedTuple):
@@ -50,13 +49,13 @@ _NUMBERS_OF_LAUNCH = 6
 
 def head_dims() -> tuple[int, ...]:
     """The widths that kernels are made in; empty without the native library."""
-    return () if native.why_not() else tuple(torch.ops.orchard.kernel_head_dims())
+    return () if native.why_not() else tuple(OPS.kernel_head_dims())
 
 
 def plan(*arguments: Any) -> Plan:
     """The native plan for the arguments of ``orchard::flash_attn_fwd``. Runs nothing."""
-    refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = (
-        torch.ops.orchard.flash_attn_plan(*arguments)
+    refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = OPS.flash_attn_plan(
+        *arguments
     )
     kernels = tuple(
         Kernel._make((*texts, tuple(names.split(",")) if names else ()))

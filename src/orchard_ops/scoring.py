@@ -46,6 +46,10 @@ class Scoring(NamedTuple):
     """The index of the key at which query 0 stands."""
     softcap: float = 0.0
     """c > 0 replaces a score s by c * tanh(s / c)."""
+    key_span: int = 0
+    """The keys that any 8 queries in a row see lie within so many, by key_ranges and windows; 0 is
+    not known. It decides how much memory a backward takes, never a result: queries for which it
+    does not hold cost more."""
     key_ranges: Tensor | None = None
     """int32 (1 or B, 1 or Hq, L, 4): a query's (begin, end, position, prefix), see `KeyRanges`.
 
@@ -99,6 +103,8 @@ class Scoring(NamedTuple):
         ):
             if window < -1:
                 raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
+        if self.key_span < 0:
+            raise ValueError(f"{op}: key_span must be 0 (not known) or more; got {self.key_span}")
         if abs(self.diagonal) > MAX_DIAGONAL:
             raise ValueError(f"{op}: diagonal must be within +-2^40; got {self.diagonal}")
         if self.attn_mask is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import checks
 from .arguments import Call, prepare
 from .attention import run, run_with_lse
-from .key_ranges import KeyRanges, check_cu_seqlens
+from .key_ranges import INTEGERS, KeyRanges, check_cu_seqlens
 
 _OP = "orchard_ops.flash_attn_varlen"
 PACKED = "(total, heads, head_dim)"
@@ -50,7 +50,9 @@ def flash_attn_varlen(
             from cu_seqlens_q[n] to before cu_seqlens_q[n + 1]. Sequences may be empty. Queries
             outside of all are 0 and get no gradient.
         cu_seqlens_k: the same of the keys; by default those of the queries.
-        max_seqlen_q, max_seqlen_k: the longest sequence; not needed, and not used.
+        max_seqlen_q, max_seqlen_k: the longest sequence. Not needed. Where cu_seqlens_k is not
+            given, max_seqlen_k, or max_seqlen_q, says how much memory makes the backward faster
+            (docs/packed-batches.md); a number too small costs time, not the result.
         dropout_p: as in `flash_attn`; the mask counts queries and keys of the packed tensors.
         is_causal: a query sees the keys of its sequence up to its own place, where the last query
             of a sequence is at its last key (aligned at the bottom right, also where the sequence
@@ -82,6 +84,7 @@ def flash_attn_varlen(
             _OP,
             operands,
             (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
+            max_seqlen_q if max_seqlen_k is None else max_seqlen_k,
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=scale,
@@ -100,11 +103,22 @@ def flash_attn_varlen(
     return unpacked(out), lse[0]
 
 
+def check_longest(op: str, max_seqlen: object) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, INTEGERS):
+        raise TypeError(f"{op}: the longest sequence must be an integer; got {max_seqlen!r}")
+
+
 def packed_call(
-    op: str, operands: Sequence[Tensor], cu_seqlens: tuple[Tensor, Tensor], **options: object
+    op: str,
+    operands: Sequence[Tensor],
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlen: int | None,
+    **options: object,
 ) -> Call:
     """The call of the op for packed operands (total, H, D), as one batch of views."""
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in operands)
+    if max_seqlen is not None:
+        check_longest(op, max_seqlen)
     of_query, of_key = cu_seqlens
     check_cu_seqlens(op, of_query, of_key)
     if of_query.device != query.device:
@@ -113,7 +127,10 @@ def packed_call(
             f"{of_query.device}"
         )
     ranges = KeyRanges.from_cu_seqlens(
-        of_query, None if of_key is of_query else of_key, q_len=query.shape[2]
+        of_query,
+        None if of_key is of_query else of_key,
+        q_len=query.shape[2],
+        max_length=max_seqlen,
     )
     return prepare(query, key, value, enable_gqa=True, key_ranges=ranges, **options)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ import orchard_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks.host import measure  # noqa: E402
+from benchmarks.host import measure, takeover  # noqa: E402
 
 
 class TestRecordingEngine:
@@ -92,6 +92,14 @@ class TestNoWaitingAndNoExtraMemory:
         assert counted.peak_bytes == sum(x.numel() for x in grads) * HALF + B * H * L * 4 + ds
 
 
+def test_a_call_that_was_taken_over_waits_and_allocates_as_much():
+    q, k, v = qkv()
+    with orchard_ops.sdpa(), Counted() as counted:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
+    assert counted.num_waits == 0
+    assert counted.num_allocations == 2  # out, row_stats
+
+
 class GPT(torch.nn.Module):
     """The attention calls of two layers, with dropout in training and without in evaluation."""
 
@@ -131,7 +139,7 @@ def test_a_training_run_compiles_few_variants():
 
 
 def test_the_documented_command_makes_the_documented_table():
-    text = (ROOT / "docs" / "performance.md").read_text()
+    text = (ROOT / "docs" / "performance-tables.md").read_text()
     result = json.loads(measure.RESULT.read_text())
     for line in measure.table(result).splitlines():
         assert line in text
@@ -148,3 +156,16 @@ def test_the_quietest_batch_is_that_of_the_control_s_lowest_median():
 
     quiet, spiky, loud = batch([5, 5, 90], [9]), batch([1, 7, 7], [1]), batch([8, 8, 8], [2])
     assert measure.quietest([spiky, quiet, loud]) is quiet
+
+
+def test_the_documented_cost_of_the_takeover():
+    text = (ROOT / "docs" / "sdpa.md").read_text()
+    result = json.loads(takeover.RESULT.read_text())
+    for line in takeover.table(result).splitlines():
+        assert line in text
+    for figure in (result["switch"], result["left_to_pytorch"]):
+        assert f"{figure['median']:.1f}" in text
+    assert result["environment"]["repeats"] == takeover.REPEATS
+    assert f"over {takeover.REPEATS} repeats" in text
+    for case, figures in result["microseconds_above"][takeover.OP].items():
+        assert figures["median"] < 10.0, case

@@ -52,7 +52,7 @@ def gradients(
     there = storage.as_strided(mask.shape, mask.stride(), mask.storage_offset())
     moved = {
         name: x.to("mps")
-        for name in ("alibi_slopes", "sinks")
+        for name in ("alibi_slopes", "sinks", "key_ranges")
         if (x := getattr(scoring, name)) is not None
     }
     on_device = scoring._replace(attn_mask=there, **moved)
@@ -309,6 +309,44 @@ def test_the_same_bits_each_time_and_with_any_scratch(
     for x, y in zip(first, again, strict=True):
         assert torch.equal(x, y)
     assert torch.equal(first[3], without[3])
+
+
+# ---- from the dS that is stored for dq
+
+STORING = Case(70, 90, 64, batch=2, num_heads=4, num_kv_heads=2, dtype=torch.float16)
+STORED = {  # the case, and the mask's shape
+    "by head": (STORING, (1, 4, 70, 90)),
+    "by sample": (STORING.but(dtype=torch.bfloat16, alibi="batch", sinks=True), (2, 1, 70, 90)),
+    "of nobody else": (STORING.but(dropout_p=0.3, value_dim=40), (2, 4, 70, 90)),
+    "of all": (STORING.but(window_left=9, window_right=3, diagonal=20), (1, 1, 70, 90)),
+    "causal": (STORING.but(window_right=0, dtype=torch.float32), (1, 4, 70, 90)),
+    "pairs": (STORING.but(head_dim=128), (1, 1, 70, 90)),
+    "ranges": (STORING.but(ranges="any"), (1, 4, 70, 90)),
+    "documents": (STORING.but(ranges="documents", dtype=torch.float32), (1, 1, 70, 90)),
+    "many": (STORING.but(q_len=17, kv_len=18, batch=80, num_heads=2), (1, 2, 17, 18)),
+}
+
+
+@pytest.mark.parametrize("hide", (False, True), ids=("", "hidden"))
+@pytest.mark.parametrize("name", STORED)
+def test_from_stored_ds(name: str, hide: bool, recording, monkeypatch: pytest.MonkeyPatch):
+    """It is not computed again; without the scratch it is, to the same bits."""
+    case, shape = STORED[name]
+    mask, dlse = drawn_mask(case, *shape, dtype=torch.float32), drawn_dlse(case)
+    if hide:
+        mask[..., :40, 30:] = -math.inf
+        mask[..., 20:25] = -math.inf
+    found = []
+    for scratch in ("64", "0"):
+        monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", scratch)
+        with recording() as launches:
+            found.append(gradients(case, mask, dlse)[3])
+        if launches is not None:
+            names_of = [x.kernel for x in launches if "backward_dmask" in x.kernel]
+            assert ("dmask_from_ds" in names_of[0]) == (scratch == "64")
+            assert len(names_of) == 1 + ("_parts" in names_of[0])
+    assert torch.equal(*found)
+    assert not found[0][mask == -math.inf].any() and found[0].any()
 
 
 # ---- through flash_attn

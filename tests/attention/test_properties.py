@@ -97,7 +97,8 @@ def test_agrees_with_sdpa(device: str, problem: dict):
     for i, (name, x) in enumerate(zip(("out", "dq", "dk", "dv"), (out, *grads))):
         factor = OUT_FACTOR if name == "out" else GRAD_FACTOR
         floor = rounding.rounding(name, problem["dtype"])
-        assert_no_worse_than_math(name, x, ref[i], eager[i], factor, floor)
+        least = rounding.rounded_weights(name, problem["dtype"])
+        assert_no_worse_than_math(name, x, ref[i], eager[i], factor, floor, least)
 
 
 @pytest.mark.parametrize("device", DEVICES)

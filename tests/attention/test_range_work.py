@@ -114,13 +114,15 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> planner.Planner:
     return planner.Planner(library)
 
 
-def backward(plans: planner.Planner, length: int, budget: int, heads: int = 8) -> planner.Plan:
+def backward(
+    plans: planner.Planner, length: int, budget: int, heads: int = 8, span: int = 0
+) -> planner.Plan:
     sizes = (1, heads, length, 128)
     place = (sizes, (heads * length * 128, length * 128, 128, 1), 0)
     layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), place)
     return plans.plan(
         layouts, planner.DTYPES.index("float16"), True,
-        has_key_ranges=True, window_right=0, scratch_bytes=budget,
+        has_key_ranges=True, window_right=0, scratch_bytes=budget, key_span=span,
     )  # fmt: skip
 
 
@@ -133,6 +135,17 @@ def test_the_scratch_of_packed_sequences_is_not_quadratic(plans: planner.Planner
     families = [kernel.family for kernel in plan.kernels]
     assert plan.ds_elements == 0
     assert "attention_backward_dq" in families and "attention_backward_dq_from_ds" not in families
+
+
+def test_the_scratch_of_a_known_span(plans: planner.Planner):
+    """32 documents of 1024 again, whose maximum is known: 136 MiB, as docs/packed-batches.md says,
+    and twice the row takes twice as much."""
+    plan = backward(plans, 1 << 15, 256 << 20, span=1024 + 7)
+    families = [kernel.family for kernel in plan.kernels]
+    assert "attention_backward_dq_from_ds" in families
+    assert plan.ds_elements * 4 == 136 << 20
+    assert backward(plans, 1 << 16, 272 << 20, span=1024 + 7).ds_elements * 4 == 272 << 20
+    assert backward(plans, 1 << 16, (272 << 20) - 1, span=1024 + 7).ds_elements == 0
 
 
 def test_scratch_of_short_rows_stays_within_the_budget(plans: planner.Planner):

@@ -10,7 +10,15 @@ import torch
 from attention_cases import check_case
 from torch import Tensor
 
-from orchard_ops.testing import SEED, Case, MathResult, assert_attention_close, math_attention
+from orchard_ops.testing import (
+    GRAD_FACTOR,
+    OUT_FACTOR,
+    SEED,
+    Case,
+    MathResult,
+    assert_attention_close,
+    math_attention,
+)
 
 
 def results(x: MathResult, dtype: torch.dtype, **changes: Tensor) -> list[Tensor | None]:
@@ -92,3 +100,77 @@ def test_mathematics_of_a_float_mask_with_an_empty_row():
         torch.testing.assert_close(getattr(x, name)[:, :, rows], getattr(y, name))
     for name in ("dk", "dv"):
         torch.testing.assert_close(getattr(x, name), getattr(y, name))
+
+
+# ---- few elements, of float16 -------------------------------------------------------------------
+
+
+def single_element(seed: int) -> tuple[MathResult, MathResult, Tensor, Tensor]:
+    """One query, 31 keys, width 1: ref and eager, the weights and v in float64."""
+    case = Case(1, 31, 1, num_heads=1, dtype=torch.float16, seed=seed)
+    operands = case.operands()
+    ref, eager = (case.math(dtype, *operands) for dtype in (torch.float64, case.dtype))
+    q, k, v, _ = (x.double() for x in operands)
+    return ref, eager, torch.softmax(q @ k.mT, -1), v
+
+
+def from_rounded_weights(weights: Tensor, v: Tensor) -> Tensor:
+    """As the matrix unit has it: exponentials in float16, their sum not rounded."""
+    of_largest = weights / weights.amax()
+    return of_largest.half().double() @ v / of_largest.sum()
+
+
+def test_grants_rounded_weights_of_a_single_element():
+    """Its terms cancel in some draws, and twice the error of a small output is no measure then."""
+    refused_without = 0
+    for seed in range(300):
+        ref, eager, weights, v = single_element(seed)
+        out = from_rounded_weights(weights, v)
+        assert_attention_close([out.half()], ref, eager)
+        try:
+            assert_attention_close([out.half()], dataclasses.replace(ref, out_spread=0.0), eager)
+        except AssertionError:
+            refused_without += 1
+    assert refused_without > 10
+
+
+@pytest.mark.parametrize("fault", ("a key too few", "the scale a tenth off", "another value"))
+def test_refuses_faults_of_a_single_element(fault: str):
+    """Those of a kernel, in nine of ten draws at least: some change next to nothing by luck."""
+    noticed = 0
+    for seed in range(100):
+        ref, eager, weights, v = single_element(seed)
+        if fault == "a key too few":
+            weights = weights[..., :-1] / weights[..., :-1].sum()
+            v = v[:, :, :-1]
+        elif fault == "the scale a tenth off":
+            weights = weights**1.1
+            weights /= weights.sum()
+        else:
+            v = v.roll(1, 2)
+        try:
+            assert_attention_close([from_rounded_weights(weights, v).half()], ref, eager)
+        except AssertionError:
+            noticed += 1
+    assert noticed >= 90
+
+
+@pytest.mark.parametrize("q_len, kv_len, head_dim", [(5, 40, 64), (70, 90, 16), (300, 400, 64)])
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+def test_grants_many_elements_no_more(
+    q_len: int, kv_len: int, head_dim: int, causal: bool, dropout_p: float
+):
+    case = Case(
+        q_len, kv_len, head_dim, dtype=torch.float16, dropout_p=dropout_p,
+        window_right=0 if causal else -1, diagonal=kv_len - q_len,
+    )  # fmt: skip
+    operands = case.operands()
+    ref, eager = (case.math(dtype, *operands) for dtype in (torch.float64, case.dtype))
+    for name in ("out", "dq", "dk", "dv"):
+        factor = OUT_FACTOR if name == "out" else GRAD_FACTOR
+        exact = getattr(ref, name)
+        error = (getattr(eager, name).double() - exact).abs().max().item()
+        usual = factor * error + torch.finfo(case.dtype).eps / 2 * exact.abs().max().item()
+        assert 0.0 < ref.rounded_weights(name, case.dtype) < usual
+        assert ref.rounded_weights(name, torch.bfloat16) == 0.0

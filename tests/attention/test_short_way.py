@@ -93,7 +93,7 @@ def test_the_usual_call_is_prepared_as_any_other(
             torch.manual_seed(7)
             orchard_ops.flash_attn(*operands, enable_gqa=True, **call)
         short_calls = len(CALLS) - prepared.call_count
-        monkeypatch.setattr(attention, "_is_usual", lambda *_: False)
+        monkeypatch.setattr(attention, "is_usual", lambda *_: False)
         for call in CALLS:
             torch.manual_seed(7)
             orchard_ops.flash_attn(*operands, enable_gqa=True, **call)

@@ -265,30 +265,56 @@ def test_rows_that_see_no_key_reach_nothing(device: str, name: str, dtype: torch
     assert not found[2][:, :, blind].any()
 
 
+BESIDE_RANGES = {  # on Metal one for each kernel, as MASKED
+    "narrow": Case(70, 50, 16, batch=2, num_heads=4, num_kv_heads=2),
+    "storing": Case(70, 90, 64, batch=2, num_heads=2, dtype=torch.float16, dropout_p=0.2),
+    "pairs": Case(40, 70, 128, batch=2, num_kv_heads=2, dtype=torch.bfloat16, value_dim=72),
+    "elements": Case(40, 67, 47, batch=2, num_kv_heads=2, window_left=30, window_right=50),
+}
+OWN = {  # the dimensions of (B, Hq, L, S) of a mask, and (B, Hq) of key ranges, not broadcast
+    "neither by head": ((False, False, True, True), (False, False)),
+    "ranges by sample": ((False, False, True, True), (True, False)),
+    "by sample and by head": ((True, False, True, True), (False, True)),
+    "both by head": ((True, True, True, True), (True, True)),
+    "mask of rows": ((False, False, True, False), (True, True)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "mps",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="kernels ask which keys some row of a group sees by its range, and which "
-                "by the mask, not which by both: a key that only the two together hide is "
-                "read",
-            ),
-        ),
-    ],
-)
-def test_hidden_by_a_mask_and_key_ranges_together(device: str):
-    """Key 5 lies in the range of the first rows, from which the mask hides it."""
-    case = Case(64, 40, 16, num_heads=1)
-    ranges = torch.zeros(1, 1, 64, 4, dtype=torch.int32)
-    ranges[..., :16, 1] = 20
-    ranges[..., 16:, 0], ranges[..., 16:, 1] = 20, 40
-    mask = torch.ones(1, 1, 64, 40, dtype=torch.bool)
-    mask[..., :16, 5] = False
-    scoring = case.scoring()._replace(attn_mask=mask.to(device), key_ranges=ranges.to(device))
-    unseen = torch.zeros(1, 1, 40, dtype=torch.bool)
-    unseen[..., 5] = True
-    check(case, unseen, scoring, device, "metal" if device == "mps" else "auto")
+    ("problem", "kind"),
+    (("narrow", "bool"), ("narrow", "float32"), ("storing", "float32"), ("pairs", "bool"),
+     ("elements", "float32")),
+)  # fmt: skip
+@pytest.mark.parametrize("device", DEVICES)
+def test_hidden_by_a_mask_and_key_ranges_together(
+    device: str, problem: str, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """By neither alone: the mask leaves key 10 only to rows whose ranges it does not lie in."""
+    small = scores.Limits(1, 32, 1)  # blocks of 16 rows
+    monkeypatch.setattr(scores, "CPU_LIMITS", small)
+    monkeypatch.setattr(scores, "GPU_LIMITS", small)
+    case, (of_mask, of_ranges) = BESIDE_RANGES[problem], OWN[name]
+    full = (case.batch, case.num_heads, case.q_len, case.kv_len)
+    batch, heads = (n if keep else 1 for n, keep in zip(full, of_ranges))
+    begin = torch.randint(0, case.kv_len, (batch, heads, case.q_len))
+    begin[..., 0] = 10
+    begin[..., 1::3] = 11
+    numbers = (begin, begin + 20, begin, torch.zeros_like(begin))
+    ranges = KeyRanges(torch.stack(numbers, -1).int())
+    windows = {"window_left": case.window_left, "window_right": case.window_right}
+    in_range = ranges.dense(case.kv_len, **windows).expand(full)
+    rows_of_key = in_range[..., 10]
+    for d in range(2):
+        rows_of_key = rows_of_key if of_mask[d] else rows_of_key.any(d, keepdim=True)
+    shown = torch.ones([n if keep else 1 for n, keep in zip(full, of_mask)], dtype=torch.bool)
+    shown[..., 10 if of_mask[3] else 0] = ~rows_of_key
+    of_kv_heads = [
+        x.expand(full).any(2).unflatten(1, (case.num_kv_heads, -1)).any(2)
+        for x in (in_range, shown, in_range & shown)
+    ]
+    assert of_kv_heads[0][..., 10].all() and of_kv_heads[1][..., 10].all()
+    assert not of_kv_heads[2][..., 10].any() and of_kv_heads[2].any()
+    scoring = masked(case, shown, kind)
+    moved = {"attn_mask": scoring.attn_mask.to(device), "key_ranges": ranges.tensor.to(device)}
+    check(case, ~of_kv_heads[2], scoring._replace(**moved), device, IMPL[device])

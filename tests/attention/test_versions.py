@@ -99,3 +99,36 @@ def test_autocast(dtype: torch.dtype):
     assert out.dtype == dtype
     wanted = expected(*(x.to(dtype) for x in (q, k, v)))
     torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_the_takeover_leaves_other_devices_alone_and_can_be_undone():
+    def table() -> str:
+        return torch._C._dispatch_dump_table("aten::scaled_dot_product_attention")
+
+    (q, _, _), before = operands(), table()
+    call = torch.nn.functional.scaled_dot_product_attention
+    wanted = gradients(lambda x: call(x, x, x), [q])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: call(x, x, x), backend="aot_eager", fullgraph=True)
+    with orchard_ops.sdpa():
+        assert table() != before
+        assert_same(gradients(lambda x: call(x, x, x), [q]), wanted)
+        assert_same(gradients(compiled, [q]), wanted)
+        found = torch.func.grad(lambda x: call(x, x, x).square().sum())(q)
+        torch.testing.assert_close(found, wanted[1])
+        batched = torch.vmap(lambda x: call(x, x, x))(q[None])
+        torch.testing.assert_close(batched[0], wanted[0])
+    assert table() == before
+    assert orchard_ops.stats().left_to_pytorch == {}
+
+
+def test_pytorchs_switch_where_it_has_one():
+    from torch.nn import attention
+
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        assert not hasattr(attention, "register_flash_attention_impl")
+        return
+    attention.activate_flash_attention_impl("orchard")
+    assert attention.current_flash_attention_impl() == "orchard"
+    attention.restore_flash_attention_impl()
+    assert attention.current_flash_attention_impl() is None

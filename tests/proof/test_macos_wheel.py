@@ -335,15 +335,16 @@ def test_every_variant_is_in_the_text_for_apples_compiler() -> None:
         for family, text in texts.items()
     }
     assert {family: len(found) for family, found in names.items()} == {
-        # Plain scores; the other tiles of head dims 64 and 128; six features, 3 dtypes, 2 widths.
-        "forward": 144 + 132 + 6 * 3 * 2,
-        "backward_delta": 72 + 3 * 3 * 2,  # knows sinks, masks and ranges
-        "backward_dkv": 92 + 6 * 3,
-        "backward_dkv_pairs": 160 + 6 * 3,
-        "backward_dq": 144,
-        "backward_dq_from_ds": 54 + 2 * 3 * 2,  # knows masks and ranges
+        # Plain scores; values of their own width in 3 dtypes, both loads, dropout or not; the other
+        # tiles of head dims 64 and 128; 7 kinds of score, 3 dtypes, 2 widths.
+        "forward": 144 + 12 + 132 + 7 * 3 * 2,
+        "backward_delta": 72 + 6 + 4 * 3 * 2,  # knows sinks, masks and ranges
+        "backward_dkv": 92 + 7 * 3,
+        "backward_dkv_pairs": 160 + 24 + 7 * 3,
+        "backward_dq": 144 + 12,
+        "backward_dq_from_ds": 54 + 3 * 3 * 2,  # knows masks and ranges
         "backward_dsinks": 1,
-        "mask_map": 2,
+        "mask_map": 3,
     }
     assert all(text.isascii() for text in texts.values())
     assert not any('#include "' in text for text in texts.values())

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("simulator", reason="mutants run on the simulator's Metal engine")
 pytest.importorskip("rich")
+pytest.importorskip("elftools")
 
 from mutation import mutants, report, runner
 from mutation.harness import DQ, FORWARD, ROOT, Sources
@@ -199,6 +200,44 @@ def test_a_change_without_effect_survives(copy: Path):
     assert found["status"] == "survived"
     next(k for k in killers() if k.name == FIRST).run(SOURCES)
     assert found["code"].items() <= machine_code().items()
+
+
+# ---- the order of killers
+
+LINES = "shaders/keys.h", (10, 11)
+
+
+def _mutant(key: str, file: str = LINES[0], lines: tuple[int, int] = LINES[1]) -> mutants.Mutant:
+    return mutants.Mutant(file, "visible", "word", key, "", 1, lines[0], 0, 1, "", lines)
+
+
+def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
+    held = {"plain.so": {("keys.h", 11)}, "masked.so": {("masks.h", 10)}}
+    monkeypatch.setattr(runner.killing, "lines_of", lambda path: frozenset(held[path]))
+    some = [k for k in killers() if k.family == FORWARD][:2]
+    monkeypatch.setattr(runner.killing, "killers", lambda: some)
+    plain, masked = (k.name for k in some)
+    original = runner.Original(
+        {}, frozenset(), {plain: ["plain.so"], masked: ["masked.so"]}, {LINES[0]: {FORWARD}}
+    )
+    assert runner.relevant(_mutant("held"), original) == some[:1]
+    assert runner.relevant(_mutant("a constant", lines=(20, 20)), original) == some
+
+
+def test_what_killed_others_of_the_function_goes_first():
+    suspects = runner.Suspects({"known": "its own"})
+    for mutant, killer, seconds in (("a", "slow", 9.0), ("b", "fast", 1.0), ("c", "fast", 1.5)):
+        suspects.learn(_mutant(mutant), runner.Outcome(mutant, "killed", killer, "", seconds))
+    suspects.learn(_mutant("d"), runner.Outcome("d", "compiler", "any", "", 0.1))
+    assert suspects.of(_mutant("e")) == ["fast", "slow"]
+    assert suspects.of(_mutant("f", file="shaders/tile.h")) == []
+
+
+def test_killers_of_scores_are_among_the_machine_code():
+    before = set(machine_code())
+    next(k for k in killers() if k.name == f"{FORWARD}: scores, softcap").run(SOURCES)
+    softcap = [name for name in machine_code() if "softcap" in name]
+    assert softcap, sorted(set(machine_code()) - before)
 
 
 # ---- the report

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.apple_model import counts, features, gate
+from benchmarks.apple_model import counts, features, gate, value_width
 
 COMMITTED = json.loads(gate.TABLE.read_text())["kernels"]
 
@@ -31,7 +31,9 @@ def test_no_kernel_became_slower():
 def test_table_holds_the_kernels():
     assert {gate._case(x) for x in COMMITTED} == set(gate.cases())
     for x in COMMITTED:
-        assert (x["totals"]["products"] > 0) == (x["family"] != counts.DELTA)
+        assert (x["totals"]["products"] > 0) == (
+            x["family"] not in (counts.DELTA, counts.DMASK_FROM_DS)
+        )
         assert x["totals"]["issue cycles (model A)"] > 0
 
 
@@ -62,7 +64,7 @@ def test_gate_sees_an_unknown_kernel():
 
 def test_docs_quote_what_features_cost():
     """The table word for word, and the cycles of the mask's gradient."""
-    text = (counts.ROOT / "docs" / "performance.md").read_text()
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
     header, rows = features.costs(COMMITTED)
     assert len(rows) == len(counts.SCORES) + 1
     for row in (header, *rows):
@@ -70,3 +72,10 @@ def test_docs_quote_what_features_cost():
     narrow, wide = features.gradient_cycles(COMMITTED)
     said = f"{narrow} cycles each at D 64, {wide} at D 128"
     assert said in " ".join(text.split())
+
+
+@pytest.mark.slow
+def test_docs_quote_what_values_of_their_own_width_save():
+    text = (counts.ROOT / "docs" / "performance-tables.md").read_text()
+    for row in value_width.table():
+        assert f"| {' | '.join(row)} |" in text

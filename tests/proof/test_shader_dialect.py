@@ -18,6 +18,7 @@ from mutation.harness import (
     DELTA,
     DKV,
     DKV_PAIRS,
+    DMASK_FROM_DS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
     DQ_FROM_DS,
@@ -120,7 +121,7 @@ def test_threadgroup_memory_of_every_variant(family: str):
     kernels = variants()[family]
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
-    none = family in (DELTA, MASK_MAP, DSINKS, DMASK_SUM, DMASK_SUM_KEYS)
+    none = family in (DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS)
     assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 
 

@@ -2,10 +2,10 @@
 
 One file per kernel family, or several of PER_FILE variants each for a compiler that runs in
 parallel, with every variant of plain scores that the plan can ask for, with dS stored and in
-low-memory mode, the forward's other tiles that `bench --tiles` measures by default, and each kind
-of score, mask and key ranges at two head dims. The mask's gradient has no call here. Xcode's
-compiler needs no GPU, so a Mac without one (a hosted CI machine) can still say whether the text
-compiles:
+low-memory mode, the forward's other tiles that `bench --tiles` measures by default, values of a
+width of their own, and each kind of score, mask and key ranges at two head dims. The mask's
+gradient has no call here. Xcode's compiler needs no GPU, so a Mac without one (a hosted CI machine)
+can still say whether the text compiles:
     xcrun metal -std=metal3.1 -c attention_forward.metal
 """
 
@@ -40,20 +40,31 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
     {"attn_mask": torch.ones(1, 1, 64, 64)},
     {"key_ranges": torch.zeros(1, 1, 64, 4, dtype=torch.int32)},
+    {
+        "attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "key_ranges": torch.zeros(1, 1, 64, 4, dtype=torch.int32),
+    },
 )
 FEATURED_HEAD_DIMS = (64, 128)
 
 
 def kernels(
-    dtype: torch.dtype, head_dim: int, offset: int, dropout_p: float, **features: Any
+    dtype: torch.dtype,
+    head_dim: int,
+    offset: int,
+    dropout_p: float,
+    value_dim: int = 0,
+    **features: Any,
 ) -> tuple[Kernel, ...]:
     """The kernels that the plan runs for such a call: forward, then backward."""
-    shape = (1, 1, 64, head_dim)
     # An offset of one element keeps rows off 16-byte boundaries.
-    operand = torch.empty(64 * head_dim + offset, dtype=dtype)[offset:].view(shape)
+    operand, value = (
+        torch.empty(64 * width + offset, dtype=dtype)[offset:].view(1, 1, 64, width)
+        for width in (head_dim, value_dim or head_dim)
+    )
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
     scoring = scoring._replace(**features)
-    return plan(operand, operand, operand, *scoring, "metal").kernels
+    return plan(operand, operand, value, *scoring, "metal").kernels
 
 
 def every_kernel(*call: Any) -> Iterator[Kernel]:
@@ -62,7 +73,7 @@ def every_kernel(*call: Any) -> Iterator[Kernel]:
         with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=megabytes, ORCHARD_TILES=""):
             forward, *backward = kernels(*call)
         yield from (forward, *backward)
-    _, head_dim, offset, dropout_p = call
+    _, head_dim, offset, dropout_p, *_ = call
     measured = head_dim in MEASURED_HEAD_DIMS and not offset and not dropout_p
     for tile in forward.alternatives if measured else ():
         with environment_variables(ORCHARD_TILES=f"{forward.family}={tile}"):
@@ -76,6 +87,9 @@ def sources(per_file: int | None = None) -> dict[str, str]:
     """
     variants: dict[str, dict[str, str]] = {family: {} for family in embed_shaders.FAMILIES}
     for call in itertools.product(DTYPES, HEAD_DIMS, (0, 1), (0.0, 0.1)):
+        for kernel in every_kernel(*call):
+            variants[kernel.family][kernel.name] = kernel.instantiation
+    for call in itertools.product(DTYPES, (192,), (0, 1), (0.0, 0.1), (128,)):
         for kernel in every_kernel(*call):
             variants[kernel.family][kernel.name] = kernel.instantiation
     for dtype, head_dim, features in itertools.product(DTYPES, FEATURED_HEAD_DIMS, FEATURES):

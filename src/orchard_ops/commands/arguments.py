@@ -13,9 +13,20 @@ def positive_integer(text: str) -> int:
     return number
 
 
-def mebibytes(text: str) -> int:
+def whole_number(text: str) -> int:
     number = int(text)
     if not 0 <= number <= LARGEST:
+        raise ValueError(text)
+    return number
+
+
+def mebibytes(text: str) -> int:
+    return whole_number(text)
+
+
+def gibibytes(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e6:
         raise ValueError(text)
     return number
 
@@ -47,7 +58,9 @@ def heads(text: str) -> tuple[int, int]:
 
 for _type, _words in {
     positive_integer: "positive integer",
+    whole_number: "whole number",
     mebibytes: "whole number of MiB",
+    gibibytes: "number of GiB",
     seconds: "positive number",
     seed: "integer from -2^63 to 2^64 - 1",
     heads: "HEADS or HEADS/KV_HEADS",

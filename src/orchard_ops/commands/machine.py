@@ -1,4 +1,4 @@
-"""The machine in words: what a reader needs to compare two results."""
+"""The machine in words, for every command: what a reader needs to compare two results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import native
 from .place import Place
 
 Description = dict[str, str | int | float]
@@ -40,14 +41,25 @@ def system() -> str:
     return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
 
 
+def memory_bytes() -> int:
+    """The machine's memory; 0 if the system does not say."""
+    if sys.platform == "darwin":
+        return int(sysctl("hw.memsize") or 0)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
 def software() -> Description:
-    """The versions that a result depends on."""
+    """The versions that a result depends on, and whether there are Metal kernels."""
     import orchard_ops
 
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "orchard_ops": orchard_ops.__version__,
+        "native_library": native.why_not() or "loaded",
     }
 
 
@@ -62,8 +74,9 @@ def host() -> Description:
         "load_average": round(os.getloadavg()[0], 1),  # before the run: who else is busy
         **software(),
     }
-    if sys.platform == "darwin":
-        description["memory_gib"] = int(sysctl("hw.memsize") or 0) >> 30
+    memory = memory_bytes()
+    if memory:
+        description["memory_gib"] = memory >> 30
     return description
 
 

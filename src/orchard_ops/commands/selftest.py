@@ -9,66 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from .. import native, plan
 from ..calls import reset_stats, stats
-from ..ops.schema import public_lse
-from ..testing import DTYPES, Case, assert_attention_close, with_strides
 from . import endings, machine
 from .console import Console
 from .endings import CannotRun, writable, write
-from .environment import environment_variables
+from .kernel_check import Outcome, check, variants
 from .place import Place, find_place
 from .progress import each
-
-_STORING_HEAD_DIM = 64  # from here on a backward stores dS
-_REFERENCE_HEAD_DIMS = (16, 64, 256)  # of any width it runs the same code
-
-# Whole, ragged and skipped tiles, two query heads for a key/value head, first rows without a key.
-_RAGGED = Case(77, 101, batch=2, window_right=0, diagonal=-7)
-# In 1 MiB dS of one head fits, but not of two; of one, 3200 keys fit.
-_IN_TURNS = {
-    "heads in turn": _RAGGED.but(q_len=384, kv_len=512, batch=1, num_kv_heads=2),
-    "keys in turn": _RAGGED.but(kv_len=3400, batch=1, num_heads=1),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is compiled or launched in its own way."""
-
-    case: Case
-    chunks: bool = True
-    """Whether rows begin at multiples of 16 bytes."""
-    scratch_mb: int = 64
-    """MiB that the backward may store dS in."""
-    way: str = ""
-    """What the backward does with less of them."""
-
-    def __str__(self) -> str:
-        loads = "chunks" if self.chunks else "elements"
-        name = str(self.case.dtype).removeprefix("torch.")
-        dropout = " dropout" if self.case.dropout_p else ""
-        return f"{name} D{self.case.head_dim} {loads}{dropout} {self.way}".rstrip()
-
-
-@dataclass
-class Outcome:
-    """One variant's verdict."""
-
-    variant: str
-    passed: bool
-    message: str
-    seconds: float
 
 
 @dataclass
@@ -76,7 +30,6 @@ class Report:
     """The report file."""
 
     environment: machine.Description
-    native_library: str
     metal_calls: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -104,52 +57,6 @@ class Report:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def variants(quick: bool) -> Iterator[Variant]:
-    """All of them, or a few per dtype. Every width of the kernels, where there are kernels."""
-    head_dims = (64,) if quick else plan.head_dims() or _REFERENCE_HEAD_DIMS
-    for dtype in DTYPES:
-        if dtype == torch.float32 or not quick:
-            for way, case in _IN_TURNS.items():
-                yield Variant(case.but(dtype=dtype, dropout_p=0.1), scratch_mb=1, way=way)
-        for head_dim in head_dims:
-            for chunks in (True,) if quick else (True, False):
-                for dropout_p in (0.1,) if quick else (0.0, 0.1):
-                    case = _RAGGED.but(dtype=dtype, head_dim=head_dim, dropout_p=dropout_p)
-                    yield Variant(case, chunks)
-                    if head_dim >= _STORING_HEAD_DIM:
-                        yield Variant(case, chunks, scratch_mb=0, way="low memory")
-
-
-def check(variant: Variant, device: torch.device, impl: str) -> Outcome:
-    """Runs one variant twice (results must be bitwise equal) and applies the tolerance rule."""
-    started = time.perf_counter()
-    case = variant.case
-    operands = case.operands()
-    ref, eager = (case.math(dtype, *operands) for dtype in (torch.float64, case.dtype))
-    q, k, v, do = (
-        x.to(device) if variant.chunks else with_strides(x, "odd_offset", device) for x in operands
-    )
-    scoring = case.scoring(device)
-
-    def run() -> list[Tensor]:
-        ops = torch.ops.orchard
-        out, row_stats = ops.flash_attn_fwd(q, k, v, *scoring, impl)
-        grads = ops.flash_attn_bwd(do, None, q, k, v, out, row_stats, *scoring, False, impl)
-        lse = public_lse(row_stats, scoring.unit)
-        return [x.cpu() for x in (out, lse, *grads[:3])]
-
-    try:
-        scratch_mb = str(variant.scratch_mb)
-        with environment_variables(ORCHARD_BACKWARD_SCRATCH_MB=scratch_mb):
-            first, second = run(), run()
-        assert_attention_close(first, ref, eager)
-        if not all(torch.equal(a, b) for a, b in zip(first, second)):
-            raise AssertionError("two runs differ")
-    except (AssertionError, RuntimeError) as error:
-        return Outcome(str(variant), False, str(error), time.perf_counter() - started)
-    return Outcome(str(variant), True, "", time.perf_counter() - started)
-
-
 def run(args: argparse.Namespace) -> int:
     """The command. The report is written anew after every variant, so that a stop keeps it.
 
@@ -165,13 +72,12 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CannotRun(str(error)) from error
     file = writable(Path(args.report))
-    console.say(f"{place.device}: {place.description}")
+    described = machine.describe(place)
+    console.say(f"selftest on {machine.where(described)}")
     impl = "auto" if place.kind == "cpu" else "metal"
     todo = list(variants(args.quick))
     report = Report(
-        environment=machine.describe(place)
-        | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
-        native_library=native.why_not() or "loaded",
+        environment=described | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
     )
     reset_stats()
     started = time.perf_counter()
@@ -197,7 +103,7 @@ def _print_summary(console: Console, report: Report, place: Place, file: Path) -
     for name, value in (
         ("verdict", Text(report.verdict, style="red" if report.failed else "green")),
         ("device", place.description),
-        ("native library", report.native_library),
+        ("native library", str(report.environment["native_library"])),
         ("Metal calls", ", ".join(f"{n} {op}" for op, n in report.metal_calls.items())),
         ("time", f"{report.seconds} s"),
         ("report", f"{file} (attach it to an issue)"),

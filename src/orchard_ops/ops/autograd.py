@@ -192,19 +192,25 @@ library.impl("flash_attn_fwd", _forward_kernel, "Autograd")
 library.impl("flash_attn_bwd", _backward_kernel, "Autograd")
 
 
-_record = _FlashAttention.apply
+record = _FlashAttention.apply
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, impl: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    impl: str,
+    record: Callable[..., Any] = record,
 ) -> tuple[Tensor, Tensor]:
-    """Calls FORWARD. In the usual case it goes to `_forward_kernel` without the dispatcher."""
+    """Calls FORWARD. In the usual case it goes to `_forward_kernel` without the dispatcher, and
+    `record` says how autograd differentiates it."""
     args = (query, key, value, *scoring, impl)
     parts = _split(args)
     if scoring.alibi_slopes is not None or not eager.nothing_between(parts[:-1]):
         return FORWARD(*args)
     if _needs_grad(parts):
-        return _record(*parts)
+        return record(*parts)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*args)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..namespace import OPS
 from .schema import BackwardArgs, ForwardArgs
 
 
@@ -18,14 +19,14 @@ def _pairs(query: torch.Size, key: torch.Size) -> int:
     return batch * num_heads * q_len * key[2]
 
 
-@register_flop_formula(torch.ops.orchard.flash_attn_fwd)
+@register_flop_formula(OPS.flash_attn_fwd)
 def forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
     """Counts q @ k^T and p @ v from the shapes of the operands."""
     call = ForwardArgs.read(args)
     return 2 * _pairs(call.query, call.key) * (call.query[3] + call.value[3])
 
 
-@register_flop_formula(torch.ops.orchard.flash_attn_bwd)
+@register_flop_formula(OPS.flash_attn_bwd)
 def backward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
     """Counts the scores, which are computed again, dq, dk, dp and dv from the shapes of the
     operands."""

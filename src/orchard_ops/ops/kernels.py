@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import calls, native, reference
 from ..checks import check_impl, check_problem
+from ..descriptions import Description, describe
 from ..layout import empty_in_order_of
+from ..namespace import NAME
 from .schema import BackwardArgs, ForwardArgs, library, stats_dtype
 
 
@@ -43,7 +45,7 @@ def _check_backward(op: str, args: BackwardArgs) -> None:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("orchard::flash_attn_fwd", lib=library)
+@torch.library.register_fake(f"{NAME}::flash_attn_fwd", lib=library)
 def _forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
     _check_forward("orchard::flash_attn_fwd", call)
@@ -52,7 +54,7 @@ def _forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
     return out, call.query.new_empty(stats_shape, dtype=stats_dtype(call.query))
 
 
-@torch.library.register_fake("orchard::flash_attn_bwd", lib=library)
+@torch.library.register_fake(f"{NAME}::flash_attn_bwd", lib=library)
 def _backward_shapes(*args: Any) -> tuple[Tensor, ...]:
     call = BackwardArgs.read(args)
     _check_backward("orchard::flash_attn_bwd", call)
@@ -89,16 +91,20 @@ def _no_autocast(query: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
+def _described(args: ForwardArgs | BackwardArgs) -> Description:
+    return describe(args.query, args.key, args.value, args.scoring)
+
+
 def _run_forward(args: ForwardArgs, reason: str) -> tuple[Tensor, Tensor]:
     _check_forward("orchard::flash_attn_fwd", args)
-    calls.record_reference("flash_attn_fwd", reason, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_fwd", reason, _described(args), args.impl)
     with _no_autocast(args.query):
         return reference.forward(args.query, args.key, args.value, args.scoring)
 
 
 def _run_backward(args: BackwardArgs, reason: str) -> tuple[Tensor, ...]:
     _check_backward("orchard::flash_attn_bwd", args)
-    calls.record_reference("flash_attn_bwd", reason, args.query.device.type, args.impl)
+    calls.record_reference("flash_attn_bwd", reason, _described(args), args.impl)
     with _no_autocast(args.query):
         return reference.backward(*args[:7], scoring=args.scoring, mask_grad=args.mask_grad)
 

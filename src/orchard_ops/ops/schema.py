@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import calls, scoring
+from .. import calls, namespace, scoring, watch
 from ..scoring import Scoring
 
 _FORWARD = f"Tensor query, Tensor key, Tensor value, {scoring.SCHEMA}"
@@ -28,13 +28,13 @@ _PLAN = (
     "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)"
 )
 INTERFACE = (
-    f"orchard_ops interface 2: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
+    f"orchard_ops interface 3: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
     f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
     f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}"
 )
 """What ``native/module.cpp`` must answer to be the library of this package."""
 
-library = torch.library.Library("orchard", "DEF")
+library = torch.library.Library(namespace.NAME, "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 for _schema in (
     "flash_attn(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
@@ -54,12 +54,16 @@ for _schema in (
 def _raising_what_was_raised(op: Any) -> Any:
     """The handle `op`, whose calls raise the very exception of a fallback to the reference.
 
-    From there it passes through the native library, which knows RuntimeError alone.
+    From there it passes through the native library, which knows RuntimeError alone. The calls are
+    also what `report` watches.
     """
     call = op._op
+    name = str(op).split(".")[1]  # of orchard.flash_attn_fwd.default
 
     def call_and_tell(*args: Any, **kwargs: Any) -> Any:
         try:
+            if watch.watchers:
+                return watch.call(name, call, args, kwargs)
             return call(*args, **kwargs)
         except RuntimeError as error:
             original = calls.take_pending(str(error))
@@ -71,11 +75,11 @@ def _raising_what_was_raised(op: Any) -> Any:
     return op
 
 
-FORWARD = _raising_what_was_raised(torch.ops.orchard.flash_attn_fwd.default)
+FORWARD = _raising_what_was_raised(namespace.OPS.flash_attn_fwd.default)
 """``orchard::flash_attn_fwd``, see `ForwardArgs`; out and row_stats."""
-BACKWARD = _raising_what_was_raised(torch.ops.orchard.flash_attn_bwd.default)
+BACKWARD = _raising_what_was_raised(namespace.OPS.flash_attn_bwd.default)
 """``orchard::flash_attn_bwd``, see `BackwardArgs`; dq, dk, dv, dmask and dsinks."""
-for _packet in (torch.ops.orchard.flash_attn_fwd, torch.ops.orchard.flash_attn_bwd):
+for _packet in (namespace.OPS.flash_attn_fwd, namespace.OPS.flash_attn_bwd):
     _raising_what_was_raised(_packet)
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..namespace import NAME, OPS
 from .schema import library
 
 # The argument gives the op a device, and so an autograd kernel.
 library.define(
     "draw_dropout_seed(Tensor query) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
-DRAW = torch.ops.orchard.draw_dropout_seed.default
+DRAW = OPS.draw_dropout_seed.default
 _ALMOST_NOTHING = 1e-6
 """A memory budget, as a share of the activations that are saved without one."""
 
@@ -30,7 +31,7 @@ def _kernel(query: Tensor) -> Tensor:
     return _randint()
 
 
-@torch.library.register_fake("orchard::draw_dropout_seed", lib=library)
+@torch.library.register_fake(f"{NAME}::draw_dropout_seed", lib=library)
 def _shape(query: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
@@ -67,7 +68,7 @@ def _autograd_kernel(query: Tensor) -> Tensor:
     return dropout_seed
 
 
-@torch.library.register_vmap("orchard::draw_dropout_seed", lib=library)
+@torch.library.register_vmap(f"{NAME}::draw_dropout_seed", lib=library)
 def _vmap_rule(info: Any, in_dims: tuple[Any, ...], query: Tensor) -> tuple[Tensor, None]:
     """One seed serves all samples, whose masks differ by the batch index."""
     return _randint(), None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..namespace import NAME
 from ..scoring import Scoring
 from .schema import BACKWARD, FORWARD, BackwardArgs, ForwardArgs, library
 
@@ -75,7 +76,7 @@ def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Sco
     )
 
 
-@torch.library.register_vmap("orchard::flash_attn_fwd", lib=library)
+@torch.library.register_vmap(f"{NAME}::flash_attn_fwd", lib=library)
 def _forward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     size, call, dims = info.batch_size, ForwardArgs.read(args), ForwardArgs.read(in_dims)
     if call.scoring.dropout_p > 0.0 and info.randomness != "different":
@@ -98,7 +99,7 @@ def _one_by_one(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> t
     return tuple(torch.stack(g) for g in zip(*grads)), (0,) * 5
 
 
-@torch.library.register_vmap("orchard::flash_attn_bwd", lib=library)
+@torch.library.register_vmap(f"{NAME}::flash_attn_bwd", lib=library)
 def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     size, call, dims = info.batch_size, BackwardArgs.read(args), BackwardArgs.read(in_dims)
     scoring = call.scoring

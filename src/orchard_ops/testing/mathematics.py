@@ -11,6 +11,9 @@ from torch import Tensor
 from .. import dropout
 from ..scoring import Scoring
 
+UNLIKELY = 1e-6
+"""The chance that rounded weights move an element by more than `MathResult.rounded_weights`."""
+
 
 @dataclass(frozen=True)
 class MathResult:
@@ -45,6 +48,20 @@ class MathResult:
     dsinks_size: float = 0.0
     """Largest sum over rows of P |rowsum(dO O) - dlse| of a sink, the same for dsinks."""
 
+    out_spread: float = 0.0
+    """The root mean square of out's elements, if the signs of the terms P v were those of coins:
+    that of sqrt(sum (P v)^2)."""
+    dv_spread: float = 0.0
+    """The same for dv, of P dO."""
+    dq_spread: float = 0.0
+    """The same for dq, which delta enters: of P v dO, the terms of delta, times P scale K."""
+    dk_spread: float = 0.0
+    """The same for dk, of those terms times P scale Q."""
+    dmask_spread: float = 0.0
+    """The same for dmask, of those terms times P."""
+    dsinks_spread: float = 0.0
+    """The same for dsinks, of those terms times the sink's P."""
+
     def rounding(self, name: str, dtype: torch.dtype) -> float:
         """One unavoidable rounding of each sum, at the size of its terms, as it enters `name`.
 
@@ -66,6 +83,21 @@ class MathResult:
             moved += u32 * self.dsinks_size
         cancelled = getattr(self, f"{name}_cancelled")
         return (torch.finfo(dtype).eps / 2 + 2 * u32) * cancelled + moved
+
+    def rounded_weights(self, name: str, dtype: torch.dtype) -> float:
+        """What the weights' rounding to float16, the matrix unit's operands, can do to a result.
+
+        Gradients have it from delta, which starts from `out`. Unfused math keeps its weights in
+        float32. If the relative roundings are independent and uniform within u = 2^-11, an element
+        moves by more than t u / sqrt(3) times its spread with a chance of at most 2 exp(-t^2 / 2),
+        however many keys there are; t makes that `UNLIKELY`. Where there are many elements, the
+        largest is above their root mean square, and what its own rounding grants is more.
+        """
+        if dtype != torch.float16 or name == "lse":
+            return 0.0
+        t = math.sqrt(2.0 * math.log(2.0 / UNLIKELY))
+        u = torch.finfo(dtype).eps / 2
+        return t * u / math.sqrt(3.0) * getattr(self, f"{name}_spread")
 
 
 def _hidden(
@@ -121,6 +153,7 @@ def math_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_span: int = 0,  # changes no result
     key_ranges: Tensor | None = None,
 ) -> MathResult:
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
@@ -140,8 +173,10 @@ def math_attention(
     k_all, v_all = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     scores = torch.matmul(q, k_all.transpose(-1, -2)) * scale
+    derivative = torch.ones(())
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
+        derivative = 1.0 - (scores.detach() / softcap) ** 2
     place = torch.arange(q_len) + diagonal
     if key_ranges is not None:
         place = key_ranges.cpu().long()[..., 2]
@@ -196,6 +231,20 @@ def math_attention(
         weights = weights.detach()
         score_terms = torch.matmul(q.abs(), k_all.abs().transpose(-1, -2)) * abs(scale)
         dv_terms = torch.matmul(dropped.transpose(-1, -2), dout.cpu().to(compute).abs())
+        # An error of delta is one of its whole row, and independent of the other rows'.
+        terms = dropped.detach() * torch.matmul(dout.cpu().to(compute), v_all.detach().mT)
+        row_spread = (terms**2).sum(-1, keepdim=True).sqrt()
+        slopes = weights * derivative * scale
+        dq_squares = (row_spread * torch.matmul(slopes, k_all.detach())) ** 2
+        dk_squares = torch.matmul((slopes * row_spread).mT ** 2, q.detach() ** 2)
+        dmask_squares = dsinks_squares = torch.zeros(())
+        if bias is not None:
+            of_rows = weights.sum(-1, keepdim=True) if bias.shape[-1] == 1 else weights
+            dmask_squares = _sum_as(bias, (of_rows * row_spread) ** 2)
+        if sink is not None:
+            dsinks_squares = ((probabilities[..., kv_len:] * row_spread) ** 2).sum((0, 2))
+        out_squares = torch.matmul(dropped.detach() ** 2, v_all.detach() ** 2)
+        dv_squares = torch.matmul(dropped.detach().mT ** 2, dout.cpu().to(compute) ** 2)
         row_size = (dout.cpu().to(compute) * out).abs().sum(-1, keepdim=True)
         size = weights * row_size
         dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
@@ -231,7 +280,17 @@ def math_attention(
         largest(dv_terms.unflatten(1, (-1, group)).sum(2)),
         largest((weights * score_terms).sum(-1)),
         largest(dsinks_size),
+        _root_mean(out_squares),
+        _root_mean(dv_squares.unflatten(1, (-1, group)).sum(2)),
+        _root_mean(dq_squares),
+        _root_mean(dk_squares.unflatten(1, (-1, group)).sum(2)),
+        _root_mean(dmask_squares),
+        _root_mean(dsinks_squares),
     )
+
+
+def _root_mean(squares: Tensor) -> float:
+    return math.sqrt(squares.mean().item()) if squares.numel() else 0.0
 
 
 def largest(x: Tensor) -> float:

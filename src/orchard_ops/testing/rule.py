@@ -23,11 +23,19 @@ def _max_error(x: Tensor, ref: Tensor) -> float:
 
 
 def assert_no_worse_than_math(
-    name: str, x: Tensor, ref: Tensor, eager: Tensor, factor: float, floor: float = 0.0
+    name: str,
+    x: Tensor,
+    ref: Tensor,
+    eager: Tensor,
+    factor: float,
+    floor: float = 0.0,
+    least: float = 0.0,
 ) -> None:
     """max|x - ref| <= factor * max|eager - ref| + a rounding floor; x's NaN and inf must be ref's.
 
     The rounding floor is half a unit in the last place of the largest |ref|, plus factor * `floor`.
+    The whole is at least `least`: among few elements, eager's largest error and the largest |ref|
+    can both be small by luck.
 
     Args:
         name: what is compared, for the message.
@@ -36,6 +44,7 @@ def assert_no_worse_than_math(
         eager: same-dtype mathematics.
         factor: `OUT_FACTOR` or `GRAD_FACTOR`.
         floor: further rounding the comparison must grant, `MathResult.rounding`.
+        least: what it must grant in any case, `MathResult.rounded_weights`.
 
     Raises:
         AssertionError: with both errors and the tolerance.
@@ -51,11 +60,11 @@ def assert_no_worse_than_math(
     x, ref, eager = x[finite], ref[finite], eager[finite]
     floor = torch.finfo(x.dtype).eps / 2 * largest(ref) + factor * floor
     error, eager_error = _max_error(x, ref), _max_error(eager, ref)
-    tolerance = factor * eager_error + floor
+    tolerance = max(factor * eager_error + floor, least)
     if not error <= tolerance:
         raise AssertionError(
             f"{name}: max error {error:.3e} exceeds {tolerance:.3e} "
-            f"({factor} x {eager_error:.3e} of same-dtype math + {floor:.1e})"
+            f"({factor} x {eager_error:.3e} of same-dtype math + {floor:.1e}, at least {least:.1e})"
         )
 
 
@@ -75,4 +84,5 @@ def assert_attention_close(
             f"{label}{name}", x, getattr(ref, name), getattr(eager, name),
             GRAD_FACTOR if is_grad else OUT_FACTOR,
             ref.rounding(name, eager.out.dtype),
+            ref.rounded_weights(name, eager.out.dtype),
         )  # fmt: skip

@@ -29,11 +29,15 @@ def variants() -> dict[str, list[dict]]:
     head_dims = sources.head_dims()
     found: dict[str, dict[str, dict]] = {family: {} for family in (*FAMILIES, *OTHER_FAMILIES)}
     for dtype in DTYPE_NUMBERS.values():
-        for head_dim in (*head_dims, *(d - 1 for d in head_dims)):
+        for head_dim in (*head_dims, *(d - 1 for d in head_dims), 168):
             shape = (1, 2, _LENGTH, head_dim)
             layout = (shape, torch.empty(shape, device="meta").stride(), 0)
             layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
             scores = scores_of(dtype) if head_dim in (64, 127) else ({},)
+            if head_dim in (168, 191):  # beside narrower values
+                shape = (1, 2, _LENGTH, 128)
+                layout = (shape, torch.empty(shape, device="meta").stride(), 0)
+                layouts |= dict.fromkeys(("v", "out", "dout"), layout)
             for backward, dropout_p, scratch_bytes, score in itertools.product(
                 (False, True), (0.0, 0.5), (0, 1 << 20), scores
             ):

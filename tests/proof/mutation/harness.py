@@ -33,14 +33,18 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_backward_dkv_pairs",
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
-MASK_MAP, DSINKS, DMASK, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS = OTHER_FAMILIES = (
+(
+    MASK_MAP, DSINKS, DMASK, DMASK_FROM_DS, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS,
+) = OTHER_FAMILIES = (
     "attention_mask_map", "attention_backward_dsinks", "attention_backward_dmask",
-    "attention_backward_dmask_rows", "attention_backward_dmask_sum",
-    "attention_backward_dmask_sum_keys",
+    "attention_backward_dmask_from_ds", "attention_backward_dmask_rows",
+    "attention_backward_dmask_sum", "attention_backward_dmask_sum_keys",
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BOOL = 3  # of a mask
+MAP_BLOCK = 32  # ORCHARD_MAP_BLOCK of params.h
 GUARD_BYTES = 4096
+OBJECTS = ROOT / "build" / "mutation" / "objects"  # of the repository's plan
 
 
 # ---- tensors
@@ -140,7 +144,7 @@ class Sources:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "plan.so")
             try:
-                compile_planner(output, self.root, "-O0", "-w")
+                compile_planner(output, self.root, "-O0", "-w", objects=OBJECTS)
             except subprocess.CalledProcessError as error:
                 raise engine.CompileError(error.stderr) from None
             return Planner(output)

@@ -16,10 +16,11 @@ from .sites import Code
 FILES = (
     *(f"shaders/{name}.h" for name in (
         "backward_delta", "backward_dkv", "backward_dkv_pairs", "backward_dmask",
-        "backward_dmask_rows", "backward_dmask_sum", "backward_dmask_sum_keys", "backward_dq",
-        "backward_dq_from_ds", "backward_dsinks", "dropout", "dscore", "forward", "key_sums",
-        "keys", "loader", "long_sum", "mask_map", "mask_sharers", "masks", "params", "philox",
-        "ranges", "scores", "softmax", "staging", "sum_parts", "tile",
+        "backward_dmask_from_ds", "backward_dmask_rows", "backward_dmask_sum",
+        "backward_dmask_sum_keys", "backward_dq", "backward_dq_from_ds", "backward_dsinks",
+        "dropout", "dscore", "forward", "key_sums", "keys", "loader", "long_sum", "mask_gradient",
+        "mask_map", "mask_sharers", "masks", "params", "philox", "ranges", "scores", "softmax",
+        "staging", "sum_parts", "tile",
     )),
     *(f"native/plan/{name}.cpp" for name in (
         "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
@@ -42,6 +43,7 @@ class Mutant:
     begin: int  # offsets of the replaced text
     end: int
     text: str
+    lines: tuple[int, int]  # of the statement: its first and last
 
     @cached_property
     def key(self) -> str:
@@ -75,7 +77,7 @@ def mutants_of(file: str, text: str) -> Iterator[Mutant]:
             count[same] += 1
             yield Mutant(
                 file, function, name, before, after, count[same], code.line(edit.begin),
-                place[0], place[1], edit.text,
+                place[0], place[1], edit.text, (code.line(begin), code.line(end - 1)),
             )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
 the child starts with torch, the references and the engine loaded, so that a mutant costs little
 more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
-there already is not run again, and what killed a mutant of earlier sources goes first now.
+there already is not run again. What killed a mutant of earlier sources goes first now, then what
+killed others of its function.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,7 @@ class Outcome:
     """What became of a mutant. killer and message are of the first killer that failed."""
 
     key: str
-    status: str  # killed, compiler, hang, crash, survived
+    status: str  # killed, compiler, hang, crash, survived; open: not all of its killers ran
     killer: str = ""
     message: str = ""
     seconds: float = 0.0
@@ -61,12 +63,20 @@ class Outcome:
         return self.status == "survived"
 
 
-def relevant(file: str, baseline: Sources) -> list:
-    """The killers that a mutant of the file can fail, in order."""
-    if _changes_plan(file):
+def relevant(mutant: Mutant, original: Original) -> list:
+    """The killers that a mutant can fail, in order.
+
+    Of a shader those whose kernels hold an instruction of the mutated statement. A statement that
+    leaves none anywhere (a type, a constant) is for all whose text includes the file.
+    """
+    if _changes_plan(mutant.file):
         return list(killing.killers())
-    mark = f'#line 1 "{Path(file).name}"'
-    families = {k.family for k in killing.killers() if k.family and mark in baseline.text(k.family)}
+    name, (first, last) = Path(mutant.file).name, mutant.lines
+    places = {(name, line) for line in range(first, last + 1)}
+    holding = [k for k in killing.killers() if original.holds(k.name, places)]
+    if holding:
+        return holding
+    families = original.families[mutant.file]
     return [k for k in killing.killers() if k.family in families]
 
 
@@ -75,6 +85,7 @@ def relevant(file: str, baseline: Sources) -> list:
 
 def _judge(tests: Sequence, sources: Sources, tell) -> None:
     """Runs killers until one fails; tells about each step."""
+    uses = {}
     for test in tests:
         tell({"step": "compile", "killer": test.name})
         try:
@@ -85,8 +96,10 @@ def _judge(tests: Sequence, sources: Sources, tell) -> None:
         except Exception as error:
             tell({"status": "killed", "killer": test.name, "message": _short(error)})
             return
+        uses[test.name] = killing.used_libraries()
     paths = [str(path) for path in killing.library_paths()]
-    tell({"status": "survived", "code": killing.machine_code(), "libraries": paths})
+    code = killing.machine_code()
+    tell({"status": "survived", "code": code, "libraries": paths, "uses": uses})
 
 
 def _short(error: Exception) -> str:
@@ -157,35 +170,40 @@ class Original:
 
     code: dict[str, str]  # digests by kernel
     libraries: frozenset[str]  # paths in the engine's cache
+    uses: dict[str, list[str]]  # those of each killer, by its name
+    families: dict[str, set[str]]  # whose text includes a file
+
+    def holds(self, killer: str, places: Collection[tuple[str, int]]) -> bool:
+        """Whether a kernel of the killer has an instruction of one of the lines (file, line)."""
+        return any(not killing.lines_of(path).isdisjoint(places) for path in self.uses[killer])
 
 
-def _work(tasks, results, original: Original) -> None:
-    """Mutants from one queue, their outcomes to the other."""
+def _work(tasks, results, original: Original, first: int | None) -> None:
+    """Mutants from one queue, their outcomes to the other.
+
+    Of a mutant's killers the `first` ones run (None: all). One that they leave is "open".
+    """
     baseline = Sources().compile_plan()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         root = Path(folder)
         for name in ("shaders", "native"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        order: dict[str, list] = {}
-        for mutant, suspect in iter(tasks.get, None):
+        for mutant, suspects in iter(tasks.get, None):
             began = time.monotonic()
             path = root / mutant.file
             text = path.read_text(encoding="ascii")
             path.write_text(mutant.apply(text), encoding="ascii")
             own_plan = _changes_plan(mutant.file)
             sources = Sources(root, None if own_plan else baseline)
-            if mutant.file not in order:
-                order[mutant.file] = relevant(mutant.file, baseline)
-            tests = order[mutant.file]
-            first = [test for test in tests if test.name == suspect]
+            tests = relevant(mutant, original)
+            places = {name: place for place, name in enumerate(suspects)}
+            tests = sorted(tests, key=lambda test: places.get(test.name, len(places)))
             try:
-                found = run_mutant(
-                    first + [test for test in tests if test.name != suspect],
-                    sources,
-                    original.libraries,
-                )
+                found = run_mutant(tests[:first], sources, original.libraries)
             finally:
                 path.write_text(text, encoding="ascii")
+            if found["status"] == "survived" and len(tests[:first]) < len(tests):
+                found["status"] = "open"
             same = not own_plan and found.get("code", {}).items() <= original.code.items()
             seconds = round(time.monotonic() - began, 2)
             results.put(
@@ -248,29 +266,76 @@ class Progress:
             file.write(json.dumps({**outcome.__dict__, "stamp": self.stamp}) + "\n")
 
 
+class Suspects:
+    """The killers that go first: a mutant's own of earlier sources, and those that have noticed
+    the most mutants of its function, and of its file, for their time.
+    """
+
+    WIDTH = 6  # so many of a function, and of a file
+
+    def __init__(self, earlier: dict[str, str]):
+        self._earlier = earlier
+        self._kills: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        self._seconds: dict[str, float] = {}  # the shortest run that ended with a killer
+
+    def learn(self, mutant: Mutant, outcome: Outcome) -> None:
+        if not outcome.killer or outcome.status == "compiler":
+            return
+        for place in (mutant.file, mutant.function), (mutant.file,):
+            self._kills[place][outcome.killer] += 1
+        known = self._seconds.get(outcome.killer, outcome.seconds)
+        self._seconds[outcome.killer] = min(known, outcome.seconds)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        names = [self._earlier[mutant.key]] if mutant.key in self._earlier else []
+        for place in (mutant.file, mutant.function), (mutant.file,):
+            kills = self._kills[place]
+            best = sorted(kills, key=lambda name: (self._seconds[name] + 0.1) / kills[name])
+            names += best[: self.WIDTH]
+        return list(dict.fromkeys(names))
+
+
 class Workers:
     """Processes that run mutants; iterating gives their outcomes."""
 
     def __init__(
-        self, mutants: Sequence[Mutant], suspects: dict[str, str], jobs: int, original: Original
+        self,
+        mutants: Sequence[Mutant],
+        suspects: Suspects,
+        jobs: int,
+        original: Original,
+        first: int | None = None,
     ):
         context = multiprocessing.get_context("fork")
         self.tasks, self.results = context.Queue(), context.Queue()
-        self.total = len(mutants)
+        self.waiting = list(reversed(mutants))
+        self.running: dict[str, Mutant] = {}
+        self.suspects = suspects
         self.processes = [
-            context.Process(target=_work, args=(self.tasks, self.results, original), daemon=True)
+            context.Process(
+                target=_work, args=(self.tasks, self.results, original, first), daemon=True
+            )
             for _ in range(jobs)
         ]
         for process in self.processes:  # first, as putting starts a thread
             process.start()
-        for mutant in mutants:
-            self.tasks.put((mutant, suspects.get(mutant.key, "")))
-        for _ in range(jobs):
-            self.tasks.put(None)
+        for _ in range(2 * jobs):  # not all of them, since what is learned orders the later ones
+            self._give()
+
+    def _give(self) -> None:
+        if self.waiting:
+            mutant = self.waiting.pop()
+            self.running[mutant.key] = mutant
+            self.tasks.put((mutant, self.suspects.of(mutant)))
 
     def __iter__(self) -> Iterator[Outcome]:
-        for _ in range(self.total):
-            yield self._next()
+        while self.running:
+            outcome = self._next()
+            self.suspects.learn(self.running.pop(outcome.key), outcome)
+            self._give()
+            yield outcome
+        for _ in self.processes:
+            self.tasks.put(None)
         for process in self.processes:
             process.join()
 
@@ -298,7 +363,21 @@ def prepare() -> Original:
     found = run_mutant(killing.killers(), Sources(), keep=None)
     if found["status"] != "survived":
         raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
-    return Original(found["code"], frozenset(found["libraries"]))
+    original = Original(
+        found["code"], frozenset(found["libraries"]), found["uses"], _families_including()
+    )
+    for killer in killing.killers():  # so that processes forked later share what was read
+        original.holds(killer.name, ())
+    return original
+
+
+def _families_including() -> dict[str, set[str]]:
+    texts = {k.family: Sources().text(k.family) for k in killing.killers() if k.family}
+    marks = {file: f'#line 1 "{Path(file).name}"' for file in FILES}
+    return {
+        file: {family for family, text in texts.items() if mark in text}
+        for file, mark in marks.items()
+    }
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
@@ -320,6 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", help="only mutants whose description contains this")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--first", type=int, help="only so many killers of each mutant: what they leave runs later"
+    )
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     parser.add_argument(
         "--equivalents", action="store_true", help="run those listed as equivalent too"
@@ -340,10 +422,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     if todo and not arguments.report:
         random.Random(1).shuffle(todo)  # so that the time left can be told
-        workers = Workers(todo, progress.suspects, arguments.jobs, prepare())
+        suspects = Suspects(progress.suspects)
+        for mutant in mutants:
+            if mutant.key in progress.outcomes:
+                suspects.learn(mutant, progress.outcomes[mutant.key])
+        workers = Workers(todo, suspects, arguments.jobs, prepare(), arguments.first)
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
-                progress.add(outcome)
+                if outcome.status != "open":
+                    progress.add(outcome)
                 advance(outcome)
     result = report.Report(mutants, progress.outcomes, listed)
     result.print()

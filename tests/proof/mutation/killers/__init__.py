@@ -12,11 +12,26 @@ import itertools
 from ..harness import FAMILIES
 from . import backward, forward, plan, plan_scores, positions, scores
 from .attention import Attention, forward_results, reference
-from .compiled import compiled_together, forget_libraries, library_paths, machine_code
+from .compiled import (
+    compiled_together,
+    forget_libraries,
+    library_paths,
+    lines_of,
+    machine_code,
+    used_libraries,
+)
 from .problems import problems
 from .properties import Property
 
-__all__ = ["forget_libraries", "killers", "library_paths", "machine_code", "prepare"]
+__all__ = [
+    "forget_libraries",
+    "killers",
+    "library_paths",
+    "lines_of",
+    "machine_code",
+    "prepare",
+    "used_libraries",
+]
 
 
 @functools.cache

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import struct
 from collections.abc import Collection
 from pathlib import Path
 
+from elftools.elf.elffile import ELFFile
 from simulator import engine
 
 from ..harness import Sources
@@ -20,6 +20,7 @@ def template_arguments(kernel: dict) -> list[str]:
 
 
 _libraries: dict[tuple[Path, str, bool], engine.Library] = {}  # of this process, by kernel name
+_used: list[tuple[Path, str, bool]] = []  # since used_libraries was asked last
 
 
 def compile_kernel(
@@ -27,6 +28,7 @@ def compile_kernel(
 ) -> engine.Library:
     """The first problem's kernel by itself, all others of a family at once: that is faster."""
     key = (sources.root, kernel["name"], check)
+    _used.append(key)
     if key not in _libraries:
         line = kernel["instantiation"]
         together = compiled_together(family, check)
@@ -58,15 +60,31 @@ def machine_code() -> dict[str, str]:
 
 
 def _text_section(path: Path) -> bytes:
-    elf = path.read_bytes()
-    (sections,) = struct.unpack_from("<Q", elf, 40)
-    size, count, names = struct.unpack_from("<3H", elf, 58)
-    table = [struct.unpack_from("<2I4Q", elf, sections + size * i) for i in range(count)]
-    strings = table[names][4]
-    for name, _, _, _, offset, length in table:
-        if elf[strings + name :].startswith(b".text\0"):
-            return elf[offset : offset + length]
-    raise ValueError("no .text section")
+    with path.open("rb") as file:
+        return ELFFile(file).get_section_by_name(".text").data()
+
+
+def used_libraries() -> list[str]:
+    """The libraries that were asked for since the last call."""
+    paths = {str(_libraries[key].path) for key in _used if key in _libraries}
+    _used.clear()
+    return sorted(paths)
+
+
+@functools.cache
+def lines_of(library: str) -> frozenset[tuple[str, int]]:
+    """The lines of the shaders, (file, line), that instructions of a library come from."""
+    found = set()
+    with open(library, "rb") as file:
+        dwarf = ELFFile(file).get_dwarf_info()
+        for unit in dwarf.iter_CUs():
+            program = dwarf.line_program_for_CU(unit)
+            assert program["version"] >= 5, "files are counted from 0"
+            names = [Path(entry.name.decode()).name for entry in program["file_entry"]]
+            for entry in program.get_entries():
+                if entry.state is not None:
+                    found.add((names[entry.state.file], entry.state.line))
+    return frozenset(found)
 
 
 def library_paths() -> set[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 from benchmarks.planner import DTYPES, MaskPlace
@@ -13,6 +14,7 @@ from ..harness import (
     DKV,
     DKV_PAIRS,
     DMASK,
+    DMASK_FROM_DS,
     DMASK_ROWS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
@@ -31,7 +33,7 @@ from .properties import Property
 _METAL = {"float16": "half", "bfloat16": "bfloat", "float32": "float", "bool": "uchar"}
 _ROLES = {
     MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 3, DQ: 3, DQ_FROM_DS: 3, DMASK: 4,
-    DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
+    DMASK_FROM_DS: 4, DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
 }  # fmt: skip
 _FULL = (1, 2, 4, 40, 70)  # (outer, inner, Hq, L, S) of _layouts
 
@@ -157,7 +159,7 @@ def plan_of_maps(sources: Sources) -> None:
             assert plan["map_elements"] == heads * ends[3] * ends[4]
             kernel, element = plan["kernels"][0], DTYPES[dtype]
             assert kernel["groups"] == [heads, blocks] and kernel["threads"] == 128
-            call = f"{MASK_MAP}<{_METAL[element]}, 4>"
+            call = f"{MASK_MAP}<{_METAL[element]}, 4, false>"
             assert kernel["name"] == f"{MASK_MAP}_{element}" and kernel["instantiation"] == (
                 f'template [[host_name("{MASK_MAP}_{element}")]] [[kernel]] decltype({call}) '
                 f"{call};\n"
@@ -166,6 +168,41 @@ def plan_of_maps(sources: Sources) -> None:
                 f"blocks of 32 queries and keys of the mask; {heads} x {blocks} threadgroups of "
                 "128 threads"
             )
+
+
+def plan_of_maps_with_ranges(sources: Sources) -> None:
+    """Where rows of the mask differ, the map is one of its key ranges too, of both's own heads."""
+    sizes = {"b": 6, "h": 4, "l": 65, "s": 300}
+    for own, inner, ranges, ends in (  # of the mask, of ranges (B, Hq), of the map
+        ((1, 1, 1, 65, 300), 1, (0, 0), (1, 1, 1, 3, 10)),
+        ((1, 1, 1, 65, 300), 1, (9, 0), (6, 1, 1, 3, 10)),
+        ((1, 1, 1, 65, 1), 1, (0, 9), (1, 1, 4, 3, 10)),
+        ((3, 1, 1, 65, 300), 2, (0, 9), (3, 1, 4, 3, 10)),
+        ((3, 1, 1, 65, 300), 2, (9, 0), (3, 2, 1, 3, 10)),
+        ((1, 2, 4, 65, 1), 2, (9, 9), (3, 2, 4, 3, 10)),
+        ((6, 1, 4, 1, 300), 1, (9, 9), None), ((1, 2, 1, 1, 1), 2, (9, 9), None),
+    ):  # fmt: skip
+        for strides in (_dense(own), tuple(0 if d == 3 else n for d, n in enumerate(_dense(own)))):
+            fields = {"has_key_ranges": True, "ranges_batch": ranges[0], "ranges_head": ranges[1]}
+            plan, params = sources.plan(
+                request(_layouts(**sizes), 0, mask=_mask(own, strides, inner=inner), **fields)
+            )
+            kernel = plan["kernels"][0]
+            listed = ends is not None and strides[3] != 0
+            assert kernel["name"] == f"{MASK_MAP}_bool{'_ranges' * listed}"
+            call = f"{MASK_MAP}<uchar, 4, {str(listed).lower()}>"
+            assert f"decltype({call}) {call};" in kernel["instantiation"]
+            if listed:
+                assert ends is not None
+                heads, blocks = ends[0] * ends[1] * ends[2], ends[3] * -(-ends[4] // 4)
+                assert kernel["groups"] == [heads, blocks]
+                assert plan["map_elements"] == heads * ends[3] * ends[4]
+                of_map = [0 if n == 1 else s for n, s in zip(ends, _dense(ends))]
+                assert list(params.mask_map) == [*of_map, inner]
+            else:
+                whole = [-(-n // 32) if d > 2 else n for d, n in enumerate(own)]
+                whole[3] = 1
+                assert plan["map_elements"] == math.prod(whole)
 
 
 def plan_of_pairs(sources: Sources) -> None:
@@ -223,14 +260,29 @@ def plan_of_mask_gradients(sources: Sources) -> None:
         kernels = [kernel for kernel in plan["kernels"] if kernel["role"] in (4, 5)]
         for kernel in kernels:
             element, family = names[dtype], kernel["family"]
+            listed = bool(fields.get("has_key_ranges"))
             if family == DMASK:
                 element = "float" if params.dmask_parts > 1 else element
-                call = f"PlainScore, false>, {element}>"
+                last = f"{str(listed).lower()}>, {element}>"
+                call = f"PlainScore, {last}"
                 assert "Mask<" in kernel["instantiation"] or call in kernel["instantiation"]
-                assert kernel["instantiation"].endswith(f", false>, {element}>;\n")
+                assert kernel["instantiation"].endswith(f", {last};\n")
                 assert kernel["name"].endswith("_parts") == (params.dmask_parts > 1)
                 continue
             x, y = kernel["groups"]
+            if family == DMASK_FROM_DS:
+                of_parts = params.dmask_parts > 1
+                element = "float" if of_parts else element
+                assert kernel["name"] == (
+                    f"{family}_{DTYPES[dtype]}{'_parts' * of_parts}{'_ranges' * listed}"
+                )
+                call = f"{family}<{element}, 4, {str(listed).lower()}>"
+                assert f"decltype({call}) {call};" in kernel["instantiation"]
+                assert kernel["tile"] == (
+                    f"blocks of 32 queries and keys of the mask; {x} x {y} threadgroups of 128 "
+                    "threads"
+                )
+                continue
             assert kernel["tile"] == f"{x} x {y} threadgroups of 128 threads"
             assert kernel["name"] == f"{family}_{DTYPES[dtype]}"
             assert f"decltype({family}<{element}, 4>)" in kernel["instantiation"]
@@ -256,6 +308,28 @@ def plan_of_mask_gradients(sources: Sources) -> None:
             size = own[0] * own[1] * own[2] * own[3] * own[4]
             assert (params.dmask_elements, params.dmask_parts) == (size, parts)
             assert params.has_key_sums == (own[3:] == (1, 150))
+    of_all = 4 * (24 * 304 * 152)  # bytes of dS
+    stored: tuple[tuple, ...] = (
+        ((6, 1, 4, 300, 150), [(DMASK_FROM_DS, [24, 10 * 5])], 1),
+        ((1, 6, 1, 300, 150), [(DMASK_FROM_DS, [6 * 2, 10 * 5]), (DMASK_SUM, [2110, 1])], 2),
+    )
+    for own, kernels, parts in stored:
+        for dtype, ranges in itertools.product((0, 1, 2), (False, True)):
+            fields = {"layouts": {"d": 64}, "has_key_ranges": ranges, "scratch_bytes": of_all}
+            plan, params = plan_of(own, dtype, **fields)
+            assert plan["kernels"] == kernels and params.dmask_parts == parts
+            assert bool(plan["elements"]) == (parts > 1)
+    for change in (
+        {"scratch_bytes": of_all - 4}, {"softcap": 1.0}, {"layouts": {"d": 32}},
+        {"has_key_ranges": True, "key_span": 1},  # dS of a span of keys
+    ):  # fmt: skip
+        fields = {"layouts": {"d": 64}, "scratch_bytes": of_all} | change
+        assert plan_of((6, 1, 4, 300, 150), **fields)[0]["kernels"][0][0] == DMASK
+    one_head = {"b": 1, "h": 1, "hk": 1, "l": 64, "s": 6400, "d": 64}
+    for keys, family in ((6400, DMASK_FROM_DS), (4096, DMASK)):  # divided
+        scratch = 4 * (64 * 64 * (keys < 6400) + 64 * keys)
+        plan, _ = plan_of((1, 1, 1, 64, 6400), b=1, layouts=one_head, scratch_bytes=scratch)
+        assert plan["kernels"][0][0] == family
     for d, softcap, sums in ((64, 1.5, True), (128, 0.0, True), (128, 1.5, False)):
         plan, params = plan_of((1, 1, 1, 1, 150), layouts={"d": d}, softcap=softcap)
         assert params.has_key_sums == sums
@@ -288,8 +362,45 @@ def plan_of_key_ranges(sources: Sources) -> None:
         plan, params = sources.plan(
             request(_layouts(), 0, mask=one_key, window_left=7, has_key_ranges=ranges)
         )
-        assert plan["map_elements"] == 8 * 2 * (1 if ranges else 3)
+        assert plan["map_elements"] == 8 * 2 * 3
         assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
+
+
+def plan_of_key_spans(sources: Sources) -> None:
+    """dS of a span of keys, where it is known and shorter than all, and the kernel for the rest."""
+    row = 4 * 2 * 8 * 6  # bytes of one key's dS: two query heads, 41 queries
+    for kv_len, span, keys in (
+        (990, 0, 992), (990, -1, 992), (990, 1, 64), (990, 57, 64), (990, 58, 128), (990, 121, 128),
+        (990, 890, 960), (990, 953, 960), (990, 954, 992), (990, 991, 992), (990, 1 << 62, 992),
+        (64, 1, 64), (72, 1, 64),
+    ):  # fmt: skip
+        partial = keys < kv_len
+        for fits in (0, 1, 2, 3, 1 << 20):
+            asked = request(
+                _layouts(b=1, h=4, hk=2, l=41, s=kv_len, d=64), 0, True, key_span=span,
+                has_key_ranges=True, scratch_bytes=fits * keys * row + row - 1,
+            )  # fmt: skip
+            plan, params = sources.plan(asked)
+            at_once = min(fits, 2)
+            assert plan["scratch_bytes"] == at_once * keys * row
+            expected = [0] if not fits else [keys, partial]
+            assert [params.ranges.ds_keys, params.ranges.ds_partial][: len(expected)] == expected
+            families = [kernel["family"] for kernel in plan["kernels"]]
+            of_query = [DQ_FROM_DS, *[DQ] * partial] if fits else [DQ]
+            assert families == [DELTA, DKV, *of_query]
+            turns = [] if not fits else [[1, 2]] * (2 // at_once)
+            kernels = sum(turns, [0]) + [3] * partial if fits else [0, 1, 2]
+            assert [launch[0] for launch in plan["launches"]] == kernels
+            last = plan["launches"][-1]
+            if fits and partial:
+                assert last[1:] == [*plan["kernels"][3]["groups"], 0, 0, kv_len]
+                assert plan["kernels"][3]["role"] == _ROLES[DQ] and last[1] == 4
+                assert "_ranges" in plan["kernels"][3]["name"]
+    layouts = _layouts(b=1, h=4, hk=2, l=41, s=990, d=64)
+    without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
+    plan, params = sources.plan(without)
+    assert plan["scratch_bytes"] == 2 * 992 * row
+    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
 
 
 def plan_of_value_widths(sources: Sources) -> None:
@@ -301,6 +412,20 @@ def plan_of_value_widths(sources: Sources) -> None:
             assert (params.head_dim, params.v_head_dim) == (d, dv)
             assert all(f"_d{width}_" in kernel["name"] for kernel in plan["kernels"])
             assert all("_chunks" in kernel["name"] for kernel in plan["kernels"])
+            for kernel in plan["kernels"]:
+                own = (d, dv) == (192, 128) and kernel["family"] != DQ_FROM_DS
+                assert ("_v128" in kernel["name"]) == own
+                assert (", false, 128>" in kernel["instantiation"]) == own
+    for d, dv, own in (
+        (192, 1, True), (161, 128, True), (192, 129, False), (160, 128, False), (193, 128, False),
+        (128, 192, False),
+    ):  # fmt: skip
+        for scratch, families in ((0, 4), (1 << 40, 3)):
+            names = []
+            for backward in (False, True):
+                asked = request(_layouts(d=d, dv=dv), 2, backward, scratch_bytes=scratch)
+                names += [kernel["name"] for kernel in sources.plan(asked)[0]["kernels"]]
+            assert sum(name.endswith("_v128") for name in names) == own * families, names
     for d, dv in ((64, 41), (41, 64)):
         plan, _ = sources.plan(request(_layouts(d=d, dv=dv), 0))
         assert "_elements" in plan["kernels"][0]["name"]
@@ -316,9 +441,9 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 
 def properties() -> Iterator[Property]:
     for test in (
-        plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_pairs, plan_of_slopes,
-        plan_of_mask_gradients, plan_of_key_ranges, plan_of_value_widths,
-        plan_of_tiles_beside_masks,
+        plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
+        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_key_ranges,
+        plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

@@ -31,6 +31,12 @@ class Scores:
     mask_grad: bool = False
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
+    span: int = 0  # of keys, as the plan hears of it
+
+    @property
+    def ds_keys(self) -> int:
+        """Keys that have a place of their own in dS of 8 queries, where not all have."""
+        return -(-(self.span + 7) // 64) * 64 if self.span else 0
 
     def mask(self) -> Tensor | None:
         mask = self.case.scoring().attn_mask
@@ -83,6 +89,11 @@ class Sight:
         return int(begin.min()), int(end.max()), int(prefix.max())
 
 
+def fits(hull: tuple[int, int, int], keys: int) -> bool:
+    begin, end, prefix = hull
+    return max(prefix, end) <= (0 if prefix else begin) // 8 * 8 + keys
+
+
 def meets(hull: tuple[int, int, int], key0: int, key1: int) -> bool:
     begin, end, prefix = hull
     return key0 < prefix or (begin < key1 and end > key0)
@@ -100,6 +111,7 @@ class Given:
     within: Tensor  # (L, S), what the windows leave; with key ranges all
     passes: Tensor  # (B, Hq, L, S), what the mask lets through
     sight: Sight | None  # by key ranges
+    map_has_ranges: bool  # where rows of the mask differ
     ds: Tensor  # float64, of scale * q k^T
     dscores: Tensor  # float64, of what the mask is added to
     fields: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +188,9 @@ def given(problem: Scores) -> Given:
     if sight is not None:
         hidden.append(sight.sees(case.kv_len))
         seen = seen & hidden[1]
+    map_has_ranges = sight is not None and mask_place is not None and mask_place.sizes[3] > 1
+    if map_has_ranges:
+        hidden = [seen]
     slopes = scoring.alibi_slopes
     fields = {
         "scale": scoring.scale, "dropout_p": case.dropout_p, "diagonal": case.diagonal,
@@ -189,6 +204,7 @@ def given(problem: Scores) -> Given:
             "has_key_ranges": True,
             "ranges_batch": 4 * heads * case.q_len if batches > 1 else 0,
             "ranges_head": 4 * case.q_len if heads > 1 else 0,
+            "key_span": problem.span,
         }
     if slopes is not None:
         fields |= {"alibi_batch": slopes.stride(0) if slopes.dim() == 2 else 0, "alibi_head": 1}
@@ -196,15 +212,16 @@ def given(problem: Scores) -> Given:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
     _hide(case, tensors, seen, hidden)
-    return Given(tensors, mask_place, ref, eager, seen, within, passes, sight, *ds, fields)
+    return Given(
+        tensors, mask_place, ref, eager, seen, within, passes, sight, map_has_ranges, *ds, fields
+    )
 
 
 def _hide(case: Case, tensors: dict[str, Tensor], seen: Tensor, hidden: Sequence[Tensor]) -> None:
     """What takes no part becomes NaN: keys that no row sees, rows that see no key.
 
     Of the keys, those that one of `hidden` (a mask with the window, key ranges) hides from all
-    rows. What a mask and key ranges only hide together the kernels read: test_unseen_keys.py says
-    so.
+    rows. A mask whose rows do not differ hides nothing together with key ranges.
     """
     by_group = (x.unflatten(1, (case.num_kv_heads, -1)).any(2).any(2) for x in hidden)
     of_group = functools.reduce(torch.logical_and, by_group)

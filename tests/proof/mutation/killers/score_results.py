@@ -12,10 +12,11 @@ from orchard_ops.testing import assert_attention_close
 from ..harness import BOOL, DMASK, DQ, DQ_FROM_DS, FORWARD
 from .attention import F32, KEYS_SIDE, ds_tiles, keys_of_group, repository
 from .compiled import template_arguments
-from .score_problems import Scores, given, meets
-from .score_runs import left_by_the_repository, plan_of
+from .score_problems import Scores, fits, given, meets
+from .score_runs import IN_PARTS, left_by_the_repository, plan_of
 
-_PRODUCTS = {FORWARD: 2, DQ: 3, DQ_FROM_DS: 1, DMASK: 2}  # for a block of scores
+# For a block of scores: over the head dim, and over that of the values.
+_PRODUCTS = {FORWARD: (1, 1), DQ: (2, 1), DQ_FROM_DS: (1, 0), DMASK: (2, 0)}
 
 
 def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
@@ -43,10 +44,14 @@ def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
             assert error <= 32 * eps * size, "sums of keys"
         elif name == "dmask":
             assert x.ref.dmask is not None and x.mask is not None
-            if family == DMASK and got.dim() == 2:  # of several threadgroups
+            if family in IN_PARTS and got.dim() == 2:  # of several threadgroups
                 got = got.double().sum(0)
             dtype = x.tensors["mask"].dtype
             named["dmask"] = got.to(dtype).reshape(x.ref.dmask.shape)
+        elif name == "dq" and problem.ds_keys:
+            own = _rows_of(problem, family)
+            assert got[~own].isnan().all(), "dq of the other kernel's rows"
+            named[name] = torch.where(own[..., None], got, x.ref.dq.to(got.dtype))
         else:
             named[name] = got
     assert_attention_close(list(named.values()), x.ref, x.eager)
@@ -79,10 +84,46 @@ def _compare_rows(problem: Scores, name: str, got: Tensor) -> None:
     assert ((got.double() - expected).abs() <= 64 * torch.finfo(F32).eps * size).all(), name
 
 
+def _rows_of(problem: Scores, family: str) -> Tensor:
+    """(B, Hq, L), whether this kernel computes dq there: 64 rows by dS that fits, or all anew."""
+    x, case = given(problem), problem.case
+    assert x.sight is not None
+    own = torch.zeros(case.batch, case.num_heads, case.q_len, dtype=torch.bool)
+    for batch in range(case.batch):
+        for head in range(case.num_heads):
+            for row in range(0, case.q_len, 64):
+                stored = all(
+                    fits(x.sight.hull(batch, head, slice(eight, eight + 8)), problem.ds_keys)
+                    for eight in range(row, min(row + 64, case.q_len), 8)
+                )
+                own[batch, head, row : row + 64] = stored == (family == DQ_FROM_DS)
+    return own
+
+
+def _in_places(problem: Scores, tiles: Tensor) -> Tensor:
+    """Tiles of dS in the places that key blocks share; NaN where nothing is stored."""
+    x, count = given(problem), problem.ds_keys // 8
+    assert x.sight is not None
+    placed = torch.full((tiles.shape[0], count, *tiles.shape[2:]), math.nan, dtype=torch.float64)
+    for index in range(len(tiles)):
+        batch, head = divmod(index, problem.case.num_heads)
+        for row in range(tiles.shape[2]):
+            hull = x.sight.hull(batch, head, slice(8 * row, 8 * row + 8))
+            for key in range(tiles.shape[1] if fits(hull, problem.ds_keys) else 0):
+                if meets(hull, 8 * key, 8 * key + 8):
+                    assert placed[index, key % count, row].isnan().all()
+                    placed[index, key % count, row] = tiles[index, key, row]
+    return placed
+
+
 def _compare_ds(problem: Scores, got: Tensor) -> None:
     x = given(problem)
     expected = ds_tiles(x.ds.flatten(0, 1))
     seen = ds_tiles(x.seen.flatten(0, 1).double()) > 0
+    if problem.ds_keys:
+        expected, seen = (_in_places(problem, tiles) for tiles in (expected, seen.double()))
+        assert torch.equal(expected.isnan(), got.isnan()), "the tiles of dS that are stored"
+        seen = seen == 1
     error = (got.double() - expected).abs()
     eps = torch.finfo(problem.case.dtype).eps
     assert (error[seen] <= 32 * eps * x.ds.abs().max()).all(), "dS"
@@ -104,6 +145,9 @@ def _map(problem: Scores) -> Tensor:
     if passes.shape[3] > 1 and windowed:
         passes = passes.expand(*passes.shape[:4], case.kv_len)
         any_seen = passes & x.within
+    if x.map_has_ranges:
+        passes, in_range = torch.broadcast_tensors(passes, _own_ranges(problem))
+        any_seen = passes & in_range
     blocks = []
     for seen, all_of in ((any_seen, False), (passes, True)):
         rows, keys = seen.shape[3], seen.shape[4]
@@ -119,6 +163,15 @@ def _map(problem: Scores) -> Tensor:
     found = torch.stack((bits, blocks[1].int()), -1).flatten(0, -2)
     assert len(found) == plan["map_elements"]
     return found
+
+
+def _own_ranges(problem: Scores) -> Tensor:
+    """What key ranges let through, as a mask of five dimensions, 1 where they are the same."""
+    x = given(problem)
+    assert x.sight is not None and x.mask is not None
+    batches, heads = x.tensors["key_ranges"].shape[:2]
+    sees = x.sight.sees(problem.case.kv_len)[:batches, :heads]
+    return sees.unflatten(0, (-1, x.mask.inner if batches > 1 else 1))
 
 
 def _hulls(problem: Scores) -> Tensor:
@@ -144,26 +197,37 @@ def _hulls(problem: Scores) -> Tensor:
 def products(problem: Scores, kernel: dict) -> int:
     """8 x 8 x 8 products if exactly the blocks run in which something is seen."""
     family, arguments = kernel["family"], template_arguments(kernel)
+    if family not in (*KEYS_SIDE, *_PRODUCTS):
+        return 0
+    width = int(arguments[2]) // 8
+    of_values = 16 if width == 24 and problem.case.value_dim in range(1, 129) else width
     if family in KEYS_SIDE:
         block, keys = int(arguments[3]), keys_of_group(family)
         blocks = _blocks_of_keys(problem, block, keys)
-        return blocks * 4 * 4 * (block // 8) * (int(arguments[2]) // 8) * keys // 32
-    if family not in _PRODUCTS:
-        return 0
+        return blocks * 4 * 2 * (block // 8) * (width + of_values) * keys // 32
     r, block = int(arguments[3]), int(arguments[4])
     of_family = _blocks_of_mask_gradient if family == DMASK else _blocks_of_queries
-    blocks = of_family(problem, 32 * r, block)
-    return blocks * 4 * _PRODUCTS[family] * r * (block // 8) * (int(arguments[2]) // 8)
+    blocks = of_family(problem, 32 * r, block, family)
+    over_head_dim, over_values = _PRODUCTS[family]
+    depth = over_head_dim * width + over_values * of_values
+    return blocks * 4 * r * (block // 8) * depth
 
 
-def _blocks_of_queries(problem: Scores, rows: int, keys: int) -> int:
+def _blocks_of_queries(problem: Scores, rows: int, keys: int, family: str) -> int:
     x, case, total = given(problem), problem.case, 0
+    own = x.seen.new_ones(x.seen.shape[:3])
+    if problem.ds_keys and family in (DQ, DQ_FROM_DS):
+        own = _rows_of(problem, family)
     for batch in range(case.batch):
         for head in range(case.num_heads):
             for row in range(0, case.q_len, rows):
+                if not own[batch, head, row]:
+                    continue
                 group = slice(row, row + rows)
                 any_passes = x.passes[batch, head, group].any(0)
-                if x.sight is not None:  # the two are met key by key
+                if x.map_has_ranges:
+                    seen = x.seen[batch, head, group].any(0)
+                elif x.sight is not None:  # the two are met key by key
                     seen = any_passes & x.sight.sees(case.kv_len)[batch, head, group].any(0)
                 elif x.mask is not None:
                     seen = x.seen[batch, head, group].any(0)
@@ -188,7 +252,8 @@ def _blocks_of_keys(problem: Scores, rows: int, keys: int) -> int:
                     ]
                     within = torch.tensor(eights).repeat_interleave(8)[: case.q_len]
                 for row in _span(within, rows):
-                    seen = x.passes if x.sight is not None else x.seen
+                    by_map = x.sight is None or x.map_has_ranges
+                    seen = x.seen if by_map else x.passes
                     part = seen[batch, head, row // 32 * 32 :, key // 32 * 32 :][:32, :32]
                     runs = x.mask is None or bool(part.any())
                     if x.sight is not None:
@@ -198,7 +263,7 @@ def _blocks_of_keys(problem: Scores, rows: int, keys: int) -> int:
     return total
 
 
-def _blocks_of_mask_gradient(problem: Scores, rows: int, keys: int) -> int:
+def _blocks_of_mask_gradient(problem: Scores, rows: int, keys: int, family: str) -> int:
     """For each head of a batch entry: what it adds to the tiles of the mask that it shares."""
     x, case, total = given(problem), problem.case, 0
     assert x.mask is not None
@@ -211,6 +276,8 @@ def _blocks_of_mask_gradient(problem: Scores, rows: int, keys: int) -> int:
                     seen = x.passes[batch, head, group, key : key + keys]
                     if not shared_rows:
                         seen = seen & x.within[group, key : key + keys]
+                    if x.map_has_ranges:
+                        seen = x.seen[batch, head, group, key : key + keys]
                     runs = bool(seen.any())
                     if x.sight is not None:
                         runs = runs and meets(x.sight.hull(batch, head, group), key, key + keys)

@@ -13,6 +13,7 @@ from ..harness import (
     DKV,
     DKV_PAIRS,
     DMASK,
+    DMASK_FROM_DS,
     DMASK_ROWS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
@@ -36,14 +37,16 @@ WRITTEN = {
     MASK_MAP: ("mask_map",), FORWARD: ("out", "row_stats"),
     DELTA: ("delta", "sink_parts", "range_hulls"), DKV: ("dk", "dv", "ds", "dmask_parts"),
     DKV_PAIRS: ("dk", "dv", "ds", "dmask_parts"), DQ: ("dq",), DQ_FROM_DS: ("dq",),
-    DMASK: ("dmask",), DMASK_ROWS: ("dmask",), DMASK_SUM: ("dmask",), DMASK_SUM_KEYS: ("dmask",),
-    DSINKS: ("dsinks",),
+    DMASK: ("dmask",), DMASK_FROM_DS: ("dmask",), DMASK_ROWS: ("dmask",), DMASK_SUM: ("dmask",),
+    DMASK_SUM_KEYS: ("dmask",), DSINKS: ("dsinks",),
 }  # fmt: skip
 ALONE = {
-    MASK_MAP: ("mask",), DSINKS: ("sink_parts",), DMASK_SUM: ("dmask_parts",),
+    MASK_MAP: ("mask", "key_ranges"), DSINKS: ("sink_parts",), DMASK_SUM: ("dmask_parts",),
     DMASK_SUM_KEYS: ("dmask_parts",),
 }  # fmt: skip
 """What is bound where it is not all that there is."""
+IN_PARTS = (DMASK, DMASK_FROM_DS)
+"""What threadgroups may share an element of dmask in, each with a part of its own."""
 _OPERANDS = {"q": "query", "k": "key", "v": "value", "out": "out", "dout": "dout"}
 
 
@@ -91,7 +94,7 @@ def _shapes(
         "dq": (tuple(x["query"].shape), case.dtype), "dk": (tuple(x["key"].shape), case.dtype),
         "dv": (tuple(x["value"].shape), case.dtype), "dsinks": ((rows[1],), F32),
         "mask_map": ((max(plan["map_elements"], 1), 2), torch.int32),
-        "ds": ((rows[0] * rows[1], *blocks, 8, 8), F32),
+        "ds": ((rows[0] * rows[1], problem.ds_keys // 8 or blocks[0], blocks[1], 8, 8), F32),
         "range_hulls": ((*ranges.shape[:2], -(-rows[2] // 8), 6), torch.int32),
         "dmask": (tuple(mask.sizes) if mask else (1,), x["mask"].dtype if mask else F32),
         "dmask_parts": (
@@ -115,12 +118,12 @@ def launched(
         written.discard("range_hulls")
     if not params.has_key_sums:
         written.discard("dmask_parts")
-    if family == DMASK and plan["dmask_part_elements"]:
+    if family in IN_PARTS and plan["dmask_part_elements"]:
         shapes["dmask"] = shapes["dmask_parts"]
     outputs = {name: Guarded(s, dense(s), t) for name, (s, t) in shapes.items() if name in written}
     inputs = {name: _flat(x) for name, x in known.items() if name not in written}
     if family in ALONE:
-        inputs = {name: inputs[name] for name in ALONE[family]}
+        inputs = {name: x for name, x in inputs.items() if name in ALONE[family]}
     place_of = given(problem).mask
     if place_of is not None and "mask" in inputs:  # as the host binds it, at its first element
         memory = inputs["mask"]
@@ -160,7 +163,7 @@ def left_by_the_repository(problem: Scores) -> dict[str, Tensor]:
         for kernel in plan["kernels"]:
             library = _library(kernel["instantiation"], kernel["family"])
             results, _ = launched(problem, kernel, plan, params, known, library, sources.buffers)
-            if kernel["family"] == DMASK and plan["dmask_part_elements"]:
+            if kernel["family"] in IN_PARTS and plan["dmask_part_elements"]:
                 results = {"dmask_parts": results["dmask"]}
             known |= results
     return known

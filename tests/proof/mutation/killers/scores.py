@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attention_cases import Case
-from simulator import engine
 
 from ..harness import (
     DELTA,
     DKV,
     DKV_PAIRS,
     DMASK,
+    DMASK_FROM_DS,
     DMASK_ROWS,
     DMASK_SUM,
     DMASK_SUM_KEYS,
@@ -30,11 +30,10 @@ from ..harness import (
     Sources,
 )  # fmt: skip
 from .attention import BF16, F16, F32
+from .compiled import compile_kernel
 from .score_problems import Scores
 from .score_results import compare, products
 from .score_runs import launched, left_by_the_repository, plan_of
-
-_compiled: dict[tuple, engine.Library] = {}
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,9 @@ class Scored:
         known = dict(left_by_the_repository(problem))
         plan, params = plan_of(problem, sources, known["out"], family != FORWARD)
         kernel = next(dict(k) for k in plan["kernels"] if k["family"] == family)
-        key = (sources.root, kernel["name"], self.check)
-        if key not in _compiled:
-            text = sources.text(family) + kernel["instantiation"]
-            _compiled[key] = engine.compile(text, check=self.check)
+        library = compile_kernel(sources, family, kernel, self.check)
         note("compiled")
-        results, counters = launched(
-            problem, kernel, plan, params, known, _compiled[key], sources.buffers
-        )
+        results, counters = launched(problem, kernel, plan, params, known, library, sources.buffers)
         compare(problem, family, results)
         expected = products(problem, kernel)
         assert counters.mma == expected, f"{counters.mma} matrix products, not {expected}"
@@ -81,6 +75,7 @@ PROBLEMS: dict[str, Scores] = {
     "ALiBi by head": Scores(_BASE.but(alibi="head", diagonal=-7)),
     "sinks, alone": Scores(_BASE.but(sinks=True, window_right=0, diagonal=-10)),
     "blocks of a mask": Scores(_BASE.but(mask="bool", q_len=75, kv_len=100), "blocks"),
+    "one query less than blocks of a mask": Scores(_BASE.but(mask="bool", q_len=63)),
     "pairs of a mask": Scores(_BASE.but(mask="bool", kv_len=98), "blocks", side_by_side=True),
     "padding": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True), sinks=True),
                       "padding"),
@@ -93,6 +88,10 @@ PROBLEMS: dict[str, Scores] = {
                             side_by_side=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
+    "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
+    "values of their own width, stored": Scores(
+        _BASE.but(head_dim=170, value_dim=99, num_heads=2, window_right=0, diagonal=9),
+        store_ds=True),
     "stored": Scores(_WIDE.but(softcap=1.5, mask="bool", value_dim=40, window_left=50), "blocks",
                      store_ds=True),
     "stored, tall": Scores(_WIDE.but(alibi="head", mask="float32", q_len=75, dropout_p=0.2),
@@ -133,6 +132,21 @@ PROBLEMS: dict[str, Scores] = {
                                                  softcap=1.5, window_left=60, diagonal=-1000,
                                                  mask_full=(False, False, False, True)),
                                             mask_grad=True, parts=3),
+    "stored bias": Scores(_WIDE.but(mask="float32", q_len=75, kv_len=100, window_left=30,
+                                    window_right=15, diagonal=12), "blocks", store_ds=True,
+                          mask_grad=True),
+    "stored bias of all": Scores(_WIDE.but(mask="float32", mask_full=(False, False, True, True),
+                                           q_len=75), "rows", store_ds=True, mask_grad=True),
+    "stored bias of outer batches": Scores(_WIDE.but(batch=4, num_kv_heads=2, mask="same",
+                                                     dtype=F16),
+                                           folded=(2, 1), store_ds=True, mask_grad=True),
+    "stored bias of many": Scores(Case(9, 10, 64, batch=70, num_heads=1, mask="float32",
+                                       mask_full=(False, False, True, True)), store_ds=True,
+                                  mask_grad=True),
+    "stored bias beside ranges": Scores(_WIDE.but(ranges="any", ranges_full=(False, True),
+                                                  mask="float32", q_len=75, kv_len=100,
+                                                  mask_full=(True, False, True, True)),
+                                        "blocks", store_ds=True, mask_grad=True),
     "bias of rows": Scores(_BIAS.but(mask_full=(True, False, True, False), q_len=150, sinks=True,
                                      window_right=0, diagonal=-10), mask_grad=True),
     "bias of rows, half": Scores(_BIAS.but(mask_full=(False, True, True, False), mask="same",
@@ -154,11 +168,28 @@ PROBLEMS: dict[str, Scores] = {
                                        alibi="head"), store_ds=True),
     "ranges of a prefix, stored": Scores(_WIDE.but(ranges="prefix", mask="bool", kv_len=200),
                                          "blocks", store_ds=True),
+    "ranges of a span": Scores(_WIDE.but(ranges="prefix", q_len=299, kv_len=200, dropout_p=0.2),
+                               store_ds=True, span=40),
+    "ranges of a span of documents": Scores(
+        _WIDE.but(ranges="documents", q_len=202, kv_len=202, num_kv_heads=2, dtype=F16),
+        store_ds=True, span=70),
+    "ranges of a span of pairs": Scores(
+        _WIDE.but(head_dim=96, ranges="any", q_len=150, kv_len=200, batch=1, window_right=9,
+                  softcap=1.5), store_ds=True, span=64),
     "ranges of pairs": Scores(_WIDE.but(head_dim=96, q_len=75, ranges="documents", kv_len=130,
                                         dropout_p=0.2, alibi="batch")),
     "ranges beside a bias": Scores(_RANGES.but(mask="float32", softcap=1.5, window_left=25,
                                                mask_full=(False, True, True, True)),
                                    "rows", mask_grad=True),
+    "ranges of heads beside a bias of all": Scores(
+        _RANGES.but(ranges_full=(False, True), mask="float32",
+                    mask_full=(False, False, True, True)), "blocks", mask_grad=True),
+    "ranges of batches beside inner batches": Scores(
+        _RANGES.but(ranges_full=(True, False), batch=4, mask="bool",
+                    mask_full=(True, False, True, False)), folded=(1, 2)),
+    "ranges of all beside outer batches": Scores(
+        _RANGES.but(ranges_full=(True, True), batch=4, mask="same", dtype=F16, kv_len=70,
+                    mask_full=(True, False, True, True)), "rows", folded=(2, 1)),
     "ranges beside a bias of keys": Scores(_RANGES.but(ranges="documents", mask="float32",
                                                        mask_full=(True, False, False, True)),
                                            "padding", mask_grad=True),
@@ -181,16 +212,22 @@ def checked() -> tuple[Scored, ...]:
         for name in (
             "all together",
             "blocks of a mask",
+            "one query less than blocks of a mask",
             "pairs, stored",
             "inner batches",
             "bias of pairs",
             "bias of capped pairs",
             "bias of keys",
+            "stored bias",
+            "stored bias of all",
+            "stored bias beside ranges",
             "bias of rows",
             "bias of one",
             "ranges",
             "ranges, extreme",
             "ranges of a prefix, stored",
+            "ranges of heads beside a bias of all",
+            "ranges of a span",
             "ranges of pairs",
         )
         for family in _families(PROBLEMS[name])
@@ -209,8 +246,10 @@ def _families(problem: Scores) -> list[str]:
         of_mask = [DMASK_SUM_KEYS]
     elif problem.mask_grad:
         shared = not case.mask_full[0] or not case.mask_full[2] or problem.folded != (0, 0)
-        of_mask = [DMASK, *[DMASK_SUM] * shared]
+        from_ds = problem.store_ds and not case.softcap and not problem.span
+        of_mask = [DMASK_FROM_DS if from_ds else DMASK, *[DMASK_SUM] * shared]
     return [
         *[MASK_MAP] * bool(case.mask), FORWARD, DELTA, DKV_PAIRS if pairs else DKV,
-        DQ_FROM_DS if problem.store_ds else DQ, *of_mask, *[DSINKS] * case.sinks,
+        *[DQ_FROM_DS] * problem.store_ds, *[DQ] * (not problem.store_ds or problem.span > 0),
+        *of_mask, *[DSINKS] * case.sinks,
     ]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Who has asked for the takeover, and its registration while somebody has.
+
+It is a matter of the process and not of a thread: the recomputation of activation checkpointing
+runs on a thread of the autograd engine and must take the same attention as the forward did.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.library import Library
+
+from .._version import __version__
+from ..namespace import NAME
+from . import kernels
+
+_lock = threading.Lock()
+_holders = 0
+_enabled = False
+_registration: Library | None = None
+_tag_before = ""
+_TAG = f"{NAME}-{__version__}-sdpa"
+
+
+def _begin() -> None:
+    global _registration, _tag_before
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        # The dispatcher remarks that torch.vmap's own entry is replaced.
+        warnings.filterwarnings("ignore", message=".*[Oo]verrid.*", category=UserWarning)
+        # With AutogradMPS alone inference_mode would pass by, and with MPS alone torch.compile
+        # would lose the gradients. Within torch.func.grad the tensors of mps have AutogradOther.
+        for key in ("AutogradMPS", "MPS", "AutogradOther"):
+            library.impl(kernels.NAME, kernels.attention, key)
+        library.impl(kernels.NAME, kernels.attention_under_vmap, "FuncTorchVmapMode")
+    _registration = library
+    _forget_resolved_kernels()
+    # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
+    config = torch.compiler.config
+    _tag_before = config.cache_key_tag
+    config.cache_key_tag = f"{_tag_before}{_TAG}"
+
+
+def _end() -> None:
+    global _registration
+    _registration = None  # which ends the registration
+    _forget_resolved_kernels()
+    config = torch.compiler.config
+    if config.cache_key_tag == f"{_tag_before}{_TAG}":
+        config.cache_key_tag = _tag_before
+
+
+def _forget_resolved_kernels() -> None:
+    """torch.compile remembers which kernel of an operator serves a dispatch key."""
+    kernels.OPERATOR._dispatch_cache.clear()
+
+
+def _hold() -> None:
+    global _holders
+    with _lock:
+        if _holders == 0:
+            _begin()
+        _holders += 1
+
+
+def _release() -> None:
+    global _holders
+    with _lock:
+        _holders -= 1
+        if _holders == 0:
+            _end()
+
+
+def active() -> bool:
+    """Whether F.scaled_dot_product_attention on mps is taken over now."""
+    return _holders > 0
+
+
+@contextmanager
+def sdpa() -> Iterator[None]:
+    """Within the block, F.scaled_dot_product_attention on mps runs as `flash_attn`.
+
+    Every way to the operator is meant: F.scaled_dot_product_attention by any name, imported before
+    or after, nn.MultiheadAttention, nn.Transformer, torch.ops.aten, and code that torch.compile
+    compiles within the block. Other devices are not affected. What PyTorch does and `flash_attn`
+    does not goes to PyTorch's own path as if there were no block; docs/sdpa.md lists it.
+
+    Blocks nest, and an exception ends them like a return. The takeover holds for all threads of
+    the process until the last block is left, and `disable` called if `enable` was. The backward
+    belongs into the block too, where activations are checkpointed.
+    """
+    _hold()
+    try:
+        yield
+    finally:
+        _release()
+
+
+def enable() -> None:
+    """F.scaled_dot_product_attention on mps runs as `flash_attn` until `disable`; see `sdpa`.
+
+    A second call changes nothing.
+    """
+    global _enabled
+    with _lock:
+        if _enabled:
+            return
+        _enabled = True
+    _hold()
+
+
+def disable() -> None:
+    """Undoes `enable`. Blocks of `sdpa` that have not ended keep the takeover until they do."""
+    global _enabled
+    with _lock:
+        if not _enabled:
+            return
+        _enabled = False
+    _release()
+
+
+# ---- PyTorch's own switch -----------------------------------------------------------------------
+
+
+class _Handle:
+    """What `torch.nn.attention.restore_flash_attention_impl` ends."""
+
+    def __init__(self) -> None:
+        self._held = True
+        _hold()
+
+    def remove(self) -> None:
+        if self._held:
+            self._held = False
+            _release()
+
+
+def register_with_pytorch() -> bool:
+    """Makes `activate_flash_attention_impl("orchard")` known, where this torch has it.
+
+    The name is that of the ops' namespace, so that a copy of the package has its own.
+    """
+    register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
+    if register is None:
+        return False
+    register(NAME, register_fn=_Handle)
+    return True
