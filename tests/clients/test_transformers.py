@@ -37,7 +37,7 @@ ALWAYS = {
     ("whisper", "generate"),
 }
 """Cells that were wrong once in some front door."""
-SAMPLE = ALWAYS | {cell for n, cell in enumerate(x for x in ALL if x[1] != "compile") if n % 5 == 0}
+SAMPLE = ALWAYS | {cell for n, cell in enumerate(x for x in ALL if x[1] != "compile") if n % 8 == 0}
 
 
 def _marks(cell: tuple[str, str]) -> list[pytest.MarkDecorator]:
