@@ -2,6 +2,7 @@
 #   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
 #   make test   the whole suite; on a Mac what is not Linux-only (tests/rooms.py)
 #   make quick  a part of it that takes a minute and a half, for the loop of work
+#   make clients  every cell of docs/transformers-matrix.md, and writes it
 #   make versions  what needs no mps device, on the oldest and the newest torch
 #   make docs   the site, in build/docs/index.html
 #   make bench  time and memory beside SDPA, on a Mac's GPU or on the CPU
@@ -35,7 +36,7 @@ PLUGIN := $(NATIVE)
 WHEEL := tools/macos/pack_wheel.py
 endif
 
-.PHONY: demo test quick versions docs bench memory lint format native wheel sdist hub-kernel abi tools clean
+.PHONY: demo test quick clients versions docs bench memory lint format native wheel sdist hub-kernel abi tools clean
 .PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
@@ -65,6 +66,10 @@ test: $(VENV)/dev tools lint $(PLUGIN)
 
 quick: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -q -n 2 --dist worksteal --quick -m "not slow" $(ARGS)
+
+clients: $(VENV)/dev tools $(PLUGIN)
+	$(PY) tools/transformers_matrix.py $(ARGS)
+	$(PY) -m pytest -q -m "slow or not slow" tests/clients
 
 # Throwaway environments: $(VENV) keeps the torch that everything else is checked with.
 versions:

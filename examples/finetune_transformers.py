@@ -6,11 +6,11 @@ is `AutoModelForCausalLM.from_pretrained(name, attn_implementation="orchard")`.
 
 import argparse
 
-import orchard_ops.integrations.transformers  # registers "orchard"
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import orchard_ops
+import orchard_ops.integrations.transformers  # registers "orchard"
 
 
 def main(arguments: list[str] | None = None) -> list[float]:

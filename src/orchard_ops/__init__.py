@@ -27,6 +27,18 @@ from .merge import merge_attentions  # noqa: E402
 from .report import Report, ReportedCall, report  # noqa: E402
 from .varlen import flash_attn_varlen  # noqa: E402
 
+
+def register_transformers() -> None:
+    """Makes `attn_implementation="orchard"` known to transformers 5: see docs/transformers.md.
+
+    Raises:
+        ImportError: transformers is not installed, or is older.
+    """
+    from .integrations import transformers as door
+
+    door.register()
+
+
 if native.why_not() is not None:
     native.load(ops.schema.INTERFACE)
 
@@ -57,6 +69,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "merge_attentions",
+    "register_transformers",
     "report",
     "reset_stats",
     "sdpa",

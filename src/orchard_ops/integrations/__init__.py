@@ -1,0 +1,1 @@
+"""Doors for the libraries that models are written with. Importing one needs that library."""

@@ -1,0 +1,209 @@
+"""The descriptor of a mask is the mask that transformers makes, and says it in linear memory."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from transformers import masking_utils as theirs
+
+from orchard_ops.integrations.patterns import interval_of_neighbours
+from orchard_ops.integrations.transformers import attention_mask
+from orchard_ops.integrations.visibility import LazyMask
+
+L, BATCH = 24, 2
+WINDOW, CHUNK = 5, 6
+POSITIONS = torch.cat([torch.arange(n) for n in (7, 1, 10, 6)]).expand(BATCH, -1)
+DOCUMENTS = theirs.find_packed_sequence_indices(POSITIONS)
+BLOCKS = torch.tensor([[-1] * 3 + [0] * 6 + [-1] * 4 + [1] * 2 + [2] * 5 + [-1] * 4] * BATCH)
+BLOCKS[1] = BLOCKS[1].roll(3)
+
+BASES = {
+    "causal": (theirs.causal_mask_function, None),
+    "full": (theirs.bidirectional_mask_function, None),
+    "sliding": (theirs.sliding_window_causal_mask_function(WINDOW), WINDOW),
+    "sliding both ways": (theirs.sliding_window_bidirectional_mask_function(WINDOW), WINDOW),
+    "chunks": (theirs.chunked_causal_mask_function(CHUNK, torch.tensor([0, 2])), CHUNK),
+}
+PADDINGS = {
+    "no padding": None,
+    "right": torch.ones((BATCH, L)).bool(),
+    "left": torch.ones((BATCH, L)).bool(),
+    "holes": torch.ones((BATCH, L)).bool(),
+}
+PADDINGS["right"][0, 17:] = False
+PADDINGS["left"][1, :9] = False
+PADDINGS["holes"][0, 4:7], PADDINGS["holes"][1, 20:] = False, False
+
+
+def packed(function: Any) -> Any:
+    """As `create_causal_mask` packs."""
+    return theirs.and_masks(
+        theirs.remap_positions_for_packed_sequence(function, POSITIONS),
+        theirs.packed_sequence_mask_function(DOCUMENTS),
+    )
+
+
+def with_blocks(function: Any) -> Any:
+    return theirs.or_masks(function, theirs.blockwise_overlay(BLOCKS))
+
+
+def packed_blocks(function: Any) -> Any:
+    return theirs.and_masks(
+        with_blocks(theirs.remap_positions_for_packed_sequence(function, POSITIONS)),
+        theirs.packed_sequence_mask_function(DOCUMENTS),
+    )
+
+
+def gemma3_sliding(function: Any) -> Any:
+    """The order in which Gemma 3 puts its sliding layers' mask together."""
+    return theirs.and_masks(with_blocks(function), theirs.sliding_window_overlay(WINDOW))
+
+
+SHAPES = {"": lambda f: f, "packed": packed, "blocks": with_blocks, "packed blocks": packed_blocks}
+SHAPES["blocks in a window"] = gemma3_sliding
+CASES = [
+    (base, shape, padding)
+    for base, shape, padding in itertools.product(BASES, SHAPES, PADDINGS)
+    if not (shape and base in ("full", "sliding both ways"))
+]
+
+
+def both(function: Any, **sizes: Any) -> tuple[Any, torch.Tensor]:
+    """Our descriptor and their mask."""
+    arguments = dict(batch_size=BATCH, q_length=L, kv_length=L, mask_function=function) | sizes
+    ours = attention_mask(**arguments)
+    return ours, theirs.sdpa_mask(**arguments, allow_is_causal_skip=False)
+
+
+def check(ours: Any, mask: torch.Tensor, linear: bool = True) -> None:
+    assert isinstance(ours, LazyMask)
+    seen = ours.visibility
+    assert (seen.dense is None) == linear
+    assert torch.equal(seen.to_bool().expand(mask.shape), mask)
+    lowest = torch.finfo(torch.float32).min
+    assert torch.equal(ours + 0.0, torch.where(mask, 0.0, lowest))
+
+
+@pytest.mark.parametrize(("base", "shape", "padding"), CASES, ids=lambda x: x or "plain")
+def test_each_pattern_is_their_mask(base: str, shape: str, padding: str):
+    function, _ = BASES[base]
+    check(*both(SHAPES[shape](function), attention_mask=PADDINGS[padding]))
+
+
+@pytest.mark.parametrize("base", ("causal", "sliding", "chunks"))
+@pytest.mark.parametrize("tensor", (False, True), ids=("a number", "a tensor"))
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_queries_may_stand_behind_a_cache(base: str, tensor: bool, padding: str):
+    offset: Any = torch.tensor(9) if tensor else 9
+    sizes = dict(q_length=4, kv_length=L - 3, q_offset=offset, kv_offset=3)
+    ours, mask = both(BASES[base][0], attention_mask=PADDINGS[padding], **sizes)
+    if tensor:
+        offset.add_(4)  # as a static cache does when its layers run
+    check(ours, mask)
+
+
+def test_a_function_of_the_user_is_its_real_mask():
+    function = theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q - k) % 3 != 1)
+    check(*both(function, use_vmap=True, attention_mask=PADDINGS["left"]), linear=False)
+
+
+def test_full_attention_without_padding_needs_no_mask():
+    function = theirs.bidirectional_mask_function
+    arguments = dict(batch_size=BATCH, q_length=L, kv_length=L, mask_function=function)
+    assert attention_mask(**arguments, allow_is_bidirectional_skip=True) is None
+    assert attention_mask(**arguments) is not None
+
+
+@pytest.mark.parametrize(
+    "index",
+    (
+        (slice(None), slice(None), slice(-4, None), slice(None)),
+        (slice(None), slice(None), slice(None), slice(0, 11)),
+        (Ellipsis, slice(None, 11)),
+        (slice(None), 0),
+        (slice(0, 1),),
+        (slice(None), slice(None), 3, slice(None)),
+    ),
+    ids=str,
+)
+def test_a_slice_is_a_slice_of_the_mask(index: tuple):
+    ours, mask = both(packed(BASES["sliding"][0]), attention_mask=PADDINGS["holes"])
+    expected = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[index]
+    assert torch.equal(ours[index] + 0.0, expected)
+    slices = all(isinstance(x, slice) for x in index if x is not Ellipsis)
+    assert isinstance(ours[index], LazyMask) == (slices and index != (slice(0, 1),))
+
+
+TOUCHES = {
+    "added": lambda scores, m: scores + m,
+    "added in place": lambda scores, m: scores.clone().add_(m),
+    "masked_fill": lambda scores, m: scores.masked_fill(m < 0, -9.0),
+    "where": lambda scores, m: torch.where(m == 0, scores, -9.0),
+    "to": lambda scores, m: scores + m.to(torch.float64),
+    "expanded": lambda scores, m: scores + m.expand(BATCH, 4, L, L),
+    "repeated": lambda scores, m: scores[:1] + m.repeat(1, 4, 1, 1)[0],
+    "to bool": lambda scores, m: scores.masked_fill(m.bool(), -9.0),
+    "multiplied": lambda scores, m: (1.0 - m) * scores,
+    "F.sdpa": lambda scores, m: torch.nn.functional.scaled_dot_product_attention(
+        scores, scores, scores, attn_mask=m
+    ),
+    "concatenated": lambda scores, m: torch.cat([m, m], -1)[..., L:] + scores,
+    "squeezed": lambda scores, m: scores[:, 0] + m.squeeze(1),
+    "a minimum": lambda scores, m: scores * (m.min() < 0),
+    "to the device": lambda scores, m: scores + m.to(scores.device).contiguous().detach(),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_code_that_touches_it_sees_eagers_float_mask(touch: str):
+    ours, mask = both(BASES["causal"][0], attention_mask=PADDINGS["left"])
+    dense = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    scores = torch.randn(BATCH, 4, L, L)
+    found, expected = TOUCHES[touch](scores, ours), TOUCHES[touch](scores, dense)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, expected)
+
+
+def test_what_is_asked_of_a_mask_without_touching_it():
+    ours, _ = both(BASES["causal"][0])
+    assert isinstance(ours, torch.Tensor)
+    assert ours.shape == (BATCH, 1, L, L) and ours.ndim == ours.dim() == 4 and len(ours) == BATCH
+    assert ours.dtype == torch.float32 and ours.device.type == "cpu" and ours.size(-1) == L
+    assert ours.to("cpu") is ours and ours.to(torch.float32) is ours and ours.detach() is ours
+    assert ours.visibility._float is None and ours.visibility._bool is None
+
+
+COMPILED = [
+    (base, shape)
+    for base, shape in dict.fromkeys((b, s) for b, s, _ in CASES)
+    if shape != "blocks in a window" and not (base == "chunks" and "blocks" in shape)
+]
+
+
+@pytest.mark.parametrize(("base", "shape"), COMPILED, ids=str)
+@pytest.mark.parametrize("first_key", (0, 3))
+def test_neighbours_tell_the_same_interval(base: str, shape: str, first_key: int):
+    """What a graph of torch.compile does, in which closures cannot be opened."""
+    function, local_size = BASES[base]
+    function = SHAPES[shape](function)
+    q = torch.arange(first_key + 5, L)[None]
+    keys, both_ways = (first_key, L - first_key), base in ("full", "sliding both ways")
+    found = interval_of_neighbours(function, q, BATCH, keys, local_size, both_ways)
+    begin, end = found.ends(q.expand(BATCH, -1))
+    j = torch.arange(first_key, L)
+    seen = torch.ones((BATCH, L - first_key - 5, L - first_key), dtype=torch.bool)
+    seen = seen if begin is None else seen & (j >= begin[..., None])
+    seen = seen if end is None else seen & (j < end[..., None])
+    sizes = dict(q_length=L - first_key - 5, kv_length=L - first_key)
+    mask = theirs.sdpa_mask(
+        batch_size=BATCH,
+        mask_function=function,
+        q_offset=first_key + 5,
+        kv_offset=first_key,
+        allow_is_causal_skip=False,
+        **sizes,
+    )
+    assert torch.equal(seen[:, None], mask)
