@@ -26,7 +26,7 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"no {name} here", name=name)
 
 sys.meta_path.insert(0, Missing())
-import psutil, pytest, sysconfig, torch._inductor.config  # with the platform they are built for
+import psutil, pytest, sysconfig, torch._inductor.config  # with the platform of their build
 sysconfig.get_config_vars()
 sys.platform = PLATFORM
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]))
