@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -252,14 +253,36 @@ def _json_lines(result: dict) -> str:
 
 
 def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": describe(SOURCES),
         "records": [asdict(record) for record in prover.records],
         "kernels": registers,
     }
+    _store(result, output)
+
+
+def _store(result: dict, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     (output / "proof.json").write_text(_json_lines(result))
     (output / "proof.md").write_text(table(result))
+
+
+def _join(folders: Sequence[Path], output: Path) -> bool:
+    """Makes one result of several runs, each of some groups. Returns whether a problem failed."""
+    parts = [json.loads((folder / "proof.json").read_text()) for folder in folders]
+    if len({part["environment"]["sources"]["digest"] for part in parts}) != 1:
+        raise SystemExit("prove: the runs to be joined are of different kernels")
+    result = {
+        "environment": parts[0]["environment"],
+        "records": [record for part in parts for record in part["records"]],
+        "kernels": {name: of for part in parts for name, of in part["kernels"].items()},
+    }
+    with zipfile.ZipFile(KERNELS) as archive:
+        left = sorted({Path(name).stem for name in archive.namelist()} - set(result["kernels"]))
+    if left:
+        raise SystemExit(f"prove: {len(left)} kernels have not run: {', '.join(left[:5])}, ...")
+    _store(result, output)
+    return any(record["failure"] for record in result["records"])
 
 
 def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
@@ -305,7 +328,12 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1, help="only each n-th case of a group")
     parser.add_argument("--plant", choices=("keys", "barriers"), help="a fault, under-sanitizer")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="FOLDER", help="run nothing: join earlier --outputs"
+    )
     options = parser.parse_args()
+    if options.join:
+        sys.exit(_join(options.join, options.output))
     mutate = controls.without_barriers if options.plant == "barriers" else bytes
     prover = Prover(Kernels(KERNELS, mutate), Planner(PLANNER))
     if "under-sanitizer" in options.groups:

@@ -26,7 +26,7 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"no {name} here", name=name)
 
 sys.meta_path.insert(0, Missing())
-import pytest, sysconfig, torch._inductor.config  # with the platform that they are built for
+import psutil, pytest, sysconfig, torch._inductor.config  # with the platform of their build
 sysconfig.get_config_vars()
 sys.platform = PLATFORM
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]))
@@ -56,7 +56,7 @@ def files(tests: set[str]) -> set[str]:
 def test_a_mac_runs_the_op_and_the_commands_on_its_gpu():
     tests, printed = collected("darwin")
     rooms = {name.partition("/")[0] for name in files(tests)}
-    assert rooms == {"attention", "commands", "docs"}
+    assert rooms == {"attention", "clients", "commands", "docs"}
     assert {
         f"attention/test_{name}.py"
         for name in ("kernels", "layouts", "reference", "registration", "bad_input", "dropout")
