@@ -1,7 +1,8 @@
 """Runs every kernel variant on an NVIDIA GPU against float64.
 
 ``python -m benchmarks.nvidia.prove`` needs torch with CUDA and what build.py made. It writes one
-JSON file with every comparison and a Markdown table. The exit status is 1 if anything failed.
+JSON file with every comparison and a Markdown table. The exit status is 1 if anything failed. What
+has passed lies in build/nvidia/proof.jsonl, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .paths import KERNELS, PLANNER, RESULTS, ROOT, SOURCES
+from .paths import BUILD, KERNELS, PLANNER, RESULTS, ROOT, SOURCES
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -98,17 +99,39 @@ def _compare(
     assert_attention_close(results, ref, eager)
 
 
+class Progress:
+    """What has passed with these very kernels, a line for each problem."""
+
+    def __init__(self, path: Path, digest: str):
+        self.path, self.digest = path, digest
+        lines = path.read_text().splitlines() if path.exists() else []
+        known = [Record(**line["record"]) for line in map(json.loads, lines)
+                 if line["digest"] == digest]  # fmt: skip
+        self.known = {(record.group, record.case): record for record in known}
+
+    def add(self, record: Record) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"digest": self.digest, "record": asdict(record)}) + "\n")
+
+
 class Prover:
-    def __init__(self, kernels: Kernels, planner: Planner):
+    def __init__(self, kernels: Kernels, planner: Planner, progress: Progress | None = None):
         self.kernels = kernels
         self.planner = planner
         self.attention = Attention(kernels, planner)
         self.records: list[Record] = []
         self.usable = True
+        self._progress = progress
 
     def attempt(self, group: str, case: str, work: Callable[[Record], None]) -> None:
         """Records the outcome, whatever it is. After a fault of the GPU nothing more runs."""
         if not self.usable:
+            return
+        if self._progress is not None and (group, case) in self._progress.known:
+            record = self._progress.known[group, case]
+            for name in record.kernels:
+                self.attention.ran[name] = self.attention.ran.get(name, 0) + 1
+            self.records.append(record)
             return
         record = Record(group, case)
         before = dict(self.attention.ran)
@@ -125,6 +148,8 @@ class Prover:
         ran = self.attention.ran
         record.kernels = sorted(name for name in ran if ran[name] != before.get(name, 0))
         self.records.append(record)
+        if self._progress is not None and record.kernels and not record.failure:
+            self._progress.add(record)
 
     def _look_after_gpu(self) -> None:
         try:
@@ -335,7 +360,10 @@ def main() -> None:
     if options.join:
         sys.exit(_join(options.join, options.output))
     mutate = controls.without_barriers if options.plant == "barriers" else bytes
-    prover = Prover(Kernels(KERNELS, mutate), Planner(PLANNER))
+    progress = None
+    if options.plant is None and "under-sanitizer" not in options.groups:
+        progress = Progress(BUILD / "proof.jsonl", json.loads(SOURCES.read_text())["digest"])
+    prover = Prover(Kernels(KERNELS, mutate), Planner(PLANNER), progress)
     if "under-sanitizer" in options.groups:
         if options.plant == "keys":
             prover.attention.disturb = controls.too_many_keys

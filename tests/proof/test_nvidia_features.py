@@ -76,7 +76,8 @@ def families(work: Work, planner: plans.Planner, backward: bool) -> list[str]:
 
 def test_a_feature_runs_the_kernels_of_its_yardstick(planner: plans.Planner):
     """Five products beside five, in as many launches; and what a feature has besides."""
-    more = {"attention_mask_map", "attention_backward_dmask", "attention_backward_dsinks"}
+    gradient = "attention_backward_dmask_from_ds"
+    more = {"attention_mask_map", gradient, "attention_backward_dsinks"}
     for comparison in ALL:
         for work in comparison.works:
             for backward in (False, True):
@@ -89,7 +90,7 @@ def test_a_feature_runs_the_kernels_of_its_yardstick(planner: plans.Planner):
                 else:
                     assert own == plain
     bias = next(w for w in ALL[0].works if w.feature == "additive bias and its gradient")
-    assert {"attention_mask_map", "attention_backward_dmask"} < set(families(bias, planner, True))
+    assert {"attention_mask_map", gradient} < set(families(bias, planner, True))
 
 
 def test_the_default_budget_stores_no_ds_of_the_packed_documents(planner: plans.Planner):

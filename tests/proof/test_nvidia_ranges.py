@@ -109,6 +109,18 @@ def test_small_cases(case: cases.Case, planner: plans.Planner, on_cpu: None):
     assert proved(case, planner).failure == ""
 
 
+def test_a_run_that_was_stopped_goes_on(planner: plans.Planner, on_cpu: None, tmp_path: Path):
+    case, path = next(iter(shortened())), tmp_path / "proof.jsonl"
+    found = cases.kernels_of(planner, [case])
+    sources = {name: build.source_of(kernel) for name, kernel in found.items()}
+    for digest, kernels, passes in (("a", sources, True), ("a", {}, True), ("b", {}, False)):
+        prover = prove.Prover(CpuKernels(kernels), planner, prove.Progress(path, digest))
+        prover.case("key ranges", case)
+        assert (prover.records[0].failure == "") == passes
+        assert (set(prover.attention.ran) == set(found)) == passes
+    assert len(path.read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("field", ("left", "right"))
 def test_a_window_off_by_one_is_noticed(field: str, planner: plans.Planner, on_cpu: None):
     case = small(RANGES[0]).but(dtype=torch.float32, window_left=9, window_right=9)
