@@ -326,13 +326,13 @@ class KeyRanges:
 
         The windows are those of the call.
         """
-        if self.diagonal is None or self.has_prefix:
-            return 0
+        if self.diagonal is None or self.has_prefix or torch.compiler.is_exporting():
+            return 0  # an exported program is for any number
         left = _lower(self.reach, window_left if window_left >= 0 else None)
         right = _lower(self.reach, window_right if window_right >= 0 else None)
         if left is None or right is None:
             return 0
-        span = left + right + 8
+        span = min(left + right + 8, _FAR)
         if not torch.compiler.is_compiling():
             return span
         # A compiled call is for one number, and would be compiled again for each.
@@ -442,6 +442,10 @@ def _reach(op: str, max_length: int | None) -> int | None:
         return None
     if isinstance(max_length, bool) or not isinstance(max_length, INTEGERS):
         raise TypeError(f"{op}: max_length must be an integer or None; got {max_length!r}")
+    if torch.compiler.is_compiling():  # a number that a tensor holds cannot be asked about
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # it imports sympy
+
+        return max_length - 1 if guard_or_false(max_length > 0) else None
     return max_length - 1 if max_length > 0 else 0
 
 

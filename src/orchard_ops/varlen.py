@@ -105,18 +105,23 @@ def flash_attn_varlen(
 
 def check_longest(op: str, max_seqlen: object) -> None:
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, INTEGERS):
-        raise TypeError(f"{op}: the longest sequence must be an integer; got {max_seqlen!r}")
+        raise TypeError(
+            f"{op}: the longest sequence must be an integer; got "
+            f"{'a tensor: pass int(x)' if isinstance(max_seqlen, Tensor) else repr(max_seqlen)}"
+        )
 
 
 def packed_call(
     op: str,
     operands: Sequence[Tensor],
     cu_seqlens: tuple[Tensor, Tensor],
-    max_seqlen: int | None,
+    max_seqlen: int | Tensor | None,
     **options: object,
 ) -> Call:
     """The call of the op for packed operands (total, H, D), as one batch of views."""
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in operands)
+    if isinstance(max_seqlen, Tensor):
+        max_seqlen = None  # it would have to be waited for, and is no more than a hint
     if max_seqlen is not None:
         check_longest(op, max_seqlen)
     of_query, of_key = cu_seqlens

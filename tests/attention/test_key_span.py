@@ -270,6 +270,47 @@ def test_unknown_spans():
             flash_attn_varlen(*[torch.zeros(9, 1, 8)] * 3, ends, max_seqlen_k=wrong)
 
 
+FAR = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"max_seqlen_q": FAR},
+        {"max_seqlen_k": torch.tensor(5)},  # a hint that would have to be waited for
+        {"window_left": FAR, "is_causal": True},
+        {"window_left": 2**62, "window_right": 2**62},
+    ),
+    ids=lambda options: " ".join(options),
+)
+def test_a_number_that_bounds_nothing_changes_nothing(options: dict):
+    q, ends = torch.randn(9, 1, 8), cumulative(5, 4)
+    plain = flash_attn_varlen(q, q, q, ends, is_causal="is_causal" in options)
+    torch.testing.assert_close(flash_attn_varlen(q, q, q, ends, **options), plain)
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_a_bound_that_a_tensor_holds_compiles():
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(q: Tensor, ends: Tensor) -> Tensor:
+        return flash_attn_varlen(q, q, q, ends, None, ends.diff().max().item(), is_causal=True)
+
+    q, ends = torch.randn(9, 1, 8), cumulative(5, 4)
+    torch.testing.assert_close(attend(q, ends), flash_attn_varlen(q, q, q, ends, is_causal=True))
+
+
+def test_an_exported_program_takes_any_bound():
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, ends: Tensor, longest: int) -> Tensor:
+            return flash_attn_varlen(q, q, q, ends, None, longest, is_causal=True)
+
+    q, ends = torch.randn(9, 1, 8), cumulative(5, 4)
+    shapes = {"q": None, "ends": None, "longest": torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Model(), (q, ends, 31), dynamic_shapes=shapes).module()
+    for longest in (5, 31, 90, 1000):
+        torch.testing.assert_close(program(q, ends, longest), Model()(q, ends, longest))
+
+
 def test_a_compiled_call_serves_many_bounds():
     """Bounds are rounded up to powers of two, so that few are compiled."""
     compiled = torch._dynamo.testing.CompileCounter()

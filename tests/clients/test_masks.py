@@ -10,7 +10,7 @@ import torch
 from transformers import masking_utils as theirs
 
 from orchard_ops.integrations.patterns import interval_of_neighbours
-from orchard_ops.integrations.transformers import attention_mask
+from orchard_ops.integrations.transformers import attention_forward, attention_mask
 from orchard_ops.integrations.visibility import LazyMask
 
 L, BATCH = 24, 2
@@ -207,3 +207,43 @@ def test_neighbours_tell_the_same_interval(base: str, shape: str, first_key: int
         **sizes,
     )
     assert torch.equal(seen[:, None], mask)
+
+
+# ---- written to
+
+LOWEST = torch.finfo(torch.float32).min
+WRITES = {
+    "an assignment": lambda x: x.__setitem__((..., slice(3, 5)), LOWEST),
+    "masked_fill_": lambda x: x.masked_fill_(torch.arange(L) == 2, LOWEST),
+    "add_": lambda x: x.add_(-(torch.arange(L) % 3).float()),
+    "a view": lambda x: x.view(1, 1, L, L)[..., 2].fill_(LOWEST),
+    "a slice without heads": lambda x: x[:, 0][..., 2].fill_(LOWEST),
+    "data": lambda x: x.data[..., 2].fill_(LOWEST),
+}
+
+
+def one_mask() -> Any:
+    return attention_mask(1, L, L, attention_mask=torch.ones(1, L).bool(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("inference", (False, True))
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_to_a_mask_counts(write: str, inference: bool):
+    module = torch.nn.Module().eval()
+    module.is_causal = True
+    q, k, v = torch.randn(3, 1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(inference):
+        mask = one_mask()
+        plain = (mask + 0).clone()
+        WRITES[write](mask)
+        WRITES[write](plain)
+        out, _ = attention_forward(module, q, k, v, mask)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, plain)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert (out - attention_forward(module, q, k, v, one_mask())[0]).abs().max() > 0.01
+
+
+def test_what_is_written_to_a_slice_of_a_mask_is_refused():
+    """The slice is no memory of the mask's."""
+    with pytest.raises(NotImplementedError, match=r"fill_ on a slice of the mask .*clone\(\)"):
+        one_mask()[:, :, :4].fill_(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -46,7 +47,10 @@ def test_sdpa_kernel(backends: object, ours: bool, compiled: bool):
     if ours:
         on_metal(1, 1)
     else:
-        reason = "sdpa_kernel does not allow SDPBackend.FLASH_ATTENTION"
+        reason = (
+            "sdpa_kernel or torch.backends.cuda.enable_flash_sdp does not allow "
+            "SDPBackend.FLASH_ATTENTION"
+        )
         assert set(left_to_pytorch()) == {reason}
 
 
@@ -83,7 +87,23 @@ def test_second_derivatives(name: str):
         found = both_derivatives("mps")
     for y, z in zip(found, expected, strict=True):
         torch.testing.assert_close(y.detach().cpu(), z.detach(), rtol=1e-3, atol=1e-3)
-    on_metal(1, 1)  # the last backward, which nobody differentiates
+    stats = orchard_ops.stats()
+    # The last backward is Metal's, as nobody differentiates it.
+    assert stats.metal == {"flash_attn_fwd": 1, "flash_attn_bwd": 1} and stats.reference == {}
+    assert stats.left_to_pytorch == {"a backward with create_graph=True": 1}
+
+
+def test_a_gradient_penalty_inside_autocast():
+    q, k, v = (x.detach().to("mps").requires_grad_() for x in torch.randn(3, 1, 2, 8, 16))
+    found = []
+    for block in (orchard_ops.sdpa(), contextlib.nullcontext()):
+        with block, torch.autocast("mps", torch.float16):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
+            found.append(torch.autograd.grad(dq.float().square().sum(), (q, k, v)))
+    for x, y in zip(*found):
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
+    assert orchard_ops.stats().left_to_pytorch["a backward with create_graph=True"] > 0
 
 
 def test_second_derivatives_see_the_forwards_dropout():

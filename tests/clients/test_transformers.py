@@ -80,7 +80,7 @@ WRONG_DOORS: dict[str, Any] = {
     ("wrong", "family", "situation"),
     (
         ("no mask", "llama", "left"),
-        ("no mask", "mistral", "nopad"),
+        ("no mask", "mistral", "left"),
         ("no mask", "bloom", "nopad"),
         ("no mask", "llama", "packed"),
         ("a mask without padding", "qwen2", "left"),

@@ -101,7 +101,7 @@ REFUSALS = {
     ),
     "cumulative lengths of several rows": (
         ValueError,
-        "cu_seq_lens_q, which describe one packed row, with a batch of 2: pass position_ids",
+        "cu_seq_lens_q, which describe one packed row, with a batch of 2: pack the batch",
         {"cu_seq_lens_q": torch.tensor([0, 6], dtype=torch.int32)},
     ),
     "a descriptor for other lengths": (
@@ -261,3 +261,28 @@ def test_a_compiled_layer_takes_the_mask_of_an_eager_model():
     inputs = family.inputs() | {"attention_mask": mask}
     found, expected = (m(**inputs, use_cache=False).logits for m in (model, other))
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
+# ---- calls of the attention function without a mask
+
+
+def test_a_window_without_a_mask_counts():
+    module = nn.Module().eval()
+    module.is_causal = True
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    far = torch.arange(16)[:, None] - torch.arange(16)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, (far >= 0) & (far < 3))
+    out, _ = door.attention_forward(module, q, k, v, None, sliding_window=3)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    module.is_causal = False
+    with pytest.raises(NotImplementedError, match="sliding_window=3 without a mask"):
+        door.attention_forward(module, q, k, v, None, sliding_window=3)
+
+
+def test_lengths_of_queries_alone_are_not_those_of_more_keys():
+    module = nn.Module().eval()
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 8, 8)
+    mask = door.attention_mask(1, 5, 8, q_offset=3, dtype=torch.float32)
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="pass cu_seq_lens_k too"):
+        door.attention_forward(module, q, k, k, mask, cu_seq_lens_q=ends)

@@ -124,3 +124,9 @@ def test_values_that_cannot_be(option: str, value: str, capsys: pytest.CaptureFi
         main(["plan", *MODEL, f"{option}={value}"])
     assert ended.value.code == 2
     assert f"argument {option}: invalid" in capsys.readouterr().err
+
+
+def test_heads_wider_than_any_kernel_have_no_plan(capsys: pytest.CaptureFixture[str]):
+    wide = ["--layers", "12", "--heads", "12", "--head-dim", "512", "--ram", "16"]
+    assert main(["plan", *wide]) == 2
+    assert "no Metal kernel has a head_dim above 256; got 512" in capsys.readouterr().err

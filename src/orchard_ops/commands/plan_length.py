@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     return endings.RIGHT
 
 
+_WIDEST = 256  # padded head_dim of the widest kernels
+
+
 def _memory(args: argparse.Namespace) -> tuple[int, str]:
     """Bytes, and where the number is from."""
     if args.ram is not None:
@@ -52,6 +55,8 @@ def _memory(args: argparse.Namespace) -> tuple[int, str]:
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     num_heads, num_kv_heads = args.heads
+    if args.head_dim > _WIDEST:
+        raise CannotRun(f"no Metal kernel has a head_dim above {_WIDEST}; got {args.head_dim}")
     layer = AttentionLayer(
         num_heads, num_kv_heads, args.head_dim, args.dtype, args.batch, not args.full
     )

@@ -183,7 +183,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention interface of transformers: (B, H, L, D) operands, out (B, L, H, Dv).
 
-    `sliding_window` is not read: the mask of `attention_mask` has the window in it.
+    `sliding_window` is read where there is no mask: that of `attention_mask` has the window in it.
 
     Raises:
         ValueError, TypeError: an argument that would change the result and is not known, or a call
@@ -200,14 +200,23 @@ def attention_forward(
     if others.get("output_attentions"):
         _logger.warning_once(f"{_OP}: attention weights are not made; output_attentions gives None")
     q_len, kv_len = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, LazyMask) and attention_mask.visibility.edited is not None:
+        attention_mask = attention_mask.visibility.edited
     seen = _seen(module, attention_mask, is_causal, query, kv_len)
+    if attention_mask is None and sliding_window is not None and q_len > sliding_window:
+        if seen.window_right != 0:
+            raise NotImplementedError(
+                f"{_OP}: {type(module).__name__} passes sliding_window={sliding_window} without a "
+                f"mask, and is not causal, which leaves open where the window lies: {_ADVICE}"
+            )
+        seen.window_left = sliding_window - 1
     ranges: KeyRanges | Tensor | None = seen.ranges
     mask: Tensor | None = seen.keys if seen.dense is None else seen.dense
     if isinstance(attention_mask, Tensor) and not isinstance(attention_mask, LazyMask):
         mask = _own_mask(module, attention_mask, kv_len)
     diagonal = seen.diagonal if ranges is None else 0
     if cu_seq_lens_q is not None:
-        documents = _documents(module, cu_seq_lens_q, cu_seq_lens_k, query)
+        documents = _documents(module, cu_seq_lens_q, cu_seq_lens_k, query, kv_len)
         ranges, diagonal = _intersect(seen, documents), 0
     if indices is not None:
         chosen = torch.zeros(
@@ -290,14 +299,21 @@ def _documents(
     of_query: Tensor,
     of_key: Tensor | None,
     query: Tensor,
+    kv_len: int,
 ) -> KeyRanges:
     """Packed sequences by cumulative lengths; models pass them beside a batch of one row."""
     if query.shape[0] != 1:
         raise ValueError(
             f"{_OP}: {type(module).__name__} passes cu_seq_lens_q, which describe one packed row, "
-            f"with a batch of {query.shape[0]}: pass position_ids instead"
+            f"with a batch of {query.shape[0]}: pack the batch into one row, or pass position_ids "
+            "with use_cache=False and without attention_mask"
         )
     same = of_key is None or of_key is of_query
+    if same and query.shape[2] != kv_len:
+        raise ValueError(
+            f"{_OP}: {type(module).__name__} passes cu_seq_lens_q for {query.shape[2]} queries and "
+            f"{kv_len} keys: pass cu_seq_lens_k too"
+        )
     return KeyRanges.from_cu_seqlens(of_query, None if same else of_key, q_len=query.shape[2])
 
 

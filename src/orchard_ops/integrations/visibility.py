@@ -44,6 +44,8 @@ class Visibility:
     """bool (B, 1, L, S): a mask that ranges cannot say."""
     _bool: Tensor | None = None
     _float: Tensor | None = None
+    _version: int = 0  # of _float as it was made
+    _rewritten: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -69,10 +71,19 @@ class Visibility:
     def to_float(self) -> Tensor:
         """(B, 1, L, S): 0 where a query sees a key, else the dtype's lowest number. Made once."""
         if self._float is None:
-            zero = torch.zeros((), dtype=self.dtype, device=self.device)
-            mask = torch.where(self.to_bool(), zero, torch.finfo(self.dtype).min)
-            self._float = mask.expand(self.shape)
+            with torch.inference_mode(False):  # whose tensors do not count their changes
+                zero = torch.zeros((), dtype=self.dtype, device=self.device)
+                mask = torch.where(self.to_bool(), zero, torch.finfo(self.dtype).min)
+                self._float = mask.expand(self.shape)
+            self._version = self._float._version
         return self._float
+
+    @property
+    def edited(self) -> Tensor | None:
+        """The float mask, if code has written to it since: then it says more than the numbers."""
+        if self._float is None:
+            return None
+        return self._float if self._rewritten or self._float._version != self._version else None
 
     def sliced(self, index: Any) -> Visibility | None:
         """What `mask[index]` leaves, for slices of queries and of the first keys; else None."""
@@ -99,6 +110,8 @@ class Visibility:
             dense=None if self.dense is None else self.dense[:, :, q0:q1, :k1],
             _bool=None,
             _float=None,
+            _version=0,
+            _rewritten=False,
         )
 
 
@@ -113,20 +126,24 @@ _METADATA = {
 _METADATA |= {Tensor.__len__, Tensor.__hash__, Tensor.get_device, Tensor.stride}
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class LazyMask(Tensor):
     """A float mask (B, 1, L, S) that takes memory when other code than ours reads it."""
 
     visibility: Visibility
+    part: bool
 
     @staticmethod
-    def __new__(cls, visibility: Visibility) -> LazyMask:
+    def __new__(cls, visibility: Visibility, part: bool = False) -> LazyMask:
         mask = Tensor._make_wrapper_subclass(
             cls, visibility.shape, dtype=visibility.dtype, device=visibility.device
         )
-        mask.visibility = visibility
+        mask.visibility, mask.part = visibility, part
         return mask
 
-    def __init__(self, visibility: Visibility) -> None:
+    def __init__(self, visibility: Visibility, part: bool = False) -> None:
         pass
 
     @classmethod
@@ -139,10 +156,23 @@ class LazyMask(Tensor):
                 return func(*args, **kwargs)
         first = args[0] if args else None
         if isinstance(first, LazyMask):
-            if func is Tensor.__getitem__:
+            if func is Tensor.__getitem__ and first.visibility.edited is None:
                 rest = first.visibility.sliced(args[1])
                 if rest is not None:
-                    return LazyMask(rest)
+                    return LazyMask(rest, part=True)
+            name = getattr(func, "__name__", "")
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                if first.part:
+                    raise NotImplementedError(
+                        f"attention mask: {name} on a slice of the mask that "
+                        'attn_implementation="orchard" has made would not reach the mask; '
+                        "write to the mask itself, or to mask[...].clone() and pass that on"
+                    )
+                func(_dense(first), *tree_map(_dense, tuple(args[1:])), **tree_map(_dense, kwargs))
+                return first
+            if func == _DATA:  # whose changes are not counted
+                first.visibility.to_float()
+                first.visibility._rewritten = True
             if func in (Tensor.detach, Tensor.contiguous) or (
                 func is Tensor.to and _changes_nothing(first, args[1:], kwargs)
             ):

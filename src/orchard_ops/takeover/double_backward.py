@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import calls
 from ..dropout import dropout_mask, rescale
 from ..ops import autograd
 from ..ops.schema import ForwardArgs
@@ -62,7 +63,13 @@ class _TwiceDifferentiable(autograd._FlashAttention):
         scoring, mask = call.scoring, call.scoring.attn_mask
         if mask is not None:
             scoring = scoring._replace(attn_mask=mask.view_as(mask))
-        out = mathematics(query, key, value, scoring)
+        calls.record_left_to_pytorch(
+            "a backward with create_graph=True",
+            (query, key, value, mask, scoring.dropout_p, False, scoring.scale, True),
+        )
+        # autograd has the gradients in these dtypes: an autocast of the caller would change them.
+        with torch.autocast(query.device.type, enabled=False):
+            out = mathematics(query, key, value, scoring)
         leaves = (query, key, value, scoring.attn_mask)
         wanted = [n for n in range(len(leaves)) if ctx.needs_input_grad[n]]
         inputs: list[Any] = [leaves[n] for n in wanted]

@@ -140,7 +140,10 @@ def _why_left_to_pytorch(
     The reasons are the program's own wishes, so that nobody is warned of them.
     """
     if not torch._C._get_flash_sdp_enabled():
-        return "sdpa_kernel does not allow SDPBackend.FLASH_ATTENTION"
+        return (
+            "sdpa_kernel or torch.backends.cuda.enable_flash_sdp does not allow "
+            "SDPBackend.FLASH_ATTENTION"
+        )
     tensors = [x for x in (query, key, value, attn_mask) if x is not None]
     if any(x.device.type != "mps" for x in tensors):
         return "the tensors are not all on mps"

@@ -50,8 +50,7 @@ def _end() -> None:
     _registration = None  # which ends the registration
     _forget_resolved_kernels()
     config = torch.compiler.config
-    if config.cache_key_tag == f"{_tag_before}{_TAG}":
-        config.cache_key_tag = _tag_before
+    config.cache_key_tag = config.cache_key_tag.replace(_TAG, "", 1)
 
 
 def _forget_resolved_kernels() -> None:
