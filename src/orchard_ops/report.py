@@ -161,16 +161,13 @@ class _Collector:
 
     def _new(self, op: str, problem: Description, call: Any, reference: str | None) -> ReportedCall:
         direction = _DIRECTIONS[op]
+        found = explain_flat(call.query, call.key, call.value, *call.scoring, call.impl)
         kernels: tuple[str, ...] = ()
-        path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
-        try:
-            found = explain_flat(call.query, call.key, call.value, *call.scoring, call.impl)
-        except RuntimeError as error:  # of the environment, which this call has not needed
-            return self._listed(ReportedCall(direction, *problem, path, (), reason, str(error)))
         if reference is None:
             kernels = found.forward_kernels if direction == "forward" else found.backward_kernels
         # The advice of a plan that Metal takes is about speed there.
         advice = found.advice if (reference is None) == (found.path == "metal") else ""
+        path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
         return self._listed(ReportedCall(direction, *problem, path, kernels, reason, advice))
 
 
