@@ -22,12 +22,11 @@ _lock = threading.Lock()
 _holders = 0
 _enabled = False
 _registration: Library | None = None
-_tag_before = ""
 _TAG = f"{NAME}-{__version__}-sdpa"
 
 
 def _begin() -> None:
-    global _registration, _tag_before
+    global _registration
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
         # The dispatcher remarks that torch.vmap's own entry is replaced.
@@ -41,8 +40,7 @@ def _begin() -> None:
     _forget_resolved_kernels()
     # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
     config = torch.compiler.config
-    _tag_before = config.cache_key_tag
-    config.cache_key_tag = f"{_tag_before}{_TAG}"
+    config.cache_key_tag += _TAG
 
 
 def _end() -> None:
