@@ -243,7 +243,32 @@ def test_what_is_written_to_a_mask_counts(write: str, inference: bool):
     assert (out - attention_forward(module, q, k, v, one_mask())[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("write", ("an assignment", "masked_fill_", "add_"))
+def test_what_is_written_to_a_mask_counts_under_compile(write: str):
+    module = torch.nn.Module().eval()
+    module.is_causal = True
+    q, k, v = torch.randn(3, 1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        mask = one_mask()
+        WRITES[write](mask)
+        return attention_forward(module, q, k, v, mask)[0]
+
+    torch.testing.assert_close(torch.compile(attend, backend="eager")(q), attend(q))
+
+
 def test_what_is_written_to_a_slice_of_a_mask_is_refused():
     """The slice is no memory of the mask's."""
     with pytest.raises(NotImplementedError, match=r"fill_ on a slice of the mask .*clone\(\)"):
         one_mask()[:, :, :4].fill_(0.0)
+
+
+def test_what_is_written_to_a_slice_of_a_mask_is_refused_under_compile():
+    @torch.compile(backend="eager")
+    def write(x: torch.Tensor) -> torch.Tensor:
+        mask = one_mask()
+        mask[:, :, :4].fill_(0.0)
+        return x + mask
+
+    with pytest.raises(Exception, match="fill_ on a slice of the mask"):
+        write(torch.zeros(()))

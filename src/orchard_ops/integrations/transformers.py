@@ -200,8 +200,9 @@ def attention_forward(
     if others.get("output_attentions"):
         _logger.warning_once(f"{_OP}: attention weights are not made; output_attentions gives None")
     q_len, kv_len = query.shape[2], key.shape[2]
-    if isinstance(attention_mask, LazyMask) and attention_mask.visibility.edited is not None:
-        attention_mask = attention_mask.visibility.edited
+    if isinstance(attention_mask, LazyMask | TracedMask):
+        edited = attention_mask.visibility.edited
+        attention_mask = attention_mask if edited is None else edited
     seen = _seen(module, attention_mask, is_causal, query, kv_len)
     if attention_mask is None and sliding_window is not None and q_len > sliding_window:
         if seen.window_right != 0:

@@ -83,6 +83,8 @@ class Visibility:
         """The float mask, if code has written to it since: then it says more than the numbers."""
         if self._float is None:
             return None
+        if torch.compiler.is_compiling():  # where versions are not counted
+            return self._float if self._rewritten else None
         return self._float if self._rewritten or self._float._version != self._version else None
 
     def sliced(self, index: Any) -> Visibility | None:
@@ -161,13 +163,8 @@ class LazyMask(Tensor):
                 if rest is not None:
                     return LazyMask(rest, part=True)
             name = getattr(func, "__name__", "")
-            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-                if first.part:
-                    raise NotImplementedError(
-                        f"attention mask: {name} on a slice of the mask that "
-                        'attn_implementation="orchard" has made would not reach the mask; '
-                        "write to the mask itself, or to mask[...].clone() and pass that on"
-                    )
+            if _writes(name):
+                _check_whole(first.part, name)
                 func(_dense(first), *tree_map(_dense, tuple(args[1:])), **tree_map(_dense, kwargs))
                 return first
             if func == _DATA:  # whose changes are not counted
@@ -190,6 +187,20 @@ class LazyMask(Tensor):
 
     def __deepcopy__(self, memo: dict) -> LazyMask:
         return self
+
+
+def _writes(name: str) -> bool:
+    """Whether a method of that name changes its tensor."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _check_whole(part: bool, name: str) -> None:
+    if part:
+        raise NotImplementedError(
+            f"attention mask: {name} on a slice of the mask that "
+            'attn_implementation="orchard" has made would not reach the mask; '
+            "write to the mask itself, or to mask[...].clone() and pass that on"
+        )
 
 
 def _dense(x: Any) -> Any:
@@ -219,8 +230,8 @@ def _same_device(a: str | int | torch.device, b: torch.device) -> bool:
 class TracedMask:
     """`LazyMask` within a graph of torch.compile: an object that exists while it is traced."""
 
-    def __init__(self, visibility: Visibility) -> None:
-        self.visibility = visibility
+    def __init__(self, visibility: Visibility, part: bool = False) -> None:
+        self.visibility, self.part = visibility, part
 
     @property
     def shape(self) -> torch.Size:
@@ -245,10 +256,18 @@ class TracedMask:
         return self.shape if dim is None else self.shape[dim]
 
     def __getitem__(self, index: Any) -> Any:
-        rest = self.visibility.sliced(index)
-        return self.visibility.to_float()[index] if rest is None else TracedMask(rest)
+        rest = None if self.visibility._rewritten else self.visibility.sliced(index)
+        return self.visibility.to_float()[index] if rest is None else TracedMask(rest, part=True)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _check_whole(self.part, "__setitem__")
+        self.visibility.to_float()[index] = value
+        self.visibility._rewritten = True
 
     def __getattr__(self, name: str) -> Any:
+        if _writes(name):
+            _check_whole(self.part, name)
+            self.visibility._rewritten = True
         return getattr(self.visibility.to_float(), name)
 
     def __add__(self, other: Any) -> Any:
