@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -62,6 +63,12 @@ def machine_code() -> dict[str, str]:
 def _text_section(path: Path) -> bytes:
     with path.open("rb") as file:
         return ELFFile(file).get_section_by_name(".text").data()
+
+
+def used_kernels() -> str:
+    """A digest of the names of the kernels that were asked for since used_libraries was."""
+    names = sorted({f"{name} {check}" for _, name, check in _used})
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def used_libraries() -> list[str]:
