@@ -24,6 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from simulator import engine
@@ -95,15 +96,20 @@ def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None =
     child = os.fork()
     if child == 0:
         os.close(read)
+        running = ""
         with os.fdopen(write, "w") as pipe:
 
             def tell(message: dict) -> None:
+                nonlocal running
+                running = message.get("killer", running)
                 pipe.write(json.dumps(message) + "\n")
                 pipe.flush()
 
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 _judge(tests, sources, tell)
+            except SystemError as error:  # the interpreter's memory was written: a crash as well
+                tell({"status": "crash", "killer": running, "message": _short(error)})
             except BaseException as error:  # of the tool itself, no verdict on the mutant
                 tell({"status": "broken", "message": f"{type(error).__name__}: {error}"})
             finally:
@@ -150,11 +156,12 @@ class Original:
     libraries: frozenset[str]  # paths in the engine's cache
     uses: dict[str, list[str]]  # those of each killer, by its name
     families: dict[str, set[str]]  # whose text includes a file
+    lines: dict[str, frozenset[tuple[str, int]]]  # of the shaders, in each library
     kernels: dict[str, str] = field(default_factory=dict)  # digests of their names, by killer
 
     def holds(self, killer: str, places: Collection[tuple[str, int]]) -> bool:
         """Whether a kernel of the killer has an instruction of one of the lines (file, line)."""
-        return any(not killing.lines_of(path).isdisjoint(places) for path in self.uses[killer])
+        return any(not self.lines[path].isdisjoint(places) for path in self.uses[killer])
 
 
 def _work(tasks, results, original: Original, first: int | None) -> None:
@@ -277,7 +284,7 @@ class Workers:
                 raise SystemExit("a worker ended early; what it said is above")
 
 
-def prepare() -> Original:
+def prepare(jobs: int = 1) -> Original:
     """What the forked processes share, and what the killers compile without a mutant.
 
     Fails if a killer fails without a mutant.
@@ -289,17 +296,28 @@ def prepare() -> Original:
     compiler.precompiled_header(False)
     compiler.precompiled_header(True)
     killing.prepare()
-    # In a child as well: launching starts threads, which a fork would lose.
-    found = run_mutant(killing.killers(), Sources(), keep=None)
-    if found["status"] != "survived":
-        raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
-    original = Original(
-        found["code"], frozenset(found["libraries"]), found["uses"], Present().families,
-        found["kernels"],
-    )  # fmt: skip
-    for killer in killing.killers():  # so that processes forked later share what was read
-        original.holds(killer.name, ())
-    return original
+    # In children as well: launching starts threads, which a fork would lose. Each runs a part.
+    tests = list(killing.killers())
+    random.Random(2).shuffle(tests)  # so that the parts take equally long
+    with ThreadPool(jobs) as pool:
+        parts = pool.map(
+            lambda part: run_mutant(tests[part::jobs], Sources(), keep=None), range(jobs)
+        )
+    code: dict[str, str] = {}
+    libraries: set[str] = set()
+    uses: dict[str, list[str]] = {}
+    kernels: dict[str, str] = {}
+    for found in parts:
+        if found["status"] != "survived":
+            raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
+        code |= found["code"]
+        libraries |= set(found["libraries"])
+        uses |= found["uses"]
+        kernels |= found["kernels"]
+    paths = sorted({path for used in uses.values() for path in used})
+    with multiprocessing.get_context("fork").Pool(jobs) as processes:
+        lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
+    return Original(code, frozenset(libraries), uses, Present().families, lines, kernels)
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
@@ -338,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     everything = all_mutants(ROOT)
     progress = Progress(FOLDER / "progress.jsonl", everything, Present())
-    original = prepare() if progress.hangs_on_kernels() else None
+    original = prepare(arguments.jobs) if progress.hangs_on_kernels() else None
     if original:
         progress.decide(original.kernels)
     known = {m.key for m in mutants if any(e.covers(m) for e in listed)}
@@ -352,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mutant in mutants:
             if mutant.key in progress.outcomes:
                 suspects.learn(mutant, progress.outcomes[mutant.key])
-        original = original or prepare()
+        original = original or prepare(arguments.jobs)
         progress.decide(original.kernels)
         workers = Workers(todo, suspects, arguments.jobs, original, arguments.first)
         with report.progress_bar(len(todo)) as advance:
