@@ -96,15 +96,20 @@ def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None =
     child = os.fork()
     if child == 0:
         os.close(read)
+        running = ""
         with os.fdopen(write, "w") as pipe:
 
             def tell(message: dict) -> None:
+                nonlocal running
+                running = message.get("killer", running)
                 pipe.write(json.dumps(message) + "\n")
                 pipe.flush()
 
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 _judge(tests, sources, tell)
+            except SystemError as error:  # the interpreter's memory was written: a crash as well
+                tell({"status": "crash", "killer": running, "message": _short(error)})
             except BaseException as error:  # of the tool itself, no verdict on the mutant
                 tell({"status": "broken", "message": f"{type(error).__name__}: {error}"})
             finally:
