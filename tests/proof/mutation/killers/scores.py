@@ -98,6 +98,9 @@ PROBLEMS: dict[str, Scores] = {
                             side_by_side=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
+    # What lies behind the last key that a row sees, also within its row of a block, is NaN.
+    "wide values, in chunks": Scores(_BASE.but(head_dim=24, value_dim=32, kv_len=80,
+                                               window_right=23)),
     "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
     "values of their own width, stored": Scores(
         _BASE.but(head_dim=170, value_dim=99, num_heads=2, window_right=0, diagonal=9),
