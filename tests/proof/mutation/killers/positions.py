@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from simulator import engine
@@ -32,14 +33,15 @@ class _Sparse:
 
 
 def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
-                 strides: tuple[int, ...], kv_heads: int) -> dict[str, Tensor]:  # fmt: skip
-    """Twelve heads of q_len queries, of which 32 run, and two keys of width 2, these strides apart.
+                 strides: tuple[int, ...], kv_heads: int = 1, heads: int = 12,
+                 sinks: bool = False) -> dict[str, Tensor]:  # fmt: skip
+    """Heads of q_len queries, of which 32 run, and two keys of width 2, these strides apart.
 
     The keys' gradients have adjacent columns, whatever the keys have.
     """
     keys = (1, kv_heads, 2, 2)
     generator = torch.Generator().manual_seed(3)
-    rows, stats = (1, 12, 32, 2), (12, 32)
+    rows, stats = (1, heads, 32, 2), (heads, 32)
     sizes = {"query": rows, "key": keys, "value": keys, "out": rows, "dout": rows,
              "row_stats": (*stats, 2), "dlse": stats, "delta": stats, "dq": rows,
              "dk": keys, "dv": keys}  # fmt: skip
@@ -52,6 +54,10 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
         place_ = (2 * q_len, 2, 1) if name == "row_stats" else place_
         x[name] = _Sparse(shape, place_)
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
+    if sinks:
+        x["sinks"] = _Sparse((heads,), (1,))
+        x["sinks"].tensor.copy_(torch.randn(heads, generator=generator))
+        x["sink_parts"] = _Sparse((heads, 4), (q_len // 8, 1))
     layouts = {
         short: ((1, t.shape[1], length, 2), tuple(t.stride()), 0)
         for short, t, length in (
@@ -61,7 +67,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
         )
     }  # fmt: skip
     plan, params = sources.plan(request(
-        layouts, 2, family != FORWARD, scale=1.0, window_left=8, window_right=8
+        layouts, 2, family != FORWARD, scale=1.0, window_left=8, window_right=8, has_sinks=sinks
     ))  # fmt: skip
     kernel = kernel_of(plan, family, 2)
     library = compile_kernel(sources, family, kernel)
@@ -70,21 +76,23 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
     block = torch.frombuffer(bytearray(with_seed(params, has_dlse=1, **own)), dtype=torch.uint8)
     block = block.clone()
     numbers = sources.buffers
-    buffers = {numbers[name]: x[name].buffer for name in sizes}
+    buffers = {numbers[name]: tensor.buffer for name, tensor in x.items()}
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
     groups = (kernel["groups"][0] * kernel["threads"], 1, 1)
     library.launch(kernel["name"], groups, (kernel["threads"], 1, 1), buffers, workers=1)
     wanted = {FORWARD: ("out", "row_stats"), DELTA: ("delta",), DQ: ("dq",)}
+    if sinks:
+        wanted = {DELTA: ("sink_parts",)}
     return {name: x[name].tensor.clone() for name in wanted.get(family, ("dk", "dv"))}
 
 
 def positions_beyond_32_bits(
     sources: Sources, note: Callable[[str], None], family: str, q_len: int,
-    strides: tuple[int, ...], kv_heads: int = 1,
+    strides: tuple[int, ...], **heads: Any,
 ) -> None:  # fmt: skip
     """Far apart in memory, the same numbers give the same results."""
-    near = _far_results(sources, note, family, 32, (0, 6, 3, 1), kv_heads)
-    far = _far_results(sources, note, family, q_len, strides, kv_heads)
+    near = _far_results(sources, note, family, 32, (0, 6, 3, 1), **heads)
+    far = _far_results(sources, note, family, q_len, strides, **heads)
     for name in near:
         assert torch.equal(near[name], far[name]), name
 
@@ -167,6 +175,11 @@ def properties() -> Iterator[Property]:
             positions_beyond_32_bits, family=family, q_len=_FAR, strides=(0, 6, 3, 1), kv_heads=12
         )
         yield Property(f"{family}: row statistics of a group beyond 32 bits", family, test)
+    test = functools.partial(
+        positions_beyond_32_bits, family=DELTA, q_len=_FAR, strides=(0, 6, 3, 1), heads=66,
+        sinks=True,
+    )  # fmt: skip
+    yield Property(f"{DELTA}: parts of sinks beyond 32 bits", DELTA, test)
     for family in (*KEYS_SIDE, DQ_FROM_DS):
         test = functools.partial(ds_beyond_32_bits, family=family, kv_len=16)
         yield Property(f"{family}: dS beyond 32 bits", family, test)
