@@ -10,7 +10,7 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, forward, plan, plan_scores, positions, scores
+from . import backward, forward, mask_sums, plan, plan_scores, positions, scores
 from .attention import Attention, forward_results, reference
 from .compiled import (
     compiled_together,
@@ -46,10 +46,12 @@ def killers() -> tuple[Attention | Property | scores.Scored, ...]:
         *forward.properties(),
         *backward.properties(),
         *positions.properties(),
+        *mask_sums.properties(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
         *backward.checked(),
+        *mask_sums.checked(),
         *scores.checked(),
     )
 
