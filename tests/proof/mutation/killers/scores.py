@@ -161,7 +161,7 @@ PROBLEMS: dict[str, Scores] = {
     "bias of whole blocks": Scores(_BIAS.but(q_len=64, kv_len=64), "blocks", mask_grad=True),
     "bias of one beyond blocks": Scores(_BIAS.but(q_len=65, kv_len=65), mask_grad=True),
     "stored bias of whole blocks": Scores(_WIDE.but(mask="float32", q_len=64, kv_len=64,
-                                                    window_left=24, window_right=16),
+                                                    window_left=16, window_right=16),
                                           store_ds=True, mask_grad=True),
     "stored bias of one beyond blocks": Scores(_WIDE.but(mask="float32", q_len=65, kv_len=65,
                                                          window_left=25, window_right=17),
@@ -169,6 +169,9 @@ PROBLEMS: dict[str, Scores] = {
     "stored bias of all in parts": Scores(_WIDE.but(mask="float32",
                                                     mask_full=(False, False, True, True)),
                                           store_ds=True, mask_grad=True, parts=2),
+    "stored bias beside documents": Scores(
+        _WIDE.but(ranges="documents", mask="float32", q_len=130, kv_len=130), store_ds=True,
+        mask_grad=True),
     "stored bias beside aligned ranges": Scores(
         _WIDE.but(ranges="any", mask="float32", q_len=75, kv_len=200), aligned=True,
         store_ds=True, mask_grad=True),
