@@ -499,10 +499,14 @@ def plan_of_key_spans(sources: Sources) -> None:
             if fits and partial:
                 assert last[1:] == [*plan["kernels"][3]["groups"], 0, 0, kv_len]
                 assert plan["kernels"][3]["role"] == _ROLES[DQ] and last[1] == 4
-                alone, _ = sources.plan(
-                    request(asked.problem[0], 0, True, key_span=span, has_key_ranges=True)
-                )
-                assert plan["kernels"][3] == alone["kernels"][2]
+    # The kernel for the rest is the one that there is without dS.
+    of_all = _layouts(b=1, h=4, hk=2, l=100, s=990, d=64)
+    spans = {"has_key_ranges": True, "key_span": 1}
+    both, alone = (
+        sources.plan(request(of_all, 1, True, scratch_bytes=n, **spans))[0]["kernels"]
+        for n in (1 << 30, 0)
+    )
+    assert len(both) == 4 and both[3] == alone[2]
     layouts = _layouts(b=1, h=4, hk=2, l=41, s=990, d=64)
     without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
     plan, params = sources.plan(without)
@@ -533,6 +537,8 @@ def plan_of_value_widths(sources: Sources) -> None:
                 asked = request(_layouts(d=d, dv=dv), 2, backward, scratch_bytes=scratch)
                 names += [kernel["name"] for kernel in sources.plan(asked)[0]["kernels"]]
             assert sum(name.endswith("_v128") for name in names) == own * families, names
+    plan, _ = sources.plan(request(_layouts(d=192, dv=128), 0, has_key_ranges=True))
+    assert plan["kernels"][0]["name"].endswith("_ranges_v128")
     for d, dv in ((64, 41), (41, 64)):
         plan, _ = sources.plan(request(_layouts(d=d, dv=dv), 0))
         assert "_elements" in plan["kernels"][0]["name"]

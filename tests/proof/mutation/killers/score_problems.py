@@ -23,7 +23,7 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    hides: str = ""  # "": as the case draws it; "blocks", "padding", "rows"
+    hides: str = ""  # "": as the case draws it; "blocks", "entries", "padding", "rows"
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     folded: tuple[int, int] = (0, 0)  # the mask's two batch dimensions, if it has two
     dlse: bool = True
@@ -44,8 +44,11 @@ class Scores:
         if mask is None:
             return None
         rows, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
+        entries, heads = (torch.arange(mask.shape[d]) for d in (0, 1))
+        entries = entries[:, None, None, None] + heads[:, None, None]
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
+            "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
         }[self.hides]  # fmt: skip
         hidden = hidden.expand(mask.shape)
@@ -129,6 +132,7 @@ def _placed(mask: Tensor, problem: Scores) -> tuple[Tensor, MaskPlace, Tensor, T
         mask = mask[: math.prod(folded)]
     five = _five(mask, folded)
     pad = 2 if problem.side_by_side else 1 + five.shape[4] % 2
+    pad = 0 if problem.side_by_side and five.shape[4] == 1 else pad
     wide = five.new_ones((*five.shape[:4], five.shape[4] + pad))
     offset = pad if five.shape[4] > 1 else 0
     view = wide[..., offset:] if offset else wide[..., :1]
