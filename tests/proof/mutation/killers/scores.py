@@ -192,10 +192,10 @@ PROBLEMS: dict[str, Scores] = {
     "ranges": Scores(_RANGES.but(window_left=20, window_right=9, dropout_p=0.2)),
     "ranges, extreme": Scores(_RANGES.but(window_left=30), extreme=True),
     "ranges, extreme to the right": Scores(_RANGES.but(window_right=12), extreme=True),
-    "ranges, aligned": Scores(_RANGES.but(kv_len=200), aligned=True),
-    "ranges, aligned, stored": Scores(_WIDE.but(ranges="any", q_len=150, kv_len=200), aligned=True,
+    "ranges, aligned": Scores(_RANGES.but(q_len=79, kv_len=200), aligned=True),
+    "ranges, aligned, stored": Scores(_WIDE.but(ranges="any", q_len=152, kv_len=200), aligned=True,
                                       store_ds=True, span=64),
-    "ranges, aligned, pairs": Scores(_WIDE.but(head_dim=96, ranges="any", q_len=75, kv_len=200),
+    "ranges, aligned, pairs": Scores(_WIDE.but(head_dim=96, ranges="any", q_len=73, kv_len=200),
                                      aligned=True),
     "ranges, aligned, beside a bias": Scores(
         _RANGES.but(mask="float32", kv_len=200, mask_full=(False, True, True, True)),
