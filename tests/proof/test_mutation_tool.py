@@ -211,8 +211,8 @@ def _mutant(key: str, file: str = LINES[0], lines: tuple[int, int] = LINES[1]) -
     return mutants.Mutant(file, "visible", "word", key, "", 1, lines[0], 0, 1, "", lines)
 
 
-def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
-    held = {"plain.so": frozenset({("keys.h", 11)}), "masked.so": frozenset({("masks.h", 10)})}
+def test_killers_whose_kernels_hold_the_statement_go_first(monkeypatch):
+    held = {"plain.so": frozenset({("masks.h", 10)}), "masked.so": frozenset({("keys.h", 11)})}
     some = [k for k in killers() if k.family == FORWARD][:2]
     monkeypatch.setattr(runner.killing, "killers", lambda: some)
     plain, masked = (k.name for k in some)
@@ -223,7 +223,7 @@ def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
         {LINES[0]: {FORWARD}},
         held,
     )
-    assert runner.relevant(_mutant("held"), original) == some[:1]
+    assert runner.relevant(_mutant("held"), original) == some[::-1]
     assert runner.relevant(_mutant("a constant", lines=(20, 20)), original) == some
 
 
@@ -267,22 +267,20 @@ def last_campaign() -> dict:
     return json.loads((ROOT / "tests" / "proof" / "mutation" / "report.json").read_text())
 
 
-OF_EARLIER_KERNELS = pytest.mark.xfail(
-    strict=True,
-    reason="the report is of the kernels before scores, masks and key ranges came in: the whole "
-    "campaign over 11,000 mutants needs a machine with many cores and has not run since",
-)
-
-
-@OF_EARLIER_KERNELS
-def test_nothing_survived_the_last_campaign(last_campaign: dict, all_of_them):
-    """The report is of the sources as they are, and says how many of their mutants have not run."""
+def test_the_last_campaign_is_of_these_sources(last_campaign: dict, all_of_them):
+    """The report says how many of their mutants have not run."""
     assert last_campaign["sources"] == runner.sources_digest(), "run `make mutants` again"
     assert last_campaign["mutants"] + last_campaign["not_run"] == len(all_of_them)
+
+
+def test_nothing_survived_the_last_campaign(last_campaign: dict):
     assert last_campaign["all"]["survived"] == 0 and last_campaign["survivors"] == []
 
 
-@OF_EARLIER_KERNELS
+@pytest.mark.xfail(
+    strict=True,
+    reason="the campaign over the present kernels goes on: some mutants have met only some of their "
+    "killers and have no reason in equivalent.toml; report.md says how many",
+)
 def test_the_last_campaign_is_complete(last_campaign: dict):
-    assert last_campaign["sources"] == runner.sources_digest(), "run `make mutants` again"
     assert last_campaign["not_run"] == 0

@@ -44,18 +44,17 @@ COMPILE_LIMIT = 25.0  # several times what a family's kernels take
 def relevant(mutant: Mutant, original: Original) -> list:
     """The killers that a mutant can fail, in order.
 
-    Of a shader those whose kernels hold an instruction of the mutated statement. A statement that
-    leaves none anywhere (a type, a constant) is for all whose text includes the file.
+    Of a shader first those whose kernels hold an instruction of the mutated statement, then all
+    others whose text includes the file: a statement may leave no instruction of its own (a type, a
+    constant, a call that is inlined, a branch that is never taken before it is mutated).
     """
     if changes_plan(mutant.file):
         return list(killing.killers())
     name, (first, last) = Path(mutant.file).name, mutant.lines
     places = {(name, line) for line in range(first, last + 1)}
-    holding = [k for k in killing.killers() if original.holds(k.name, places)]
-    if holding:
-        return holding
     families = original.families[mutant.file]
-    return [k for k in killing.killers() if k.family in families]
+    able = [k for k in killing.killers() if k.family in families]
+    return sorted(able, key=lambda k: not original.holds(k.name, places))
 
 
 # ---- the child: one mutant
