@@ -193,6 +193,25 @@ def test_no_tensor_of_all_queries_and_keys_is_made(family: str, kind: str):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("family", ("gemma3", "gemma3_images"))
+def test_compiled_graphs_make_none_either(family: str):
+    """Image blocks in a window among them."""
+    shapes: list[tuple[int, ...]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        values = (node.meta.get("example_value") for node in graph.graph.nodes)
+        shapes.extend(tuple(x.shape) for x in values if isinstance(x, Tensor))
+        return graph.forward
+
+    model = FAMILIES[family].make("orchard").to(DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in FAMILIES[family].inputs().items()}
+    inputs["attention_mask"] = masked_arguments("padded")["attention_mask"]
+    torch._dynamo.reset()
+    torch.compile(model, backend=look)(**inputs, use_cache=False)
+    assert (2, L, 64) in shapes
+    assert not [shape for shape in shapes if shape[-2:] == (L, L)]
+
+
 @pytest.mark.parametrize("window", (None, 8))
 @pytest.mark.parametrize("padded", (False, True))
 def test_neither_mask_nor_layer_waits(window: int | None, padded: bool):
@@ -238,7 +257,7 @@ def test_inductor_takes_the_ranges_of_packed_rows(window: int | None):
             masking.remap_positions_for_packed_sequence(base, position_ids),
             masking.packed_sequence_mask_function(documents),
         )
-        mask = door.attention_mask(1, L, L, mask_function=function, local_size=window)
+        mask = door.attention_mask(1, L, L, mask_function=function)
         assert mask is not None and mask.visibility.ranges is not None
         return mask.visibility.to_bool()
 

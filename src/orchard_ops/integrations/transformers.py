@@ -13,12 +13,13 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..arguments import prepare
 from ..attention import flash_attn, run
 from ..key_ranges import OPEN, KeyRanges
-from .patterns import CAUSAL, Interval, Unsayable, interval_of, interval_of_neighbours
+from .mask_symbols import Unsayable
+from .patterns import NUMBER_EACH_BLOCK, Interval, interval_of
 from .visibility import LazyMask, TracedMask, Visibility
 
 NAME = "orchard"
@@ -64,36 +65,28 @@ def attention_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = CAUSAL,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> LazyMask | TracedMask | None:
     """The mask interface of transformers: a descriptor of what each query sees.
 
-    It takes memory linear in the lengths unless the model's own mask function is none that
-    transformers puts together (`patterns.py`). Nothing waits for the device. Masks that are not
-    causal come with allow_is_bidirectional_skip, causal ones without.
+    It takes memory linear in the lengths unless the model's mask function leaves its queries
+    something else than an interval of keys (`patterns.py`). Nothing waits for the device.
     """
     where = torch.device(device)
     traced = torch.compiler.is_compiling()
     offset: Any = q_offset
     q = torch.arange(q_length, device=where)[None] + q_offset
+    blocks_are_runs = getattr(config, "model_type", None) in NUMBER_EACH_BLOCK
     try:
-        if traced:
-            if use_vmap:  # functions of the user, in a graph
-                raise Unsayable
-            both_ways = allow_is_bidirectional_skip is not None
-            keys = (kv_offset, kv_length)
-            found = interval_of_neighbours(
-                mask_function, q, batch_size, keys, local_size, both_ways
-            )
-        else:
-            found = interval_of(mask_function, q)
+        # transformers itself packs where no user's function asks for vmap.
+        found = interval_of(mask_function, q, blocks_are_runs, is_packed=not use_vmap)
     except Unsayable:
         dense = sdpa_mask(
             batch_size=batch_size,
@@ -111,7 +104,7 @@ def attention_mask(
         return TracedMask(seen) if traced else LazyMask(seen)
 
     tokens = _padding(attention_mask, kv_length, kv_offset)
-    if allow_is_bidirectional_skip and tokens is None and found == Interval():
+    if allow_is_bidirectional_skip and tokens is None and found.hides_nothing:
         return None
     seen = _visibility(found, q, q_offset, kv_offset, kv_length)
     seen.batch, seen.dtype, seen.keys = batch_size, dtype, tokens
