@@ -155,12 +155,23 @@ TOUCHES = {
 }
 
 
+@pytest.mark.parametrize("traced", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("touch", TOUCHES)
-def test_code_that_touches_it_sees_eagers_float_mask(touch: str):
+def test_code_that_touches_it_sees_eagers_float_mask(touch: str, traced: bool):
     ours, mask = both(BASES["causal"][0], attention_mask=PADDINGS["left"])
     dense = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     scores = torch.randn(BATCH, 4, L, L)
-    found, expected = TOUCHES[touch](scores, ours), TOUCHES[touch](scores, dense)
+
+    def in_a_graph(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return TOUCHES[touch](scores, attention_mask(BATCH, L, L, attention_mask=tokens))
+
+    expected = TOUCHES[touch](scores, dense)
+    if traced:
+        torch._dynamo.reset()
+        compiled = torch.compile(in_a_graph, backend="eager", fullgraph=True)
+        found = compiled(scores, PADDINGS["left"])
+    else:
+        found = TOUCHES[touch](scores, ours)
     assert type(found) is torch.Tensor
     assert torch.equal(found, expected)
 
@@ -303,32 +314,81 @@ def test_what_is_written_to_a_mask_counts(write: str, inference: bool):
     assert (out - attention_forward(module, q, k, v, one_mask())[0]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("write", ("an assignment", "masked_fill_", "add_"))
-def test_what_is_written_to_a_mask_counts_under_compile(write: str):
+def attended(q: torch.Tensor, change: Any) -> torch.Tensor:
+    """What attention makes of a mask after code has touched it."""
     module = torch.nn.Module().eval()
     module.is_causal = True
-    q, k, v = torch.randn(3, 1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    mask = one_mask()
+    change(mask)
+    return attention_forward(module, q, q.cos(), q.sin(), mask)[0]
 
-    def attend(q: torch.Tensor) -> torch.Tensor:
+
+def multiply_in_place(x: Any) -> None:
+    x *= 0.0
+
+
+GRAPH_WRITES = WRITES | {
+    "*=": multiply_in_place,
+    "through expand": lambda x: x.expand(1, 1, L, L)[..., 2].fill_(LOWEST),
+    "through unsqueeze": lambda x: torch.unsqueeze(x, 0)[..., 2].fill_(LOWEST),
+    "through a slice": lambda x: x[:, :, 4:9].masked_fill_(torch.arange(L) == 2, LOWEST),
+    "through a slice of a slice": lambda x: x[:, :, 4:9][..., :3].fill_(LOWEST),
+    "through a view of a slice": lambda x: x[..., :7].squeeze(0)[..., 2].fill_(LOWEST),
+    "through .to": lambda x: x.to(torch.float32)[..., 2].fill_(LOWEST),
+    "through a function in place": lambda x: torch.nn.functional.threshold(x, 1.0, -2.0, True),
+}
+
+
+@pytest.mark.parametrize("write", GRAPH_WRITES)
+def test_what_is_written_to_a_mask_counts_under_compile(write: str):
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(attended, backend="eager")
+    expected = attended(q, GRAPH_WRITES[write])
+    torch.testing.assert_close(compiled(q, GRAPH_WRITES[write]), expected)
+    assert (expected - attended(q, lambda x: None)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("write", GRAPH_WRITES)
+def test_a_compiled_layer_sees_what_an_eager_model_wrote(write: str):
+    module = torch.nn.Module().eval()
+    module.is_causal = True
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    mask = one_mask()
+    GRAPH_WRITES[write](mask)
+    torch._dynamo.reset()
+    layer = lambda q, m: attention_forward(module, q, q.cos(), q.sin(), m)[0]  # noqa: E731
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(q, mask), attended(q, GRAPH_WRITES[write]))
+
+
+def test_a_view_that_was_taken_may_be_written_to_later():
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+
+    def two_layers(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        module = torch.nn.Module().eval()
+        module.is_causal = True
         mask = one_mask()
-        WRITES[write](mask)
-        return attention_forward(module, q, k, v, mask)[0]
+        view, part = mask.squeeze(0), mask[:, :, :, :L]
+        first, _ = attention_forward(module, q, q, q, mask)
+        view[..., 2].fill_(LOWEST)
+        second, _ = attention_forward(module, q, q, q, part)
+        return first, second
 
-    torch.testing.assert_close(torch.compile(attend, backend="eager")(q), attend(q))
+    torch._dynamo.reset()
+    first, second = two_layers(q)
+    assert (first - second).abs().max() > 0.01
+    torch.testing.assert_close(torch.compile(two_layers, backend="eager")(q), (first, second))
 
 
-def test_what_is_written_to_a_slice_of_a_mask_is_refused():
-    """The slice is no memory of the mask's."""
-    with pytest.raises(NotImplementedError, match=r"fill_ on a slice of the mask .*clone\(\)"):
-        one_mask()[:, :, :4].fill_(0.0)
-
-
-def test_what_is_written_to_a_slice_of_a_mask_is_refused_under_compile():
-    @torch.compile(backend="eager")
-    def write(x: torch.Tensor) -> torch.Tensor:
+def test_reading_a_mask_in_a_graph_keeps_its_ranges():
+    def read(q: torch.Tensor) -> torch.Tensor:
         mask = one_mask()
-        mask[:, :, :4].fill_(0.0)
-        return x + mask
+        scores = q @ q.mT + mask + mask.masked_fill(mask < 0, -1.0) + (1.0 - mask) * (mask != 0)
+        assert mask.visibility.edited is None
+        return scores.softmax(-1)
 
-    with pytest.raises(Exception, match="fill_ on a slice of the mask"):
-        write(torch.zeros(()))
+    q = torch.randn(1, 2, L, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(read, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), read(q))

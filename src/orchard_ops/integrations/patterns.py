@@ -26,7 +26,8 @@ all images have the same one and see each other, wherever they stand, which is n
 class Interval:
     """Keys from max(begin, q - left) to before min(end, q + right + 1); None and -1 are open.
 
-    The key that the query stands at is one of them. All count keys of the whole sequence, as transformers does.
+    The key that the query stands at is one of them. All count keys of the whole sequence, as
+    transformers does.
     """
 
     left: int = -1
