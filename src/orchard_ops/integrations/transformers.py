@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ..arguments import prepare
 from ..attention import flash_attn, run
 from ..key_ranges import OPEN, KeyRanges
+from . import class_tables
 from .mask_symbols import Unsayable
 from .patterns import NUMBER_EACH_BLOCK, Interval, interval_of
 from .visibility import LazyMask, TracedMask, Visibility
@@ -54,6 +55,7 @@ def register() -> None:
         )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    class_tables.serve(NAME, sdpa_forward)
 
 
 # ---- the mask, once a forward -------------------------------------------------------------------
@@ -235,6 +237,27 @@ def attention_forward(
         call = prepare(query, key, value, mask, float(p), **shared)
         out = run(call._replace(scoring=call.scoring._replace(diagonal=diagonal)))
     return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+
+
+def sdpa_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | LazyMask | TracedMask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention as modules call it whose families have no interface."""
+    if not isinstance(attn_mask, LazyMask | TracedMask):
+        more: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        out = flash_attn(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        return out  # type: ignore[return-value]
+    out, _ = attention_forward(module, query, key, value, attn_mask, dropout_p, scale, is_causal)
+    return out.transpose(1, 2)
 
 
 def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
