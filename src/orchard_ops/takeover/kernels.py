@@ -19,7 +19,7 @@ NAME = "scaled_dot_product_attention"
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 _functorch = torch._C._functorch
-_WIDEST = max(plan.head_dims(), default=0)
+_WIDEST = plan.WIDEST_HEAD_DIM
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRACED = (FakeTensor, FunctionalTensor)
 """The subclasses in which a compiler sees plain tensors."""
