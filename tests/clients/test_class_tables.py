@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from weights import stir
 
 import orchard_ops
 from orchard_ops.integrations import class_tables
@@ -73,13 +74,8 @@ def _of(file: str, config: str, model: str, **options: Any) -> Any:
             f"transformers.models.{_folder(file)}.configuration_{file}"
         )
         torch.manual_seed(0)
-        made = getattr(kinds, model)._from_config(
-            getattr(configs, config)(**options), attn_implementation=implementation
-        )
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        return made
+        of_kind = getattr(configs, config)(**options)
+        return stir(getattr(kinds, model)._from_config(of_kind, attn_implementation=implementation))
 
     return make
 
