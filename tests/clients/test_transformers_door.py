@@ -305,3 +305,36 @@ def test_lengths_of_queries_alone_are_not_those_of_more_keys():
     ends = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="pass cu_seq_lens_k too"):
         door.attention_forward(module, q, k, k, mask, cu_seq_lens_q=ends)
+
+
+@pytest.mark.parametrize("offset", (0, 5))
+def test_sinks_of_queries_take_probability(offset: int):
+    """Inkling 2 has a sink for every query. Queries that see no key remain 0, with a gradient."""
+    masking = transformers.masking_utils
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 4, n, 16, generator=generator) for n in (9, 9 + offset, 9 + offset)]
+    leaves += [torch.randn(2, 4, 9, 1, generator=generator)]
+    tokens = torch.ones((2, 9 + offset), dtype=torch.bool)
+    tokens[0, : offset + 3] = False
+    window = masking.sliding_window_causal_mask_function(4)
+    mask = door.attention_mask(
+        2, 9, 9 + offset, q_offset=offset, mask_function=window, attention_mask=tokens
+    )
+    seen = mask.visibility.to_bool()
+    module = Module().eval()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        return door.attention_forward(module, q, k, v, mask, sinks=sinks)[0].transpose(1, 2)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        scores = (q @ k.mT / 4).masked_fill(~seen, -torch.inf)
+        return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ v
+
+    results = []
+    for function in (attend, eager):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out = function(*inputs)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    assert not seen[0, 0, 0].any()
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..arguments import prepare
-from ..attention import flash_attn, run
+from ..attention import flash_attn, run, run_with_lse
 from ..key_ranges import OPEN, KeyRanges
 from . import class_tables
 from .mask_symbols import Unsayable
@@ -179,6 +179,7 @@ def attention_forward(
     """The attention interface of transformers: (B, H, L, D) operands, out (B, L, H, Dv).
 
     `sliding_window` is read where there is no mask: that of `attention_mask` has the window in it.
+    Sinks are a number for each head, or (B, H, L, 1) for each query (Inkling 2).
 
     Raises:
         ValueError, TypeError: an argument that would change the result and is not known, or a call
@@ -222,21 +223,30 @@ def attention_forward(
     if position_bias is not None:
         mask = position_bias if mask is None else _added(position_bias, mask)
     p = dropout if module.training else 0.0
+    sink = s_aux if sinks is None else sinks
+    of_queries = sink if sink is not None and sink.dim() == 4 else None
     shared: dict[str, Any] = {
         "scale": scaling,
         "enable_gqa": True,
         "window_left": seen.window_left,
         "window_right": seen.window_right,
         "softcap": 0.0 if softcap is None else softcap,
-        "sinks": s_aux if sinks is None else sinks,
+        "sinks": sink if of_queries is None else None,
         "key_ranges": ranges,
     }
-    if diagonal == 0 or (seen.window_left < 0 and seen.window_right < 0):
-        out = flash_attn(query, key, value, mask, float(p), **shared)
+    stands_elsewhere = diagonal != 0 and (seen.window_left >= 0 or seen.window_right >= 0)
+    if of_queries is None and not stands_elsewhere:
+        out: Any = flash_attn(query, key, value, mask, float(p), **shared)
+        return out.transpose(1, 2).contiguous(), None
+    call = prepare(query, key, value, mask, float(p), **shared)
+    if stands_elsewhere:
+        call = call._replace(scoring=call.scoring._replace(diagonal=diagonal))
+    if of_queries is None:
+        out = run(call)
     else:
-        call = prepare(query, key, value, mask, float(p), **shared)
-        out = run(call._replace(scoring=call.scoring._replace(diagonal=diagonal)))
-    return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+        out, lse = run_with_lse(call)
+        out = out * torch.sigmoid(lse.unsqueeze(-1) - of_queries).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def sdpa_forward(
