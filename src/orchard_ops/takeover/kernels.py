@@ -24,6 +24,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRACED = (FakeTensor, FunctionalTensor)
 """The subclasses in which a compiler sees plain tensors."""
 
+on = False
+"""Whether the kernels below take calls. They stay registered for a while where they do not."""
+
 _Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]
 
 
@@ -40,7 +43,7 @@ def attention(
 ) -> Tensor:
     """The kernel for tensors of mps, in torch.func too, where it sees those of other devices."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if query.device.type != "mps":
+    if query.device.type != "mps" or not on:
         return _pytorch(arguments)
     if not _is_plain(query, key, value, attn_mask, is_causal):
         reason = why_left_to_pytorch(query, key, value, attn_mask, is_causal)
@@ -92,7 +95,7 @@ def attention_under_vmap(
     PyTorch would take the operator apart there before the other kernels see it.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if query.device.type != "mps":
+    if query.device.type != "mps" or not on:
         return _pytorch(arguments)
     if dropout_p > 0.0 and _vmap_randomness() != "different":
         reason = "vmap asks for one dropout mask for all samples"
