@@ -18,6 +18,7 @@ from .compiled import (
     library_paths,
     lines_of,
     machine_code,
+    used_kernels,
     used_libraries,
 )
 from .problems import problems
@@ -30,6 +31,7 @@ __all__ = [
     "lines_of",
     "machine_code",
     "prepare",
+    "used_kernels",
     "used_libraries",
 ]
 
