@@ -19,7 +19,7 @@ NAME = "scaled_dot_product_attention"
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 _functorch = torch._C._functorch
-_WIDEST = max(plan.head_dims(), default=0)
+_WIDEST = plan.WIDEST_HEAD_DIM
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRACED = (FakeTensor, FunctionalTensor)
 """The subclasses in which a compiler sees plain tensors."""
@@ -43,11 +43,11 @@ def attention(
     if query.device.type != "mps":
         return _pytorch(arguments)
     if not _is_plain(query, key, value, attn_mask, is_causal):
-        reason = _why_left_to_pytorch(query, key, value, attn_mask, is_causal)
+        reason = why_left_to_pytorch(query, key, value, attn_mask, is_causal)
         if reason is not None:
             calls.record_left_to_pytorch(reason, arguments)
             return _pytorch(arguments)
-    reason = _why_not_metal(query, value)
+    reason = why_not_metal(query, value)
     if reason is not None and not calls.strict():
         return _pytorch_instead(arguments, reason)
     if (
@@ -123,7 +123,7 @@ def _pytorch_instead(arguments: _Arguments, reason: str) -> Tensor:
 def _is_plain(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> bool:
-    """True only where `_why_left_to_pytorch` would find no reason, in less time."""
+    """True only where `why_left_to_pytorch` would find no reason, in less time."""
     return (
         torch._C._get_flash_sdp_enabled()
         and (key.is_mps and value.is_mps)
@@ -132,7 +132,7 @@ def _is_plain(
     )
 
 
-def _why_left_to_pytorch(
+def why_left_to_pytorch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> str | None:
     """The reason why a call is none for `flash_attn`, if there is one.
@@ -160,7 +160,7 @@ def _why_left_to_pytorch(
     return None
 
 
-def _why_not_metal(query: Tensor, value: Tensor) -> str | None:
+def why_not_metal(query: Tensor, value: Tensor) -> str | None:
     """The reason why no Metal kernel takes such a call, if there is one.
 
     `flash_attn` would run it on the reference, which is made to agree and not to be fast.

@@ -16,7 +16,7 @@ from torch.library import Library
 
 from .._version import __version__
 from ..namespace import NAME
-from . import kernels
+from . import causal_bias, kernels
 
 _lock = threading.Lock()
 _holders = 0
@@ -41,10 +41,12 @@ def _begin() -> None:
     # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
     config = torch.compiler.config
     config.cache_key_tag += _TAG
+    causal_bias.begin()
 
 
 def _end() -> None:
     global _registration
+    causal_bias.end()
     _registration = None  # which ends the registration
     _forget_resolved_kernels()
     config = torch.compiler.config
