@@ -29,11 +29,11 @@ struct Binding {
   Binding() = default;
   Binding(AttentionBuffer index, const torch::stable::Tensor& tensor)
       : index(index), tensor(tensor.get()) {}
-  AttentionBuffer index = kBufferParams;
-  AtenTensorHandle tensor = nullptr;
+  AttentionBuffer index;
+  AtenTensorHandle tensor;
 };
 
-/// The tensors of a dispatch, without memory of their own to allocate.
+/// The tensors of a dispatch, without memory of their own to allocate or to clear.
 class Bindings {
  public:
   Bindings() = default;

@@ -22,10 +22,11 @@ import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import MappingProxyType
 
 from simulator import engine
 from simulator.engine import compiler
@@ -60,24 +61,42 @@ def relevant(mutant: Mutant, original: Original) -> list:
 # ---- the child: one mutant
 
 
-def _judge(tests: Sequence, sources: Sources, tell) -> None:
-    """Runs killers until one fails; tells about each step."""
-    uses, kernels = {}, {}
+class _Unchanged(BaseException):
+    """A killer has been given what it is given without a mutant, so that it passes."""
+
+
+def _judge(tests: Sequence, sources: Sources, tell, observed: Mapping[str, str]) -> None:
+    """Runs killers until one fails; tells about each step.
+
+    observed: what each of them is given in all without a mutant (Sources.observed).
+    """
+    uses, kernels, seen = {}, {}, {}
     for test in tests:
         tell({"step": "compile", "killer": test.name})
+
+        def note(step: str, test=test) -> None:
+            tell({"step": step, "killer": test.name})
+            if sources.observed == observed.get(test.name):
+                raise _Unchanged
+
+        sources.observed = ""
         try:
-            test.run(sources, lambda step, test=test: tell({"step": step, "killer": test.name}))
+            test.run(sources, note)
+        except _Unchanged:
+            pass
         except engine.CompileError as error:
             tell({"status": "compiler", "killer": test.name, "message": _short(error)})
             return
         except Exception as error:
             tell({"status": "killed", "killer": test.name, "message": _short(error)})
             return
+        seen[test.name] = sources.observed
         kernels[test.name] = killing.used_kernels()
         uses[test.name] = killing.used_libraries()
     paths = [str(path) for path in killing.library_paths()]
     code = killing.machine_code()
-    tell({"status": "survived", "code": code, "libraries": paths, "uses": uses, "kernels": kernels})
+    facts = {"code": code, "libraries": paths, "uses": uses, "kernels": kernels, "observed": seen}
+    tell({"status": "survived", **facts})
 
 
 def _short(error: Exception) -> str:
@@ -85,7 +104,10 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None = ()) -> dict:
+def run_mutant(
+    tests: Sequence, sources: Sources, keep: Collection[str] | None = (),
+    observed: Mapping[str, str] = MappingProxyType({}),
+) -> dict:  # fmt: skip
     """In a process of its own; a hang or a crash ends with it.
 
     Of the compiled libraries only those in `keep` stay in the engine's cache (None: all), which
@@ -106,7 +128,7 @@ def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None =
 
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                _judge(tests, sources, tell)
+                _judge(tests, sources, tell, observed)
             except SystemError as error:  # the interpreter's memory was written: a crash as well
                 tell({"status": "crash", "killer": running, "message": _short(error)})
             except BaseException as error:  # of the tool itself, no verdict on the mutant
@@ -157,6 +179,7 @@ class Original:
     families: dict[str, set[str]]  # whose text includes a file
     lines: dict[str, frozenset[tuple[str, int]]]  # of the shaders, in each library
     kernels: dict[str, str] = field(default_factory=dict)  # digests of their names, by killer
+    observed: dict[str, str] = field(default_factory=dict)  # Sources.observed, by killer
 
     def holds(self, killer: str, places: Collection[tuple[str, int]]) -> bool:
         """Whether a kernel of the killer has an instruction of one of the lines (file, line)."""
@@ -184,7 +207,7 @@ def _work(tasks, results, original: Original, first: int | None) -> None:
             places = {name: place for place, name in enumerate(suspects)}
             tests = sorted(tests, key=lambda test: places.get(test.name, len(places)))
             try:
-                found = run_mutant(tests[:first], sources, original.libraries)
+                found = run_mutant(tests[:first], sources, original.libraries, original.observed)
             finally:
                 path.write_text(text, encoding="ascii")
             if found["status"] == "survived" and len(tests[:first]) < len(tests):
@@ -306,6 +329,7 @@ def prepare(jobs: int = 1) -> Original:
     libraries: set[str] = set()
     uses: dict[str, list[str]] = {}
     kernels: dict[str, str] = {}
+    observed: dict[str, str] = {}
     for found in parts:
         if found["status"] != "survived":
             raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
@@ -313,10 +337,11 @@ def prepare(jobs: int = 1) -> Original:
         libraries |= set(found["libraries"])
         uses |= found["uses"]
         kernels |= found["kernels"]
+        observed |= found["observed"]
     paths = sorted({path for used in uses.values() for path in used})
     with multiprocessing.get_context("fork").Pool(jobs) as processes:
         lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
-    return Original(code, frozenset(libraries), uses, Present().families, lines, kernels)
+    return Original(code, frozenset(libraries), uses, Present().families, lines, kernels, observed)
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
