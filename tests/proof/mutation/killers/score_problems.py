@@ -186,6 +186,7 @@ def given(problem: Scores) -> Given:
         if problem.extreme:
             key_ranges[..., ::7, 0], key_ranges[..., 1::7, 1] = -(1 << 31), (1 << 31) - 1
             key_ranges[..., 2::7, 2], key_ranges[..., 4::7, 2] = -(1 << 31), (1 << 31) - 1
+            key_ranges[..., 3::7, 2] = (1 << 28) + 40
         if problem.aligned:
             key_ranges = _aligned(key_ranges)
         tensors["key_ranges"] = key_ranges.contiguous()

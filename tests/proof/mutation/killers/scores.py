@@ -192,6 +192,7 @@ PROBLEMS: dict[str, Scores] = {
     "ranges": Scores(_RANGES.but(window_left=20, window_right=9, dropout_p=0.2)),
     "ranges, extreme": Scores(_RANGES.but(window_left=30), extreme=True),
     "ranges, extreme to the right": Scores(_RANGES.but(window_right=12), extreme=True),
+    "ranges, extreme to the left": Scores(_RANGES.but(window_left=1 << 28), extreme=True),
     "ranges, aligned": Scores(_RANGES.but(q_len=79, kv_len=200), aligned=True),
     "ranges, aligned, stored": Scores(_WIDE.but(ranges="any", q_len=152, kv_len=200), aligned=True,
                                       store_ds=True, span=64),
