@@ -10,7 +10,7 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, forward, plan, plan_scores, positions, scores
+from . import backward, far_masks, forward, plan, plan_scores, positions, scores
 from .attention import Attention, forward_results, reference
 from .compiled import (
     compiled_together,
@@ -46,6 +46,7 @@ def killers() -> tuple[Attention | Property | scores.Scored, ...]:
         *forward.properties(),
         *backward.properties(),
         *positions.properties(),
+        *far_masks.properties(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),

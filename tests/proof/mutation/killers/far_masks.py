@@ -1,0 +1,163 @@
+"""Masks, their gradients and key ranges whose elements lie beyond 32 bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from simulator import engine
+from torch import Tensor
+
+from ..harness import (
+    DELTA,
+    DKV,
+    DMASK,
+    DMASK_FROM_DS,
+    DMASK_ROWS,
+    DMASK_SUM,
+    DMASK_SUM_KEYS,
+    DQ,
+    DQ_FROM_DS,
+    DTYPE_NUMBERS,
+    FORWARD,
+    MASK_MAP,
+    MaskPlace,
+    Sources,
+    request,
+    with_seed,
+)  # fmt: skip
+from .attention import F32
+from .compiled import compile_kernel
+from .positions import Sparse
+from .properties import Property
+
+_FAR = 1 << 28  # ORCHARD_MAX_LENGTH
+_HEADS, _NEAR = 12, 64  # the rows, and keys, that have numbers
+_WRITTEN = {
+    MASK_MAP: ("mask_map",), FORWARD: ("out",), DELTA: ("delta", "range_hulls"), DQ: ("dq",),
+    DKV: ("dk", "dv", "dmask_parts"), DQ_FROM_DS: ("dq",), DMASK_SUM: ("dmask",),
+    DMASK_SUM_KEYS: ("dmask",), DMASK_ROWS: ("dmask",), DMASK: ("dmask",),
+    DMASK_FROM_DS: ("dmask",),
+}  # fmt: skip
+
+
+def _dense(*sizes: int) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def _results(sources: Sources, note: Callable[[str], None], family: str, q_len: int, kv_len: int,
+             mask: tuple[bool, bool], mask_strides: tuple[int, ...], ranges: bool,
+             elements: int) -> dict[str, Tensor]:  # fmt: skip
+    """The first threadgroup of each head. `mask`: whether it has rows and keys of its own."""
+    width = 64 if family in (DQ_FROM_DS, DMASK_FROM_DS) else 2
+    rows, keys = (n if own else 1 for n, own in zip((q_len, kv_len), mask))
+    near_rows, near_keys = min(rows, _NEAR), min(keys, _NEAR)
+    map_rows, map_keys = -(-rows // 32), -(-keys // 32)
+    q_blocks, key_blocks = q_len // 8, kv_len // 8
+    of_rows = ((1, _HEADS, _NEAR, width), _dense(1, _HEADS, q_len, width))
+    of_keys = ((1, 1, _NEAR, width), (0, 0, width, 1))
+    of_mask = (_HEADS, near_rows, near_keys), mask_strides or _dense(_HEADS, rows, keys)
+    places = {name: of_rows for name in ("query", "out", "dout", "dq")}
+    places |= {name: of_keys for name in ("key", "value", "dk", "dv")}
+    places |= {name: ((_HEADS, _NEAR), (q_len, 1)) for name in ("dlse", "delta")}
+    places |= {
+        "row_stats": ((_HEADS, _NEAR, 2), _dense(_HEADS, q_len, 2)),
+        "mask": of_mask,
+        "mask_map": ((_HEADS, -(-near_rows // 32), -(-near_keys // 32), 2),
+                     _dense(_HEADS, map_rows, map_keys, 2)),
+        "dmask": ((_HEADS, near_rows, near_keys), _dense(_HEADS, rows, keys)),
+        "dmask_parts": ((_HEADS, _NEAR), (kv_len, 1)),
+        "ds": ((_HEADS, 8, 8, 8, 8), _dense(_HEADS, key_blocks, q_blocks, 8, 8)),
+        "key_ranges": ((_HEADS, _NEAR, 4), _dense(_HEADS, q_len, 4)),
+        "range_hulls": ((_HEADS, 8, 6), _dense(_HEADS, q_blocks, 6)),
+    }  # fmt: skip
+    if family == DMASK_SUM:
+        places |= {"dmask": ((_NEAR,), (1,)), "dmask_parts": ((2, _NEAR), (elements, 1))}
+    used = set(places) - {"ds", "key_ranges", "range_hulls"}
+    used |= {"ds"} if width == 64 else set()
+    used |= {"key_ranges", "range_hulls"} if ranges else set()
+    generator = torch.Generator().manual_seed(6)
+    x = {}
+    for name in sorted(used):
+        x[name] = Sparse(*places[name])
+        x[name].tensor.copy_(torch.randn(places[name][0], generator=generator))
+    whole = {"mask_map": (-1, 1), "key_ranges": (3, 30, 5, 0), "range_hulls": (3, 30, 3, 30, 0, 0)}
+    for name, numbers in whole.items():  # every key, or those of one range
+        if name in x and name not in _WRITTEN[family]:
+            x[name].as_integers().copy_(torch.tensor(numbers, dtype=torch.int32))
+    for name in _WRITTEN[family]:
+        if name in x:
+            x[name].tensor.zero_()
+    layouts = {
+        short: ((1, x[name].tensor.shape[1], length, width), tuple(x[name].tensor.stride()), 0)
+        for short, name, length in (
+            ("q", "query", q_len), ("k", "key", kv_len), ("v", "value", kv_len),
+            ("out", "out", q_len), ("dout", "dout", q_len),
+        )
+    }  # fmt: skip
+    place = MaskPlace((1, 1, _HEADS, rows, keys), (0, 0, *of_mask[1]), 0, 1, DTYPE_NUMBERS[F32])
+    if family == DMASK_SUM:
+        place = MaskPlace(
+            (1, 1, 1, rows, keys), (0, 0, 0, *of_mask[1][1:]), 0, 1, DTYPE_NUMBERS[F32]
+        )
+    fields = {"mask": place, "mask_grad": True, "scale": 1.0}
+    if ranges:
+        fields = {"has_key_ranges": True, "ranges_head": 4 * q_len, "scale": 1.0}
+        for name in ("mask", "mask_map", "dmask", "dmask_parts"):
+            del x[name]
+    backward = family not in (FORWARD, MASK_MAP)
+    scratch = 1 << 60 if width == 64 else 0
+    plan, params = sources.plan(
+        request(layouts, DTYPE_NUMBERS[F32], backward, scratch_bytes=scratch, **fields)
+    )
+    kernel = next(dict(k) for k in plan["kernels"] if k["family"] == family)
+    if family == DMASK_SUM:
+        params.dmask_elements, params.dmask_parts = elements, 2
+    library = compile_kernel(sources, family, kernel)
+    note("compiled")
+    own = {name: tuple(x[name].tensor.stride()) for name in ("out", "dq", "dk", "dv")}
+    data = bytearray(with_seed(params, has_dlse=1, key_end=kv_len, **own))
+    block = torch.frombuffer(data, dtype=torch.uint8).clone()
+    buffers = {sources.buffers[name]: y.buffer for name, y in x.items()}
+    buffers[sources.buffers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
+    heads = 1 if family in (DKV, DMASK_SUM) else _HEADS
+    threads = kernel["threads"]
+    library.launch(kernel["name"], (heads * threads, 1, 1), (threads, 1, 1), buffers, workers=1)
+    found = {name: x[name] for name in _WRITTEN[family] if name in x}
+    integers = ("mask_map", "range_hulls")
+    return {n: (y.as_integers() if n in integers else y.tensor).clone() for n, y in found.items()}
+
+
+def beyond_32_bits(
+    sources: Sources, note: Callable[[str], None], family: str, q_len: int = _NEAR,
+    kv_len: int = _NEAR, mask: tuple[bool, bool] = (True, True), strides: tuple[int, ...] = (),
+    ranges: bool = False, elements: int = _NEAR,
+) -> None:  # fmt: skip
+    """Far apart in memory, the same numbers give the same results."""
+    near = _results(sources, note, family, _NEAR, _NEAR, mask, (), ranges, _NEAR)
+    far = _results(sources, note, family, q_len, kv_len, mask, strides, ranges, elements)
+    for name in near:
+        written = name != "dmask_parts" or not mask[0]
+        assert near[name].bool().any() == written, f"{name} is written where it should be"
+        assert torch.equal(near[name], far[name]), name
+
+
+def properties() -> Iterator[Property]:
+    apart = (1 << 39, 1 << 33, (1 << 31) + 6)  # heads, rows and keys of a mask
+    for what, families, fields in (
+        ("elements of a mask", (MASK_MAP, FORWARD, DKV, DQ, DMASK), {"strides": apart}),
+        ("rows of a mask", (MASK_MAP, DMASK), {"q_len": _FAR}),
+        ("blocks of a map", (MASK_MAP,), {"q_len": 1 << 10, "kv_len": _FAR}),
+        ("keys of a mask", (DMASK, DMASK_FROM_DS), {"kv_len": _FAR}),
+        ("sums of keys", (DKV, DMASK_SUM_KEYS), {"kv_len": _FAR, "mask": (False, True)}),
+        ("sums of rows", (DMASK_ROWS,), {"q_len": _FAR, "mask": (True, False)}),
+        ("parts of a mask's gradient", (DMASK_SUM,), {"elements": (1 << 31) + 64}),
+        ("hulls of key ranges", (DELTA, DQ_FROM_DS), {"q_len": _FAR, "ranges": True}),
+    ):
+        for family in families:
+            test = functools.partial(beyond_32_bits, family=family, **fields)
+            yield Property(f"{family}: {what} beyond 32 bits", family, test)
