@@ -10,7 +10,16 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, far_masks, forward, plan, plan_scores, positions, scores
+from . import (
+    backward,
+    far_masks,
+    forward,
+    long_sums,
+    plan,
+    plan_scores,
+    positions,
+    scores,
+)  # fmt: skip
 from .attention import Attention, forward_results, reference
 from .compiled import (
     compiled_together,
@@ -47,6 +56,7 @@ def killers() -> tuple[Attention | Property | scores.Scored, ...]:
         *backward.properties(),
         *positions.properties(),
         *far_masks.properties(),
+        *long_sums.properties(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),

@@ -144,6 +144,9 @@ def beyond_32_bits(
         written = name != "dmask_parts" or not mask[0]
         assert near[name].bool().any() == written, f"{name} is written where it should be"
         assert torch.equal(near[name], far[name]), name
+    if "dmask" in near and mask == (True, True) and elements == _NEAR:
+        others = near["dmask"][:, 32:], near["dmask"][..., 32:]
+        assert not any(x.any() for x in others), "dmask of other threadgroups"
 
 
 def properties() -> Iterator[Property]:

@@ -47,8 +47,8 @@ class Scores:
             return None
         rows, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
         if self.hides == "half":
-            heads = torch.arange(mask.shape[1])[:, None, None]
-            return mask | ((rows // 32 + heads) % 2 == 0)
+            batches, heads = (torch.arange(n)[:, None, None] for n in mask.shape[:2])
+            return mask | ((rows // 32 + heads + batches[:, None]) % 2 == 0)
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),

@@ -94,10 +94,11 @@ PROBLEMS: dict[str, Scores] = {
                                                     mask_full=(True, True, False, False))),
     "padding in a window": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True),
                                             window_right=5, diagonal=3), "padding"),
-    "outer and inner batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 2), mask_grad=True),
+    "outer and inner batches": Scores(_BASE.but(batch=4, mask="bool"), "half", folded=(2, 2)),
+    "bias of outer and inner batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 2),
+                                              mask_grad=True),
     "sinks of many rows": Scores(Case(300, 9, 16, batch=2, sinks=True)),
     "softcap, hardly": Scores(_BIAS.but(softcap=1000.0), mask_grad=True),
-    "two parts of queries, half": Scores(Case(1024, 9, 16, dtype=F16)),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
     "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
@@ -158,7 +159,7 @@ PROBLEMS: dict[str, Scores] = {
                                     window_right=15, diagonal=12), "blocks", store_ds=True,
                           mask_grad=True),
     "stored bias of whole blocks": Scores(
-        _WIDE.but(mask="float32", q_len=64, kv_len=64, window_left=28, window_right=12,
+        _WIDE.but(mask="float32", q_len=64, kv_len=64, window_left=28, window_right=4,
                   diagonal=12), store_ds=True, mask_grad=True),
     "stored bias of blocks and one": Scores(
         _WIDE.but(mask="float32", q_len=65, kv_len=65, window_left=29, window_right=13,
@@ -170,11 +171,14 @@ PROBLEMS: dict[str, Scores] = {
                                            folded=(2, 1), store_ds=True, mask_grad=True),
     "stored bias of many": Scores(Case(9, 10, 64, batch=70, num_heads=1, mask="float32",
                                        mask_full=(False, False, True, True)), store_ds=True,
-                                  mask_grad=True),
+                                  mask_grad=True, parts=1),
     "stored bias beside ranges": Scores(_WIDE.but(ranges="any", ranges_full=(False, True),
                                                   mask="float32", q_len=75, kv_len=100,
                                                   mask_full=(True, False, True, True)),
                                         "blocks", store_ds=True, mask_grad=True),
+    "stored bias beside aligned ranges": Scores(
+        _WIDE.but(ranges="any", mask="float32", q_len=75, kv_len=200), aligned=True,
+        store_ds=True, mask_grad=True),
     "bias of rows": Scores(_BIAS.but(mask_full=(True, False, True, False), q_len=150, sinks=True,
                                      window_right=0, diagonal=-10), mask_grad=True),
     "bias of rows without dlse": Scores(
@@ -239,6 +243,9 @@ PROBLEMS: dict[str, Scores] = {
     "ranges of heads beside a bias of all": Scores(
         _RANGES.but(ranges_full=(False, True), mask="float32",
                     mask_full=(False, False, True, True)), "blocks", mask_grad=True),
+    "ranges beside a bias of capped pairs": Scores(
+        _WIDE.but(head_dim=96, ranges="any", q_len=75, kv_len=200, softcap=1.5, mask="float32",
+                  mask_full=(True, False, False, True)), aligned=True, mask_grad=True),
     "ranges of batches beside inner batches": Scores(
         _RANGES.but(ranges_full=(True, False), batch=4, mask="bool",
                     mask_full=(True, False, True, False)), folded=(1, 2)),
