@@ -10,7 +10,17 @@ import functools
 import itertools
 
 from ..harness import FAMILIES
-from . import backward, forward, mask_sums, plan, plan_scores, positions, scores
+from . import (
+    backward,
+    far_masks,
+    forward,
+    long_sums,
+    mask_sums,
+    plan,
+    plan_scores,
+    positions,
+    scores,
+)  # fmt: skip
 from .attention import Attention, forward_results, reference
 from .compiled import (
     compiled_together,
@@ -47,6 +57,8 @@ def killers() -> tuple[Attention | Property | scores.Scored, ...]:
         *backward.properties(),
         *positions.properties(),
         *mask_sums.properties(),
+        *far_masks.properties(),
+        *long_sums.properties(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
