@@ -23,7 +23,8 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    #: "": as the case draws it; "blocks", "entries", "padding", "rows"; "half": half as much
+    #: "": as the case draws it; "blocks", "entries", "padding", "rows", "firsts" (of blocks);
+    #: "half": half as much; "late" raises keys instead.
     hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
@@ -36,6 +37,7 @@ class Scores:
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
     edges: str = ""  # what becomes of these: "inside", "first key", "long", "late"
     span: int = 0  # of keys, as the plan hears of it
+    columns: bool = False  # whether it is the queries of one column that lie side by side
 
     @property
     def ds_keys(self) -> int:
@@ -47,6 +49,10 @@ class Scores:
         if mask is None:
             return None
         rows, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
+        if self.hides == "firsts":
+            return _without_firsts(rows, keys).expand(mask.shape)
+        if self.hides == "late":  # the first weights would be right below 2^16 of the later ones
+            return torch.where(keys < 32, 0.0, 15.9998 * math.log(2)).expand(mask.shape)
         if self.hides == "half":
             batches, heads = (torch.arange(n)[:, None, None] for n in mask.shape[:2])
             return mask | ((rows // 32 + heads + batches[:, None]) % 2 == 0)
@@ -61,6 +67,18 @@ class Scores:
         if mask.dtype == torch.bool:
             return mask & ~hidden
         return mask.masked_fill(hidden, -math.inf)
+
+
+def _without_firsts(rows: Tensor, keys: Tensor) -> Tensor:
+    """A boolean mask of blocks of 32 queries and 32 keys, whose first ones stand out: each first
+    query sees nothing; the first key of the first block is hidden, and of the next two blocks only
+    one key is seen, that in the middle and the first; of the fifth none. One block that has its
+    like across the diagonal lets all pairs through.
+    """
+    block = keys // 32
+    hidden = (rows % 32 == 0) | (keys == 0) | (block == 4)
+    hidden = hidden | ((block == 1) & (keys != 48)) | ((block == 2) & (keys != 64))
+    return ~hidden | ((rows // 32 == 3) & (block == 2))
 
 
 @dataclass(frozen=True)
@@ -272,6 +290,8 @@ def given(problem: Scores) -> Given:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
     _hide(case, tensors, seen, hidden)
+    if problem.columns:
+        tensors["query"] = tensors["query"].mT.contiguous().mT
     return Given(
         tensors, mask_place, ref, eager, seen, within, passes, sight, map_has_ranges, *ds, fields
     )

@@ -66,6 +66,7 @@ _ALL = _BASE.but(
     diagonal=9, dropout_p=0.2, value_dim=13,
 )  # fmt: skip
 _BIAS = _BASE.but(mask="float32")
+_NARROW = Case(31, 20, 16, num_heads=2, num_kv_heads=1, dtype=F32, mask="float32")
 _RANGES = _BASE.but(ranges="any", q_len=75, kv_len=100)
 PROBLEMS: dict[str, Scores] = {
     "all together": Scores(_ALL, "rows"),
@@ -73,11 +74,20 @@ PROBLEMS: dict[str, Scores] = {
     "softcap": Scores(_BASE.but(softcap=0.7, scale=1.0), dlse=False),
     "softcap, half": Scores(_BASE.but(softcap=0.7, scale=1.0, dtype=F16)),
     "softcap, far": Scores(_BASE.but(softcap=3.0, scale=60.0, dtype=F16)),
+    "softcap, high": Scores(_BASE.but(softcap=5000.0)),
+    "softcap, high, pairs": Scores(_WIDE.but(head_dim=96, softcap=5000.0)),
+    "late scores": Scores(_BASE.but(mask="float32", scale=2.0**-40, dtype=F16, kv_len=64), "late"),
     "ALiBi by head": Scores(_BASE.but(alibi="head", diagonal=-7)),
+    "sinks of whole blocks": Scores(Case(40, 9, 16, batch=2, num_heads=2, sinks=True)),
     "sinks, alone": Scores(_BASE.but(sinks=True, window_right=0, diagonal=-10)),
     "blocks of a mask": Scores(_BASE.but(mask="bool", q_len=75, kv_len=100), "blocks"),
     "one query less than blocks of a mask": Scores(_BASE.but(mask="bool", q_len=63)),
     "pairs of a mask": Scores(_BASE.but(mask="bool", kv_len=98), "blocks", side_by_side=True),
+    "firsts of blocks": Scores(_BASE.but(mask="bool", q_len=203, kv_len=164), "firsts"),
+    "firsts of blocks, stored": Scores(_WIDE.but(mask="bool", q_len=203, kv_len=164), "firsts",
+                                       store_ds=True),
+    "firsts of blocks of pairs": Scores(_WIDE.but(head_dim=96, mask="bool", q_len=203, kv_len=164),
+                                        "firsts"),
     "padding": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True), sinks=True),
                       "padding"),
     "rows of a mask": Scores(_BASE.but(mask="bool", mask_full=(True, True, True, False), q_len=75,
@@ -102,6 +112,9 @@ PROBLEMS: dict[str, Scores] = {
     "softcap, hardly": Scores(_BIAS.but(softcap=1000.0), mask_grad=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
+    # What lies behind the last key that a row sees, also within its row of a block, is NaN.
+    "wide values, in chunks": Scores(_BASE.but(head_dim=24, value_dim=32, kv_len=80,
+                                               window_right=23)),
     "values of their own width": Scores(_BASE.but(head_dim=192, value_dim=128, dtype=F16)),
     "values of their own width, stored": Scores(
         _BASE.but(head_dim=170, value_dim=99, num_heads=2, window_right=0, diagonal=9),
@@ -121,6 +134,11 @@ PROBLEMS: dict[str, Scores] = {
                             "blocks", mask_grad=True),
     "bias of everything": Scores(_BIAS.but(mask="same", dtype=F16, softcap=1.5, dropout_p=0.2,
                                            alibi="batch", value_dim=13), "rows", mask_grad=True),
+    "bias of narrow rows": Scores(_NARROW.but(head_dim=56, value_dim=8), "rows", mask_grad=True),
+    "bias of narrow values": Scores(_NARROW.but(head_dim=64, value_dim=16), "rows",
+                                    mask_grad=True),
+    "bias of wide rows": Scores(_NARROW.but(head_dim=192, q_len=17), mask_grad=True),
+    "bias beside columns": Scores(_NARROW.but(head_dim=16), columns=True, mask_grad=True),
     "bias of outer batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 1), mask_grad=True),
     "bias of inner batches": Scores(_BIAS.but(batch=4), folded=(1, 2), mask_grad=True),
     "bias of all beside ALiBi": Scores(_BIAS.but(mask_full=(False, False, True, True),
@@ -315,6 +333,7 @@ def checked() -> tuple[Scored, ...]:
             "inner batches",
             "bias of pairs",
             "bias of capped pairs",
+            "bias of narrow values",
             "bias of keys",
             "stored bias",
             "stored bias of all",
