@@ -220,7 +220,7 @@ PROBLEMS: dict[str, Scores] = {
                                                 mask_full=(True, False, False, True)), "padding"),
     "hardly capped": Scores(_BIAS.but(softcap=3000.0, scale=1.0), mask_grad=True),
     "hardly capped pairs": Scores(_WIDE.but(head_dim=96, softcap=3000.0, scale=1.0)),
-    "sinks of whole blocks": Scores(Case(264, 9, 16, num_heads=2, sinks=True), dlse=False),
+    "sinks of 33 blocks": Scores(Case(264, 9, 16, num_heads=2, sinks=True), dlse=False),
     "bias of two blocks": Scores(_BIAS.but(q_len=64, kv_len=64), "blocks", mask_grad=True),
     "bias of one beyond blocks": Scores(_BIAS.but(q_len=65, kv_len=65), mask_grad=True),
     "stored bias of two blocks": Scores(_WIDE.but(mask="float32", q_len=64, kv_len=64,
