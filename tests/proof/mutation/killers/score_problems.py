@@ -35,7 +35,7 @@ class Scores:
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
-    edges: str = ""  # what becomes of these: "inside", "first key", "long", "late"
+    edges: str = ""  # what becomes of these: "inside", "first key", "long", "late", "other rows"
     span: int = 0  # of keys, as the plan hears of it
     columns: bool = False  # whether it is the queries of one column that lie side by side
 
@@ -195,6 +195,7 @@ def _aligned(key_ranges: Tensor) -> Tensor:
 def _with_edges(key_ranges: Tensor, edges: str) -> Tensor:
     """What `edges` names. "inside": a key less at each end. "first key": every prefix is one key,
     every other 8 rows see nothing else. "long": 65 keys. "late": none from row 520 on.
+    "other rows": 12 keys, and of every other row more, as a prefix.
     """
     edged, rows = key_ranges.clone(), torch.arange(key_ranges.shape[2])
     begin, end, _, prefix = edged.unbind(-1)
@@ -208,6 +209,9 @@ def _with_edges(key_ranges: Tensor, edges: str) -> Tensor:
     elif edges == "long":
         prefix[:] = 0
         end[:] = begin + 65
+    elif edges == "other rows":
+        begin[:], end[:] = 0, 12
+        prefix[:] = torch.where(rows % 2 == 0, 24, 0)
     else:
         begin[:], prefix[:] = 0, 0
         end[:] = torch.where(rows < 520, 1 << 20, 0)
