@@ -132,7 +132,10 @@ def compile_planner(
     if objects is None:
         _run([*command, "-shared", *sources, "-o", library])
         return
-    headers = [root / "shaders" / "params.h", *sorted((root / "native").rglob("*.h"))]
+    headers = [
+        *sorted((root / "shaders").glob("*params.h")),
+        *sorted((root / "native").rglob("*.h")),
+    ]
     shared = b"".join(path.read_bytes() for path in headers)
     with tempfile.TemporaryDirectory() as folder:
         linked = []
