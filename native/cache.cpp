@@ -17,6 +17,8 @@ constexpr uint64_t kNumDecodeArguments = 0 ORCHARD_OPERANDS(ORCHARD_COUNT)
                                              ORCHARD_CACHE(ORCHARD_COUNT)
                                                  ORCHARD_DECODE_SCORING(ORCHARD_COUNT) +
                                          1;
+constexpr uint64_t kNumAppendArguments =
+    0 ORCHARD_FILLED(ORCHARD_COUNT) ORCHARD_ADDED(ORCHARD_COUNT) ORCHARD_PLACES(ORCHARD_COUNT) + 1;
 #undef ORCHARD_COUNT
 
 #define ORCHARD_TAKE(Type, name) arguments.take<Type>(),
@@ -35,6 +37,13 @@ inline DecodeCall Arguments::take<DecodeCall>() {
       take<Operands>(), take<Cache>(), ORCHARD_DECODE_SCORING(ORCHARD_TAKE) take<std::string>()};
 }
 
+template <>
+inline AppendCall Arguments::take<AppendCall>() {
+  Arguments& arguments = *this;
+  return {ORCHARD_FILLED(ORCHARD_TAKE) ORCHARD_ADDED(ORCHARD_TAKE) ORCHARD_PLACES(ORCHARD_TAKE)
+          take<std::string>()};
+}
+
 #undef ORCHARD_TAKE
 #define ORCHARD_PUT(Type, name) put(x.name);
 
@@ -51,12 +60,26 @@ inline void Stack::put(const DecodeCall& x) {
   put(x.impl);
 }
 
+template <>
+inline void Stack::put(const AppendCall& x) {
+  ORCHARD_FILLED(ORCHARD_PUT)
+  ORCHARD_ADDED(ORCHARD_PUT)
+  ORCHARD_PLACES(ORCHARD_PUT)
+  put(x.impl);
+}
+
 #undef ORCHARD_PUT
 #define ORCHARD_SCHEMA(Type, name) +schema_type<Type>() + #name ", "
 
 std::string decode_arguments() {
   return std::string() ORCHARD_OPERANDS(ORCHARD_SCHEMA) ORCHARD_CACHE(ORCHARD_SCHEMA)
              ORCHARD_DECODE_SCORING(ORCHARD_SCHEMA) +
+         "str impl";
+}
+
+std::string append_arguments() {
+  return std::string("Tensor(a!) key_cache, Tensor(b!) value_cache, ") ORCHARD_ADDED(ORCHARD_SCHEMA)
+             ORCHARD_PLACES(ORCHARD_SCHEMA) +
          "str impl";
 }
 
@@ -182,7 +205,80 @@ std::array<Tensor, 2> run_decode(const DecodeCall& call, const Cache& cache) {
   return {out, lse};
 }
 
+/// A cache, and what goes into it, checked.
+void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
+  check(device_type_of(cache) == device_type_of(added), "mixture of devices");
+  check(cache.dim() == 4 && added.dim() == 4, "number of dimensions");
+  check(cache.scalar_type() == added.scalar_type(), "mixture of dtypes");
+  check(cache.size(1) == added.size(1) && cache.size(3) == added.size(3), "shape of a cache");
+  check(entries < 0 || entries == cache.size(0), "batch size");
+}
+
+/// On Metal. Throws MetalError.
+void run_append(const AppendCall& call) {
+  const Tensor& key = call.key;
+  check(key.dim() == 4 && call.offset >= 0, "offset");
+  const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
+  const OptionalTensor entries = dense_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
+  const OptionalTensor table = dense_integers(call.block_table, key, 2, "block_table");
+  check(!table.has_value() || !entries.has_value(), "cache_batch_idx");
+  const bool own = !table.has_value() && !entries.has_value();
+  check_filled(call.key_cache, key, own ? key.size(0) : -1);
+  check_filled(call.value_cache, call.value, call.key_cache.size(0));
+  check(call.key.scalar_type() == call.value.scalar_type(), "mixture of dtypes");
+  check(call.key_cache.size(2) == call.value_cache.size(2), "shape of a cache");
+  for (int d = 0; d < 3; d++) check(key.size(d) == call.value.size(d), "shape of value");
+  const std::pair<const Tensor&, const Tensor&> filled[] = {
+      {call.key_cache, key}, {call.value_cache, call.value}};
+  std::array<DecodePlan, 2> plans;
+  for (int i = 0; i < 2; i++) {
+    const auto& [cache, added] = filled[i];
+    AppendProblem problem;
+    problem.dtype = dtype_of(added);
+    problem.added = layout_of(added);
+    problem.cache = layout_of(cache);
+    problem.pages = table.has_value() ? table->size(1) : 0;
+    problem.offset = call.offset;
+    problem.params.table_row = problem.pages;
+    problem.params.paged = table.has_value();
+    problem.params.has_lengths = lengths.has_value();
+    problem.params.has_entries = entries.has_value();
+    plans[i] = plan_append(problem);
+    throw_refusal(plans[i].plan);
+  }
+  for (int i = 0; i < 2; i++) {  // only now: none is filled where one is refused
+    const auto& [cache, added] = filled[i];
+    if (added.numel() == 0 || cache.numel() == 0) continue;
+    log_metal("flash_attn_append", plans[i].plan);
+    const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : key; };
+    const Bindings tensors{{kBufferKey, added}, {kBufferOut, cache},
+        {kBufferCacheLengths, given(lengths)}, {kBufferCacheEntries, given(entries)},
+        {kBufferBlockTable, given(table)}};
+    const KernelPlan& kernel = plans[i].plan.kernels[0];
+    dispatch(kernel, kernel.groups, tensors, plans[i].params);
+  }
+}
+
 }  // namespace
+
+void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  check_counts(num_arguments == kNumAppendArguments && num_results == 0);
+  const auto call = Arguments(stack).take<AppendCall>();
+  std::string reason;
+  try {
+    check(call.impl == "auto" || call.impl == "metal" || call.impl == "reference", "impl");
+    reason = switched_off(call.impl);
+    if (!reason.empty()) throw MetalError(reason);
+    run_append(call);
+    return;
+  } catch (const MetalError& error) {
+    allow_fallback("orchard::flash_attn_append", call.impl, error);
+    reason = error.what();
+  } catch (const Mistake& mistake) {
+    reason = mistake.what();
+  }
+  run_reference("flash_attn_append_reference", call, reason, stack, num_results);
+}
 
 void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumDecodeArguments && num_results == 2);

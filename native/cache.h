@@ -37,13 +37,37 @@ struct DecodeCall {
   std::string impl;
 };
 
+/// The caches that a call fills, and what goes into them.
+#define ORCHARD_FILLED(X) \
+  X(Tensor, key_cache)    \
+  X(Tensor, value_cache)
+#define ORCHARD_ADDED(X) \
+  X(Tensor, key)         \
+  X(Tensor, value)
+#define ORCHARD_PLACES(X)            \
+  X(OptionalTensor, cache_seqlens)   \
+  X(OptionalTensor, cache_batch_idx) \
+  X(OptionalTensor, block_table)     \
+  X(int64_t, offset)
+
+/// The arguments of orchard::flash_attn_append.
+struct AppendCall {
+  ORCHARD_FILLED(ORCHARD_FIELD)
+  ORCHARD_ADDED(ORCHARD_FIELD)
+  ORCHARD_PLACES(ORCHARD_FIELD)
+  std::string impl;
+};
+
 #undef ORCHARD_FIELD
 
 std::string decode_arguments();
+std::string append_arguments();
+
+void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
-/// Calls of it that have run as Metal kernels.
+/// Calls of flash_attn_decode that have run as Metal kernels.
 int64_t metal_decodes();
 
 }  // namespace orchard

@@ -27,6 +27,7 @@ FAMILIES = {
     "attention_backward_dsinks": "backward_dsinks.h",
 }
 CACHE_FAMILIES = {
+    "attention_append": "append.h",
     "attention_decode": "decode.h",
     "attention_decode_merge": "decode_merge.h",
 }

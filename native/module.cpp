@@ -32,6 +32,7 @@ std::string backward_schema() {
 std::string decode_schema() {
   return "flash_attn_decode(" + decode_arguments() + ") -> (Tensor out, Tensor lse)";
 }
+std::string append_schema() { return "flash_attn_append(" + append_arguments() + ") -> ()"; }
 std::string plan_schema() {
   return "flash_attn_plan(" + forward_arguments() + ") -> " + kPlanResults;
 }
@@ -58,6 +59,7 @@ void register_ops() {
   kernels->impl("flash_attn_fwd", &flash_attn_fwd);
   kernels->impl("flash_attn_bwd", &flash_attn_bwd);
   kernels->impl("flash_attn_decode", &flash_attn_decode);
+  kernels->impl("flash_attn_append", &flash_attn_append);
   libraries = {std::move(definitions), std::move(queries), std::move(kernels)};
 }
 
@@ -68,13 +70,14 @@ void register_ops() {
 
 /// What the library was built for, as one line:
 ///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
-///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...)
+///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...);
+///   flash_attn_append(...) -> ()
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
   using namespace orchard;
   static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
                                   forward_schema() + "; " + backward_schema() + "; " +
-                                  plan_schema() + "; " + decode_schema();
+                                  plan_schema() + "; " + decode_schema() + "; " + append_schema();
   return line.c_str();
 }
 

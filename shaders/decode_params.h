@@ -30,7 +30,7 @@ struct CacheParams {
   int32_t has_lengths;  ///< whether cache_seqlens, cache_leftpad and cache_batch_idx are bound
   int32_t has_starts;
   int32_t has_entries;
-  int32_t unused;
+  int32_t paged;  ///< whether block_table is
 };
 
 struct DecodeParams {

@@ -39,6 +39,7 @@ void refuse_cache(const CacheProblem& p, Plan& plan) {
 }
 
 void fill_cache_params(const CacheProblem& p, CacheParams& cache) {
+  cache.paged = p.paged;
   cache.entries = static_cast<int32_t>(p.entries);
   cache.page_size = static_cast<int32_t>(p.page_size);
   cache.capacity = static_cast<int32_t>(capacity_of(p));
@@ -62,6 +63,47 @@ KernelPlan kernel_of(const std::string& family, const std::string& name,
 }  // namespace
 
 int64_t capacity_of(const CacheProblem& p) { return p.paged ? p.pages * p.page_size : p.page_size; }
+
+DecodePlan plan_append(const AppendProblem& p) {
+  DecodePlan append;
+  const DTypeNames dtype = names(p.dtype);
+  const bool paged = p.params.paged != 0;
+  const int64_t capacity = p.cache.sizes[2] * (paged ? p.pages : 1);
+  const bool chunks = allows_chunks(p.added, dtype.size) && allows_chunks(p.cache, dtype.size);
+  const int64_t element = chunks ? 16 / dtype.size : 1;
+  const int64_t width = p.added.sizes[3] / element;
+  const int64_t elements = p.added.sizes[0] * p.added.sizes[1] * p.added.sizes[2] * width;
+  if (p.dtype == DType::kOther || p.dtype == DType::kBool) {
+    append.plan.refusal = "the dtype is not float16, bfloat16 or float32";
+  } else if (std::max({elements, p.cache.sizes[0]}) >
+                 INT32_MAX - kSimdgroups * ORCHARD_SIMD_WIDTH ||
+             std::max({capacity, p.offset, p.added.sizes[2]}) > ORCHARD_MAX_LENGTH) {
+    append.plan.refusal = "a length is above 2^28, or there are too many numbers for one call";
+    append.plan.detail = join("got ", capacity, " and ", elements);
+  }
+  if (!append.plan.refusal.empty()) return append;
+  const auto in_elements = [&](const Layout& x) {
+    const auto& s = x.strides;
+    return TensorStrides{s[0] / element, s[1] / element, s[2] / element, chunks ? 1 : s[3]};
+  };
+  AttentionParams& params = append.params.attention;
+  params.k = in_elements(p.added);
+  params.out = in_elements(p.cache);
+  params.batch = static_cast<int32_t>(p.added.sizes[0]);
+  params.num_kv_heads = static_cast<int32_t>(p.added.sizes[1]);
+  params.q_len = static_cast<int32_t>(p.added.sizes[2]);
+  params.head_dim = static_cast<int32_t>(width);
+  append.params.cache = p.params;
+  append.params.cache.entries = static_cast<int32_t>(p.cache.sizes[0]);
+  append.params.cache.page_size = static_cast<int32_t>(p.cache.sizes[2]);
+  append.params.cache.capacity = static_cast<int32_t>(capacity);
+  append.params.cache.added = static_cast<int32_t>(p.offset);
+  const char* type = chunks ? "uint4" : dtype.size == 2 ? "ushort" : "uint";
+  append.plan.add(
+      kernel_of("attention_append", join("attention_append_", type), join(type, ", ", kSimdgroups),
+          {static_cast<uint64_t>(blocks_of(elements, kSimdgroups * ORCHARD_SIMD_WIDTH)), 1}));
+  return append;
+}
 
 DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   DecodePlan decode;

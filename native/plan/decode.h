@@ -27,6 +27,18 @@ struct DecodePlan {
 /// Fills params but for the strides of `out`, and for which buffers the cache has.
 DecodePlan plan_decode(const CacheProblem& problem, const Layout& out);
 
+/// New keys, or values, and the cache that they go to: both as (B or entries, Hkv, length, width).
+struct AppendProblem {
+  DType dtype = DType::kOther;
+  Layout added, cache;
+  CacheParams params{};  ///< without what the layouts say
+  int64_t pages = 0;     ///< that a sequence may have, where there are pages
+  int64_t offset = 0;    ///< from what cache_seqlens says to where the first new key goes
+};
+
+/// All params.
+DecodePlan plan_append(const AppendProblem& problem);
+
 /// Keys of a sequence that the cache has room for.
 int64_t capacity_of(const CacheProblem& problem);
 

@@ -1,10 +1,10 @@
 """The ops ``torch.ops.orchard.*``: importing this package registers them and their rules.
 
-schema: names, arguments and handles; kernels: fake and reference kernels; decode: those of the ops
+schema: names, arguments and handles; kernels: fake and reference kernels; caches: those of the ops
 for caches; autograd: the derivative;
 eager: the short way to them; vmap: batching; flops: what torch.utils.flop_counter counts.
 """
 
-from . import autograd, decode, eager, flops, kernels, schema, vmap
+from . import autograd, caches, eager, flops, kernels, schema, vmap
 
-__all__ = ["autograd", "decode", "eager", "flops", "kernels", "schema", "vmap"]
+__all__ = ["autograd", "caches", "eager", "flops", "kernels", "schema", "vmap"]
