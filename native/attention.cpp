@@ -40,7 +40,7 @@ MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
   layout.strides[1] = dims == 5 ? strides[1] : 0;
   layout.offset = mask.storage_offset();
   layout.inner = layout.sizes[1];
-  if (dims == 5 && layout.sizes[1] == 1) layout.inner = batch / layout.sizes[0];
+  if (dims == 5 && layout.sizes[1] == 1) layout.inner = batch / std::max<int64_t>(layout.sizes[0], 1);
   return layout;
 }
 

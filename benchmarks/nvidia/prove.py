@@ -310,7 +310,9 @@ def _join(folders: Sequence[Path], output: Path) -> bool:
     return any(record["failure"] for record in result["records"])
 
 
-def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
+def _run_groups(prover: Prover, chosen: list[str], stride: int, part: int, parts: int) -> None:
+    """One part of the problems of these groups, each stride-th of them."""
+    share = part * stride, None, parts * stride
     names = prover.kernels.names
     groups = {
         "variants": ("every variant", cases.every_variant(cases.head_dims(names))),
@@ -324,18 +326,21 @@ def _run_groups(prover: Prover, chosen: list[str], stride: int) -> None:
         for group in set(chosen) & set(cases.GROUPS):
             wanted |= cases.kernels_of(prover.planner, cases.GROUPS[group]())
         others = set(chosen) - set(cases.GROUPS) - {"sanitizers"}
-        prover.kernels.assemble(names if others else [name for name in names if name in wanted])
+        needed = names if others else [name for name in names if name in wanted]
+        # The parts share what is assembled, so that each begins elsewhere.
+        begin = len(needed) * part // parts
+        prover.kernels.assemble(needed[begin:] + needed[:begin])
     for key, (title, problems) in groups.items():
         if key in chosen:
-            for case in itertools.islice(problems, 0, None, stride):
+            for case in itertools.islice(problems, *share):
                 prover.case(title, case)
-    if {"variants", *cases.GROUPS} <= set(chosen) and stride == 1:
+    if {"variants", *cases.GROUPS} <= set(chosen) and stride == parts == 1:
         prover.every_kernel_has_run()
     if "exact" in chosen:
-        for case in itertools.islice(exact.cases(), 0, None, stride):
+        for case in itertools.islice(exact.cases(), *share):
             prover.exact(case)
     if "far" in chosen:
-        for case in itertools.islice(far.cases(), 0, None, stride):
+        for case in itertools.islice(far.cases(), *share):
             prover.far(case)
     if "sanitizers" in chosen:
         for tool in _SANITIZERS:
@@ -351,6 +356,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", choices=_GROUPS, default=_GROUPS[:-1])
     parser.add_argument("--stride", type=int, default=1, help="only each n-th case of a group")
+    parser.add_argument(
+        "--part", default="0/1", metavar="K/N", help="one of N parts of each group, for N GPUs"
+    )
     parser.add_argument("--plant", choices=("keys", "barriers"), help="a fault, under-sanitizer")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
@@ -370,7 +378,8 @@ def main() -> None:
         for case in itertools.islice(cases.small(), 2 if options.plant else None):
             prover.case("under sanitizer", case)
         sys.exit(prover.has_failed())
-    _run_groups(prover, options.groups, options.stride)
+    part, parts = map(int, options.part.split("/"))
+    _run_groups(prover, options.groups, options.stride, part, parts)
     ran = sorted(prover.attention.ran) if prover.usable else []
     _write(prover, options.output, {name: prover.kernels.attributes(name) for name in ran})
     print((options.output / "proof.md").read_text())

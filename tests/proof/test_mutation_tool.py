@@ -212,13 +212,16 @@ def _mutant(key: str, file: str = LINES[0], lines: tuple[int, int] = LINES[1]) -
 
 
 def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
-    held = {"plain.so": {("keys.h", 11)}, "masked.so": {("masks.h", 10)}}
-    monkeypatch.setattr(runner.killing, "lines_of", lambda path: frozenset(held[path]))
+    held = {"plain.so": frozenset({("keys.h", 11)}), "masked.so": frozenset({("masks.h", 10)})}
     some = [k for k in killers() if k.family == FORWARD][:2]
     monkeypatch.setattr(runner.killing, "killers", lambda: some)
     plain, masked = (k.name for k in some)
     original = runner.Original(
-        {}, frozenset(), {plain: ["plain.so"], masked: ["masked.so"]}, {LINES[0]: {FORWARD}}
+        {},
+        frozenset(),
+        {plain: ["plain.so"], masked: ["masked.so"]},
+        {LINES[0]: {FORWARD}},
+        held,
     )
     assert runner.relevant(_mutant("held"), original) == some[:1]
     assert runner.relevant(_mutant("a constant", lines=(20, 20)), original) == some

@@ -25,6 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from simulator import engine
@@ -172,10 +173,11 @@ class Original:
     libraries: frozenset[str]  # paths in the engine's cache
     uses: dict[str, list[str]]  # those of each killer, by its name
     families: dict[str, set[str]]  # whose text includes a file
+    lines: dict[str, frozenset[tuple[str, int]]]  # of the shaders, in each library
 
     def holds(self, killer: str, places: Collection[tuple[str, int]]) -> bool:
         """Whether a kernel of the killer has an instruction of one of the lines (file, line)."""
-        return any(not killing.lines_of(path).isdisjoint(places) for path in self.uses[killer])
+        return any(not self.lines[path].isdisjoint(places) for path in self.uses[killer])
 
 
 def _work(tasks, results, original: Original, first: int | None) -> None:
@@ -347,7 +349,7 @@ class Workers:
                 raise SystemExit("a worker ended early; what it said is above")
 
 
-def prepare() -> Original:
+def prepare(jobs: int = 1) -> Original:
     """What the forked processes share, and what the killers compile without a mutant.
 
     Fails if a killer fails without a mutant.
@@ -359,16 +361,26 @@ def prepare() -> Original:
     compiler.precompiled_header(False)
     compiler.precompiled_header(True)
     killing.prepare()
-    # In a child as well: launching starts threads, which a fork would lose.
-    found = run_mutant(killing.killers(), Sources(), keep=None)
-    if found["status"] != "survived":
-        raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
-    original = Original(
-        found["code"], frozenset(found["libraries"]), found["uses"], _families_including()
-    )
-    for killer in killing.killers():  # so that processes forked later share what was read
-        original.holds(killer.name, ())
-    return original
+    # In children as well: launching starts threads, which a fork would lose. Each runs a part.
+    tests = list(killing.killers())
+    random.Random(2).shuffle(tests)  # so that the parts take equally long
+    with ThreadPool(jobs) as pool:
+        parts = pool.map(
+            lambda part: run_mutant(tests[part::jobs], Sources(), keep=None), range(jobs)
+        )
+    code: dict[str, str] = {}
+    libraries: set[str] = set()
+    uses: dict[str, list[str]] = {}
+    for found in parts:
+        if found["status"] != "survived":
+            raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
+        code |= found["code"]
+        libraries |= set(found["libraries"])
+        uses |= found["uses"]
+    paths = sorted({path for used in uses.values() for path in used})
+    with multiprocessing.get_context("fork").Pool(jobs) as processes:
+        lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
+    return Original(code, frozenset(libraries), uses, _families_including(), lines)
 
 
 def _families_including() -> dict[str, set[str]]:
@@ -426,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mutant in mutants:
             if mutant.key in progress.outcomes:
                 suspects.learn(mutant, progress.outcomes[mutant.key])
-        workers = Workers(todo, suspects, arguments.jobs, prepare(), arguments.first)
+        workers = Workers(todo, suspects, arguments.jobs, prepare(arguments.jobs), arguments.first)
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
                 if outcome.status != "open":

@@ -343,6 +343,26 @@ def plan_of_mask_gradients(sources: Sources) -> None:
     assert nothing == {"kernels": [], "elements": 0}
 
 
+_MASK_GRADIENT_TILES = {  # by operand size, up to a padded head dim
+    2: {128: "r1_k32", 256: "r1_k16"}, 4: {64: "r1_k32", 128: "r1_k16", 256: "r1_k8"},
+}  # fmt: skip
+
+
+def plan_of_tiles_of_mask_gradients(sources: Sources) -> None:
+    widths = (16, 32, 33, 64, 65, 80, 81, 96, 97, 128, 129, 256)
+    for dtype, d in itertools.product(range(3), widths):
+        tiles = _MASK_GRADIENT_TILES[2 if dtype == 0 else 4]
+        tile = next(name for limit, name in tiles.items() if d <= limit)
+        plan, _ = sources.plan(
+            request(_layouts(d=d), dtype, True, mask=_mask(dtype=2), mask_grad=True)
+        )
+        kernel = next(kernel for kernel in plan["kernels"] if kernel["family"] == DMASK)
+        rows, keys = (int(number) for number in tile[1:].split("_k"))
+        assert kernel["tile_name"] == tile and f"_{tile}_" in kernel["name"]
+        assert f", {rows}, {keys}, 4, Variant<" in kernel["instantiation"]
+        assert kernel["groups"] == [8, 2 * -(-70 // keys)]
+
+
 def plan_of_key_ranges(sources: Sources) -> None:
     """Hulls of 8 queries each; the window goes to the ranges, whose map of a mask has none."""
     for batch, head, count in ((0, 0, 1), (480, 0, 2), (0, 160, 4), (640, 160, 8)):
@@ -442,8 +462,9 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
-        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_key_ranges,
-        plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
+        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients,
+        plan_of_tiles_of_mask_gradients, plan_of_key_ranges, plan_of_key_spans,
+        plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

@@ -31,6 +31,7 @@ class Scores:
     mask_grad: bool = False
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
+    aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
     span: int = 0  # of keys, as the plan hears of it
 
     @property
@@ -143,6 +144,22 @@ def _placed(mask: Tensor, problem: Scores) -> tuple[Tensor, MaskPlace, Tensor, T
     return wide, place, five, meaning
 
 
+def _aligned(key_ranges: Tensor) -> Tensor:
+    """The same for all rows of a block, which sees whole blocks of keys: 8 each, or 32 each in
+    every other head. Some see none, whose first range begins where it ends.
+    """
+    aligned = key_ranges.clone()
+    for entry, heads in enumerate(aligned):
+        for head, rows in enumerate(heads):
+            block = 8 if (entry + head) % 2 == 0 else 32
+            for first in range(0, len(rows), block):
+                begin, end, _, prefix = (rows[first] // block * block).tolist()
+                prefix = 0 if first // block % 3 else prefix
+                for column, key in ((0, begin), (1, end), (3, prefix)):
+                    rows[first : first + block, column] = key
+    return aligned
+
+
 @functools.cache
 def given(problem: Scores) -> Given:
     case = problem.case
@@ -165,6 +182,8 @@ def given(problem: Scores) -> Given:
         if problem.extreme:
             key_ranges[..., ::7, 0], key_ranges[..., 1::7, 1] = -(1 << 31), (1 << 31) - 1
             key_ranges[..., 2::7, 2], key_ranges[..., 4::7, 2] = -(1 << 31), (1 << 31) - 1
+        if problem.aligned:
+            key_ranges = _aligned(key_ranges)
         tensors["key_ranges"] = key_ranges.contiguous()
     scoring = scoring._replace(attn_mask=mask, key_ranges=key_ranges)
     arguments = scoring._asdict() | {"dropout_seed": SEED}
