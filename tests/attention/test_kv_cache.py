@@ -486,3 +486,20 @@ def test_appends_fall_back_and_say_so(fresh_stats: None, quiet_fallback: None):
         'impl="reference" was asked for': {"flash_attn_append": 1}
     }
     assert cache.cpu().nonzero()[:, 2].eq(3).all() and cache.sum() == 2 * 2 * 4
+
+
+def test_is_reported():
+    problem = Problem(**ON_METAL["pages"], dtype=torch.float16)
+    with orchard_ops.report(show=False) as report:
+        for _ in range(2):
+            flash_attn_with_kvcache(**problem.arguments("mps"))
+        flash_attn_with_kvcache(**problem.arguments())
+    metal, reference = report.calls
+    assert (metal.direction, metal.path, metal.count) == ("decode", "metal", 2)
+    assert (reference.path, reference.reason) == (
+        "reference",
+        "the tensors are on cpu, not on mps",
+    )
+    assert metal.query == (2, 4, 2, 16) and metal.arguments == (
+        "causal, added 20, cache_seqlens (2,) int32, block_table (2, 4) int32"
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import calls, reference
 from ..cache import AppendCall, CacheCall
-from ..descriptions import describe
+from ..descriptions import describe, describe_cache
 from ..layout import empty_in_order_of
 from ..namespace import NAME
 from ..scoring import Scoring
@@ -31,8 +31,7 @@ def _shapes(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _run(call: CacheCall, reason: str) -> tuple[Tensor, Tensor]:
     call.check(_DECODE)
-    described = describe(call.query, call.key, call.value, call.scoring)
-    calls.record_reference("flash_attn_decode", reason, described, call.impl)
+    calls.record_reference("flash_attn_decode", reason, describe_cache(call), call.impl)
     with no_autocast(call.query):
         query, key, value, scoring = call.as_forward()
         out, row_stats = reference.forward(query, key, value, scoring)
