@@ -14,7 +14,7 @@ template <typename E, int SIMDGROUPS>
     const device int* cache_entries [[buffer(kBufferCacheEntries)]],  // (B)
     const device int* block_table [[buffer(kBufferBlockTable)]],      // (B, pages of a sequence)
     uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]]) {
+    uint thread_index [[thread_index_in_threadgroup]]) {
   constant AttentionParams& from = params.attention;
   constant CacheParams& to = params.cache;
   const int index = group.x * ORCHARD_THREADS(SIMDGROUPS) + thread_index;

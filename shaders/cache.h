@@ -56,19 +56,39 @@ struct CachedSequence {
   }
 };
 
-/// 16 bytes of a row.
+/// 16 bytes of a row, of elements of 16 bits.
 template <typename T>
 struct Chunk {
-  static constant constexpr const int kElements = 16 / sizeof(T);
+  static constant constexpr const int kElements = 8;
 
   uint4 bits;
 
-  METAL_FUNC T at(int i) const { return reinterpret_cast<thread const T*>(&bits)[i]; }
-
-  template <typename F>
-  METAL_FUNC vec<F, 2> pair(int i) const {
-    return vec<F, 2>(F(at(2 * i)), F(at(2 * i + 1)));
+  METAL_FUNC vec<T, 2> pair(int i) const {
+    uint word = bits[i];
+    return reinterpret_cast<thread vec<T, 2>&>(word);
   }
+
+  METAL_FUNC void set_pair(int i, vec<T, 2> elements) {
+    bits[i] = reinterpret_cast<thread uint&>(elements);
+  }
+
+  METAL_FUNC T at(int i) const { return i % 2 == 0 ? pair(i / 2).x : pair(i / 2).y; }
+};
+
+template <>
+struct Chunk<float> {
+  static constant constexpr const int kElements = 4;
+
+  uint4 bits;
+
+  METAL_FUNC float2 pair(int i) const { return float2(at(2 * i), at(2 * i + 1)); }
+
+  METAL_FUNC void set_pair(int i, float2 elements) {
+    bits[2 * i] = as_type<uint>(elements.x);
+    bits[2 * i + 1] = as_type<uint>(elements.y);
+  }
+
+  METAL_FUNC float at(int i) const { return as_type<float>(bits[i]); }
 };
 
 /// The rows of one head of a tensor of the cache.
@@ -96,10 +116,13 @@ struct CacheRows {
         chunk.bits = *reinterpret_cast<const device uint4*>(head + row + col);
       }
     } else {
-      thread T* elements = reinterpret_cast<thread T*>(&chunk.bits);
+      const device T* elements = head + row;
       ORCHARD_UNROLL
-      for (int i = 0; i < Chunk<T>::kElements; i++) {
-        elements[i] = col + i < width ? head[row + (col + i) * col_stride] : T(0);
+      for (int i = 0; i < Chunk<T>::kElements / 2; i++) {
+        const int first = col + 2 * i;
+        const int second = first + 1;
+        chunk.set_pair(i, vec<T, 2>(first < width ? elements[first * col_stride] : T(0),
+                              second < width ? elements[second * col_stride] : T(0)));
       }
     }
     return chunk;

@@ -112,7 +112,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kBlock = ORCHARD_CACHE_BLOCK;
   const int kColumns = kBlock / 8;
   const int kChains = Chains<T>::kCount;
-  threadgroup vec<F, 2> storage[R * kDepth * ORCHARD_SIMD_WIDTH];
+  using Pair = vec<F, 2>;
+  threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
 
   constant AttentionParams& attention = params.attention;
   const LanePosition at = lane_position(lane);
@@ -146,7 +147,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     for (int d = simdgroup; d < kDepth; d += SIMDGROUPS) {
       const int first = depth_element<T>(d, at.col);
       const int second = depth_element<T>(d, at.col + 1);
-      storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] = vec<F, 2>(
+      storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] = Pair(
           F(rows[r].exists && first < attention.head_dim ? from[first * attention.q.col] : T(0)),
           F(rows[r].exists && second < attention.head_dim ? from[second * attention.q.col] : T(0)));
     }
@@ -226,7 +227,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
             v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
         ORCHARD_UNROLL
         for (int f = 0; f < kChunk / 2; f++) {
-          const vec<F, 2> right = a.template pair<F>(f);
+          const vec<F, 2> right = operand<F>(a.pair(f));
           ORCHARD_UNROLL
           for (int r = 0; r < R; r++) {
             mma(o.fragments[r][g * kChunk / 2 + f], p.fragments[r][c], right);
