@@ -78,11 +78,14 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
   const int first = seen.begin / kBlock * kBlock;
   const int even = (max(seen.end - first, 0) + parts - 1) / parts;
   const int keys = max((even + kBlock - 1) / kBlock * kBlock, ORCHARD_LEAST_PART);
-  // No part begins behind the end, where its number times `keys` might be too large for an int.
-  const int begin = part <= (seen.end - first) / keys ? first + part * keys : seen.end;
   Range range;
-  range.begin = max(begin, seen.begin);
-  range.end = min(begin + keys, seen.end);
+  range.begin = 0;
+  range.end = 0;
+  // The number of a part times `keys` may be too large for an int behind the end.
+  if (part <= (seen.end - first) / keys) {
+    range.begin = max(first + part * keys, seen.begin);
+    range.end = min(first + (part + 1) * keys, seen.end);
+  }
   return range;
 }
 

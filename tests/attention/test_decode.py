@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import DTYPES
-from cached import NAN, Cached, decode, on, on_metal
+from cached_cases import NAN, Cached, decode, on, on_metal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

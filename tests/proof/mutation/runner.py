@@ -34,17 +34,18 @@ from simulator.engine import compiler
 from . import killers as killing
 from . import report
 from .harness import ROOT, Sources
-from .mutants import FILES, Mutant, all_mutants, equivalences
+from .mutants import CACHE_FILES, FILES, Mutant, all_mutants, equivalences
 from .sites import Code
 
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
 COMPILE_LIMIT = 25.0  # several times what a family's kernels take
-_PARAMS, _PLAN = "shaders/params.h", "native/plan/"
+_PARAMS = ("shaders/params.h", "shaders/decode_params.h")
+_PLAN = "native/plan/"
 
 
 def _changes_plan(file: str) -> bool:
-    return file == _PARAMS or file.startswith(_PLAN)
+    return file in _PARAMS or file.startswith(_PLAN)
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,9 @@ def _digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
-def sources_digest() -> str:
+def sources_digest(files: Sequence[str] = FILES) -> str:
     """Of the words of what is mutated: comments and line breaks make no difference."""
-    words = [Code((ROOT / file).read_text(encoding="ascii")).words for file in FILES]
+    words = [Code((ROOT / file).read_text(encoding="ascii")).words for file in files]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
@@ -240,9 +241,9 @@ class Progress:
     machine code, whatever the killers are.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: Sequence[str] = FILES):
         self.path = path
-        self.stamp = {"sources": sources_digest(), "killers": killers_digest()}
+        self.stamp = {"sources": sources_digest(files), "killers": killers_digest()}
         self.outcomes: dict[str, Outcome] = {}
         #: The last killer of each mutant, of whatever sources.
         self.suspects: dict[str, str] = {}
@@ -385,7 +386,7 @@ def prepare(jobs: int = 1) -> Original:
 
 def _families_including() -> dict[str, set[str]]:
     texts = {k.family: Sources().text(k.family) for k in killing.killers() if k.family}
-    marks = {file: f'#line 1 "{Path(file).name}"' for file in FILES}
+    marks = {file: f'#line 1 "{Path(file).name}"' for file in (*FILES, *CACHE_FILES)}
     return {
         file: {family for family, text in texts.items() if mark in text}
         for file, mark in marks.items()
@@ -394,7 +395,7 @@ def _families_including() -> dict[str, set[str]]:
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
     mutants = [
-        m for m in all_mutants(ROOT)
+        m for m in all_mutants(ROOT, CACHE_FILES if arguments.caches else FILES)
         if (not arguments.files or any(name in m.file for name in arguments.files))
         and (not arguments.operators or m.operator in arguments.operators)
         and (not arguments.match or arguments.match in str(m))
@@ -419,7 +420,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--equivalents", action="store_true", help="run those listed as equivalent too"
     )
     parser.add_argument("--report", action="store_true", help="run none: report what has run")
+    parser.add_argument(
+        "--caches", action="store_true", help="those of the ops for caches, by their own killers"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.caches:
+        killing.use_those_of_caches()
     mutants = selected(arguments)
     if arguments.list:
         print(*mutants, sep="\n")
@@ -427,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed = equivalences()
     FOLDER.mkdir(parents=True, exist_ok=True)
     progress = Progress(FOLDER / "progress.jsonl")
+    if arguments.caches:
+        progress = Progress(FOLDER / "progress-caches.jsonl", (*FILES, *CACHE_FILES))
     known = {m.key for m in mutants if any(e.covers(m) for e in listed)}
     todo = [
         m for m in mutants
