@@ -57,7 +57,7 @@ MACS = (
 )
 
 
-def _library() -> Planner:
+def new_planner() -> Planner:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "plan.so")
         compile_planner(library, ROOT, "-O0", "-w")
@@ -106,7 +106,7 @@ def count(
 
 
 def main() -> None:
-    planner = _library()
+    planner = new_planner()
     print("bytes of memory a core-cycle: " + ", ".join(f"{m.name} {m.rate:.1f}" for m in MACS))
     fastest = max(MACS, key=lambda mac: mac.rate)
     for dtype, width, rows, paged, score in (
