@@ -28,10 +28,12 @@ class Cached:
     capacity: int = 208
     page_size: int = 0
     """0: each sequence has a room of its own."""
+    table: Sequence[Sequence[int]] = ()
+    """The pages of each sequence, where it is not a random one."""
     added: int = 0
     """Of the lengths, what is not in cache_seqlens."""
-    entries: bool = False
-    """Whether the rooms are in another order, with more of them than sequences."""
+    entries: Sequence[int] = ()
+    """Those that the sequences have, of two more than there are sequences."""
     alibi: str = ""
     sinks: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -67,9 +69,11 @@ class Cached:
             pages = self.capacity // self.page_size
             order = torch.randperm(batch * pages + 3, generator=generator)
             table = order[: batch * pages].view(batch, pages).int()
+            if self.table:
+                table = torch.tensor(self.table, dtype=torch.int32)
             k, v = (_in_pages(x, table, self.page_size, garbage) for x in (k, v))
         elif self.entries:
-            entries = torch.randperm(batch + 2, generator=generator)[:batch].int()
+            entries = torch.tensor(self.entries, dtype=torch.int32)
             k, v = (_in_entries(x, entries, garbage) for x in (k, v))
         slopes = sinks = None
         if self.alibi:

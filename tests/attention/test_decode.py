@@ -58,7 +58,7 @@ FEATURES = {
     "sinks and no key": Cached((0, 3), q_len=5, sinks=True, options={"window_right": 0}),
     "left padding": Cached(starts=(31, 76), q_len=3, options={"window_right": 0}),
     "added keys": Cached(added=5),
-    "entries in another order": Cached(entries=True),
+    "entries in another order": Cached(entries=(3, 0)),
     "negative scale": Cached(options={"scale": -0.3}),
     "all of them": Cached(
         (180, 77, 208), (3, 70, 0), heads=(6, 2), q_len=4, page_size=48, capacity=240, added=3,
@@ -104,7 +104,7 @@ def problems(draw: st.DrawFn) -> Cached:
         capacity=capacity,
         page_size=page_size,
         added=draw(st.integers(0, min(lengths))),
-        entries=draw(st.booleans()),
+        entries=draw(st.permutations(range(batch + 2)))[:batch] if draw(st.booleans()) else (),
         alibi=draw(st.sampled_from(("", "head", "batch"))),
         sinks=draw(st.booleans()),
         options={

@@ -75,7 +75,7 @@ class Problem:
         else:
             self.index = torch.arange(batch).int()
             if of["entries"]:
-                self.index = torch.randperm(batch + 2, generator=generator)[:batch].int()
+                self.index = torch.arange(batch + 1, 1, -1).int()
             number, size = batch + 2 * of["entries"], of["slots"]
         self.caches = [torch.full((number, size, *x.shape[2:]), NAN, dtype=x.dtype) for x in rooms]
         for cache, room in zip(self.caches, rooms):

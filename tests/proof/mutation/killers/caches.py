@@ -17,6 +17,7 @@ from orchard_ops.cache import AppendCall, CacheCall
 from ..harness import (
     APPEND,
     DECODE,
+    DECODE_MERGE,
     DTYPE_NUMBERS,
     Guarded,
     Sources,
@@ -458,6 +459,9 @@ def append_refusals(sources: Sources) -> None:
     ):  # fmt: skip
         plan = sources.append(added, into, dtype, numbers)
         assert plan.refusal.startswith(reason) and not plan.kernels, (plan.refusal, reason)
+    wide = sources.append(one, _layout(1, 1, far, 8), 0, {})
+    assert wide.detail == f"got {far} and 1", wide.detail
+    assert sources.append(one, one, 4, {}).detail == ""
     for added, into, numbers in (
         (one, _layout(1, 1, far - 1, 8), {"offset": far - 1}),
         (one, _layout((1 << 31) - 129, 1, 1, 8), {}),
@@ -518,6 +522,12 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16),
         ),
         Filled(
+            "decode: a key more than parts of the least size hold",
+            Cached((8193,), capacity=8208, heads=(1, 1), dtype=F16),
+        ),
+        Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
+        Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
+        Filled(
             "decode: a window far behind",
             Cached((500, 90), capacity=512, heads=(2, 1), options={"window_left": 70}),
         ),
@@ -525,7 +535,17 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             "decode: window to the right",
             Cached(q_len=6, options={"window_left": 9, "window_right": 2}),
         ),
-        Filled("decode: entries", Cached((70, 33), entries=True, starts=(31, 0))),
+        Filled("decode: entries", Cached((70, 33), entries=(3, 0), starts=(31, 0))),
+        Filled("decode: the second entry", Cached((70, 33), entries=(1, 2))),
+        Filled(
+            "decode: entries far outside", Cached((64, 9), entries=(3, 0)),
+            changed=_wild(cache_batch_idx=[FAR, -FAR]),
+        ),
+        Filled(
+            "decode: pages far outside",
+            Cached((16, 9), page_size=16, capacity=16, table=((4,), (0,))),
+            changed=_wild(block_table=[[FAR], [-FAR]]),
+        ),
         Filled(
             "decode: added alone", Cached((70, 70)), changed={"cache_seqlens": None, "added": 70}
         ),
@@ -551,11 +571,16 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         for x in attended
         if x.problem is _FULL or "pages" in x.name or "odd" in x.name or "far" in x.name
     ]
+    attended += [
+        replace(x, name=x.name.replace("decode:", "merge:"), family=DECODE_MERGE)
+        for x in attended
+        if x.problem is _FULL or "sinks" in x.name or "padded" in x.name
+    ]
     filled = [
         Appended("append: rooms", Cached((130, 77), dtype=F16)),
         Appended("append: offset", Cached((130, 77)), offset=5),
         Appended("append: pages", Cached((130, 15), page_size=16, dtype=BF16), new=20),
-        Appended("append: entries", Cached((130, 77), entries=True, widths=(64, 24)), new=2),
+        Appended("append: entries", Cached((130, 77), entries=(3, 0), widths=(64, 24)), new=2),
         Appended("append: odd widths", Cached((30, 7), widths=(37, 5), dtype=F16)),
         Appended("append: odd places", Cached((30, 7)), layouts=("rows_odd", "columns")),
         Appended("append: beyond the room", Cached((62, 7), capacity=64), new=4),
@@ -566,11 +591,11 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             changed=_wild(cache_seqlens=[FAR, -FAR]),
         ),
         Appended(
-            "append: wild entries", Cached((30, 7), entries=True),
+            "append: wild entries", Cached((30, 7), entries=(3, 0)),
             changed=_wild(cache_batch_idx=[4, -1]),
         ),
         Appended(
-            "append: the last entry", Cached((30, 7), entries=True),
+            "append: the last entry", Cached((30, 7), entries=(3, 0)),
             changed=_wild(cache_batch_idx=[3, 0]),
         ),
     ]  # fmt: skip
