@@ -7,12 +7,13 @@ between guard zones of NaN bytes, and gaps between their rows hold NaN as well.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +121,11 @@ class Sources:
 
     root: Path = ROOT
     plan_of: Sources | None = None
+    #: A digest of all that a killer has been given so far: plans, and the code of kernels.
+    observed: str = field(default="", init=False)
+
+    def observe(self, *facts: object) -> None:
+        self.observed = hashlib.sha256(repr((self.observed, facts)).encode()).hexdigest()[:16]
 
     def text(self, family: str) -> str:
         """The family's Metal text as native/embed_shaders.py makes it."""
@@ -158,23 +164,32 @@ class Sources:
         return self._planner.buffers() | CACHE_BUFFERS
 
     def head_dims(self) -> tuple[int, ...]:
-        return self._planner.head_dims()
+        dims = self._planner.head_dims()
+        self.observe(dims)
+        return dims
 
     def strides_in_order_of(self, like: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        return self._planner.strides_in_order_of(like, sizes)
+        strides = self._planner.strides_in_order_of(like, sizes)
+        self.observe(strides)
+        return strides
 
     def decode(
         self, layouts: dict[str, Place], dtype: int, cache: dict[str, int], **fields: float
     ) -> CachePlan:
-        return self._planner.decode(layouts, dtype, cache, **fields)
+        return self._observed(self._planner.decode(layouts, dtype, cache, **fields))
 
     def append(self, added: Place, into: Place, dtype: int, cache: dict[str, int]) -> CachePlan:
-        return self._planner.append(added, into, dtype, cache)
+        return self._observed(self._planner.append(added, into, dtype, cache))
+
+    def _observed(self, plan: CachePlan) -> CachePlan:
+        facts = vars(plan) | {"params": bytes(plan.params)}
+        self.observe(facts, self.buffers)
+        return plan
 
     def plan(self, request: Request) -> tuple[dict, Params]:
         """The plan as dictionaries and lists, and its params."""
         plan = self._planner.plan(*request.problem, **request.fields)
-        return {
+        facts = {
             "refusal": plan.refusal, "detail": plan.detail, "advice": plan.advice,
             "kernels": [vars(kernel) | {"groups": list(kernel.groups)} for kernel in plan.kernels],
             "launches": [
@@ -184,7 +199,9 @@ class Sources:
             "scratch_bytes": 4 * plan.ds_elements,
             "map_elements": plan.map_elements, "hull_elements": plan.hull_elements,
             "dmask_part_elements": plan.dmask_part_elements,
-        }, plan.params  # fmt: skip
+        }  # fmt: skip
+        self.observe(facts, bytes(plan.params), self.buffers)
+        return facts, plan.params
 
 
 class Request(NamedTuple):

@@ -22,7 +22,7 @@ from rich.table import Table
 from .mutants import Equivalence, Mutant
 
 if TYPE_CHECKING:
-    from .runner import Outcome
+    from .verdicts import Outcome
 
 STATUSES = ("killed", "compiler", "hang", "crash", "equivalent", "survived")
 _MEANING = {

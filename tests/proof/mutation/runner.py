@@ -3,15 +3,14 @@
 A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
 the child starts with torch, the references and the engine loaded, so that a mutant costs little
 more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
-there already is not run again. What killed a mutant of earlier sources goes first now, then what
-killed others of its function.
+there already and still counts (verdicts.py) is not run again. What killed a mutant of earlier
+sources goes first now, then what killed others of its function.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,10 +22,11 @@ import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import MappingProxyType
 
 from simulator import engine
 from simulator.engine import compiler
@@ -35,34 +35,19 @@ from . import killers as killing
 from . import report
 from .harness import ROOT, Sources
 from .mutants import CACHE_FILES, FILES, Mutant, all_mutants, equivalences
-from .sites import Code
+from .verdicts import (
+    CACHE_VERDICTS,
+    VERDICTS,
+    Outcome,
+    Present,
+    Progress,
+    changes_plan,
+    sources_digest,
+)
 
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
 COMPILE_LIMIT = 25.0  # several times what a family's kernels take
-_PARAMS = ("shaders/params.h", "shaders/decode_params.h")
-_PLAN = "native/plan/"
-
-
-def _changes_plan(file: str) -> bool:
-    return file in _PARAMS or file.startswith(_PLAN)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a mutant. killer and message are of the first killer that failed."""
-
-    key: str
-    status: str  # killed, compiler, hang, crash, survived; open: not all of its killers ran
-    killer: str = ""
-    message: str = ""
-    seconds: float = 0.0
-    #: Of shaders alone: the compiler made of all kernels what it makes of the original.
-    same_code: bool = False
-
-    @property
-    def survived(self) -> bool:
-        return self.status == "survived"
 
 
 def relevant(mutant: Mutant, original: Original) -> list:
@@ -71,7 +56,7 @@ def relevant(mutant: Mutant, original: Original) -> list:
     Of a shader those whose kernels hold an instruction of the mutated statement. A statement that
     leaves none anywhere (a type, a constant) is for all whose text includes the file.
     """
-    if _changes_plan(mutant.file):
+    if changes_plan(mutant.file):
         return list(killing.killers())
     name, (first, last) = Path(mutant.file).name, mutant.lines
     places = {(name, line) for line in range(first, last + 1)}
@@ -85,23 +70,42 @@ def relevant(mutant: Mutant, original: Original) -> list:
 # ---- the child: one mutant
 
 
-def _judge(tests: Sequence, sources: Sources, tell) -> None:
-    """Runs killers until one fails; tells about each step."""
-    uses = {}
+class _Unchanged(BaseException):
+    """A killer has been given what it is given without a mutant, so that it passes."""
+
+
+def _judge(tests: Sequence, sources: Sources, tell, observed: Mapping[str, str]) -> None:
+    """Runs killers until one fails; tells about each step.
+
+    observed: what each of them is given in all without a mutant (Sources.observed).
+    """
+    uses, kernels, seen = {}, {}, {}
     for test in tests:
         tell({"step": "compile", "killer": test.name})
+
+        def note(step: str, test=test) -> None:
+            tell({"step": step, "killer": test.name})
+            if sources.observed == observed.get(test.name):
+                raise _Unchanged
+
+        sources.observed = ""
         try:
-            test.run(sources, lambda step, test=test: tell({"step": step, "killer": test.name}))
+            test.run(sources, note)
+        except _Unchanged:
+            pass
         except engine.CompileError as error:
             tell({"status": "compiler", "killer": test.name, "message": _short(error)})
             return
         except Exception as error:
             tell({"status": "killed", "killer": test.name, "message": _short(error)})
             return
+        seen[test.name] = sources.observed
+        kernels[test.name] = killing.used_kernels()
         uses[test.name] = killing.used_libraries()
     paths = [str(path) for path in killing.library_paths()]
     code = killing.machine_code()
-    tell({"status": "survived", "code": code, "libraries": paths, "uses": uses})
+    facts = {"code": code, "libraries": paths, "uses": uses, "kernels": kernels, "observed": seen}
+    tell({"status": "survived", **facts})
 
 
 def _short(error: Exception) -> str:
@@ -109,7 +113,10 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None = ()) -> dict:
+def run_mutant(
+    tests: Sequence, sources: Sources, keep: Collection[str] | None = (),
+    observed: Mapping[str, str] = MappingProxyType({}),
+) -> dict:  # fmt: skip
     """In a process of its own; a hang or a crash ends with it.
 
     Of the compiled libraries only those in `keep` stay in the engine's cache (None: all), which
@@ -119,15 +126,20 @@ def run_mutant(tests: Sequence, sources: Sources, keep: Collection[str] | None =
     child = os.fork()
     if child == 0:
         os.close(read)
+        running = ""
         with os.fdopen(write, "w") as pipe:
 
             def tell(message: dict) -> None:
+                nonlocal running
+                running = message.get("killer", running)
                 pipe.write(json.dumps(message) + "\n")
                 pipe.flush()
 
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                _judge(tests, sources, tell)
+                _judge(tests, sources, tell, observed)
+            except SystemError as error:  # the interpreter's memory was written: a crash as well
+                tell({"status": "crash", "killer": running, "message": _short(error)})
             except BaseException as error:  # of the tool itself, no verdict on the mutant
                 tell({"status": "broken", "message": f"{type(error).__name__}: {error}"})
             finally:
@@ -175,6 +187,8 @@ class Original:
     uses: dict[str, list[str]]  # those of each killer, by its name
     families: dict[str, set[str]]  # whose text includes a file
     lines: dict[str, frozenset[tuple[str, int]]]  # of the shaders, in each library
+    kernels: dict[str, str] = field(default_factory=dict)  # digests of their names, by killer
+    observed: dict[str, str] = field(default_factory=dict)  # Sources.observed, by killer
 
     def holds(self, killer: str, places: Collection[tuple[str, int]]) -> bool:
         """Whether a kernel of the killer has an instruction of one of the lines (file, line)."""
@@ -196,13 +210,13 @@ def _work(tasks, results, original: Original, first: int | None) -> None:
             path = root / mutant.file
             text = path.read_text(encoding="ascii")
             path.write_text(mutant.apply(text), encoding="ascii")
-            own_plan = _changes_plan(mutant.file)
+            own_plan = changes_plan(mutant.file)
             sources = Sources(root, None if own_plan else baseline)
             tests = relevant(mutant, original)
             places = {name: place for place, name in enumerate(suspects)}
             tests = sorted(tests, key=lambda test: places.get(test.name, len(places)))
             try:
-                found = run_mutant(tests[:first], sources, original.libraries)
+                found = run_mutant(tests[:first], sources, original.libraries, original.observed)
             finally:
                 path.write_text(text, encoding="ascii")
             if found["status"] == "survived" and len(tests[:first]) < len(tests):
@@ -218,55 +232,6 @@ def _work(tasks, results, original: Original, first: int | None) -> None:
 
 
 # ---- the campaign
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
-
-
-def sources_digest(files: Sequence[str] = FILES) -> str:
-    """Of the words of what is mutated: comments and line breaks make no difference."""
-    words = [Code((ROOT / file).read_text(encoding="ascii")).words for file in files]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-
-
-def killers_digest() -> str:
-    here = Path(__file__).parent
-    cases = ROOT / "tests" / "attention_cases.py"
-    return _digest([*sorted((here / "killers").glob("*.py")), here / "harness.py", cases])
-
-
-class Progress:
-    """Outcomes on disk. A kill counts as long as sources stay and its killer exists; the same
-    machine code, whatever the killers are.
-    """
-
-    def __init__(self, path: Path, files: Sequence[str] = FILES):
-        self.path = path
-        self.stamp = {"sources": sources_digest(files), "killers": killers_digest()}
-        self.outcomes: dict[str, Outcome] = {}
-        #: The last killer of each mutant, of whatever sources.
-        self.suspects: dict[str, str] = {}
-        names = {k.name for k in killing.killers()}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            record = json.loads(line)
-            stamp = record.pop("stamp")
-            outcome = Outcome(**record)
-            if outcome.killer:
-                self.suspects[outcome.key] = outcome.killer
-            killed = not outcome.survived and (
-                outcome.killer in names or outcome.status == "compiler"
-            )
-            fresh = stamp == self.stamp or (
-                stamp["sources"] == self.stamp["sources"] and (killed or outcome.same_code)
-            )
-            if fresh:
-                self.outcomes[outcome.key] = outcome
-
-    def add(self, outcome: Outcome) -> None:
-        self.outcomes[outcome.key] = outcome
-        with self.path.open("a") as file:
-            file.write(json.dumps({**outcome.__dict__, "stamp": self.stamp}) + "\n")
 
 
 class Suspects:
@@ -372,25 +337,21 @@ def prepare(jobs: int = 1) -> Original:
     code: dict[str, str] = {}
     libraries: set[str] = set()
     uses: dict[str, list[str]] = {}
+    kernels: dict[str, str] = {}
+    observed: dict[str, str] = {}
     for found in parts:
         if found["status"] != "survived":
             raise SystemExit(f"without a mutant, {found['killer']} fails: {found['message']}")
         code |= found["code"]
         libraries |= set(found["libraries"])
         uses |= found["uses"]
+        kernels |= found["kernels"]
+        observed |= found["observed"]
     paths = sorted({path for used in uses.values() for path in used})
     with multiprocessing.get_context("fork").Pool(jobs) as processes:
         lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
-    return Original(code, frozenset(libraries), uses, _families_including(), lines)
-
-
-def _families_including() -> dict[str, set[str]]:
-    texts = {k.family: Sources().text(k.family) for k in killing.killers() if k.family}
-    marks = {file: f'#line 1 "{Path(file).name}"' for file in (*FILES, *CACHE_FILES)}
-    return {
-        file: {family for family, text in texts.items() if mark in text}
-        for file, mark in marks.items()
-    }
+    families = Present(mutated=(*FILES, *CACHE_FILES)).families
+    return Original(code, frozenset(libraries), uses, families, lines, kernels, observed)
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
@@ -432,9 +393,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     listed = equivalences()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    progress = Progress(FOLDER / "progress.jsonl")
-    if arguments.caches:
-        progress = Progress(FOLDER / "progress-caches.jsonl", (*FILES, *CACHE_FILES))
+    files = CACHE_FILES if arguments.caches else FILES
+    everything = all_mutants(ROOT, files)
+    log = FOLDER / ("progress-caches.jsonl" if arguments.caches else "progress.jsonl")
+    kept = CACHE_VERDICTS if arguments.caches else VERDICTS
+    progress = Progress(log, everything, Present(mutated=files), kept)
+    original = prepare(arguments.jobs) if progress.hangs_on_kernels() else None
+    if original:
+        progress.decide(original.kernels)
     known = {m.key for m in mutants if any(e.covers(m) for e in listed)}
     todo = [
         m for m in mutants
@@ -446,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mutant in mutants:
             if mutant.key in progress.outcomes:
                 suspects.learn(mutant, progress.outcomes[mutant.key])
-        workers = Workers(todo, suspects, arguments.jobs, prepare(arguments.jobs), arguments.first)
+        original = original or prepare(arguments.jobs)
+        progress.decide(original.kernels)
+        workers = Workers(todo, suspects, arguments.jobs, original, arguments.first)
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
                 if outcome.status != "open":
@@ -454,6 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 advance(outcome)
     result = report.Report(mutants, progress.outcomes, listed)
     result.print()
-    if mutants == all_mutants(ROOT):
-        result.write(Path(__file__).parent, sources_digest())
+    if mutants == everything:
+        if not arguments.caches:
+            result.write(Path(__file__).parent, sources_digest())
+        progress.keep()
     return 1 if result.survivors else 0

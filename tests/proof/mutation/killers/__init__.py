@@ -18,6 +18,7 @@ from .compiled import (
     library_paths,
     lines_of,
     machine_code,
+    used_kernels,
     used_libraries,
 )
 from .problems import problems
@@ -31,6 +32,7 @@ __all__ = [
     "machine_code",
     "prepare",
     "use_those_of_caches",
+    "used_kernels",
     "used_libraries",
 ]
 _of_caches = False

@@ -204,9 +204,10 @@ def properties() -> Iterator[Property | Attention]:
     yield from parts_of_sums()
     for family, keys_side in _PARTNERS:
         partial = functools.partial(divided_keys, keys_side=keys_side)
-        yield Property(f"{family}: divided keys", family, partial)
+        beside = (keys_side, DQ_FROM_DS)
+        yield Property(f"{family}: divided keys", family, partial, beside)
     partial = functools.partial(divided_keys, keys_side=DKV, kv_len=129)
-    yield Property(f"{DQ_FROM_DS}: one key in the last part", DQ_FROM_DS, partial)
+    yield Property(f"{DQ_FROM_DS}: one key in the last part", DQ_FROM_DS, partial, (DKV,))
 
 
 def checked() -> Iterator[Property]:
@@ -217,4 +218,5 @@ def checked() -> Iterator[Property]:
         yield Property(f"{family}: 1040 queries, checked", family, partial)
     for family, keys_side in _PARTNERS:
         partial = functools.partial(divided_keys, keys_side=keys_side, check=True)
-        yield Property(f"{family}: divided keys, checked", family, partial)
+        beside = (keys_side, DQ_FROM_DS)
+        yield Property(f"{family}: divided keys, checked", family, partial, beside)

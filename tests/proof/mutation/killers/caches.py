@@ -123,6 +123,7 @@ class Filled:
     check: bool = False
     changed: dict[str, Any] = field(default_factory=dict)
     """Arguments that the kernel gets in place of the problem's, with the same result."""
+    beside: tuple[str, ...] = (DECODE, DECODE_MERGE)
 
     def call(self) -> CacheCall:
         return self.problem.call()._replace(**self.changed)

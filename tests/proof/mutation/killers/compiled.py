@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from simulator import engine
 
@@ -36,7 +38,9 @@ def compile_kernel(
         library = engine.compile(sources.text(family) + "".join(lines), check=check)
         for name in library.names:
             _libraries[(sources.root, name, check)] = library
-    return _libraries[key]
+    library = _libraries[key]
+    sources.observe(kernel["name"], code_of(library.path))
+    return library
 
 
 @functools.cache
@@ -54,14 +58,26 @@ def compiled_together(family: str, check: bool) -> tuple[str, ...]:
 def machine_code() -> dict[str, str]:
     """A digest of the code of each kernel that this process has compiled."""
     return {
-        f"{name} {check}": hashlib.sha256(_text_section(library.path)).hexdigest()[:16]
-        for (_, name, check), library in _libraries.items()
+        f"{name} {check}": code_of(library.path) for (_, name, check), library in _libraries.items()
     }
 
 
-def _text_section(path: Path) -> bytes:
+@functools.cache
+def code_of(path: Path) -> str:
+    """A digest of what a library loads: instructions and constants, no line numbers."""
     with path.open("rb") as file:
-        return ELFFile(file).get_section_by_name(".text").data()
+        loaded = [
+            section.data()
+            for section in ELFFile(file).iter_sections("SHT_PROGBITS")
+            if section["sh_flags"] & SH_FLAGS.SHF_ALLOC and section.name != ".eh_frame"
+        ]
+    return hashlib.sha256(b"".join(loaded)).hexdigest()[:16]
+
+
+def used_kernels() -> str:
+    """A digest of the names of the kernels that were asked for since used_libraries was."""
+    names = sorted({f"{name} {check}" for _, name, check in _used})
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def used_libraries() -> list[str]:

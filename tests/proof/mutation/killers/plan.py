@@ -224,7 +224,10 @@ def plan_of_divided_keys(sources: Sources) -> None:
 
 
 def plan_of_large_sums(sources: Sources) -> None:
-    """dq's sums behind dS have more than 2^32 elements."""
+    """dq's sums behind dS have more than 2^32 elements; dS has 2^32 rows."""
+    layouts = _layouts(b=1, h=16, hk=1, l=1 << 28, s=64)
+    plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 60))
+    assert plan["scratch_bytes"] == 4 * 16 * (1 << 28) * 64
     q_len, keys = 1 << 24, 8192
     layouts = _layouts(b=1, h=2, hk=1, l=q_len, s=1 << 20, d=128)
     tiles, sums = 2 * q_len * keys, 2 * q_len * 128

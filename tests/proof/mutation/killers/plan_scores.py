@@ -363,6 +363,44 @@ def plan_of_tiles_of_mask_gradients(sources: Sources) -> None:
         assert kernel["groups"] == [8, 2 * -(-70 // keys)]
 
 
+def plan_of_large_masks(sources: Sources) -> None:
+    """2^44 elements for each head: neither they nor their blocks can be counted by int."""
+    size, blocks = 1 << 22, 1 << 17
+    layouts = _layouts(b=1, h=2, hk=2, l=size, s=size)
+    mask = _mask((1, 1, 2, size, size), inner=1, dtype=2)
+    for scratch, family in ((0, DMASK), (1 << 60, DMASK_FROM_DS)):
+        plan, params = sources.plan(
+            request(layouts, 2, True, mask=mask, mask_grad=True, scratch_bytes=scratch)
+        )
+        of_map, of_mask = plan["kernels"][0], plan["kernels"][-1]
+        assert of_map["family"] == MASK_MAP and of_map["groups"] == [2, blocks * blocks // 4]
+        assert plan["map_elements"] == 2 * blocks * blocks
+        assert of_mask["family"] == family and of_mask["groups"] == [2, blocks * blocks]
+        assert (params.dmask_elements, params.dmask_parts) == (2 * size * size, 1)
+        assert list(params.mask_map) == [0, 0, blocks * blocks, blocks, 1, 1]
+        assert list(params.mask) == list(params.dmask) == [0, 0, size * size, size, 1, 1]
+    # 2^38 parts of rows for the 10 tiles of a mask.
+    layouts = _layouts(b=1 << 20, h=1, hk=1, l=1 << 28, s=150, d=128)
+    mask = _mask((1, 1, 1, 1, 150), inner=1, dtype=2)
+    asked = request(layouts, 2, True, mask=mask, mask_grad=True, softcap=1.5)
+    assert sources.plan(asked)[1].dmask_parts == -(-512 // 10)
+
+
+def plan_of_ranges_beside_divided_keys(sources: Sources) -> None:
+    """Keys are not divided where ranges leave a row few of them."""
+    row, sums = 4 * 2 * 6 * 8, 4 * 2 * 41 * 64
+    layouts = _layouts(b=1, h=4, hk=2, l=41, s=9000)
+    for ranges in (False, True):
+        asked = request(layouts, 0, True, has_key_ranges=ranges, scratch_bytes=8000 * row + sums)
+        plan, params = sources.plan(asked)
+        assert bool(plan["scratch_bytes"]) == (not ranges) == bool(params.dq_sums)
+        families = [kernel["family"] for kernel in plan["kernels"]]
+        assert families == [DELTA, DKV, DQ if ranges else DQ_FROM_DS]
+        assert [launch[4:] for launch in plan["launches"][1:3]] == [
+            [0, 9000 if ranges else 8000]
+        ] * 2
+
+
 def plan_of_key_ranges(sources: Sources) -> None:
     """Hulls of 8 queries each; the window goes to the ranges, whose map of a mask has none."""
     for batch, head, count in ((0, 0, 1), (480, 0, 2), (0, 160, 4), (640, 160, 8)):
@@ -377,6 +415,9 @@ def plan_of_key_ranges(sources: Sources) -> None:
             assert (of_params.batch, of_params.head) == (batch, head)
             assert (of_params.left, of_params.right) == (7, 1 << 30)
             assert (params.window_left, params.window_right) == (1 << 30, 1 << 30)
+    far = {"has_key_ranges": True, "ranges_batch": 1 << 33, "ranges_head": 1 << 34}
+    _, params = sources.plan(request(_layouts(), 0, **far))
+    assert (params.ranges.batch, params.ranges.head) == (1 << 33, 1 << 34)
     one_key = _mask((1, 2, 4, 40, 1))
     for ranges in (False, True):
         plan, params = sources.plan(
@@ -462,9 +503,9 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
-        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients,
-        plan_of_tiles_of_mask_gradients, plan_of_key_ranges, plan_of_key_spans,
-        plan_of_value_widths, plan_of_tiles_beside_masks,
+        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_tiles_of_mask_gradients,
+        plan_of_large_masks, plan_of_ranges_beside_divided_keys, plan_of_key_ranges,
+        plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

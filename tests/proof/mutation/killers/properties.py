@@ -19,6 +19,7 @@ class Property:
     name: str
     family: str | None
     test: Callable[..., None]
+    beside: tuple[str, ...] = ()  # other families whose kernels it launches from the sources
 
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         self.test(sources, note) if self.family else self.test(sources)
