@@ -235,6 +235,12 @@ def test_is_the_documented_mathematics(problem: dict[str, Any]):
     Problem(**problem).check()
 
 
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=problems(), dtype=st.sampled_from(DTYPES))
+def test_any_problem_on_metal(problem: dict[str, Any], dtype: torch.dtype):
+    Problem(**problem | {"dtype": dtype}).check("mps")
+
+
 ON_METAL = {
     "a token": {"widths": (64, 64), "heads": (8, 2)},
     "rotated": {"widths": (64, 64), "rotated": 64, "q_len": 3, "new": 3},

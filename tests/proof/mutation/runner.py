@@ -391,9 +391,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print(*mutants, sep="\n")
         return 0
-    listed = equivalences()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     files = CACHE_FILES if arguments.caches else FILES
+    listed = [entry for entry in equivalences() if entry.file in files]
+    FOLDER.mkdir(parents=True, exist_ok=True)
     everything = all_mutants(ROOT, files)
     log = FOLDER / ("progress-caches.jsonl" if arguments.caches else "progress.jsonl")
     kept = CACHE_VERDICTS if arguments.caches else VERDICTS

@@ -34,7 +34,7 @@ FAR = 2**31 - 1
 def _numbers(x: Tensor | None) -> Guarded:
     """int32 numbers as they are bound; where there are none, some that would be noticed."""
     if x is None:
-        x = torch.tensor([-FAR], dtype=torch.int32)
+        x = torch.tensor([FAR], dtype=torch.int32)
     shape = tuple(x.shape)
     guarded = Guarded(shape, dense(shape), torch.int32)
     guarded.tensor.copy_(x)
@@ -81,33 +81,39 @@ def decode_plan(call: CacheCall, x: dict[str, Guarded], sources: Sources) -> Any
     return sources.decode(layouts, DTYPE_NUMBERS[call.query.dtype], cache, **fields)
 
 
-def visited_blocks(call: CacheCall) -> int:
-    """Blocks of keys that all simdgroups together multiply, from how the parts are made."""
+def work_of(call: CacheCall) -> tuple[int, Tensor]:
+    """Products of fragments of keys, for every 8 of a head dim; and which parts have any: (rows of
+    the grid, parts).
+    """
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     rows = heads // kv_heads * call.query.shape[2]
     widest = max(-(-call.query.shape[3] // 64), -(-call.value.shape[3] // 64)) * 64
     block_rows = 16 if rows > 8 and widest <= 128 else 8
-    groups = min(max(-(-call.capacity // (4 * LEAST_PART)), 1), MOST_PARTS // 4)
-    total = 0
+    parts = 4 * min(max(-(-call.capacity // (4 * LEAST_PART)), 1), MOST_PARTS // 4)
+    total, used = 0, []
     begins, ends = (x.tolist() for x in call.bounds())
-    for b, row0 in itertools.product(range(len(ends)), range(0, rows, block_rows)):
-        seen = []
+    for b, _, row0 in itertools.product(
+        range(len(ends)), range(kv_heads), range(0, rows, block_rows)
+    ):
+        seen, of_parts = [], [False] * parts
         for row in range(row0, min(row0 + block_rows, rows)):
             place = ends[b] - call.query.shape[2] + row // (heads // kv_heads)
             left = begins[b] if call.window_left < 0 else place - call.window_left
             right = ends[b] if call.window_right < 0 else place + call.window_right + 1
             begin, end = max(begins[b], left), min(ends[b], right)
             seen += [(begin, end)] if begin < end else []
+        used.append(of_parts)
         if not seen:
             continue
         first, last = min(x for x, _ in seen), max(y for _, y in seen)
-        start, parts = first // BLOCK * BLOCK, 4 * groups
+        start = first // BLOCK * BLOCK
         even = -((start - last) // parts)
         size = max(-(-even // BLOCK) * BLOCK, LEAST_PART)
         for part in range(parts):
             begin, end = max(start + part * size, first), min(start + (part + 1) * size, last)
+            of_parts[part] = begin < end
             total += len(range(begin // BLOCK * BLOCK, end, BLOCK)) if begin < end else 0
-    return total * kv_heads * (block_rows // 8)
+    return total * block_rows // 8 * 2, torch.tensor(used)
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,11 @@ class Filled:
         launch(libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1)
         self.problem.check(x["out"].tensor.clone(), lse.tensor.clone())
         padded = sum(-(-n // 64) * 8 for n in (call.query.shape[3], call.value.shape[3]))
-        expected = visited_blocks(call) * 2 * padded
+        products, used = work_of(call)
+        expected = products * padded
         assert counters.mma == expected, f"{counters.mma} products, not {expected}"
+        found = part_sums.tensor.view(*used.shape, -1, 2)[..., 1]
+        assert torch.equal((found != 0).any(-1), used), "the keys are divided in another way"
 
 
 @dataclass(frozen=True)
@@ -391,6 +400,8 @@ def decode_refusals(sources: Sources) -> None:
         ("the page size is not a multiple of 16", "got 24", "allocate pages",
          _plan(sources, keys=24, entries=4, cache={"paged": 1, "pages": 2})),
         ("head_dim is above 256", "got 257", "F.scaled", _plan(sources, widths=(257, 64))),
+        ("head_dim is above 256", "got 257", "F.scaled",
+         _plan(sources, widths=(257, 64), keys=24, entries=4, cache={"paged": 1, "pages": 2})),
         ("head_dim is above 256", "got 257", "F.scaled", _plan(sources, widths=(64, 257))),
         ("a length or the diagonal is above 2^28", f"got {(1 << 28) + 1}", "split",
          _plan(sources, keys=(1 << 28) + 1)),
@@ -525,6 +536,10 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled(
             "decode: a key more than parts of the least size hold",
             Cached((8193,), capacity=8208, heads=(1, 1), dtype=F16),
+        ),
+        Filled(
+            "decode: a window in a long room",
+            Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 99}),
         ),
         Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
         Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
