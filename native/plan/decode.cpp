@@ -24,13 +24,22 @@ int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidt
 
 const char* word(bool x) { return x ? "true" : "false"; }
 
+/// More threadgroups than that would be more threads than 31 bits count.
+constexpr int64_t kMostRows = INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH);
+static_assert(kMostRows == 16777215, "a reason below names it");
+
 void refuse_cache(const CacheProblem& p, Plan& plan) {
   refuse(p.attention, plan);
   if (!plan.refusal.empty()) return;
+  const int64_t rows = query_heads(p.attention) * p.attention.q.sizes[2];
   if (p.paged && p.page_size % ORCHARD_CACHE_BLOCK != 0) {
     plan.refusal = "the page size is not a multiple of 16";
     plan.detail = join("got ", p.page_size);
     plan.advice = "allocate pages of a multiple of 16 keys";
+  } else if (rows > kMostRows) {
+    plan.refusal = "batch times heads times queries is above 16777215";
+    plan.detail = join("got ", rows);
+    plan.advice = "split the batch into several calls: each part of the result stands alone";
   } else if (p.entries > INT32_MAX || p.added > ORCHARD_MAX_LENGTH) {
     plan.refusal = "the cache has too many entries, or the call adds too many keys";
     plan.detail = join("got ", p.entries, " entries and ", p.added, " keys");
@@ -75,11 +84,13 @@ DecodePlan plan_append(const AppendProblem& p) {
   const int64_t elements = p.added.sizes[0] * p.added.sizes[1] * p.added.sizes[2] * width;
   if (p.dtype == DType::kOther || p.dtype == DType::kBool) {
     append.plan.refusal = "the dtype is not float16, bfloat16 or float32";
+    append.plan.advice = "keep the cache in one of these";
   } else if (std::max({elements, p.cache.sizes[0]}) >
                  INT32_MAX - kSimdgroups * ORCHARD_SIMD_WIDTH ||
              std::max({capacity, p.offset, p.added.sizes[2]}) > ORCHARD_MAX_LENGTH) {
     append.plan.refusal = "a length is above 2^28, or there are too many numbers for one call";
     append.plan.detail = join("got ", capacity, " and ", elements);
+    append.plan.advice = "append the keys in several calls";
   }
   if (!append.plan.refusal.empty()) return append;
   const auto in_elements = [&](const Layout& x) {

@@ -407,6 +407,8 @@ def decode_refusals(sources: Sources) -> None:
          _plan(sources, keys=(1 << 28) + 1)),
         ("a length or the diagonal is above 2^28", f"got {1 << 29}", "split",
          _plan(sources, keys=1 << 28, entries=4, cache={"paged": 1, "pages": 2})),
+        ("batch times heads times queries is above 16777215", f"got {1 << 24}", "split",
+         _plan(sources, batch=1 << 10, heads=(16, 2), q_len=1 << 10)),
         ("the cache has too many entries, or the call adds too many keys",
          f"got {1 << 31} entries and 0 keys", "split",
          _plan(sources, keys=16, entries=1 << 31, cache={"paged": 1, "pages": 2})),
@@ -421,6 +423,7 @@ def decode_refusals(sources: Sources) -> None:
         _plan(sources, keys=24),
         _plan(sources, keys=16, entries=(1 << 31) - 1, cache={"paged": 1, "pages": 2}),
         _plan(sources, cache={"added": 1 << 28}),
+        _plan(sources, batch=1, heads=(255, 255), q_len=65793),
     ):
         assert not plan.refusal, plan.refusal
 
@@ -473,7 +476,9 @@ def append_refusals(sources: Sources) -> None:
         assert plan.refusal.startswith(reason) and not plan.kernels, (plan.refusal, reason)
     wide = sources.append(one, _layout(1, 1, far, 8), 0, {})
     assert wide.detail == f"got {far} and 1", wide.detail
-    assert sources.append(one, one, 4, {}).detail == ""
+    assert wide.advice == "append the keys in several calls"
+    of_dtype = sources.append(one, one, 4, {})
+    assert (of_dtype.detail, of_dtype.advice) == ("", "keep the cache in one of these")
     for added, into, numbers in (
         (one, _layout(1, 1, far - 1, 8), {"offset": far - 1}),
         (one, _layout((1 << 31) - 129, 1, 1, 8), {}),
