@@ -285,8 +285,8 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
   const auto call = Arguments(stack).take<DecodeCall>();
   std::string reason;
   try {
-    check_scoring(call);
     const Cache cache = checked_cache(call.cache, call.operands);
+    check_scoring(call);
     reason = switched_off(call.impl);
     if (!reason.empty()) throw MetalError(reason);
     put_results(stack, run_decode(call, cache));

@@ -256,6 +256,10 @@ WRONG = {
     "value must have key's length 208; got 5": {"value": torch.ones(2, 2, 5, 64)},
     "key must have query's batch size 3": {"query": torch.ones(3, 4, 1, 64)},
     "window_left must be": {"window_left": -2},
+    r"query must be \(batch, .* got shape \(4,\)": {
+        "query": torch.ones(4),
+        "alibi_slopes": torch.ones(4),
+    },
     "must be a multiple": {"query": torch.ones(2, 3, 1, 64)},
 }
 

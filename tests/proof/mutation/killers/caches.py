@@ -352,6 +352,8 @@ def decode_parts(sources: Sources) -> None:
             assert plan.kernels[0].groups == (batch * heads[1], groups), keys
             assert plan.params.parts == 4 * groups
             assert plan.params.cache.capacity == plan.params.attention.kv_len == keys
+    many = _plan(sources, keys=8192, batch=1 << 12, heads=(1 << 10, 1 << 10))
+    assert many.part_rows == (1 << 22) * 128 * 8
     plan = _plan(sources, keys=48, entries=3, cache={"paged": 1, "pages": 6, "table_row": 6})
     assert plan.params.cache.capacity == 288 and plan.kernels[0].groups == (4, 2)
 
