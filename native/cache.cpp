@@ -87,8 +87,6 @@ std::string append_arguments() {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
 std::atomic<int64_t> decodes{0};
 
 void check(bool condition, const char* what) {
@@ -99,7 +97,7 @@ void check(bool condition, const char* what) {
 OptionalTensor dense_integers(
     const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
   if (!x.has_value()) return std::nullopt;
-  check(device_type_of(*x) == device_type_of(query) && x->scalar_type() == ScalarType::Int &&
+  check(device_type_of(*x) == device_type_of(query) && dtype_code(*x) == aoti_torch_dtype_int32() &&
             x->dim() == dims && x->size(0) == query.size(0),
       name);
   return torch::stable::contiguous(*x);
@@ -111,7 +109,7 @@ Cache checked_cache(const Cache& cache, const Operands& operands) {
   for (const Tensor* x : {&q, &k, &v}) {
     check(device_type_of(*x) == device_type_of(q), "mixture of devices");
     check(x->dim() == 4, "number of dimensions");
-    check(x->scalar_type() == q.scalar_type(), "mixture of dtypes");
+    check(dtype_code(*x) == dtype_code(q), "mixture of dtypes");
   }
   check(k.size(3) == q.size(3), "mixture of head_dims");
   for (int d = 0; d < 3; d++) check(v.size(d) == k.size(d), "mixture of key and value shapes");
@@ -175,7 +173,8 @@ CacheProblem make_cache_problem(const DecodeCall& call, const Cache& cache) {
 }
 
 /// out and lse on Metal. Throws MetalError.
-std::array<Tensor, 2> run_decode(const DecodeCall& call, const Cache& cache) {
+std::array<Tensor, 2> run_decode(
+    const DecodeCall& call, const Cache& cache, const Environment& environment) {
   const auto& [q, k, v] = call.operands;
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_rows(q);
@@ -183,7 +182,7 @@ std::array<Tensor, 2> run_decode(const DecodeCall& call, const Cache& cache) {
   const DecodePlan decode = plan_decode(problem, layout_of(out));
   throw_refusal(decode.plan);
   if (out.numel() == 0) return {out, lse};
-  log_metal("flash_attn_decode", decode.plan);
+  log_metal("flash_attn_decode", decode.plan, environment);
   const Tensor sums = empty_floats(q, decode.part_rows * decode.params.part_stride);
   const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
   // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
@@ -209,13 +208,13 @@ std::array<Tensor, 2> run_decode(const DecodeCall& call, const Cache& cache) {
 void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
   check(device_type_of(cache) == device_type_of(added), "mixture of devices");
   check(cache.dim() == 4 && added.dim() == 4, "number of dimensions");
-  check(cache.scalar_type() == added.scalar_type(), "mixture of dtypes");
+  check(dtype_code(cache) == dtype_code(added), "mixture of dtypes");
   check(cache.size(1) == added.size(1) && cache.size(3) == added.size(3), "shape of a cache");
   check(entries < 0 || entries == cache.size(0), "batch size");
 }
 
 /// On Metal. Throws MetalError.
-void run_append(const AppendCall& call) {
+void run_append(const AppendCall& call, const Environment& environment) {
   const Tensor& key = call.key;
   check(key.dim() == 4 && call.offset >= 0, "offset");
   const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
@@ -225,7 +224,7 @@ void run_append(const AppendCall& call) {
   const bool own = !table.has_value() && !entries.has_value();
   check_filled(call.key_cache, key, own ? key.size(0) : -1);
   check_filled(call.value_cache, call.value, call.key_cache.size(0));
-  check(call.key.scalar_type() == call.value.scalar_type(), "mixture of dtypes");
+  check(dtype_code(call.key) == dtype_code(call.value), "mixture of dtypes");
   check(call.key_cache.size(2) == call.value_cache.size(2), "shape of a cache");
   for (int d = 0; d < 3; d++) check(key.size(d) == call.value.size(d), "shape of value");
   const std::pair<const Tensor&, const Tensor&> filled[] = {
@@ -249,7 +248,7 @@ void run_append(const AppendCall& call) {
   for (int i = 0; i < 2; i++) {  // only now: none is filled where one is refused
     const auto& [cache, added] = filled[i];
     if (added.numel() == 0 || cache.numel() == 0) continue;
-    log_metal("flash_attn_append", plans[i].plan);
+    log_metal("flash_attn_append", plans[i].plan, environment);
     const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : key; };
     const Bindings tensors{{kBufferKey, added}, {kBufferOut, cache},
         {kBufferCacheLengths, given(lengths)}, {kBufferCacheEntries, given(entries)},
@@ -264,15 +263,16 @@ void run_append(const AppendCall& call) {
 void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumAppendArguments && num_results == 0);
   const auto call = Arguments(stack).take<AppendCall>();
+  const Environment environment;
   std::string reason;
   try {
     check(call.impl == "auto" || call.impl == "metal" || call.impl == "reference", "impl");
-    reason = switched_off(call.impl);
+    reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
-    run_append(call);
+    run_append(call, environment);
     return;
   } catch (const MetalError& error) {
-    allow_fallback("orchard::flash_attn_append", call.impl, error);
+    allow_fallback("orchard::flash_attn_append", call.impl, environment, error);
     reason = error.what();
   } catch (const Mistake& mistake) {
     reason = mistake.what();
@@ -283,17 +283,18 @@ void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num
 void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumDecodeArguments && num_results == 2);
   const auto call = Arguments(stack).take<DecodeCall>();
+  const Environment environment;
   std::string reason;
   try {
     const Cache cache = checked_cache(call.cache, call.operands);
     check_scoring(call);
-    reason = switched_off(call.impl);
+    reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
-    put_results(stack, run_decode(call, cache));
+    put_results(stack, run_decode(call, cache, environment));
     decodes++;
     return;
   } catch (const MetalError& error) {
-    allow_fallback("orchard::flash_attn_decode", call.impl, error);
+    allow_fallback("orchard::flash_attn_decode", call.impl, environment, error);
     reason = error.what();
   } catch (const Mistake& mistake) {
     reason = mistake.what();

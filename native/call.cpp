@@ -5,13 +5,10 @@
 #include <stdexcept>
 
 #include "checks.h"
-#include "environment.h"
 #include "plan/join.h"
 #include "plan/plan.h"
 
 namespace orchard {
-
-using torch::headeronly::ScalarType;
 
 std::string& op_namespace() {
   static auto& name = *new std::string("orchard");  // read until the process ends
@@ -19,18 +16,12 @@ std::string& op_namespace() {
 }
 
 DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Bool:
-      return DType::kBool;
-    default:
-      return DType::kOther;
-  }
+  const int32_t code = dtype_code(x);
+  if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (code == aoti_torch_dtype_bool()) return DType::kBool;
+  return DType::kOther;
 }
 
 Layout layout_of(const Tensor& x) {
@@ -45,7 +36,7 @@ Layout layout_of(const Tensor& x) {
 }
 
 bool is_float32(const OptionalTensor& x) {
-  return !x.has_value() || x->scalar_type() == ScalarType::Float;
+  return !x.has_value() || dtype_code(*x) == aoti_torch_dtype_float32();
 }
 
 OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
@@ -72,10 +63,8 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   Layout layout = layout_of(like);
   layout.sizes[3] = last;
   const auto strides = strides_in_order_of(layout.strides, layout.sizes);
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(
-      like, {layout.sizes.begin(), layout.sizes.end()}, {strides.begin(), strides.end()}, dtype);
+  return empty_strided(like, {layout.sizes.begin(), layout.sizes.end()},
+      {strides.begin(), strides.end()}, dtype_code(like));
 }
 
 Tensor empty_rows(const Tensor& q) {
@@ -87,18 +76,18 @@ Tensor empty_floats(const Tensor& like, int64_t elements) {
   return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
 
-void log_metal(const char* op, const Plan& plan) {
-  if (!debug_enabled()) return;
+void log_metal(const char* op, const Plan& plan, const Environment& environment) {
+  if (!environment.debug_enabled()) return;
   for (const KernelPlan& kernel : plan.kernels) {
     std::fprintf(
         stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
   }
 }
 
-const char* switched_off(const std::string& impl) {
+const char* switched_off(const std::string& impl, const Environment& environment) {
   if (impl == "reference") return "impl=\"reference\" was asked for";
-  if (switched_on("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
-  if (torch_fast_math()) {
+  if (environment.metal_disabled()) return "ORCHARD_DISABLE_METAL is set";
+  if (environment.torch_fast_math()) {
     return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
            "need";
   }
@@ -109,8 +98,9 @@ void throw_refusal(const Plan& plan) {
   if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
 }
 
-void allow_fallback(const char* op, const std::string& impl, const MetalError& error) {
-  const bool insisted = impl == "metal" || (impl == "auto" && switched_on("ORCHARD_STRICT"));
+void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
+    const MetalError& error) {
+  const bool insisted = impl == "metal" || (impl == "auto" && environment.strict());
   if (!insisted) return;
   const std::string detail = error.detail.empty() ? "" : " (" + error.detail + ")";
   throw std::runtime_error(

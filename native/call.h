@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "environment.h"
 #include "plan/problem.h"
 #include "scoring.h"
 #include "shader_library.h"
@@ -37,15 +38,16 @@ Tensor empty_rows(const Tensor& q);
 /// float32 scratch and results of the kernels.
 Tensor empty_floats(const Tensor& like, int64_t elements);
 
-void log_metal(const char* op, const Plan& plan);
+void log_metal(const char* op, const Plan& plan, const Environment& environment);
 
 /// The reason why a call does not reach the plan; empty if it does.
-const char* switched_off(const std::string& impl);
+const char* switched_off(const std::string& impl, const Environment& environment);
 
 void throw_refusal(const Plan& plan);
 
 /// Raises where the caller insisted on Metal.
-void allow_fallback(const char* op, const std::string& impl, const MetalError& error);
+void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
+    const MetalError& error);
 
 /// Raises unless the schema has as many arguments and results as the lists here: torch would
 /// otherwise hand over something else under each name.

@@ -29,11 +29,11 @@ struct Binding {
   Binding() = default;
   Binding(unsigned index, const torch::stable::Tensor& tensor)
       : index(index), tensor(tensor.get()) {}
-  unsigned index = kBufferParams;
-  AtenTensorHandle tensor = nullptr;
+  unsigned index;
+  AtenTensorHandle tensor;
 };
 
-/// The tensors of a dispatch, without memory of their own to allocate.
+/// The tensors of a dispatch, without memory of their own to allocate or to clear.
 class Bindings {
  public:
   Bindings() = default;

@@ -18,7 +18,8 @@ from torch import Tensor
 from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
-from .varlen import PACKED, check_longest, packed_call, unpacked
+from .key_ranges import check_cu_seqlens
+from .varlen import PACKED, check_longest, packed_call, unpacked, unpacked_with_lse
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
@@ -167,7 +168,8 @@ def flash_attn_varlen_func(
             the backward faster (docs/packed-batches.md).
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in
             `flash_attn_func`, within each sequence; Sq and Sk are its own lengths.
-        alibi_slopes: (Hq) or (1, Hq) float32. Slopes by sequence are refused.
+        alibi_slopes: (Hq) or (sequences, Hq) float32. Slopes that differ between sequences
+            make memory grow with their number (docs/packed-batches.md).
         return_attn_probs: also return lse and S_dmask.
         block_table: None; paged keys are refused.
 
@@ -175,7 +177,7 @@ def flash_attn_varlen_func(
         out (total_q, Hq, Dv), or (out, lse, S_dmask) with lse (Hq, total_q), as `flash_attn_func`.
 
     Raises:
-        As `flash_attn_func`; NotImplementedError for a block_table or slopes by sequence.
+        As `flash_attn_func`; NotImplementedError for a block_table.
     """
     operands = _Operands("flash_attn_varlen_func", q, k, v, (("q", q), ("k", k), ("v", v)))
     if block_table is not None:
@@ -332,23 +334,15 @@ def _packed(
 ) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
     checks.check_length_first(op, PACKED, given, (q, k, v))
-    slopes = options.alibi_slopes
-    by_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] > 1
-    if by_sequence:
-        raise NotImplementedError(
-            f"{op}: alibi_slopes must be the same for all sequences, shape ({q.shape[1]},); got "
-            f"{tuple(slopes.shape)}: call each sequence on its own, or pad them and use "  # type: ignore[union-attr]
-            "flash_attn_func"
-        )
-    check_options(op, options, return_attn_probs, q, 1)
+    cu_seqlens = (sequences.of_query, sequences.of_key)
+    check_cu_seqlens(op, *cu_seqlens)
+    check_options(op, options, return_attn_probs, q, sequences.of_query.shape[0] - 1)
     longest = sequences.longest_key
     check_longest(op, longest)
-    cu_seqlens = (sequences.of_query, sequences.of_key)
     call = packed_call(op, (q, k, v), cu_seqlens, longest, **by_our_names(options, longest))
     if not return_attn_probs:
         return unpacked(run(call))
-    out, lse = run_with_lse(call)
-    return unpacked(out), lse[0], q.new_empty(0)
+    return *unpacked_with_lse(*run_with_lse(call)), q.new_empty(0)
 
 
 def by_our_names(options: Options, kv_len: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _raising_what_was_raised(op: Any) -> Any:
         try:
             if watch.watchers:
                 return watch.call(name, call, args, kwargs)
-            return call(*args, **kwargs)
+            return call(*args, **kwargs) if kwargs else call(*args)
         except RuntimeError as error:
             original = calls.take_pending(str(error))
             if original is None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from .. import calls
 from ..dropout import dropout_mask, rescale
 from ..ops import autograd
-from ..ops.schema import ForwardArgs
 from ..scoring import Scoring
 
 
@@ -56,8 +55,7 @@ class _TwiceDifferentiable(autograd._FlashAttention):
     ) -> tuple[Tensor | None, ...]:
         if dout is None or not torch.is_grad_enabled():
             return autograd._FlashAttention.backward(ctx, dout, drow_stats)
-        *tensors, _, _ = ctx.saved_tensors
-        call = ForwardArgs.read(autograd._join((*tensors, ctx.rest)))
+        call = autograd.saved_call(ctx.saved_tensors, ctx.rest)
         # Aliases: one tensor may be the query and the key, and has a gradient as each of them.
         query, key, value = (x.view_as(x) for x in (call.query, call.key, call.value))
         scoring, mask = call.scoring, call.scoring.attn_mask

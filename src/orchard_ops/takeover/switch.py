@@ -124,7 +124,8 @@ def disable() -> None:
 
 
 class _Handle:
-    """What `torch.nn.attention.restore_flash_attention_impl` ends."""
+    """What `torch.nn.attention.restore_flash_attention_impl` ends. torch 2.10 has no such function,
+    and so nothing ends it there."""
 
     def __init__(self) -> None:
         self._held = True
