@@ -546,7 +546,7 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         ),
         Filled(
             "decode: a window in a long room",
-            Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 99}),
+            Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 129}),
         ),
         Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
         Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
@@ -574,6 +574,7 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         ),
         Filled("decode: no keys", Cached((0, 3), q_len=5, options=_CAUSAL)),
         Filled("decode: no keys but sinks", Cached((0, 3), q_len=5, sinks=True, options=_CAUSAL)),
+        Filled("decode: a large softcap", Cached(options={"softcap": 1e4})),
         Filled("decode: slopes by head", Cached(q_len=2, alibi="head", heads=(6, 2))),
         Filled("decode: a full room", Cached((64, 63), capacity=64, q_len=2, options=_CAUSAL)),
         Filled(
