@@ -18,14 +18,14 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, report, runner
 from mutation.harness import DQ, FORWARD, ROOT, Sources
-from mutation.killers import killers, machine_code
+from mutation.killers import caches, killers, machine_code
 from mutation.operators import OPERATORS
 from mutation.sites import Code
 
 SOURCES = Sources()
 
 
-@pytest.mark.parametrize("killer", killers(), ids=lambda k: k.name)
+@pytest.mark.parametrize("killer", (*killers(), *caches.killers()), ids=lambda k: k.name)
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 
@@ -107,7 +107,10 @@ def test_all_files_are_mutated(all_of_them):
     assert {m.file for m in all_of_them} == set(mutants.FILES)
     sources = {*(ROOT / "shaders").glob("*.h"), *(ROOT / "native" / "plan").glob("*.cpp")}
     sources.remove(ROOT / "native" / "plan" / "plan_cache.cpp")
-    assert {str(p.relative_to(ROOT)) for p in sources} == set(mutants.FILES)
+    mutated = {*mutants.FILES, *mutants.CACHE_FILES}
+    assert {str(p.relative_to(ROOT)) for p in sources} == mutated
+    of_caches = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
+    assert {m.file for m in of_caches} == set(mutants.CACHE_FILES)
     assert len({m.key for m in all_of_them}) == len(all_of_them)
     assert {m.operator for m in all_of_them} == set(OPERATORS)
     barriers = [m for m in all_of_them if "barrier" in m.before and not m.text]
@@ -119,7 +122,8 @@ def test_all_files_are_mutated(all_of_them):
 
 def test_the_list_of_equivalent_mutants_is_up_to_date(all_of_them):
     listed = mutants.equivalences()
-    changes = {(m.file, m.function, m.before, m.after) for m in all_of_them}
+    every = (*all_of_them, *mutants.all_mutants(ROOT, mutants.CACHE_FILES))
+    changes = {(m.file, m.function, m.before, m.after) for m in every}
     for entry in listed:
         assert len(entry.reason) > 20, entry
         for before, after in entry.changes:
