@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cache.h"
+#include "call.h"
 #include "checks.h"
 #include "environment.h"
 #include "plan/join.h"
@@ -23,26 +25,6 @@ namespace {
 
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
-
-DType dtype_of(const Tensor& x) {
-  const int32_t code = dtype_code(x);
-  if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
-  if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
-  if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
-  if (code == aoti_torch_dtype_bool()) return DType::kBool;
-  return DType::kOther;
-}
-
-Layout layout_of(const Tensor& x) {
-  Layout layout;
-  const auto sizes = x.sizes(), strides = x.strides();
-  for (int d = 0; d < 4; d++) {
-    layout.sizes[d] = sizes[d];
-    layout.strides[d] = strides[d];
-  }
-  layout.offset = x.storage_offset();
-  return layout;
-}
 
 /// A mask of four dimensions, or of five (Scoring.attn_mask in Python), as five.
 MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
@@ -59,12 +41,9 @@ MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
   layout.strides[1] = dims == 5 ? strides[1] : 0;
   layout.offset = mask.storage_offset();
   layout.inner = layout.sizes[1];
-  if (dims == 5 && layout.sizes[1] == 1) layout.inner = batch / std::max<int64_t>(layout.sizes[0], 1);
+  if (dims == 5 && layout.sizes[1] == 1)
+    layout.inner = batch / std::max<int64_t>(layout.sizes[0], 1);
   return layout;
-}
-
-bool is_float32(const OptionalTensor& x) {
-  return !x.has_value() || dtype_code(*x) == aoti_torch_dtype_float32();
 }
 
 /// The largest number of keys that gives the same plan as `span`, so that sequences of ever new
@@ -114,36 +93,6 @@ Problem make_problem(const Operands& x, const Scoring& s, const Environment& env
   return problem;
 }
 
-/// A tensor, or none if it cannot be allocated.
-OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides, int32_t dtype) {
-  int32_t device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-      sizes.data(), strides.data(), dtype, device_type_of(like), device_index, &handle);
-  if (code != AOTI_TORCH_SUCCESS) return std::nullopt;
-  return Tensor(handle);
-}
-
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides, int32_t dtype) {
-  OptionalTensor x = try_empty_strided(like, sizes, strides, dtype);
-  if (!x.has_value()) {
-    throw std::runtime_error("orchard::flash_attn: cannot allocate a result: " + last_error());
-  }
-  return *x;
-}
-
-/// An uninitialised tensor in like's dtype and stride order, with a last size of its own.
-Tensor empty_in_order_of(const Tensor& like, int64_t last) {
-  Layout layout = layout_of(like);
-  layout.sizes[3] = last;
-  const auto strides = strides_in_order_of(layout.strides, layout.sizes);
-  return empty_strided(like, {layout.sizes.begin(), layout.sizes.end()},
-      {strides.begin(), strides.end()}, dtype_code(like));
-}
-
 /// Uninitialised and dense, of the mask's shape and dtype.
 Tensor empty_like_mask(const Tensor& mask) {
   std::vector<int64_t> sizes, strides(mask.dim());
@@ -156,61 +105,10 @@ Tensor empty_like_mask(const Tensor& mask) {
   return empty_strided(mask, sizes, strides, dtype_code(mask));
 }
 
-/// (B, H, L) float32
-Tensor empty_rows(const Tensor& q) {
-  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
-  return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
-}
-
 /// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
 Tensor empty_row_stats(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
-}
-
-void log_metal(const char* op, const Plan& plan, const Environment& environment) {
-  if (!environment.debug_enabled()) return;
-  for (const KernelPlan& kernel : plan.kernels) {
-    std::fprintf(
-        stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
-  }
-}
-
-/// The reason why a call does not reach the plan; empty if it does.
-const char* switched_off(const std::string& impl, const Environment& environment) {
-  if (impl == "reference") return "impl=\"reference\" was asked for";
-  if (environment.metal_disabled()) return "ORCHARD_DISABLE_METAL is set";
-  if (environment.torch_fast_math()) {
-    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
-           "need";
-  }
-  return "";
-}
-
-/// Raises where the caller insisted on Metal.
-void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
-    const MetalError& error) {
-  const bool insisted = impl == "metal" || (impl == "auto" && environment.strict());
-  if (!insisted) return;
-  const std::string detail = error.detail.empty() ? "" : " (" + error.detail + ")";
-  throw std::runtime_error(
-      join(op, ": the Metal kernels cannot run this call: ", error.what(), detail));
-}
-
-/// Hands a call over to a reference op: its results become this call's. That op, which is Python,
-/// remembers what it raises, and Python's caller of this one raises that instead of the text here.
-template <typename Call>
-void run_reference(const char* op, const Call& call, const std::string& reason,
-    StableIValue* results, uint64_t num_results) {
-  Stack arguments;
-  arguments.put(call);
-  arguments.put(reason);
-  std::vector<StableIValue>& stack = arguments.with_room_for(num_results);
-  const std::string name = op_namespace() + "::" + op;
-  const AOTITorchError code =
-      torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
-  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(last_error());
-  std::copy_n(stack.begin(), num_results, results);
 }
 
 void set_seed(AttentionParams& params, uint64_t seed) {
@@ -220,15 +118,6 @@ void set_seed(AttentionParams& params, uint64_t seed) {
 
 TensorStrides strides_of(const Tensor& x) {
   return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-void throw_refusal(const Plan& plan) {
-  if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
-}
-
-/// float32 scratch and results of the kernels.
-Tensor empty_floats(const Tensor& like, int64_t elements) {
-  return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
 
 /// What scores read besides q and k, for the kernels that form them.
@@ -415,29 +304,10 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
   return grads;
 }
 
-template <size_t N>
-void put_results(StableIValue* stack, const std::array<Tensor, N>& results) {
-  for (const Tensor& x : results) *stack++ = torch::stable::detail::from(x);
-}
-
 /// A gradient that nobody asks for.
 Tensor no_gradient(const Tensor& like) { return empty_strided(like, {0}, {1}, dtype_code(like)); }
 
-/// Raises unless the schema has as many arguments and results as the lists here: torch would
-/// otherwise hand over something else under each name.
-void check_counts(bool as_listed) {
-  if (!as_listed) {
-    throw std::runtime_error(
-        "orchard::flash_attn: the native library is of another version than the Python package");
-  }
-}
-
 }  // namespace
-
-std::string& op_namespace() {
-  static auto& name = *new std::string("orchard");  // read until the process ends
-  return name;
-}
 
 void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumForwardArguments && num_results == 2);
@@ -555,6 +425,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(forward_calls.load());
   stack[1] = torch::stable::detail::from(backward_calls.load());
+  stack[2] = torch::stable::detail::from(metal_decodes());
 }
 
 }  // namespace orchard

@@ -10,7 +10,7 @@ https://github.com/Dao-AILab/flash-attention, version 2.7.
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def flash_attn_func(
         NotImplementedError: alibi_slopes that require grad.
     """
     operands = _Operands("flash_attn_func", q, k, v, (("q", q), ("k", k), ("v", v)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -97,7 +97,7 @@ def flash_attn_qkvpacked_func(
     op = "flash_attn_qkvpacked_func"
     q, k, v = _unpack(op, "qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("qkv", qkv),))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -128,7 +128,7 @@ def flash_attn_kvpacked_func(
     op = "flash_attn_kvpacked_func"
     k, v = _unpack(op, "kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -184,7 +184,7 @@ def flash_attn_varlen_func(
         raise NotImplementedError(
             f"{operands.op}: keys in pages are not supported; got a block_table"
         )
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -218,7 +218,7 @@ def flash_attn_varlen_qkvpacked_func(
     op = "flash_attn_varlen_qkvpacked_func"
     q, k, v = _unpack(op, "qkv", qkv, 3, "(total, 3, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("qkv", qkv),))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens, cu_seqlens, max_seqlen)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -254,7 +254,7 @@ def flash_attn_varlen_kvpacked_func(
     op = "flash_attn_varlen_kvpacked_func"
     k, v = _unpack(op, "kv", kv, 2, "(total, 2, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -276,7 +276,7 @@ class _Operands(NamedTuple):
         return f"orchard_ops.{self.function}"
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """The further arguments that all functions have in common."""
 
     dropout_p: float
@@ -307,7 +307,7 @@ def _unpack(
     return packed.unbind(axis)
 
 
-def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> Results:
+def _dense(operands: _Operands, options: Options, return_attn_probs: bool) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
     checks.check_length_first(op, _DENSE, given, (q, k, v))
     if not q.shape[0] == k.shape[0] == v.shape[0]:
@@ -315,9 +315,9 @@ def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> R
             f"{op}: q, k and v must have the same batch size; got {q.shape[0]}, {k.shape[0]} and "
             f"{v.shape[0]}"
         )
-    _check_options(op, options, return_attn_probs, q, q.shape[0])
+    check_options(op, options, return_attn_probs, q, q.shape[0])
     q_len, kv_len = q.shape[1], k.shape[1]
-    named = _by_our_names(options, kv_len)
+    named = by_our_names(options, kv_len)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     call = prepare(*heads_first, enable_gqa=True, **named)  # type: ignore[arg-type]
     s = call.scoring
@@ -330,22 +330,22 @@ def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> R
 
 
 def _packed(
-    operands: _Operands, sequences: _Sequences, options: _Options, return_attn_probs: bool
+    operands: _Operands, sequences: _Sequences, options: Options, return_attn_probs: bool
 ) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
     checks.check_length_first(op, PACKED, given, (q, k, v))
     cu_seqlens = (sequences.of_query, sequences.of_key)
     check_cu_seqlens(op, *cu_seqlens)
-    _check_options(op, options, return_attn_probs, q, sequences.of_query.shape[0] - 1)
+    check_options(op, options, return_attn_probs, q, sequences.of_query.shape[0] - 1)
     longest = sequences.longest_key
     check_longest(op, longest)
-    call = packed_call(op, (q, k, v), cu_seqlens, longest, **_by_our_names(options, longest))
+    call = packed_call(op, (q, k, v), cu_seqlens, longest, **by_our_names(options, longest))
     if not return_attn_probs:
         return unpacked(run(call))
     return *unpacked_with_lse(*run_with_lse(call)), q.new_empty(0)
 
 
-def _by_our_names(options: _Options, kv_len: int) -> dict[str, object]:
+def by_our_names(options: Options, kv_len: int) -> dict[str, Any]:
     """As `prepare` takes them; sides of at least `kv_len` are open."""
     left, right = options.window_size
     return {
@@ -359,8 +359,13 @@ def _by_our_names(options: _Options, kv_len: int) -> dict[str, object]:
     }
 
 
-def _check_options(
-    op: str, options: _Options, return_attn_probs: bool, q: Tensor, batch: int
+def check_options(
+    op: str,
+    options: Options,
+    returns_lse: bool,
+    q: Tensor,
+    batch: int,
+    flag_name: str = "return_attn_probs",
 ) -> None:
     dropout_p, scale, causal, window, softcap, slopes = options
     for name, number in (
@@ -381,7 +386,7 @@ def _check_options(
             f"{op}: softcap must be positive and finite in float32, or at most 0 for none; "
             f"got {softcap}"
         )
-    for name, flag in (("causal", causal), ("return_attn_probs", return_attn_probs)):
+    for name, flag in (("causal", causal), (flag_name, returns_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be True or False; got {flag!r}")
     pair = isinstance(window, tuple | list) and len(window) == 2

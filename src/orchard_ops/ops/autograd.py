@@ -99,27 +99,30 @@ class _Formula(_SingleLevelFunction):
             return cls.apply(*args)
 
 
+def _compute(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Calls FORWARD below autograd, with what `_split` makes of its arguments."""
+    args = _join(tensors[:-1], tensors[-1], rest)
+    if torch._C._are_functorch_transforms_active():
+        with _below_transform():
+            return FORWARD(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
+
+
 class _FlashAttention(_Formula):
     """Computes out and row_stats by flash_attn_fwd, with flash_attn_bwd as the derivative.
 
     Arguments that cannot be tensors come in one tuple, since autograd spends time on every
-    argument.
+    argument. It would on a setup_context, too.
     """
 
     @staticmethod
-    def forward(*parts: Any) -> tuple[Tensor, Tensor]:
-        args = _join(parts[:_FIRST_TENSORS], parts[-2], parts[-1])
-        if torch._C._are_functorch_transforms_active():
-            with _below_transform():
-                return FORWARD(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:-1])  # in the backward's order
-        ctx.rest = inputs[-1]
+    def forward(ctx: Any, *parts: Any) -> tuple[Tensor, Tensor]:
+        results = _compute(parts[:-1], parts[-1])
+        ctx.save_for_backward(*parts[:3], *results, *parts[3:-1])  # in the backward's order
+        ctx.rest = parts[-1]
         ctx.set_materialize_grads(False)
+        return results
 
     @staticmethod
     def backward(
@@ -193,8 +196,10 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
     _refuse_trainable_slopes(call.scoring.alibi_slopes)
     args = call.flat()
-    formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
-    return formula(*_split(args))
+    *tensors, rest = _split(args)
+    if _needs_grad(args):
+        return _FlashAttention.record(*tensors, rest)
+    return _compute(tuple(tensors), rest)
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ _FAR = 1 << 28  # ORCHARD_MAX_LENGTH
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
-class _Sparse:
+class Sparse:
     """float32 numbers in memory that exists only where it is touched."""
 
     def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], behind: int = 0):
@@ -30,6 +30,11 @@ class _Sparse:
         self.flat = torch.frombuffer(self._memory, dtype=F32)
         self.tensor = self.flat.as_strided(shape, strides)
         self.buffer = engine.Buffer(self.flat.data_ptr(), 4 * length)
+
+    def as_integers(self) -> Tensor:
+        """The tensor's bits."""
+        x = self.tensor
+        return self.flat.view(torch.int32).as_strided(x.shape, x.stride())
 
 
 def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_len: int,
@@ -52,7 +57,7 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
     for name, shape in sizes.items():
         place_ = packed.get(name, (0, 70, 2, 1)) if len(shape) == 4 else (q_len, 1)
         place_ = (2 * q_len, 2, 1) if name == "row_stats" else place_
-        x[name] = _Sparse(shape, place_)
+        x[name] = Sparse(shape, place_)
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
     if sinks:
         x["sinks"] = _Sparse((heads,), (1,))
@@ -109,14 +114,14 @@ def _far_ds(
         shape = {"key": keys, "value": keys, "dk": keys, "dv": keys}.get(name, rows)
         shape = {"row_stats": (*stats, 2), "delta": stats}.get(name, shape)
         place_ = {3: (2 * q_len, 2, 1), 2: (q_len, 1)}.get(len(shape), (0, 70 * 64, 64, 1))
-        x[name] = _Sparse(shape, place_)
+        x[name] = Sparse(shape, place_)
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
     blocks = -(-q_len // 8)
     key_blocks = key_end // 8
     ds = (2, key_blocks, 8, 8, 8)  # head, key block, query block, key, query
     tiles = 2 * key_blocks * blocks * 64
     behind = 2 * q_len * 64 if kv_len > key_end else 0  # dq's sums
-    x["ds"] = _Sparse(ds, (key_blocks * blocks * 64, blocks * 64, 64, 8, 1), behind)
+    x["ds"] = Sparse(ds, (key_blocks * blocks * 64, blocks * 64, 64, 8, 1), behind)
     if family == DQ_FROM_DS:
         x["ds"].tensor.copy_(torch.randn(ds, generator=generator))
     layouts = {

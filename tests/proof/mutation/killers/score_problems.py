@@ -23,9 +23,11 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    hides: str = ""  # "": as the case draws it; "blocks", "padding", "rows", "firsts" (of blocks);
-    # "late" raises keys instead
+    #: "": as the case draws it; "blocks", "entries", "padding", "rows", "firsts" (of blocks);
+    #: "half": half as much; "late" raises keys instead.
+    hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
+    transposed: bool = False  # whether those of a key do, of one query after the other
     folded: tuple[int, int] = (0, 0)  # the mask's two batch dimensions, if it has two
     dlse: bool = True
     store_ds: bool = False
@@ -33,6 +35,7 @@ class Scores:
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
+    edges: str = ""  # what becomes of these: "inside", "first key", "long", "late", "other rows"
     span: int = 0  # of keys, as the plan hears of it
     columns: bool = False  # whether it is the queries of one column that lie side by side
 
@@ -50,8 +53,14 @@ class Scores:
             return _without_firsts(rows, keys).expand(mask.shape)
         if self.hides == "late":  # the first weights would be right below 2^16 of the later ones
             return torch.where(keys < 32, 0.0, 15.9998 * math.log(2)).expand(mask.shape)
+        if self.hides == "half":
+            batches, heads = (torch.arange(n)[:, None, None] for n in mask.shape[:2])
+            return mask | ((rows // 32 + heads + batches[:, None]) % 2 == 0)
+        entries, heads = (torch.arange(mask.shape[d]) for d in (0, 1))
+        entries = entries[:, None, None, None] + heads[:, None, None]
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
+            "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
         }[self.hides]  # fmt: skip
         hidden = hidden.expand(mask.shape)
@@ -146,10 +155,15 @@ def _placed(mask: Tensor, problem: Scores) -> tuple[Tensor, MaskPlace, Tensor, T
     if folded != (0, 0):
         mask = mask[: math.prod(folded)]
     five = _five(mask, folded)
-    pad = 2 if problem.side_by_side else 1 + five.shape[4] % 2
-    wide = five.new_ones((*five.shape[:4], five.shape[4] + pad))
-    offset = pad if five.shape[4] > 1 else 0
-    view = wide[..., offset:] if offset else wide[..., :1]
+    if problem.transposed:
+        wide = five.new_ones((*five.shape[:3], five.shape[4], five.shape[3] + 1))
+        view, offset = wide[..., : five.shape[3]].mT, 0
+    else:
+        pad = 2 if problem.side_by_side else 1 + five.shape[4] % 2
+        pad = 0 if problem.side_by_side and five.shape[4] == 1 else pad
+        wide = five.new_ones((*five.shape[:4], five.shape[4] + pad))
+        offset = pad if five.shape[4] > 1 else 0
+        view = wide[..., offset:] if offset else wide[..., :1]
     view.copy_(five)
     outer, inner = five.shape[:2]
     inner_size = inner if inner > 1 else case.batch // outer
@@ -178,6 +192,32 @@ def _aligned(key_ranges: Tensor) -> Tensor:
     return aligned
 
 
+def _with_edges(key_ranges: Tensor, edges: str) -> Tensor:
+    """What `edges` names. "inside": a key less at each end. "first key": every prefix is one key,
+    every other 8 rows see nothing else. "long": 65 keys. "late": none from row 520 on.
+    "other rows": 12 keys, and of every other row more, as a prefix.
+    """
+    edged, rows = key_ranges.clone(), torch.arange(key_ranges.shape[2])
+    begin, end, _, prefix = edged.unbind(-1)
+    if edges == "inside":
+        begin += 1
+        end -= 1
+        prefix.sub_(1).clamp_(min=0)
+    elif edges == "first key":
+        prefix[:] = 1
+        end[:] = torch.where(rows // 8 % 2 == 0, begin, end)
+    elif edges == "long":
+        prefix[:] = 0
+        end[:] = begin + 65
+    elif edges == "other rows":
+        begin[:], end[:] = 0, 12
+        prefix[:] = torch.where(rows % 2 == 0, 24, 0)
+    else:
+        begin[:], prefix[:] = 0, 0
+        end[:] = torch.where(rows < 520, 1 << 20, 0)
+    return edged
+
+
 @functools.cache
 def given(problem: Scores) -> Given:
     case = problem.case
@@ -188,9 +228,11 @@ def given(problem: Scores) -> Given:
     if mask is not None:
         memory, mask_place, mask, meaning = _placed(mask, problem)
         tensors["mask"] = memory.view(torch.uint8) if memory.dtype == torch.bool else memory
-    for name, x in (("alibi_slopes", scoring.alibi_slopes), ("sinks", scoring.sinks)):
-        if x is not None:
-            tensors[name] = x
+    if scoring.sinks is not None:
+        tensors["sinks"] = scoring.sinks
+    if scoring.alibi_slopes is not None:  # every other number
+        between = torch.full_like(scoring.alibi_slopes, math.nan)
+        tensors["alibi_slopes"] = torch.stack((scoring.alibi_slopes, between), -1)
     dlse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(2))
     if problem.dlse:
         tensors["dlse"] = dlse
@@ -200,8 +242,11 @@ def given(problem: Scores) -> Given:
         if problem.extreme:
             key_ranges[..., ::7, 0], key_ranges[..., 1::7, 1] = -(1 << 31), (1 << 31) - 1
             key_ranges[..., 2::7, 2], key_ranges[..., 4::7, 2] = -(1 << 31), (1 << 31) - 1
+            key_ranges[..., 3::7, 2] = (1 << 28) + 40
         if problem.aligned:
             key_ranges = _aligned(key_ranges)
+        if problem.edges:
+            key_ranges = _with_edges(key_ranges, problem.edges)
         tensors["key_ranges"] = key_ranges.contiguous()
     scoring = scoring._replace(attn_mask=mask, key_ranges=key_ranges)
     arguments = scoring._asdict() | {"dropout_seed": SEED}
@@ -244,7 +289,7 @@ def given(problem: Scores) -> Given:
             "key_span": problem.span,
         }
     if slopes is not None:
-        fields |= {"alibi_batch": slopes.stride(0) if slopes.dim() == 2 else 0, "alibi_head": 1}
+        fields |= {"alibi_batch": 2 * slopes.stride(0) if slopes.dim() == 2 else 0, "alibi_head": 2}
     if mask_place is not None:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)

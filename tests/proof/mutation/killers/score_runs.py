@@ -63,7 +63,7 @@ def plan_of(problem: Scores, sources: Sources, out: Tensor, backward: bool) -> t
     )
     assert not plan["refusal"], plan["refusal"]
     for kernel in plan["kernels"]:
-        if problem.parts and kernel["family"] == DMASK:
+        if problem.parts and kernel["family"] in IN_PARTS:
             kernel["groups"][0] = kernel["groups"][0] // params.dmask_parts * problem.parts
             params.dmask_parts = problem.parts
     return plan, params

@@ -8,6 +8,7 @@ from the sources under test, with what the others have left, and its results are
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,6 +97,19 @@ PROBLEMS: dict[str, Scores] = {
     "outer batches": Scores(_BASE.but(batch=4, mask="bool"), "rows", folded=(2, 1)),
     "inner batches": Scores(_BASE.but(batch=4, mask="same", kv_len=66), "rows", folded=(1, 2),
                             side_by_side=True),
+    "transposed": Scores(_BASE.but(mask="float32", q_len=75), "blocks", transposed=True,
+                         mask_grad=True),
+    "half of a mask": Scores(_BASE.but(mask="bool", q_len=130), "half"),
+    "heads of a mask of few keys": Scores(_BASE.but(mask="bool", kv_len=20,
+                                                    mask_full=(True, True, False, False))),
+    "padding in a window": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True),
+                                            window_right=5, diagonal=3), "padding"),
+    "outer and inner batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 2), mask_grad=True),
+    "half of a mask of batches": Scores(_BASE.but(batch=4, mask="bool"), "half", folded=(2, 2)),
+    "half of a mask of outer batches": Scores(_BASE.but(batch=4, mask="bool"), "half",
+                                              folded=(2, 1)),
+    "sinks of many rows": Scores(Case(300, 9, 16, batch=2, sinks=True)),
+    "softcap, hardly": Scores(_BIAS.but(softcap=1000.0), mask_grad=True),
     "narrow values": Scores(_BASE.but(head_dim=24, value_dim=9)),
     "wide values": Scores(_BASE.but(head_dim=9, value_dim=24)),
     # What lies behind the last key that a row sees, also within its row of a block, is NaN.
@@ -127,6 +141,13 @@ PROBLEMS: dict[str, Scores] = {
     "bias beside columns": Scores(_NARROW.but(head_dim=16), columns=True, mask_grad=True),
     "bias of outer batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 1), mask_grad=True),
     "bias of inner batches": Scores(_BIAS.but(batch=4), folded=(1, 2), mask_grad=True),
+    "bias of all beside ALiBi": Scores(_BIAS.but(mask_full=(False, False, True, True),
+                                                 alibi="batch"), mask_grad=True),
+    "bias of whole blocks": Scores(_BIAS.but(q_len=96, kv_len=64, sinks=True), "blocks",
+                                   mask_grad=True),
+    "bias of blocks and one": Scores(_BIAS.but(q_len=65, kv_len=65), "blocks", mask_grad=True),
+    "bias of keys of inner batches": Scores(
+        _BIAS.but(batch=6, mask_full=(True, True, False, True)), folded=(1, 2), mask_grad=True),
     "bias of many": Scores(Case(9, 10, 16, batch=70, num_heads=1, mask="float32",
                                 mask_full=(False, False, True, True)), mask_grad=True),
     "bias of keys": Scores(_BIAS.but(mask_full=(True, False, False, True), q_len=75, kv_len=100,
@@ -143,6 +164,9 @@ PROBLEMS: dict[str, Scores] = {
     "bias of capped pairs": Scores(_WIDE.but(head_dim=96, q_len=75, mask="float32", softcap=1.5,
                                              mask_full=(True, False, False, True)),
                                    "padding", mask_grad=True),
+    "bias of capped pairs, a query less": Scores(
+        _WIDE.but(head_dim=96, q_len=63, mask="float32", softcap=1.5,
+                  mask_full=(True, False, False, True)), mask_grad=True),
     "bias of long columns": Scores(Case(2200, 9, 96, num_heads=2, mask="float32", softcap=1.5,
                                         mask_full=(False, False, False, True)),
                                    mask_grad=True, parts=1),
@@ -153,6 +177,12 @@ PROBLEMS: dict[str, Scores] = {
     "stored bias": Scores(_WIDE.but(mask="float32", q_len=75, kv_len=100, window_left=30,
                                     window_right=15, diagonal=12), "blocks", store_ds=True,
                           mask_grad=True),
+    "stored bias of whole blocks": Scores(
+        _WIDE.but(mask="float32", q_len=64, kv_len=64, window_left=28, window_right=4,
+                  diagonal=12), store_ds=True, mask_grad=True),
+    "stored bias of blocks and one": Scores(
+        _WIDE.but(mask="float32", q_len=65, kv_len=65, window_left=29, window_right=13,
+                  diagonal=12), store_ds=True, mask_grad=True),
     "stored bias of all": Scores(_WIDE.but(mask="float32", mask_full=(False, False, True, True),
                                            q_len=75), "rows", store_ds=True, mask_grad=True),
     "stored bias of outer batches": Scores(_WIDE.but(batch=4, num_kv_heads=2, mask="same",
@@ -160,36 +190,96 @@ PROBLEMS: dict[str, Scores] = {
                                            folded=(2, 1), store_ds=True, mask_grad=True),
     "stored bias of many": Scores(Case(9, 10, 64, batch=70, num_heads=1, mask="float32",
                                        mask_full=(False, False, True, True)), store_ds=True,
-                                  mask_grad=True),
+                                  mask_grad=True, parts=1),
     "stored bias beside ranges": Scores(_WIDE.but(ranges="any", ranges_full=(False, True),
                                                   mask="float32", q_len=75, kv_len=100,
                                                   mask_full=(True, False, True, True)),
                                         "blocks", store_ds=True, mask_grad=True),
+    "stored bias beside aligned ranges": Scores(
+        _WIDE.but(ranges="any", mask="float32", q_len=75, kv_len=200), aligned=True,
+        store_ds=True, mask_grad=True),
     "bias of rows": Scores(_BIAS.but(mask_full=(True, False, True, False), q_len=150, sinks=True,
                                      window_right=0, diagonal=-10), mask_grad=True),
+    "bias of rows without dlse": Scores(
+        _BIAS.but(mask_full=(True, False, True, False), sinks=True), dlse=False, mask_grad=True),
+    "bias of rows of inner batches": Scores(
+        _BIAS.but(batch=6, mask_full=(True, False, True, False)), folded=(1, 2), mask_grad=True),
     "bias of rows, half": Scores(_BIAS.but(mask_full=(False, True, True, False), mask="same",
-                                           dtype=F16), mask_grad=True),
+                                           dtype=F16), mask_grad=True, dlse=False),
     "bias of one": Scores(_BIAS.but(mask_full=(False, True, False, False), q_len=300),
                           mask_grad=True),
     "bias of one, many": Scores(_BIAS.but(mask_full=(False, False, False, False), batch=35,
                                           num_heads=2, q_len=5, sinks=True), mask_grad=True),
+    "entries of outer batches": Scores(_BASE.but(batch=4, mask="bool"), "entries", folded=(2, 1)),
+    "entries of inner batches": Scores(_BASE.but(batch=4, mask="bool"), "entries", folded=(1, 2)),
+    "entries of all": Scores(_BASE.but(mask="bool"), "entries"),
+    "rows of a mask, side by side": Scores(
+        _BASE.but(mask="bool", q_len=75, window_left=20, window_right=9, diagonal=5,
+                  mask_full=(True, True, True, False)), side_by_side=True),
+    "padding beside a window": Scores(_BASE.but(mask="bool", window_right=9,
+                                                mask_full=(True, False, False, True)), "padding"),
+    "hardly capped": Scores(_BIAS.but(softcap=3000.0, scale=1.0), mask_grad=True),
+    "hardly capped pairs": Scores(_WIDE.but(head_dim=96, softcap=3000.0, scale=1.0)),
+    "sinks of 33 blocks": Scores(Case(264, 9, 16, num_heads=2, sinks=True), dlse=False),
+    "bias of two blocks": Scores(_BIAS.but(q_len=64, kv_len=64), "blocks", mask_grad=True),
+    "bias of one beyond blocks": Scores(_BIAS.but(q_len=65, kv_len=65), mask_grad=True),
+    "stored bias of two blocks": Scores(_WIDE.but(mask="float32", q_len=64, kv_len=64,
+                                                    window_left=16, window_right=16),
+                                          store_ds=True, mask_grad=True),
+    "stored bias of one beyond blocks": Scores(_WIDE.but(mask="float32", q_len=65, kv_len=65,
+                                                         window_left=25, window_right=17),
+                                               store_ds=True, mask_grad=True),
+    "stored bias of all in parts": Scores(_WIDE.but(mask="float32",
+                                                    mask_full=(False, False, True, True)),
+                                          store_ds=True, mask_grad=True, parts=2),
+    "stored bias beside documents": Scores(
+        _WIDE.but(ranges="documents", mask="float32", q_len=130, kv_len=130), store_ds=True,
+        mask_grad=True),
+    "stored bias beside ranges of whole blocks": Scores(
+        _WIDE.but(ranges="any", mask="float32", q_len=75, kv_len=200), aligned=True,
+        store_ds=True, mask_grad=True),
+    "bias of all beside slopes": Scores(_BIAS.but(mask_full=(False, False, True, True),
+                                                  alibi="head"), mask_grad=True),
+    "bias of long columns in runs": Scores(Case(1100, 9, 96, num_heads=2, mask="float32",
+                                                softcap=1.5, alibi="head",
+                                                mask_full=(False, False, False, True)),
+                                           mask_grad=True, parts=4),
     "ranges": Scores(_RANGES.but(window_left=20, window_right=9, dropout_p=0.2)),
     "ranges, extreme": Scores(_RANGES.but(window_left=30), extreme=True),
     "ranges, extreme to the right": Scores(_RANGES.but(window_right=12), extreme=True),
-    "ranges, aligned": Scores(_RANGES.but(kv_len=200), aligned=True),
-    "ranges, aligned, stored": Scores(_WIDE.but(ranges="any", q_len=150, kv_len=200), aligned=True,
+    "ranges, extreme to the left": Scores(_RANGES.but(window_left=1 << 28), extreme=True),
+    "ranges, aligned": Scores(_RANGES.but(q_len=79, kv_len=200), aligned=True),
+    "ranges, aligned, stored": Scores(_WIDE.but(ranges="any", q_len=152, kv_len=200), aligned=True,
                                       store_ds=True, span=64),
-    "ranges, aligned, pairs": Scores(_WIDE.but(head_dim=96, ranges="any", q_len=75, kv_len=200),
+    "ranges, aligned, pairs": Scores(_WIDE.but(head_dim=96, ranges="any", q_len=73, kv_len=200),
                                      aligned=True),
     "ranges, aligned, beside a bias": Scores(
         _RANGES.but(mask="float32", kv_len=200, mask_full=(False, True, True, True)),
         aligned=True, mask_grad=True),
+    "ranges, inside": Scores(_RANGES.but(kv_len=200), aligned=True, edges="inside"),
+    "ranges, inside, stored": Scores(_WIDE.but(ranges="any", q_len=150, kv_len=200), aligned=True,
+                                     edges="inside", store_ds=True, span=64),
+    "ranges of a first key": Scores(_RANGES.but(kv_len=200), aligned=True, edges="first key"),
+    "ranges of a first key, stored": Scores(
+        _WIDE.but(ranges="any", q_len=150, kv_len=200), aligned=True, edges="first key",
+        store_ds=True, span=57),
+    "ranges a key too long": Scores(
+        _WIDE.but(ranges="any", q_len=150, kv_len=200), aligned=True, edges="long",
+        store_ds=True, span=57),
+    "ranges of one head": Scores(_RANGES.but(q_len=72, num_heads=1, num_kv_heads=1,
+                                             ranges_full=(True, False))),
+    "ranges of blocks and one row": Scores(_RANGES.but(q_len=65)),
+    "ranges of blocks of 8": Scores(_RANGES.but(head_dim=80, num_heads=2, num_kv_heads=1)),
+    "ranges of early rows": Scores(Case(800, 9, 16, num_heads=1, ranges="any"), edges="late"),
     "ranges of batches": Scores(_RANGES.but(ranges_full=(True, False), alibi="head")),
     "ranges of heads": Scores(_RANGES.but(ranges_full=(False, True), mask="bool", sinks=True),
                               "blocks"),
     "ranges of documents": Scores(_RANGES.but(ranges="documents", batch=1, dtype=F16)),
     "ranges of padding": Scores(_RANGES.but(ranges="padding", dtype=BF16)),
     "ranges of a prefix": Scores(_RANGES.but(ranges="prefix", kv_len=200, softcap=1.5)),
+    "ranges of a prefix, a key less": Scores(_RANGES.but(ranges="prefix", kv_len=190)),
+    "ranges of few rows": Scores(_RANGES.but(q_len=16, kv_len=200), aligned=True),
+    "ranges of a prefix in other rows": Scores(_RANGES, edges="other rows"),
     "ranges, stored": Scores(_WIDE.but(ranges="any", q_len=75, kv_len=100, window_left=40,
                                        alibi="head"), store_ds=True),
     "ranges of a prefix, stored": Scores(_WIDE.but(ranges="prefix", mask="bool", kv_len=200),
@@ -210,6 +300,9 @@ PROBLEMS: dict[str, Scores] = {
     "ranges of heads beside a bias of all": Scores(
         _RANGES.but(ranges_full=(False, True), mask="float32",
                     mask_full=(False, False, True, True)), "blocks", mask_grad=True),
+    "ranges beside a bias of capped pairs": Scores(
+        _WIDE.but(head_dim=96, ranges="any", q_len=75, kv_len=200, softcap=1.5, mask="float32",
+                  mask_full=(True, False, False, True)), aligned=True, mask_grad=True),
     "ranges of batches beside inner batches": Scores(
         _RANGES.but(ranges_full=(True, False), batch=4, mask="bool",
                     mask_full=(True, False, True, False)), folded=(1, 2)),
@@ -252,6 +345,7 @@ def checked() -> tuple[Scored, ...]:
             "bias of one",
             "ranges",
             "ranges, extreme",
+            "ranges of blocks of 8",
             "ranges of a prefix, stored",
             "ranges of heads beside a bias of all",
             "ranges of a span",
@@ -272,7 +366,8 @@ def _families(problem: Scores) -> list[str]:
     elif problem.mask_grad and not case.mask_full[2] and not (pairs and case.softcap):
         of_mask = [DMASK_SUM_KEYS]
     elif problem.mask_grad:
-        shared = not case.mask_full[0] or not case.mask_full[2] or problem.folded != (0, 0)
+        shared = not (case.mask_full[0] and case.mask_full[2])
+        shared = shared or math.prod(problem.folded) % case.batch != 0
         from_ds = problem.store_ds and not case.softcap and not problem.span
         of_mask = [DMASK_FROM_DS if from_ds else DMASK, *[DMASK_SUM] * shared]
     return [
