@@ -60,9 +60,9 @@ def _far_results(sources: Sources, note: Callable[[str], None], family: str, q_l
         x[name] = Sparse(shape, place_)
         x[name].tensor.copy_(torch.randn(shape, generator=generator))
     if sinks:
-        x["sinks"] = _Sparse((heads,), (1,))
+        x["sinks"] = Sparse((heads,), (1,))
         x["sinks"].tensor.copy_(torch.randn(heads, generator=generator))
-        x["sink_parts"] = _Sparse((heads, 4), (q_len // 8, 1))
+        x["sink_parts"] = Sparse((heads, 4), (q_len // 8, 1))
     layouts = {
         short: ((1, t.shape[1], length, 2), tuple(t.stride()), 0)
         for short, t, length in (

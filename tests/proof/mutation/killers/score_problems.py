@@ -37,6 +37,7 @@ class Scores:
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
     edges: str = ""  # what becomes of these: "inside", "first key", "long", "late", "other rows"
     span: int = 0  # of keys, as the plan hears of it
+    raised: float = 0.0  # what sinks are raised by
     columns: bool = False  # whether it is the queries of one column that lie side by side
 
     @property
@@ -223,6 +224,8 @@ def given(problem: Scores) -> Given:
     case = problem.case
     q, k, v, dout = case.operands()
     scoring, mask = case.scoring(), problem.mask()
+    if scoring.sinks is not None:
+        scoring = scoring._replace(sinks=scoring.sinks + problem.raised)
     tensors = {"query": q, "key": k, "value": v, "dout": dout}
     mask_place = meaning = None
     if mask is not None:
@@ -292,7 +295,7 @@ def given(problem: Scores) -> Given:
         fields |= {"alibi_batch": 2 * slopes.stride(0) if slopes.dim() == 2 else 0, "alibi_head": 2}
     if mask_place is not None:
         fields["mask"] = mask_place
-    ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
+    ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight, scoring.sinks)
     _hide(case, tensors, seen, hidden)
     if problem.columns:
         tensors["query"] = tensors["query"].mT.contiguous().mT
@@ -316,7 +319,8 @@ def _hide(case: Case, tensors: dict[str, Tensor], seen: Tensor, hidden: Sequence
 
 
 def _ds(case: Case, operands: tuple[Tensor, ...], dlse: Tensor, mask: Tensor | None,
-        seen: Tensor, sight: Sight | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        seen: Tensor, sight: Sight | None,
+        sinks: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of scale * q k^T, and of what a mask is added to, in float64."""
     q, k, v, dout = (x.double() for x in operands)
     group, scoring = case.num_heads // case.num_kv_heads, case.scoring()
@@ -335,8 +339,8 @@ def _ds(case: Case, operands: tuple[Tensor, ...], dlse: Tensor, mask: Tensor | N
         score = score + mask.double()
     score = score.masked_fill(~seen, -1e30)
     logits = score
-    if scoring.sinks is not None:
-        sink = scoring.sinks.double().view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+    if sinks is not None:
+        sink = sinks.double().view(1, -1, 1, 1).expand(*score.shape[:3], 1)
         logits = torch.cat((score, sink), -1)
     weights = torch.softmax(logits, -1)[..., : case.kv_len] * seen
     if case.dropout_p:

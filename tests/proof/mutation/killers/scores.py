@@ -79,6 +79,7 @@ PROBLEMS: dict[str, Scores] = {
     "late scores": Scores(_BASE.but(mask="float32", scale=2.0**-40, dtype=F16, kv_len=64), "late"),
     "ALiBi by head": Scores(_BASE.but(alibi="head", diagonal=-7)),
     "sinks of whole blocks": Scores(Case(40, 9, 16, batch=2, num_heads=2, sinks=True)),
+    "sinks far above": Scores(Case(40, 9, 64, sinks=True), raised=92.0),
     "sinks, alone": Scores(_BASE.but(sinks=True, window_right=0, diagonal=-10)),
     "blocks of a mask": Scores(_BASE.but(mask="bool", q_len=75, kv_len=100), "blocks"),
     "one query less than blocks of a mask": Scores(_BASE.but(mask="bool", q_len=63)),
