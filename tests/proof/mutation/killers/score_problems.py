@@ -23,7 +23,7 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    hides: str = ""  # "": as the case draws it; "blocks", "padding", "rows"; "half": half as much
+    hides: str = ""  # "": as the case draws it; others: see mask()
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
     folded: tuple[int, int] = (0, 0)  # the mask's two batch dimensions, if it has two
@@ -52,6 +52,7 @@ class Scores:
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
+            "firsts": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
         }[self.hides]  # fmt: skip
         hidden = hidden.expand(mask.shape)
         if mask.dtype == torch.bool:

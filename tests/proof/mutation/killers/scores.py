@@ -92,6 +92,9 @@ PROBLEMS: dict[str, Scores] = {
     "half of a mask": Scores(_BASE.but(mask="bool", q_len=130), "half"),
     "heads of a mask of few keys": Scores(_BASE.but(mask="bool", kv_len=20,
                                                     mask_full=(True, True, False, False))),
+    "heads of a mask": Scores(_BASE.but(mask="bool", mask_full=(True, True, False, False))),
+    "first keys of blocks": Scores(_BASE.but(mask="bool"), "firsts"),
+    "halves of blocks": Scores(_WIDE.but(head_dim=96, mask="bool"), "sixteens"),
     "padding in a window": Scores(_BASE.but(mask="bool", mask_full=(True, False, False, True),
                                             window_right=5, diagonal=3), "padding"),
     "outer and inner batches": Scores(_BIAS.but(batch=4), "rows", folded=(2, 2), mask_grad=True),
@@ -121,6 +124,8 @@ PROBLEMS: dict[str, Scores] = {
                             "blocks", mask_grad=True),
     "bias in a window": Scores(_BIAS.but(q_len=75, kv_len=100, window_left=30, window_right=15,
                                          diagonal=12), mask_grad=True),
+    "bias in a window of later keys": Scores(_BIAS.but(
+        q_len=75, kv_len=120, window_left=10, window_right=15, diagonal=40), mask_grad=True),
     "bias of capped pairs in a window": Scores(
         _WIDE.but(head_dim=96, q_len=75, kv_len=100, mask="float32", softcap=1.5, window_left=20,
                   window_right=10, mask_full=(True, False, False, True)), mask_grad=True),
@@ -161,7 +166,7 @@ PROBLEMS: dict[str, Scores] = {
                                                  softcap=1.5, window_left=60, diagonal=-1000,
                                                  mask_full=(False, False, False, True)),
                                             mask_grad=True, parts=3),
-    "bias of long columns in four": Scores(Case(1100, 9, 96, num_heads=2, mask="float32",
+    "bias of long columns in four": Scores(Case(2200, 9, 96, num_heads=2, mask="float32",
                                                 softcap=1.5, mask_full=(False, False, False, True)),
                                            mask_grad=True, parts=4),
     "stored bias": Scores(_WIDE.but(mask="float32", q_len=75, kv_len=100, window_left=30,
