@@ -232,6 +232,7 @@ PROBLEMS: dict[str, Scores] = {
     "ranges of one head": Scores(_RANGES.but(q_len=72, num_heads=1, num_kv_heads=1,
                                              ranges_full=(True, False))),
     "ranges of blocks and one row": Scores(_RANGES.but(q_len=65)),
+    "ranges of a row less than blocks": Scores(_RANGES.but(q_len=71)),
     "ranges of blocks of 8": Scores(_RANGES.but(head_dim=80, num_heads=2, num_kv_heads=1)),
     "ranges of early rows": Scores(Case(800, 9, 16, num_heads=1, ranges="any"), edges="late"),
     "ranges of batches": Scores(_RANGES.but(ranges_full=(True, False), alibi="head")),
