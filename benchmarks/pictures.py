@@ -116,6 +116,12 @@ def features(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def _machine(result: dict[str, Any]) -> str:
+    """The processor's name, which results of before have under another key."""
+    environment = result["environment"]
+    return environment.get("machine") or environment["cpu"]
+
+
 def host_cost(result: dict[str, Any]) -> Figure:
     """What a call costs the host, in microseconds."""
     ways = ("forward", "backward", "forward + backward")
@@ -133,7 +139,7 @@ def host_cost(result: dict[str, Any]) -> Figure:
     axes.set_xticks(range(len(ways)), ways)
     axes.set_ylabel("microseconds, median")
     axes.set_title(
-        f"Host cost of a call ({result['environment']['cpu']}, simulated device, no kernel runs)",
+        f"Host cost of a call ({_machine(result)}, simulated device, no kernel runs)",
         fontsize=9,
     )
     axes.legend(fontsize=8)
@@ -180,7 +186,7 @@ def reference_cost(result: dict[str, Any]) -> Figure:
     space.set_ylabel("MiB that the process took")
     space.set_title("the same, dense, D 64", fontsize=9)
     space.legend(fontsize=8)
-    figure.suptitle(f"The reference kernels on a CPU ({result['environment']['cpu']})", size=9)
+    figure.suptitle(f"The reference kernels on a CPU ({_machine(result)})", size=9)
     return figure
 
 

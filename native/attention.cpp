@@ -9,7 +9,10 @@
 #include <cstdio>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
+#include "cache.h"
+#include "call.h"
 #include "checks.h"
 #include "environment.h"
 #include "plan/join.h"
@@ -20,36 +23,8 @@
 namespace orchard {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Bool:
-      return DType::kBool;
-    default:
-      return DType::kOther;
-  }
-}
-
-Layout layout_of(const Tensor& x) {
-  Layout layout;
-  const auto sizes = x.sizes(), strides = x.strides();
-  for (int d = 0; d < 4; d++) {
-    layout.sizes[d] = sizes[d];
-    layout.strides[d] = strides[d];
-  }
-  layout.offset = x.storage_offset();
-  return layout;
-}
 
 /// A mask of four dimensions, or of five (Scoring.attn_mask in Python), as five.
 MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
@@ -66,15 +41,22 @@ MaskLayout layout_of_mask(const Tensor& mask, int64_t batch) {
   layout.strides[1] = dims == 5 ? strides[1] : 0;
   layout.offset = mask.storage_offset();
   layout.inner = layout.sizes[1];
-  if (dims == 5 && layout.sizes[1] == 1) layout.inner = batch / std::max<int64_t>(layout.sizes[0], 1);
+  if (dims == 5 && layout.sizes[1] == 1)
+    layout.inner = batch / std::max<int64_t>(layout.sizes[0], 1);
   return layout;
 }
 
-bool is_float32(const OptionalTensor& x) {
-  return !x.has_value() || x->scalar_type() == ScalarType::Float;
+/// The largest number of keys that gives the same plan as `span`, so that sequences of ever new
+/// lengths share plans; 0 where there are not so many keys.
+int64_t rounded_span(int64_t span, int64_t kv_len) {
+  if (span >= kv_len) return 0;
+  constexpr int64_t kWhereverItBegins = 7;  // in a block of 8 keys
+  const int64_t blocks = blocks_of(span + kWhereverItBegins, ORCHARD_KEY_CHUNK);
+  const int64_t rounded = ORCHARD_KEY_CHUNK * blocks - kWhereverItBegins;
+  return rounded < kv_len ? rounded : 0;
 }
 
-Problem make_problem(const Operands& x, const Scoring& s) {
+Problem make_problem(const Operands& x, const Scoring& s, const Environment& environment) {
   Problem problem;
   problem.dtype = dtype_of(x.query);
   problem.q = layout_of(x.query);
@@ -98,7 +80,7 @@ Problem make_problem(const Operands& x, const Scoring& s) {
     const int64_t of_head = 4 * x.query.size(2), heads = s.key_ranges->size(1);
     problem.ranges_head = heads == 1 ? 0 : of_head;
     problem.ranges_batch = s.key_ranges->size(0) == 1 ? 0 : of_head * heads;
-    problem.key_span = s.key_span;
+    if (s.key_span > 0) problem.key_span = rounded_span(s.key_span, x.key.size(2));
   }
   problem.dropout_p = s.dropout_p;
   problem.scale = s.scale;
@@ -106,41 +88,9 @@ Problem make_problem(const Operands& x, const Scoring& s) {
   problem.window_right = s.window_right;
   problem.diagonal = s.diagonal;
   problem.softcap = s.softcap;
-  problem.scratch_bytes = scratch_bytes();
-  problem.tiles = chosen_tiles();
+  problem.scratch_bytes = environment.scratch_bytes();
+  problem.tiles = environment.chosen_tiles();
   return problem;
-}
-
-/// A tensor, or none if it cannot be allocated.
-OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides, int32_t dtype) {
-  int32_t device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-      sizes.data(), strides.data(), dtype, device_type_of(like), device_index, &handle);
-  if (code != AOTI_TORCH_SUCCESS) return std::nullopt;
-  return Tensor(handle);
-}
-
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides, int32_t dtype) {
-  OptionalTensor x = try_empty_strided(like, sizes, strides, dtype);
-  if (!x.has_value()) {
-    throw std::runtime_error("orchard::flash_attn: cannot allocate a result: " + last_error());
-  }
-  return *x;
-}
-
-/// An uninitialised tensor in like's dtype and stride order, with a last size of its own.
-Tensor empty_in_order_of(const Tensor& like, int64_t last) {
-  Layout layout = layout_of(like);
-  layout.sizes[3] = last;
-  const auto strides = strides_in_order_of(layout.strides, layout.sizes);
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(
-      like, {layout.sizes.begin(), layout.sizes.end()}, {strides.begin(), strides.end()}, dtype);
 }
 
 /// Uninitialised and dense, of the mask's shape and dtype.
@@ -152,65 +102,13 @@ Tensor empty_like_mask(const Tensor& mask) {
     strides[d] = next;
     next *= std::max<int64_t>(sizes[d], 1);
   }
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mask.get(), &dtype));
-  return empty_strided(mask, sizes, strides, dtype);
-}
-
-/// (B, H, L) float32
-Tensor empty_rows(const Tensor& q) {
-  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
-  return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
+  return empty_strided(mask, sizes, strides, dtype_code(mask));
 }
 
 /// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
 Tensor empty_row_stats(const Tensor& q) {
   const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
   return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
-}
-
-void log_metal(const char* op, const Plan& plan) {
-  if (!debug_enabled()) return;
-  for (const KernelPlan& kernel : plan.kernels) {
-    std::fprintf(
-        stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
-  }
-}
-
-/// The reason why a call does not reach the plan; empty if it does.
-const char* switched_off(const std::string& impl) {
-  if (impl == "reference") return "impl=\"reference\" was asked for";
-  if (switched_on("ORCHARD_DISABLE_METAL")) return "ORCHARD_DISABLE_METAL is set";
-  if (torch_fast_math()) {
-    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
-           "need";
-  }
-  return "";
-}
-
-/// Raises where the caller insisted on Metal.
-void allow_fallback(const char* op, const std::string& impl, const MetalError& error) {
-  const bool insisted = impl == "metal" || (impl == "auto" && switched_on("ORCHARD_STRICT"));
-  if (!insisted) return;
-  const std::string detail = error.detail.empty() ? "" : " (" + error.detail + ")";
-  throw std::runtime_error(
-      join(op, ": the Metal kernels cannot run this call: ", error.what(), detail));
-}
-
-/// Hands a call over to a reference op: its results become this call's. That op, which is Python,
-/// remembers what it raises, and Python's caller of this one raises that instead of the text here.
-template <typename Call>
-void run_reference(const char* op, const Call& call, const std::string& reason,
-    StableIValue* results, uint64_t num_results) {
-  Stack arguments;
-  arguments.put(call);
-  arguments.put(reason);
-  std::vector<StableIValue>& stack = arguments.with_room_for(num_results);
-  const std::string name = op_namespace() + "::" + op;
-  const AOTITorchError code =
-      torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
-  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(last_error());
-  std::copy_n(stack.begin(), num_results, results);
 }
 
 void set_seed(AttentionParams& params, uint64_t seed) {
@@ -220,15 +118,6 @@ void set_seed(AttentionParams& params, uint64_t seed) {
 
 TensorStrides strides_of(const Tensor& x) {
   return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-void throw_refusal(const Plan& plan) {
-  if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
-}
-
-/// float32 scratch and results of the kernels.
-Tensor empty_floats(const Tensor& like, int64_t elements) {
-  return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
 
 /// What scores read besides q and k, for the kernels that form them.
@@ -271,12 +160,15 @@ struct ScoreTensors {
 };
 
 /// out and row_stats on Metal. Throws MetalError.
-std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
+std::array<Tensor, 2> run_forward(
+    const Operands& x, const Scoring& s, const Environment& environment) {
   const auto& [q, k, v] = x;
   const uint64_t seed = checked_seed(s);
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor row_stats = empty_row_stats(q);
-  const auto plan = cached_plan_forward(make_problem(x, s), layout_of(out));
+  Problem problem = make_problem(x, s, environment);
+  problem.key_span = 0;  // a backward's matter
+  const auto plan = cached_plan_forward(problem, layout_of(out));
   throw_refusal(*plan);
   if (out.numel() == 0) return {out, row_stats};
   if (k.size(2) == 0 && !s.sinks.has_value()) {  // no keys: nothing to launch
@@ -289,7 +181,7 @@ std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
   }
   AttentionParams params = plan->params;
   set_seed(params, seed);
-  log_metal("flash_attn_fwd", *plan);
+  log_metal("flash_attn_fwd", *plan, environment);
   const ScoreTensors scores(x, s, *plan);
   // Code that a flag passes over at run time still wants its buffer, so sinks have a stand-in that
   // is never read, as keys have where there are none. What is no part of a variant is not bound.
@@ -305,7 +197,7 @@ std::array<Tensor, 2> run_forward(const Operands& x, const Scoring& s) {
     launch.set(params);
     dispatch(kernel, launch.groups, kernel.role == KernelRole::kMap ? for_map : tensors, params);
   }
-  return {out, row_stats};
+  return {std::move(out), std::move(row_stats)};
 }
 
 /// What a backward allocates for its kernels.
@@ -315,7 +207,7 @@ struct Gradients {
 };
 
 /// On Metal. Throws MetalError.
-Gradients run_backward(const BackwardCall& call) {
+Gradients run_backward(const BackwardCall& call, const Environment& environment) {
   const auto& [q, k, v] = call.operands;
   const Scoring& s = call.scoring;
   const Tensor &out = call.out, &dout = call.dout;
@@ -323,7 +215,7 @@ Gradients run_backward(const BackwardCall& call) {
   OptionalTensor dlse;
   if (call.dlse.has_value()) dlse = dense_rows(*call.dlse, q);
   const uint64_t seed = checked_seed(s);
-  Problem problem = make_problem(call.operands, s);
+  Problem problem = make_problem(call.operands, s, environment);
   problem.mask_grad = call.mask_grad && problem.has_mask;
   auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
   throw_refusal(*plan);
@@ -342,7 +234,7 @@ Gradients run_backward(const BackwardCall& call) {
   if (plan->ds_elements > 0) {
     ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
     if (!ds.has_value()) {
-      if (debug_enabled()) {
+      if (environment.debug_enabled()) {
         std::fprintf(stderr, "[orchard] flash_attn_bwd: no memory for dS, computing it twice\n");
       }
       problem.scratch_bytes = 0;
@@ -355,7 +247,7 @@ Gradients run_backward(const BackwardCall& call) {
   params.dk = strides_of(grads.dk);
   params.dv = strides_of(grads.dv);
   params.has_dlse = dlse.has_value();
-  log_metal("flash_attn_bwd", *plan);
+  log_metal("flash_attn_bwd", *plan, environment);
   const ScoreTensors scores(call.operands, s, *plan);
   // dlse has a stand-in that is never read, as in the forward.
   Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
@@ -412,49 +304,27 @@ Gradients run_backward(const BackwardCall& call) {
   return grads;
 }
 
-template <size_t N>
-void put_results(StableIValue* stack, const std::array<Tensor, N>& results) {
-  for (const Tensor& x : results) *stack++ = torch::stable::detail::from(x);
-}
-
 /// A gradient that nobody asks for.
-Tensor no_gradient(const Tensor& like) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(like, {0}, {1}, dtype);
-}
-
-/// Raises unless the schema has as many arguments and results as the lists here: torch would
-/// otherwise hand over something else under each name.
-void check_counts(bool as_listed) {
-  if (!as_listed) {
-    throw std::runtime_error(
-        "orchard::flash_attn: the native library is of another version than the Python package");
-  }
-}
+Tensor no_gradient(const Tensor& like) { return empty_strided(like, {0}, {1}, dtype_code(like)); }
 
 }  // namespace
-
-std::string& op_namespace() {
-  static auto& name = *new std::string("orchard");  // read until the process ends
-  return name;
-}
 
 void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumForwardArguments && num_results == 2);
   const auto call = Arguments(stack).take<ForwardCall>();
+  const Environment environment;
   std::string reason;
   try {
     check_operands(call.operands);
     check_scalars(call.scoring, call.impl);
     check_additions(call.scoring, call.operands);
-    reason = switched_off(call.impl);
+    reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
-    put_results(stack, run_forward(call.operands, call.scoring));
+    put_results(stack, run_forward(call.operands, call.scoring, environment));
     forward_calls++;
     return;
   } catch (const MetalError& error) {
-    allow_fallback("orchard::flash_attn_fwd", call.impl, error);
+    allow_fallback("orchard::flash_attn_fwd", call.impl, environment, error);
     reason = error.what();
   } catch (const Mistake& mistake) {
     reason = mistake.what();
@@ -465,6 +335,7 @@ void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
 void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == kNumBackwardArguments && num_results == 5);
   const auto call = Arguments(stack).take<BackwardCall>();
+  const Environment environment;
   std::string reason;
   try {
     check_operands(call.operands);
@@ -472,16 +343,17 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
     check_additions(call.scoring, call.operands);
     check_like_out(call.dout, call.operands);
     check_like_out(call.out, call.operands);
-    reason = switched_off(call.impl);
+    reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
-    const Gradients x = run_backward(call);
+    Gradients x = run_backward(call, environment);
     const Tensor& query = call.operands.query;
-    put_results<5>(stack, {x.dq, x.dk, x.dv, x.dmask.has_value() ? *x.dmask : no_gradient(query),
+    put_results<5>(stack, {std::move(x.dq), std::move(x.dk), std::move(x.dv),
+                              x.dmask.has_value() ? *x.dmask : no_gradient(query),
                               x.dsinks.has_value() ? *x.dsinks : no_gradient(query)});
     backward_calls++;
     return;
   } catch (const MetalError& error) {
-    allow_fallback("orchard::flash_attn_bwd", call.impl, error);
+    allow_fallback("orchard::flash_attn_bwd", call.impl, environment, error);
     reason = error.what();
   } catch (const Mistake& mistake) {
     reason = mistake.what();
@@ -499,9 +371,10 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
   check_operands(call.operands);
   check_scalars(call.scoring, call.impl);
   Plan plan;
-  plan.refusal = switched_off(call.impl);
+  const Environment environment;
+  plan.refusal = switched_off(call.impl, environment);
   if (plan.refusal.empty()) {
-    const Problem problem = make_problem(call.operands, call.scoring);
+    const Problem problem = make_problem(call.operands, call.scoring, environment);
     Layout out = problem.q;  // as the forward allocates it; dout is taken to be like it
     out.sizes[3] = problem.v.sizes[3];
     out.strides = strides_in_order_of(problem.q.strides, out.sizes);
@@ -552,6 +425,7 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(forward_calls.load());
   stack[1] = torch::stable::detail::from(backward_calls.load());
+  stack[2] = torch::stable::detail::from(metal_decodes());
 }
 
 }  // namespace orchard

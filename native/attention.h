@@ -4,12 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-
 namespace orchard {
-
-/// The dispatcher's namespace of the ops, which the Python package gives when it registers them.
-std::string& op_namespace();
 
 void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
@@ -18,7 +13,7 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
 void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 extern const char* const kPlanResults;  ///< as its schema has them
 
-/// Calls that have run as Metal kernels: forward, backward.
+/// Calls that have run as Metal kernels: forward, backward, decode.
 void metal_calls(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 }  // namespace orchard

@@ -20,6 +20,7 @@ PLAN_SOURCES = tuple(
     for name in (
         "forward",
         "backward",
+        "decode",
         "dscore_scratch",
         "instantiate",
         "params",
@@ -30,7 +31,15 @@ PLAN_SOURCES = tuple(
 SOURCES = (
     *(
         NATIVE / f"{name}.cpp"
-        for name in ("module", "attention", "checks", "environment", "shader_library")
+        for name in (
+            "module",
+            "call",
+            "attention",
+            "cache",
+            "checks",
+            "environment",
+            "shader_library",
+        )
     ),
     *PLAN_SOURCES,
     NATIVE / "plan" / "plan_cache.cpp",

@@ -8,8 +8,6 @@
 namespace orchard {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 /// Names what is wrong. Users read the message of the Python checks, or this one if there is none.
 void check(bool condition, const char* what) {
   if (!condition) throw Mistake(std::string("the native library takes no such ") + what);
@@ -21,7 +19,7 @@ void check_device(const Tensor& x, const Tensor& query) {
 
 bool has_rows_of(const Tensor& x, const Tensor& q) {
   return x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2) &&
-         x.scalar_type() == ScalarType::Float;
+         dtype_code(x) == aoti_torch_dtype_float32();
 }
 
 }  // namespace
@@ -32,18 +30,26 @@ int32_t device_type_of(const Tensor& x) {
   return device_type;
 }
 
+int32_t dtype_code(const Tensor& x) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  return code;
+}
+
 void check_operands(const Operands& operands) {
-  const auto& [q, k, v] = operands;
-  for (const Tensor* x : {&q, &k, &v}) {
-    check_device(*x, q);
+  const auto& [query, key, value] = operands;
+  const int32_t device = device_type_of(query), dtype = dtype_code(query);
+  for (const Tensor* x : {&query, &key, &value}) {
+    check(device_type_of(*x) == device, "mixture of devices");
     check(x->dim() == 4, "number of dimensions");
-    check(x->scalar_type() == q.scalar_type(), "mixture of dtypes");
-    check(x->size(0) == q.size(0), "mixture of batch sizes");
+    check(dtype_code(*x) == dtype, "mixture of dtypes");
   }
-  check(k.size(3) == q.size(3), "mixture of head_dims");
-  check(v.size(1) == k.size(1) && v.size(2) == k.size(2), "mixture of key and value shapes");
-  check(q.size(3) > 0 && v.size(3) > 0, "head_dim");
-  check(q.size(1) == k.size(1) || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), "number of heads");
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  check(k[0] == q[0] && v[0] == q[0], "mixture of batch sizes");
+  check(k[3] == q[3], "mixture of head_dims");
+  check(v[1] == k[1] && v[2] == k[2], "mixture of key and value shapes");
+  check(q[3] > 0 && v[3] > 0, "head_dim");
+  check(q[1] == k[1] || (k[1] > 0 && q[1] % k[1] == 0), "number of heads");
 }
 
 void check_scalars(const Scoring& s, const std::string& impl) {
@@ -89,7 +95,8 @@ void check_additions(const Scoring& s, const Operands& operands) {
   if (s.key_ranges.has_value()) {
     const Tensor& ranges = *s.key_ranges;
     check_device(ranges, q);
-    check(ranges.dim() == 4 && ranges.scalar_type() == ScalarType::Int, "dtype of key_ranges");
+    check(
+        ranges.dim() == 4 && dtype_code(ranges) == aoti_torch_dtype_int32(), "dtype of key_ranges");
     check((ranges.size(0) == 1 || ranges.size(0) == q.size(0)) &&
               (ranges.size(1) == 1 || ranges.size(1) == q.size(1)) && ranges.size(2) == q.size(2) &&
               ranges.size(3) == 4,
@@ -107,15 +114,17 @@ uint64_t checked_seed(const Scoring& s) {
   if (s.dropout_p == 0.0) return 0;
   check(s.dropout_seed.has_value(), "absence of dropout_seed");
   const Tensor& seed = *s.dropout_seed;
-  check(seed.dim() == 0 && seed.is_cpu() && seed.scalar_type() == ScalarType::Long, "dropout_seed");
+  check(seed.dim() == 0 && seed.is_cpu() && dtype_code(seed) == aoti_torch_dtype_int64(),
+      "dropout_seed");
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
 
 void check_like_out(const Tensor& x, const Operands& operands) {
-  const auto& [q, k, v] = operands;
-  check_device(x, q);
-  check(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
-            x.size(2) == q.size(2) && x.size(3) == v.size(3) && x.scalar_type() == q.scalar_type(),
+  const auto& [query, key, value] = operands;
+  check_device(x, query);
+  check(x.dim() == 4 && dtype_code(x) == dtype_code(query), "out or dout");
+  const auto sizes = x.sizes(), q = query.sizes();
+  check(sizes[0] == q[0] && sizes[1] == q[1] && sizes[2] == q[2] && sizes[3] == value.size(3),
       "out or dout");
 }
 

@@ -15,6 +15,9 @@ struct Mistake : std::runtime_error {
 
 int32_t device_type_of(const Tensor& x);
 
+/// The dtype as torch's C interface numbers them: a ScalarType takes many calls of it to find.
+int32_t dtype_code(const Tensor& x);
+
 void check_operands(const Operands& operands);
 void check_scalars(const Scoring& scoring, const std::string& impl);
 

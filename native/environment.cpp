@@ -2,17 +2,33 @@
 
 #include <cctype>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
 #include "plan/join.h"
 
+#ifdef __APPLE__
+extern "C" char*** _NSGetEnviron(void);
+#else
+extern "C" char** environ;
+#endif
+
 namespace orchard {
 namespace {
 
-std::string env_text(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
+bool begins_with(const char* text, const char* prefix) {
+  while (*prefix != '\0' && *text == *prefix) text++, prefix++;
+  return *prefix == '\0';
+}
+
+/// "NAME=value" each, and a null pointer behind the last.
+char** entries() {
+#ifdef __APPLE__
+  return *_NSGetEnviron();  // a library has no `environ` there
+#else
+  return environ;
+#endif
 }
 
 [[noreturn]] void refuse(const char* name, const char* wanted, const std::string& got) {
@@ -33,9 +49,26 @@ std::string trimmed_lower(const std::string& text) {
 
 }  // namespace
 
-bool switched_on(const char* name) {
-  const char* value = std::getenv(name);
-  if (value == nullptr || *value == '\0') return false;
+const std::array<const char*, Environment::kCount> Environment::kNames = {"ORCHARD_DEBUG",
+    "ORCHARD_DEBUG_FLASHATN", "ORCHARD_DISABLE_METAL", "ORCHARD_STRICT", "PYTORCH_MPS_FAST_MATH",
+    "ORCHARD_BACKWARD_SCRATCH_MB", "ORCHARD_TILES"};
+
+Environment::Environment() {
+  for (char** entry = entries(); entry != nullptr && *entry != nullptr; entry++) {
+    const char* text = *entry;
+    if (text[0] != 'O' && text[0] != 'P') continue;  // the least that passes over the others
+    if (!begins_with(text, "ORCHARD_") && !begins_with(text, "PYTORCH_MPS_")) continue;
+    for (size_t i = 0; i < kCount; i++) {
+      const size_t length = std::strlen(kNames[i]);
+      if (std::strncmp(text, kNames[i], length) != 0 || text[length] != '=') continue;
+      if (values_[i].empty()) values_[i] = text + length + 1;
+    }
+  }
+}
+
+bool Environment::switched_on(Variable variable) const {
+  const std::string& value = values_[variable];
+  if (value.empty()) return false;
   const std::string word = trimmed_lower(value);
   for (const char* on : {"1", "true", "yes", "on"}) {
     if (word == on) return true;
@@ -43,37 +76,39 @@ bool switched_on(const char* name) {
   for (const char* off : {"", "0", "false", "no", "off"}) {
     if (word == off) return false;
   }
-  refuse(name, "1, true, yes or on, or 0, false, no or off", value);
+  refuse(kNames[variable], "1, true, yes or on, or 0, false, no or off", value);
 }
 
-bool debug_enabled() {
-  return switched_on("ORCHARD_DEBUG") || switched_on("ORCHARD_DEBUG_FLASHATN");
-}
+bool Environment::debug_enabled() const { return switched_on(kDebug) || switched_on(kDebugOlder); }
 
-bool torch_fast_math() {
-  const std::string value = env_text("PYTORCH_MPS_FAST_MATH");
+bool Environment::metal_disabled() const { return switched_on(kDisableMetal); }
+
+bool Environment::strict() const { return switched_on(kStrict); }
+
+bool Environment::torch_fast_math() const {
+  const std::string& value = values_[kFastMath];
   return !value.empty() && value != "0";
 }
 
-int64_t scratch_bytes() {
+int64_t Environment::scratch_bytes() const {
   constexpr int64_t kDefaultMiB = 256;
-  const std::string text = env_text("ORCHARD_BACKWARD_SCRATCH_MB");
+  const std::string& text = values_[kScratch];
   if (text.empty()) return kDefaultMiB << 20;
   char* end = nullptr;
   const long long mib = std::strtoll(text.c_str(), &end, 10);
   if (*end != '\0' || mib < 0 || mib >= (1LL << 40)) {
-    refuse("ORCHARD_BACKWARD_SCRATCH_MB", "a whole number of MiB, 0 or more", text);
+    refuse(kNames[kScratch], "a whole number of MiB, 0 or more", text);
   }
   return static_cast<int64_t>(mib) << 20;
 }
 
-std::string chosen_tiles() {
-  const std::string text = env_text("ORCHARD_TILES");
+const std::string& Environment::chosen_tiles() const {
+  const std::string& text = values_[kTiles];
   if (text.empty()) return text;  // a stream would cost more than all checks
   std::istringstream entries(text);
   for (std::string entry; std::getline(entries, entry, ',');) {
     if (entry.rfind("attention_forward=", 0) != 0) {
-      refuse("ORCHARD_TILES", "attention_forward=TILE", text);
+      refuse(kNames[kTiles], "attention_forward=TILE", text);
     }
   }
   return text;

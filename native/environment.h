@@ -1,27 +1,57 @@
 // The environment variables, read anew by every call: programs change them as they run.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
 namespace orchard {
 
-/// Whether a variable is on: 1, true, yes or on. Unset, empty, 0, false, no and off are off, and
-/// capitals and spaces around make no difference. Anything else raises.
-/// src/orchard_ops/environment.py has the same rule.
-bool switched_on(const char* name);
+/// What a call asks of the environment, taken from it in one pass: to look up each name would take
+/// longer than all checks of the operands.
+class Environment {
+ public:
+  Environment();
 
-/// ORCHARD_DEBUG or its older name.
-bool debug_enabled();
+  /// ORCHARD_DEBUG or its older name.
+  bool debug_enabled() const;
 
-/// PYTORCH_MPS_FAST_MATH, which PyTorch reads. Anything but 0 or an empty value is taken to be on,
-/// since the opposite mistake would give wrong numbers.
-bool torch_fast_math();
+  /// ORCHARD_DISABLE_METAL.
+  bool metal_disabled() const;
 
-/// The memory that a backward may take for dS. 0 is the low-memory mode.
-int64_t scratch_bytes();
+  /// ORCHARD_STRICT.
+  bool strict() const;
 
-/// The tiles to take instead of the plan's. Only those of the forward can be chosen.
-std::string chosen_tiles();
+  /// PYTORCH_MPS_FAST_MATH, which PyTorch reads. Anything but 0 or an empty value is taken to be
+  /// on, since the opposite mistake would give wrong numbers.
+  bool torch_fast_math() const;
+
+  /// The memory that a backward may take for dS. 0 is the low-memory mode.
+  int64_t scratch_bytes() const;
+
+  /// The tiles to take instead of the plan's. Only those of the forward can be chosen.
+  const std::string& chosen_tiles() const;
+
+ private:
+  enum Variable : size_t {
+    kDebug,
+    kDebugOlder,
+    kDisableMetal,
+    kStrict,
+    kFastMath,
+    kScratch,
+    kTiles,
+    kCount
+  };
+  static const std::array<const char*, kCount> kNames;
+
+  /// Whether a variable is on: 1, true, yes or on. Unset, empty, 0, false, no and off are off, and
+  /// capitals and spaces around make no difference. Anything else raises.
+  /// src/orchard_ops/environment.py has the same rule.
+  bool switched_on(Variable variable) const;
+
+  std::array<std::string, kCount> values_;  // empty where a variable is not set
+};
 
 }  // namespace orchard

@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "attention.h"
+#include "cache.h"
+#include "call.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
 #include "shader_library.h"
@@ -19,7 +21,7 @@ using Kind = StableLibrary::Kind;
 // Counts the changes that the schemas below do not show, in what results and arguments mean.
 constexpr int kInterface = 3;
 
-/// The schemas of the two ops that Python defines, without default values, and of the plan.
+/// The schemas of the ops that Python defines, without default values, and of the plan.
 std::string forward_schema() {
   return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor row_stats)";
 }
@@ -27,6 +29,10 @@ std::string backward_schema() {
   return "flash_attn_bwd(" + backward_arguments() +
          ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)";
 }
+std::string decode_schema() {
+  return "flash_attn_decode(" + decode_arguments() + ") -> (Tensor out, Tensor lse)";
+}
+std::string append_schema() { return "flash_attn_append(" + append_arguments() + ") -> ()"; }
 std::string plan_schema() {
   return "flash_attn_plan(" + forward_arguments() + ") -> " + kPlanResults;
 }
@@ -42,7 +48,7 @@ void register_ops() {
   definitions->def("kernel_head_dims() -> int[]");
   definitions->def("plans_computed() -> int");
   definitions->def("plans_remembered() -> int");
-  definitions->def("metal_calls() -> (int forward, int backward)");
+  definitions->def("metal_calls() -> (int forward, int backward, int decode)");
   auto queries = library(Kind::IMPL, "CompositeExplicitAutograd");
   queries->impl("flash_attn_plan", &flash_attn_plan);
   queries->impl("kernel_head_dims", TORCH_BOX(&kernel_head_dims));
@@ -52,6 +58,8 @@ void register_ops() {
   auto kernels = library(Kind::IMPL, "MPS");
   kernels->impl("flash_attn_fwd", &flash_attn_fwd);
   kernels->impl("flash_attn_bwd", &flash_attn_bwd);
+  kernels->impl("flash_attn_decode", &flash_attn_decode);
+  kernels->impl("flash_attn_append", &flash_attn_append);
   libraries = {std::move(definitions), std::move(queries), std::move(kernels)};
 }
 
@@ -62,13 +70,14 @@ void register_ops() {
 
 /// What the library was built for, as one line:
 ///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
-///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...)
+///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...);
+///   flash_attn_append(...) -> ()
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
   using namespace orchard;
   static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
                                   forward_schema() + "; " + backward_schema() + "; " +
-                                  plan_schema();
+                                  plan_schema() + "; " + decode_schema() + "; " + append_schema();
   return line.c_str();
 }
 

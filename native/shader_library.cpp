@@ -94,7 +94,8 @@ struct Launch {
   const KernelPlan& kernel;
   const std::array<uint64_t, 2>& groups;
   const Bindings& tensors;
-  const AttentionParams& params;
+  const void* params;
+  uint64_t size;
   std::string failure;
 };
 
@@ -110,7 +111,7 @@ void encode(Function function, void* user_data) {
   for (const auto& [index, tensor] : launch.tensors) {
     if (!ok(aoti_torch_mps_set_arg_tensor(function, index, tensor), "binding a tensor")) return;
   }
-  if (!ok(set_arg_bytes()(function, kBufferParams, &launch.params, sizeof launch.params),
+  if (!ok(set_arg_bytes()(function, kBufferParams, launch.params, launch.size),
           "passing the parameters")) {
     return;
   }
@@ -135,8 +136,8 @@ std::string last_error() {
   return text == nullptr || *text == '\0' ? "torch printed the message on stderr" : text;
 }
 
-void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
-    const Bindings& tensors, const AttentionParams& params) {
+void dispatch_bytes(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
+    const Bindings& tensors, const void* params, uint64_t size) {
   static const pid_t owner = getpid();
   if (getpid() != owner) {
     throw std::runtime_error(
@@ -148,7 +149,7 @@ void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
   }
   Pipeline& pipeline = pipeline_of(kernel);
   if (!pipeline.failure.empty()) throw MetalError(pipeline.failure);
-  Launch launch{kernel, groups, tensors, params, {}};
+  Launch launch{kernel, groups, tensors, params, size, {}};
   const std::lock_guard<std::mutex> lock(pipeline.encoding);
   const AOTITorchError code = aoti_torch_mps_run_command_block(pipeline.function, &encode, &launch);
   if (code != AOTI_TORCH_SUCCESS && launch.failure.empty()) {

@@ -27,13 +27,13 @@ std::string last_error();
 /// A tensor and its buffer index; borrows the tensor for the duration of a dispatch.
 struct Binding {
   Binding() = default;
-  Binding(AttentionBuffer index, const torch::stable::Tensor& tensor)
+  Binding(unsigned index, const torch::stable::Tensor& tensor)
       : index(index), tensor(tensor.get()) {}
-  AttentionBuffer index = kBufferParams;
-  AtenTensorHandle tensor = nullptr;
+  unsigned index;
+  AtenTensorHandle tensor;
 };
 
-/// The tensors of a dispatch, without memory of their own to allocate.
+/// The tensors of a dispatch, without memory of their own to allocate or to clear.
 class Bindings {
  public:
   Bindings() = default;
@@ -54,8 +54,14 @@ class Bindings {
 std::string known_failure(const KernelPlan& kernel);
 
 /// Compiles the kernel's variant if need be and encodes it on PyTorch's own command encoder, with
-/// so many threadgroups in x and y. Throws MetalError.
+/// so many threadgroups in x and y and the bytes of its params. Throws MetalError.
+void dispatch_bytes(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
+    const Bindings& tensors, const void* params, uint64_t size);
+
+template <typename Params>
 void dispatch(const KernelPlan& kernel, const std::array<uint64_t, 2>& groups,
-    const Bindings& tensors, const AttentionParams& params);
+    const Bindings& tensors, const Params& params) {
+  dispatch_bytes(kernel, groups, tensors, &params, sizeof params);
+}
 
 }  // namespace orchard

@@ -297,9 +297,11 @@ def _join(folders: Sequence[Path], output: Path) -> bool:
     parts = [json.loads((folder / "proof.json").read_text()) for folder in folders]
     if len({part["environment"]["sources"]["digest"] for part in parts}) != 1:
         raise SystemExit("prove: the runs to be joined are of different kernels")
+    records = [record for part in parts for record in part["records"]]
+    groups = list(dict.fromkeys(record["group"] for record in records))
     result = {
         "environment": parts[0]["environment"],
-        "records": [record for part in parts for record in part["records"]],
+        "records": sorted(records, key=lambda record: groups.index(record["group"])),
         "kernels": {name: of for part in parts for name, of in part["kernels"].items()},
     }
     with zipfile.ZipFile(KERNELS) as archive:

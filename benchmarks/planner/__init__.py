@@ -30,16 +30,25 @@ DTYPES = ("float16", "bfloat16", "float32", "bool")
 """In the order of orchard::DType."""
 Params = _PARAMS.type("AttentionParams")
 """AttentionParams of shaders/params.h."""
+_CACHE = mirror.Header(ROOT / "shaders" / "decode_params.h", _PARAMS)
+DecodeParams = _CACHE.type("DecodeParams")
+"""DecodeParams of shaders/decode_params.h."""
 _Layout = _PROBLEM.type("Layout")
 _MaskLayout = _PROBLEM.type("MaskLayout")
 _Problem = _PROBLEM.type("Problem")
 _FIELDS = [name for name, _ in Params._fields_]
 _ENUMERATORS = _PARAMS.enumerators("AttentionBuffer")
-BUFFERS = tuple(
-    "".join(f"_{c.lower()}" if c.isupper() else c for c in name.removeprefix("kBuffer"))[1:]
-    for name in _ENUMERATORS
-)
+
+
+def _buffer(enumerator: str) -> str:
+    name = enumerator.removeprefix("kBuffer")
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name)[1:]
+
+
+BUFFERS = tuple(_buffer(name) for name in _ENUMERATORS)
 """What [[buffer(n)]] holds, as in AttentionBuffer: kBufferRowStats is row_stats."""
+CACHE_BUFFERS = {_buffer(name): number for name, number in _CACHE.numbers("CacheBuffer").items()}
+"""The same of CacheBuffer in shaders/decode_params.h."""
 
 Place = tuple[Sequence[int], Sequence[int], int]
 """Sizes, strides and offset of a tensor (B, H, length, head_dim), in elements."""
@@ -103,6 +112,18 @@ class Plan:
     hull_elements: int
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """orchard::DecodePlan"""
+
+    refusal: str
+    detail: str
+    advice: str
+    kernels: list[Kernel]
+    params: ctypes.Structure
+    part_rows: int
+
+
 def compile_planner(
     library: Path, root: Path = ROOT, *flags: str, objects: Path | None = None
 ) -> None:
@@ -132,7 +153,10 @@ def compile_planner(
     if objects is None:
         _run([*command, "-shared", *sources, "-o", library])
         return
-    headers = [root / "shaders" / "params.h", *sorted((root / "native").rglob("*.h"))]
+    headers = [
+        *sorted((root / "shaders").glob("*params.h")),
+        *sorted((root / "native").rglob("*.h")),
+    ]
     shared = b"".join(path.read_bytes() for path in headers)
     with tempfile.TemporaryDirectory() as folder:
         linked = []
@@ -157,7 +181,9 @@ class Planner:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("new_problem", "plan", "params"):
+        for name in (
+            "new_problem", "plan", "params", "plan_decode", "plan_append", "decode_params"
+        ):  # fmt: skip
             self._function(name).restype = ctypes.c_void_p
         for name in (
             "bytes_before_tiles",
@@ -166,9 +192,12 @@ class Planner:
             "num_kernels",
             "num_launches",
             "head_dims",
+            "bytes_of_decode_params",
         ):
             self._function(name).restype = ctypes.c_uint64
-        for name in ("ds_elements", "map_elements", "dmask_part_elements", "hull_elements"):
+        for name in (
+            "ds_elements", "map_elements", "dmask_part_elements", "hull_elements", "part_rows"
+        ):  # fmt: skip
             self._function(name).restype = ctypes.c_int64
         self._check_mirrors()
 
@@ -187,6 +216,8 @@ class Planner:
         ]
         if bytes_of != [ctypes.sizeof(x) for x in (_Problem, _Layout, _MaskLayout)]:
             raise RuntimeError("planner: its Problem is not that of native/plan/problem.h")
+        if self._function("bytes_of_decode_params")() != ctypes.sizeof(DecodeParams):
+            raise RuntimeError("planner: its DecodeParams is not that of shaders/decode_params.h")
 
     def plan(
         self,
@@ -228,6 +259,65 @@ class Planner:
         finally:
             self._library.bridge_delete_plan(answer)
             self._library.bridge_delete_problem(address)
+
+    def decode(
+        self, layouts: Mapping[str, Place], dtype: int, cache: Mapping[str, int], **fields: float
+    ) -> CachePlan:
+        """The plan of attention to a cache.
+
+        Args:
+            layouts: of q, k, v and out.
+            cache: paged, pages, page_size, entries, added, table_row, has_lengths, has_starts and
+                has_entries, 0 unless given.
+            fields: the other fields of orchard::Problem, as `plan` has them.
+        """
+        address = ctypes.c_void_p(self._library.bridge_new_problem())
+        answer = ctypes.c_void_p()
+        try:
+            problem = _Problem.from_address(address.value or 0)
+            problem.dtype = dtype
+            for name in ("q", "k", "v"):
+                setattr(problem, name, _layout(layouts[name]))
+            for name, value in fields.items():
+                if not hasattr(problem, name):
+                    raise AttributeError(f"orchard::Problem has no {name}")
+                setattr(problem, name, value)
+            numbers = _numbers(cache, _OF_CACHE)
+            out = ctypes.byref(_layout(layouts["out"]))
+            answer = ctypes.c_void_p(self._library.bridge_plan_decode(address, numbers, out))
+            return self._read_cache_plan(answer)
+        finally:
+            self._library.bridge_delete_plan(answer)
+            self._library.bridge_delete_problem(address)
+
+    def append(self, added: Place, into: Place, dtype: int, cache: Mapping[str, int]) -> CachePlan:
+        """The plan of filling a cache.
+
+        Args:
+            cache: paged, pages, offset, table_row, has_lengths and has_entries, 0 unless given.
+        """
+        numbers = _numbers(cache, _OF_APPEND)
+        places = (ctypes.byref(_layout(added)), ctypes.byref(_layout(into)))
+        answer = ctypes.c_void_p(self._library.bridge_plan_append(dtype, *places, numbers))
+        try:
+            return self._read_cache_plan(answer)
+        finally:
+            self._library.bridge_delete_plan(answer)
+
+    def _read_cache_plan(self, answer: ctypes.c_void_p) -> CachePlan:
+        texts = (ctypes.c_char_p * 3)()
+        self._library.bridge_texts(answer, texts)
+        params = DecodeParams.from_buffer_copy(
+            ctypes.string_at(
+                self._library.bridge_decode_params(answer), ctypes.sizeof(DecodeParams)
+            )
+        )
+        return CachePlan(
+            *(text.decode() for text in texts),
+            [self._kernel(answer, n) for n in range(self._library.bridge_num_kernels(answer))],
+            params,
+            self._library.bridge_part_rows(answer),
+        )
 
     def _read(self, answer: ctypes.c_void_p) -> Plan:
         texts = (ctypes.c_char_p * 3)()
@@ -277,6 +367,18 @@ class Planner:
         numbers = (ctypes.c_int64 * len(BUFFERS))()
         self._library.bridge_buffers(numbers)
         return dict(zip(BUFFERS, numbers))
+
+
+_OF_CACHE = (
+    "paged", "pages", "page_size", "entries", "added", "table_row", "has_lengths", "has_starts",
+    "has_entries",
+)  # fmt: skip
+_OF_APPEND = ("paged", "pages", "offset", "table_row", "has_lengths", "has_entries")
+
+
+def _numbers(given: Mapping[str, int], names: Sequence[str]) -> ctypes.Array:
+    assert given.keys() <= set(names), given.keys() - set(names)
+    return (ctypes.c_int64 * len(names))(*(int(given.get(name, 0)) for name in names))
 
 
 def _mask_layout(mask: MaskPlace) -> ctypes.Structure:

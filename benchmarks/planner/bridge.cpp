@@ -1,11 +1,12 @@
 // The plan of native/plan behind a C interface, for planner/__init__.py: what the library decides
 // on a Mac is asked here without torch. Compiled with two lists that mirror.py reads from
 // shaders/params.h: ORCHARD_BUFFERS, the names of the buffers, and ORCHARD_OFFSETS, an offsetof for
-// each field of AttentionParams.
+// each field of AttentionParams. Those of caches are read from shaders/decode_params.h.
 #include <algorithm>
 #include <cstddef>
 #include <string>
 
+#include "native/plan/decode.h"
 #include "native/plan/plan.h"
 
 using orchard::KernelPlan;
@@ -19,7 +20,18 @@ namespace {
 struct Answer {
   Plan plan;
   std::vector<std::string> alternatives;
+  DecodeParams params{};  // of caches
+  int64_t part_rows = 0;
 };
+
+Answer* answer_of(orchard::DecodePlan decode) {
+  auto* answer = new Answer;
+  answer->plan = std::move(decode.plan);
+  answer->alternatives.resize(answer->plan.kernels.size());
+  answer->params = decode.params;
+  answer->part_rows = decode.part_rows;
+  return answer;
+}
 
 }  // namespace
 
@@ -46,6 +58,45 @@ Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dou
   }
   return answer;
 }
+
+/// `numbers` are paged, pages, page_size, entries, added, table_row, has_lengths, has_starts,
+/// has_entries.
+Answer* bridge_plan_decode(const Problem* problem, const int64_t* numbers, const Layout* out) {
+  orchard::CacheProblem x;
+  x.attention = *problem;
+  x.paged = numbers[0] != 0;
+  x.pages = numbers[1];
+  x.page_size = numbers[2];
+  x.entries = numbers[3];
+  x.added = numbers[4];
+  x.cache.table_row = numbers[5];
+  x.cache.has_lengths = static_cast<int32_t>(numbers[6]);
+  x.cache.has_starts = static_cast<int32_t>(numbers[7]);
+  x.cache.has_entries = static_cast<int32_t>(numbers[8]);
+  x.attention.k.sizes[2] = x.attention.v.sizes[2] = orchard::capacity_of(x);
+  return answer_of(orchard::plan_decode(x, *out));
+}
+
+/// `numbers` are paged, pages, offset, table_row, has_lengths, has_entries.
+Answer* bridge_plan_append(
+    int32_t dtype, const Layout* added, const Layout* cache, const int64_t* numbers) {
+  orchard::AppendProblem x;
+  x.dtype = static_cast<orchard::DType>(dtype);
+  x.added = *added;
+  x.cache = *cache;
+  x.params.paged = static_cast<int32_t>(numbers[0]);
+  x.pages = numbers[1];
+  x.offset = numbers[2];
+  x.params.table_row = numbers[3];
+  x.params.has_lengths = static_cast<int32_t>(numbers[4]);
+  x.params.has_entries = static_cast<int32_t>(numbers[5]);
+  return answer_of(orchard::plan_append(x));
+}
+
+const DecodeParams* bridge_decode_params(const Answer* answer) { return &answer->params; }
+uint64_t bridge_bytes_of_decode_params() { return sizeof(DecodeParams); }
+int64_t bridge_part_rows(const Answer* answer) { return answer->part_rows; }
+
 void bridge_delete_plan(Answer* answer) { delete answer; }
 
 /// refusal, detail, advice

@@ -24,11 +24,12 @@ _FIELD = re.compile(
 
 
 class Header:
-    """The structs and enumerations of one header."""
+    """The structs and enumerations of one header, which may have those of another in them."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, included: Header | None = None):
         self._path = path
         self._text = _COMMENT.sub("", path.read_text(encoding="ascii"))
+        self._included = included
         self._known: dict[str, Type] = dict(NUMBERS)
 
     def _body(self, kind: str, name: str) -> str:
@@ -42,13 +43,21 @@ class Header:
         entries = self._body("enum", name).split(",")
         return [entry.split("=")[0].strip() for entry in entries if entry.strip()]
 
+    def numbers(self, name: str) -> dict[str, int]:
+        """The values of an enumeration in which each is written."""
+        entries = (entry.split("=") for entry in self._body("enum", name).split(","))
+        return {x[0].strip(): int(x[1]) for x in entries if len(x) == 2}
+
     def type(self, name: str) -> Type:
         """A struct of numbers, arrays and such structs; one with strings, up to the first of them.
 
         A struct whose fields have all one type is mirrored as an array.
         """
         if name not in self._known:
-            self._known[name] = self._new_type(name)
+            if self._included is not None and not re.search(rf"\bstruct {name} ", self._text):
+                self._known[name] = self._included.type(name)
+            else:
+                self._known[name] = self._new_type(name)
         return self._known[name]
 
     def _new_type(self, name: str) -> Type:

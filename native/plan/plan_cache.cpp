@@ -23,32 +23,52 @@ class Key {
         per_head_float32, alibi_batch, alibi_head, has_key_ranges, ranges_batch, ranges_head,
         key_span, dropout_p, scale, window_left, window_right, diagonal, softcap, scratch_bytes,
         tiles] = problem;
-    const Fields fields{{q, k, v, out, dout}, mask,
+    fields_ = {{q, k, v, out, dout}, mask,
         {backward, static_cast<int64_t>(dtype), has_mask, mask_grad,
             static_cast<int64_t>(mask_dtype), has_alibi, has_sinks, per_head_float32, alibi_batch,
             alibi_head, has_key_ranges, ranges_batch, ranges_head, key_span, window_left,
             window_right, diagonal, scratch_bytes},
         {dropout_p, scale, softcap}};
-    std::memcpy(words_.data(), &fields, sizeof fields);
     tiles_ = tiles;
   }
 
   bool operator==(const Key& other) const {
-    return words_ == other.words_ && tiles_ == other.tiles_;
+    return std::memcmp(&fields_, &other.fields_, sizeof fields_) == 0 && tiles_ == other.tiles_;
   }
 
   struct Hash {
     size_t operator()(const Key& key) const {
-      uint64_t hash = 0;
-      for (uint64_t word : key.words_) {
-        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
+      // What out, dout and the mask are follows from the rest as a rule. A step waits for the one
+      // before it, so the operands are mixed side by side.
+      const auto& [layouts, mask, integers, numbers] = key.fields_;
+      uint64_t q = 0, k = 0, v = 0;
+      for (size_t d = 0; d < 4; d++) {
+        q = mixed(mixed(q ^ bits(layouts[0].sizes[d])) ^ bits(layouts[0].strides[d]));
+        k = mixed(mixed(k ^ bits(layouts[1].sizes[d])) ^ bits(layouts[1].strides[d]));
+        v = mixed(mixed(v ^ bits(layouts[2].sizes[d])) ^ bits(layouts[2].strides[d]));
       }
-      return hash;
+      uint64_t other = 0, number = 0;
+      for (int64_t x : integers) other = mixed(other ^ bits(x));
+      for (double x : numbers) number = mixed(number ^ bits(x));
+      for (size_t i = 0; i < 3; i++) number = mixed(number ^ bits(layouts[i].offset));
+      return mixed(mixed(mixed(mixed(q) ^ k) ^ v) ^ other) ^ number;
     }
   };
 
  private:
+  template <typename Number>
+  static uint64_t bits(Number number) {
+    static_assert(sizeof(Number) == sizeof(uint64_t));
+    uint64_t word = 0;
+    std::memcpy(&word, &number, sizeof word);
+    return word;
+  }
+
+  static uint64_t mixed(uint64_t word) {
+    word *= 0x9E3779B97F4A7C15u;
+    return word ^ (word >> 29);
+  }
+
   struct Fields {
     Layout layouts[5];
     MaskLayout mask;
@@ -60,7 +80,7 @@ class Key {
                     sizeof(MaskLayout) == 12 * sizeof(uint64_t),
       "a key has no bytes that nobody writes");
 
-  std::array<uint64_t, sizeof(Fields) / sizeof(uint64_t)> words_;
+  Fields fields_;
   std::string tiles_;  // not hashed: all but always empty
 };
 

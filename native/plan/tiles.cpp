@@ -9,10 +9,11 @@
 namespace orchard {
 namespace {
 
-// Chosen by benchmarks/apple_model (docs/performance-tables.md): below 32 KiB or so of threadgroup memory
-// and 100 registers, so that a core holds 12 to 16 simdgroups. Blocks of more than 64 products may
-// cost more than the model knows; docs/performance-tables.md says where that was risked. No choice depends
-// on the GPU's generation or the problem's size until one has been measured.
+// Chosen by benchmarks/apple_model (docs/performance-tables.md): below 32 KiB or so of threadgroup
+// memory and 100 registers, so that a core holds 12 to 16 simdgroups. Blocks of more than 64
+// products may cost more than the model knows; docs/performance-tables.md says where that was
+// risked. No choice depends on the GPU's generation or the problem's size until one has been
+// measured.
 constexpr TileRow kTiles[] = {
     {32, 2, {2, 32, 2}, {32, 1}, {1, 32}, {2, 32}, {1, 32}},
     {64, 2, {1, 32, 2}, {16, 1}, {1, 16}, {2, 32}, {1, 32}},
@@ -67,8 +68,8 @@ int padded_head_dim(int64_t head_dim) {
 }
 
 int padded_value_dim(int64_t value_dim, int bd) {
-  // As few as pay (docs/performance-tables.md), since each is a variant of its own: those of multi-head
-  // latent attention.
+  // As few as pay (docs/performance-tables.md), since each is a variant of its own: those of
+  // multi-head latent attention.
   return bd == 192 && value_dim <= 128 ? 128 : bd;
 }
 

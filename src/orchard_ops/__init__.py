@@ -23,6 +23,7 @@ from .flash_attention import (  # noqa: E402
     flash_attn_varlen_qkvpacked_func,
 )
 from .key_ranges import KeyRanges  # noqa: E402
+from .kv_cache import flash_attn_with_kvcache  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
 from .report import Report, ReportedCall, report  # noqa: E402
 from .varlen import flash_attn_varlen  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "merge_attentions",
     "register_transformers",
     "report",

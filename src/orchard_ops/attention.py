@@ -17,14 +17,18 @@ from .scoring import Scoring
 
 _LARGE = 1e30
 """No scale in use is as large, and float32 can hold it."""
+_USUAL = Scoring()
+_BEHIND_WINDOWS = (*_USUAL[_USUAL._fields.index("window_right") + 1 :], "auto")
+"""The arguments of FORWARD that no usual call sets."""
+assert _USUAL._fields.index("window_right") == 7  # attend_usual names those before it
 
 
 def is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether `prepare` would surely accept the operands and leave them as they are."""
     return (
-        type(query) in eager.PLAIN
-        and type(key) in eager.PLAIN
-        and type(value) in eager.PLAIN
+        type(query) in eager.TENSORS
+        and type(key) in eager.TENSORS
+        and type(value) in eager.TENSORS
         and query.is_mps
         and plainly_right(query, key, value, enable_gqa)
         and (not torch.is_autocast_enabled("mps") or query.dtype == torch.get_autocast_dtype("mps"))
@@ -48,10 +52,13 @@ def attend_usual(
     window_left: int = -1,
     window_right: int = -1,
     record: Callable[..., Any] = autograd.record,
-) -> tuple[Tensor, Tensor, float]:
-    """out, row_stats and `Scoring.unit` of the call that `prepare` would make of arguments that
-    are usual, in less time."""
-    scoring = Scoring(  # by position, which takes less time than by name
+) -> tuple[Tensor, Tensor]:
+    """out and row_stats of the call that `prepare` would make of arguments that are usual, in less
+    time."""
+    args = (  # a Scoring takes longer to make
+        query,
+        key,
+        value,
         None,  # attn_mask
         None,  # alibi_slopes
         None,  # sinks
@@ -60,9 +67,9 @@ def attend_usual(
         1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         window_left,
         0 if is_causal else window_right,
+        *_BEHIND_WINDOWS,
     )
-    out, row_stats = autograd.attend(query, key, value, scoring, "auto", record)
-    return out, row_stats, scoring.unit
+    return autograd.attend_operands(args, record)
 
 
 def flash_attn(
@@ -141,10 +148,10 @@ def flash_attn(
         and (type(is_causal) is bool and type(enable_gqa) is bool and type(softcap) is float)
         and is_usual(query, key, value, enable_gqa)
     ):
-        out, row_stats, unit = attend_usual(
+        out, row_stats = attend_usual(
             query, key, value, dropout_p, is_causal, scale, window_left, window_right
         )
-        return (out, schema.public_lse(row_stats, unit)) if return_lse else out
+        return (out, schema.public_lse(row_stats, _USUAL.unit)) if return_lse else out
     call = prepare(
         query,
         key,
@@ -177,7 +184,7 @@ def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _run(call: Call, record: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    out, row_stats = autograd.attend(*call.operands, call.scoring, call.impl, record)
+    out, row_stats = autograd.attend(call.flat(), record)
     return call.restore(out * 0.0 if call.drops_all else out), row_stats
 
 

@@ -35,7 +35,9 @@ _warned: set[str] = set()
 _logged: set[tuple[str, str, Description]] = set()
 _MOST_LOGGED = 1000
 """Distinct calls that are logged: a program whose lengths never repeat must not fill the memory."""
-_metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0}
+_metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0, "flash_attn_decode": 0}
+_ALWAYS_SAID = ("flash_attn_fwd", "flash_attn_bwd")
+"""The ops whose counter `stats` has even at 0."""
 
 _OURS = (
     f"{Path(__file__).parent}/",
@@ -174,11 +176,12 @@ def stats() -> Stats:
     """Calls of this process by path and reason, see `Stats`."""
     metal = native.metal_calls()
     with _lock:
+        counts = {op: n - _metal_before_reset[op] for op, n in metal.items()}
         reference: dict[str, dict[str, int]] = {}
         for (op, reason), count in _reference.items():
             reference.setdefault(reason, {})[op] = count
         return Stats(
-            {op: n - _metal_before_reset[op] for op, n in metal.items()},
+            {op: n for op, n in counts.items() if n or op in _ALWAYS_SAID},
             reference,
             dict(_left_to_pytorch),
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .cache import CacheCall
 from .scoring import Scoring
 
 
@@ -39,6 +40,17 @@ def describe(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Des
         query.device.type,
         ", ".join(_arguments(query, scoring)),
     )
+
+
+def describe_cache(call: CacheCall) -> Description:
+    """The same of attention to a cache: what says where its keys are is among the arguments."""
+    words = [f"added {call.added}"] if call.added else []
+    for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"):
+        numbers = getattr(call, name)
+        words += [] if numbers is None else [_tensor(name, numbers)]
+    described = describe(call.query, call.key, call.value, call.scoring)
+    known = [described.arguments] if described.arguments else []
+    return described._replace(arguments=", ".join((*known, *words)))
 
 
 def describe_sdpa(

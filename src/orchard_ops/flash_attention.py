@@ -10,7 +10,7 @@ https://github.com/Dao-AILab/flash-attention, version 2.7.
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
-from .varlen import PACKED, check_longest, packed_call, unpacked
+from .key_ranges import check_cu_seqlens
+from .varlen import PACKED, check_longest, packed_call, unpacked, unpacked_with_lse
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
@@ -67,7 +68,7 @@ def flash_attn_func(
         NotImplementedError: alibi_slopes that require grad.
     """
     operands = _Operands("flash_attn_func", q, k, v, (("q", q), ("k", k), ("v", v)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -96,7 +97,7 @@ def flash_attn_qkvpacked_func(
     op = "flash_attn_qkvpacked_func"
     q, k, v = _unpack(op, "qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("qkv", qkv),))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -127,7 +128,7 @@ def flash_attn_kvpacked_func(
     op = "flash_attn_kvpacked_func"
     k, v = _unpack(op, "kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(operands, options, return_attn_probs)
 
 
@@ -167,7 +168,8 @@ def flash_attn_varlen_func(
             the backward faster (docs/packed-batches.md).
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in
             `flash_attn_func`, within each sequence; Sq and Sk are its own lengths.
-        alibi_slopes: (Hq) or (1, Hq) float32. Slopes by sequence are refused.
+        alibi_slopes: (Hq) or (sequences, Hq) float32. Slopes that differ between sequences
+            make memory grow with their number (docs/packed-batches.md).
         return_attn_probs: also return lse and S_dmask.
         block_table: None; paged keys are refused.
 
@@ -175,14 +177,14 @@ def flash_attn_varlen_func(
         out (total_q, Hq, Dv), or (out, lse, S_dmask) with lse (Hq, total_q), as `flash_attn_func`.
 
     Raises:
-        As `flash_attn_func`; NotImplementedError for a block_table or slopes by sequence.
+        As `flash_attn_func`; NotImplementedError for a block_table.
     """
     operands = _Operands("flash_attn_varlen_func", q, k, v, (("q", q), ("k", k), ("v", v)))
     if block_table is not None:
         raise NotImplementedError(
             f"{operands.op}: keys in pages are not supported; got a block_table"
         )
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -216,7 +218,7 @@ def flash_attn_varlen_qkvpacked_func(
     op = "flash_attn_varlen_qkvpacked_func"
     q, k, v = _unpack(op, "qkv", qkv, 3, "(total, 3, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("qkv", qkv),))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens, cu_seqlens, max_seqlen)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -252,7 +254,7 @@ def flash_attn_varlen_kvpacked_func(
     op = "flash_attn_varlen_kvpacked_func"
     k, v = _unpack(op, "kv", kv, 2, "(total, 2, heads, head_dim)")
     operands = _Operands(op, q, k, v, (("q", q), ("kv", kv)))
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _packed(operands, sequences, options, return_attn_probs)
 
@@ -274,7 +276,7 @@ class _Operands(NamedTuple):
         return f"orchard_ops.{self.function}"
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """The further arguments that all functions have in common."""
 
     dropout_p: float
@@ -305,7 +307,7 @@ def _unpack(
     return packed.unbind(axis)
 
 
-def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> Results:
+def _dense(operands: _Operands, options: Options, return_attn_probs: bool) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
     checks.check_length_first(op, _DENSE, given, (q, k, v))
     if not q.shape[0] == k.shape[0] == v.shape[0]:
@@ -313,9 +315,9 @@ def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> R
             f"{op}: q, k and v must have the same batch size; got {q.shape[0]}, {k.shape[0]} and "
             f"{v.shape[0]}"
         )
-    _check_options(op, options, return_attn_probs, q, q.shape[0])
+    check_options(op, options, return_attn_probs, q, q.shape[0])
     q_len, kv_len = q.shape[1], k.shape[1]
-    named = _by_our_names(options, kv_len)
+    named = by_our_names(options, kv_len)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     call = prepare(*heads_first, enable_gqa=True, **named)  # type: ignore[arg-type]
     s = call.scoring
@@ -328,30 +330,22 @@ def _dense(operands: _Operands, options: _Options, return_attn_probs: bool) -> R
 
 
 def _packed(
-    operands: _Operands, sequences: _Sequences, options: _Options, return_attn_probs: bool
+    operands: _Operands, sequences: _Sequences, options: Options, return_attn_probs: bool
 ) -> Results:
     op, q, k, v, given = (operands.op, *operands[1:])
     checks.check_length_first(op, PACKED, given, (q, k, v))
-    slopes = options.alibi_slopes
-    by_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] > 1
-    if by_sequence:
-        raise NotImplementedError(
-            f"{op}: alibi_slopes must be the same for all sequences, shape ({q.shape[1]},); got "
-            f"{tuple(slopes.shape)}: call each sequence on its own, or pad them and use "  # type: ignore[union-attr]
-            "flash_attn_func"
-        )
-    _check_options(op, options, return_attn_probs, q, 1)
+    cu_seqlens = (sequences.of_query, sequences.of_key)
+    check_cu_seqlens(op, *cu_seqlens)
+    check_options(op, options, return_attn_probs, q, sequences.of_query.shape[0] - 1)
     longest = sequences.longest_key
     check_longest(op, longest)
-    cu_seqlens = (sequences.of_query, sequences.of_key)
-    call = packed_call(op, (q, k, v), cu_seqlens, longest, **_by_our_names(options, longest))
+    call = packed_call(op, (q, k, v), cu_seqlens, longest, **by_our_names(options, longest))
     if not return_attn_probs:
         return unpacked(run(call))
-    out, lse = run_with_lse(call)
-    return unpacked(out), lse[0], q.new_empty(0)
+    return *unpacked_with_lse(*run_with_lse(call)), q.new_empty(0)
 
 
-def _by_our_names(options: _Options, kv_len: int) -> dict[str, object]:
+def by_our_names(options: Options, kv_len: int) -> dict[str, Any]:
     """As `prepare` takes them; sides of at least `kv_len` are open."""
     left, right = options.window_size
     return {
@@ -365,8 +359,13 @@ def _by_our_names(options: _Options, kv_len: int) -> dict[str, object]:
     }
 
 
-def _check_options(
-    op: str, options: _Options, return_attn_probs: bool, q: Tensor, batch: int
+def check_options(
+    op: str,
+    options: Options,
+    returns_lse: bool,
+    q: Tensor,
+    batch: int,
+    flag_name: str = "return_attn_probs",
 ) -> None:
     dropout_p, scale, causal, window, softcap, slopes = options
     for name, number in (
@@ -387,7 +386,7 @@ def _check_options(
             f"{op}: softcap must be positive and finite in float32, or at most 0 for none; "
             f"got {softcap}"
         )
-    for name, flag in (("causal", causal), ("return_attn_probs", return_attn_probs)):
+    for name, flag in (("causal", causal), (flag_name, returns_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be True or False; got {flag!r}")
     pair = isinstance(window, tuple | list) and len(window) == 2

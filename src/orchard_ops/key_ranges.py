@@ -51,6 +51,12 @@ class KeyRanges:
 
     def __post_init__(self) -> None:
         check_ranges(_OP, "tensor", self.tensor)
+        if self.reach is None or torch.compiler.is_compiling():
+            return
+        if isinstance(self.reach, bool) or not isinstance(self.reach, INTEGERS):
+            raise TypeError(f"{_OP}: reach must be an integer or None; got {self.reach!r}")
+        if isinstance(self.reach, int) and self.reach < 0:
+            raise ValueError(f"{_OP}: reach must be 0 or more, or None; got {self.reach}")
 
     # ---- from what a batch is described by ------------------------------------------------------
 

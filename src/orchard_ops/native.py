@@ -104,5 +104,5 @@ def why_not() -> str | None:
 
 def metal_calls() -> dict[str, int]:
     """Calls that have run as Metal kernels in this process, by op."""
-    forward, backward = (0, 0) if _why_not else OPS.metal_calls()
-    return {"flash_attn_fwd": forward, "flash_attn_bwd": backward}
+    forward, backward, decode = (0, 0, 0) if _why_not else OPS.metal_calls()
+    return {"flash_attn_fwd": forward, "flash_attn_bwd": backward, "flash_attn_decode": decode}

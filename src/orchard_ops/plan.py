@@ -45,6 +45,8 @@ class Plan(NamedTuple):
 
 
 _NUMBERS_OF_LAUNCH = 6
+WIDEST_HEAD_DIM = 256
+"""No kernel takes wider heads. A test compares it with the library, which may be missing."""
 
 
 def head_dims() -> tuple[int, ...]:

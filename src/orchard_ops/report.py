@@ -12,12 +12,14 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from . import watch
-from .descriptions import Description, describe, describe_sdpa
+from .cache import CacheCall
+from .descriptions import Description, describe, describe_cache, describe_sdpa
 from .explain import explain_flat
 from .ops.schema import BackwardArgs, ForwardArgs
 from .training_memory import score_matrix_bytes
 
 _DIRECTIONS = {"flash_attn_fwd": "forward", "flash_attn_bwd": "backward"}
+_DECODE = "flash_attn_decode"
 _SDPA = "scaled_dot_product_attention"
 METAL, REFERENCE, PYTORCH = "metal", "reference", "pytorch"
 NOT_SEEN = (
@@ -33,7 +35,7 @@ class ReportedCall:
     """One distinct call, and how often it ran."""
 
     direction: str
-    """ "forward" or "backward"."""
+    """ "forward", "backward", or "decode": attention of few queries to a cache."""
     query: tuple[int, ...]
     key: tuple[int, ...]
     value: tuple[int, ...]
@@ -44,7 +46,8 @@ class ReportedCall:
     path: str
     """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
-    """The Metal kernels by the plan, but for those that only the gradient of a mask needs."""
+    """The Metal kernels by the plan, but for those of a decode, and those that only the gradient of
+    a mask needs."""
     reason: str
     """The reason for another path; empty on Metal."""
     advice: str
@@ -128,6 +131,8 @@ class _Collector:
     def __call__(self, op: str, args: tuple[Any, ...], reference: str | None) -> None:
         if op == _SDPA:
             self._left_to_pytorch(args, str(reference))
+        if op == _DECODE:
+            self._decode(CacheCall(*args), reference)
         if op not in _DIRECTIONS:
             return
         reader: Any = BackwardArgs if op == "flash_attn_bwd" else ForwardArgs
@@ -145,6 +150,12 @@ class _Collector:
                 batch, num_heads, q_len, _ = problem.query
                 scores = score_matrix_bytes(batch, num_heads, q_len, problem.key[2])
                 entry.bytes_not_allocated += scores
+
+    def _decode(self, call: CacheCall, reference: str | None) -> None:
+        path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
+        with self._lock:
+            listed = ReportedCall("decode", *describe_cache(call), path, (), reason, "")
+            self._listed(listed).count += 1
 
     def _left_to_pytorch(self, args: tuple[Any, ...], reason: str) -> None:
         problem = describe_sdpa(*args)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -60,7 +62,9 @@ def flash_attn_varlen(
         scale: factor on the scores; 1 / sqrt(D) by default.
         window_left, window_right: keys before and behind a query's place that it sees; -1 is open.
         softcap: c > 0 replaces a score s by c * tanh(s / c).
-        alibi_slopes: (Hq); -slope * |place - j| is added to the scores. No gradient.
+        alibi_slopes: (Hq); -slope * |place - j| is added to the scores. (sequences, Hq) for slopes
+            that differ between sequences: memory and launches grow with the number of sequences
+            then (docs/packed-batches.md). No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
         return_lse: also return the logarithm of the softmax's denominator.
         impl: as in `flash_attn`.
@@ -99,8 +103,7 @@ def flash_attn_varlen(
         raise type(error)(str(error).replace("orchard::flash_attn:", f"{_OP}:", 1)) from None
     if not return_lse:
         return unpacked(run(call))
-    out, lse = run_with_lse(call)
-    return unpacked(out), lse[0]
+    return unpacked_with_lse(*run_with_lse(call))
 
 
 def check_longest(op: str, max_seqlen: object) -> None:
@@ -137,9 +140,33 @@ def packed_call(
         q_len=query.shape[2],
         max_length=max_seqlen,
     )
+    count = of_query.shape[0] - 1
+    if count == 0:
+        options["alibi_slopes"] = None  # of no sequence
+    if _differ_by_sequence(options["alibi_slopes"]):
+        query, key, value = (x.expand(count, -1, -1, -1) for x in (query, key, value))
+        ranges = replace(ranges, tensor=_of_one_sequence_each(ranges.tensor, of_query))
     return prepare(query, key, value, enable_gqa=True, key_ranges=ranges, **options)  # type: ignore[arg-type]
 
 
+def _differ_by_sequence(alibi_slopes: object) -> bool:
+    return isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2 and len(alibi_slopes) > 1
+
+
+def _of_one_sequence_each(ranges: Tensor, of_query: Tensor) -> Tensor:
+    """(1, 1, L, 4) -> (N, 1, L, 4): entry n of the batch has the queries of sequence n; the others
+    see nothing there, so that all entries added up are the result."""
+    i = torch.arange(ranges.shape[2], device=ranges.device)
+    n = torch.arange(of_query.shape[0] - 1, device=ranges.device)[:, None]
+    own = (of_query[n] <= i) & (i < of_query[n + 1])
+    return ranges * own[:, None, :, None]
+
+
 def unpacked(out: Tensor) -> Tensor:
-    """(1, H, total, Dv) -> (total, H, Dv)."""
-    return out[0].transpose(0, 1)
+    """(1, H, total, Dv) -> (total, H, Dv); of entries of one sequence each, the sum."""
+    return (out[0] if out.shape[0] == 1 else out.sum(0)).transpose(0, 1)
+
+
+def unpacked_with_lse(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `unpacked`, and lse (1, H, total) -> (H, total)."""
+    return unpacked(out), lse[0] if lse.shape[0] == 1 else lse.amax(0)

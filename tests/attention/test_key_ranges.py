@@ -327,6 +327,7 @@ def test_compiles_whole(name: str):
 
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
+RANGES = torch.zeros(1, 1, 3, 4, dtype=torch.int32)
 REFUSED = {
     "padding_kind": (lambda: KeyRanges.from_padding_mask(IDS.float()), "from_padding_mask: mask"),
     "padding_shape": (lambda: KeyRanges.from_padding_mask(IDS[0]), r"must have shape \(B, S\)"),
@@ -346,6 +347,8 @@ REFUSED = {
     "chunk": (lambda: KeyRanges.chunked(0, 4), "chunk_size must be at least 1; got 0"),
     "window": (lambda: KeyRanges.sliding_window(-2, 0, 4), "left must be at least -1; got -2"),
     "global": (lambda: KeyRanges.sliding_window(1, 0, 4, prefix=-1), "prefix must be at least 0"),
+    "reach": (lambda: KeyRanges(RANGES, reach=-1), "reach must be 0 or more, or None; got -1"),
+    "reach_kind": (lambda: KeyRanges(RANGES, reach=2.0), "reach must be an integer or None; got"),
     "tensor": (lambda: KeyRanges(None), "tensor must be a tensor or KeyRanges; got a NoneType"),
     "tensor_dtype": (lambda: KeyRanges(IDS), "tensor must be int32; got torch.int64"),
     "tensor_shape": (lambda: KeyRanges(IDS.int()), r"tensor must have shape \(1 or batch, 1 or he"),

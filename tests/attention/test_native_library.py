@@ -29,7 +29,16 @@ def interface() -> str:
 
 
 @native
-@pytest.mark.parametrize("op", ("flash_attn_fwd", "flash_attn_bwd", "flash_attn_plan"))
+@pytest.mark.parametrize(
+    "op",
+    (
+        "flash_attn_fwd",
+        "flash_attn_bwd",
+        "flash_attn_plan",
+        "flash_attn_decode",
+        "flash_attn_append",
+    ),
+)
 def test_the_library_states_the_schemas_that_are_registered(op: str):
     """Argument for argument: native/scoring.h has the list that the Python schemas have."""
     schema = str(getattr(torch.ops.orchard, op).default._schema)

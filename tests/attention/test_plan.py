@@ -12,7 +12,7 @@ import torch
 from attention_cases import DTYPES, Case
 
 import orchard_ops
-from orchard_ops.plan import head_dims
+from orchard_ops.plan import WIDEST_HEAD_DIM, head_dims
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
@@ -170,3 +170,7 @@ def test_python_and_native_agree_on_dropout_rounding():
     for p in (0.49 * 2**-16, 0.5 * 2**-16, 0.51 * 2**-16, 1.5 * 2**-16):
         named = explain(Case(4, 4, 16), dropout_p=p).kernels[0].endswith("_dropout")
         assert named == (dropout.threshold(p) > 0)
+
+
+def test_python_and_native_agree_on_the_widest_head():
+    assert max(head_dims()) == WIDEST_HEAD_DIM

@@ -99,6 +99,36 @@ class TestPlans:
             )
         assert counted.num_plans == 1
 
+    @pytest.mark.parametrize("passes", ("forward", "backward"))
+    def test_packed_batches_of_ever_new_lengths_share_plans(self, passes: str):
+        """key_span is no part of a forward's plan, and that of a backward's as far as it decides
+        the memory for dS: in steps of 64 keys."""
+        tokens, heads, head_dim = 640 + len(passes), 2, 64  # no other test has these shapes
+        q, k, v = (
+            torch.randn(tokens, heads, head_dim, device="mps").requires_grad_() for _ in range(3)
+        )
+
+        def step(longest: int) -> None:
+            lengths = [longest] * (tokens // longest)
+            ends = torch.tensor([0, *lengths, tokens - sum(lengths)]).cumsum(0).to("mps").int()
+            out = orchard_ops.flash_attn_varlen_func(
+                q, k, v, ends, ends, longest, longest, causal=True
+            )
+            if passes == "backward":
+                out.sum().backward()
+
+        def num_plans(*longest: int) -> int:
+            with Counted() as counted:
+                for length in longest:
+                    step(length)
+            return counted.num_plans
+
+        # 8 queries see keys within max_seqlen + 7, which may begin anywhere in a block of 8.
+        assert num_plans(100) == {"forward": 1, "backward": 2}[passes]
+        assert num_plans(*range(60, 114, 6)) == 0
+        expected = {"forward": (0, 0, 0), "backward": (1, 1, 0)}[passes]
+        assert (num_plans(130), num_plans(40), num_plans(135, 170, 45, 48)) == expected
+
     def check_not_mistaken(self, passes: str, changed: dict, call: dict) -> None:
         """Though `call`'s plan is remembered, `changed` gets a plan of its own and runs by it."""
         run_op(passes, call)

@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn) -> dict:
         "window": (draw(side), draw(side)),
         "softcap": draw(st.sampled_from((0.0, 1.5))),
         "scale": draw(st.sampled_from((None, 0.7))),
-        "alibi": draw(st.booleans()),
+        "alibi": draw(st.sampled_from(("", "head", "sequence"))),
         "sinks": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -76,6 +76,16 @@ def operands(problem: dict) -> tuple[list[Tensor], Tensor, Tensor]:
         )
     ]
     return leaves, of_query, of_key
+
+
+def slopes_of(problem: dict) -> Tensor | None:
+    """(Hq), or (sequences, Hq)."""
+    if not problem["alibi"]:
+        return None
+    heads = (problem["heads"][0],)
+    return torch.rand(
+        (len(problem["lengths"]), *heads) if problem["alibi"] == "sequence" else heads
+    )
 
 
 def compare(found: tuple, expected: tuple, leaves: list[Tensor], rtol: float = 1e-9) -> None:
@@ -100,7 +110,7 @@ def test_each_sequence_is_what_it_is_alone(problem: dict):
     leaves, of_query, of_key = operands(problem)
     q, k, v = leaves
     heads, (left, right) = problem["heads"][0], problem["window"]
-    slopes = torch.rand(heads) if problem["alibi"] else None
+    slopes = slopes_of(problem)
     sinks = None
     if problem["sinks"]:
         sinks = torch.randn(heads, dtype=torch.float64, requires_grad=True)
@@ -114,7 +124,7 @@ def test_each_sequence_is_what_it_is_alone(problem: dict):
     lse = q.new_full((heads, q.shape[0]), -math.inf)
     if sinks is not None:  # a query of no sequence sees its sink
         lse = sinks.unsqueeze(1).expand(heads, q.shape[0]).clone()
-    for rows, cols in zip(spans(of_query), spans(of_key)):
+    for n, (rows, cols) in enumerate(zip(spans(of_query), spans(of_key))):
         q_len, kv_len = rows.stop - rows.start, cols.stop - cols.start
         alone = (x.transpose(0, 1).unsqueeze(0) for x in (q[rows], k[cols], v[cols]))
         # The positions of the bottom right, in a mask and a bias: another way to the same.
@@ -128,7 +138,8 @@ def test_each_sequence_is_what_it_is_alone(problem: dict):
         )
         bias = torch.zeros(heads, q_len, kv_len, dtype=torch.float64)
         if slopes is not None:
-            bias = -slopes.double().view(-1, 1, 1) * ahead.abs()
+            own = slopes[n] if slopes.dim() == 2 else slopes
+            bias = -own.double().view(-1, 1, 1) * ahead.abs()
         one = scores | {"alibi_slopes": None}
         o, s = orchard_ops.flash_attn(
             *alone, bias.masked_fill(hidden, -math.inf), enable_gqa=True, **one
@@ -151,7 +162,7 @@ def test_flash_attention_names(problem: dict, open_side: bool):
         "softmax_scale": problem["scale"],
         "causal": problem["is_causal"],
         "softcap": problem["softcap"],
-        "alibi_slopes": torch.rand(q.shape[1]) if problem["alibi"] else None,
+        "alibi_slopes": slopes_of(problem),
     }
     out, lse, s_dmask = flash_attn_varlen_func(
         q, k, v, of_query, of_key, *longest,
@@ -162,12 +173,14 @@ def test_flash_attention_names(problem: dict, open_side: bool):
     expected_lse = q.new_full((q.shape[1], q.shape[0]), -math.inf)
     # A side of at least the longest sequence is open, whatever a shorter one's length is.
     sides = tuple(-1 if side >= longest[1] else side for side in window)
-    for rows, cols in zip(spans(of_query), spans(of_key)):
+    slopes = options["alibi_slopes"]
+    for n, (rows, cols) in enumerate(zip(spans(of_query), spans(of_key))):
         if rows.start == rows.stop:
             continue
+        own = slopes[n] if problem["alibi"] == "sequence" else slopes
         one = mathematics(
             *(x.unsqueeze(0) for x in (q[rows], k[cols], v[cols])),
-            **options, window_size=sides, longest_key=longest[1],
+            **options | {"alibi_slopes": own}, window_size=sides, longest_key=longest[1],
         )  # fmt: skip
         expected_out = expected_out.slice_scatter(one[0][0], 0, rows.start, rows.stop)
         expected_lse = expected_lse.slice_scatter(one[1][0], 1, rows.start, rows.stop)
@@ -224,14 +237,15 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device: str, dtype: torch.
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("slopes", (torch.rand(4), torch.rand(4, 4)), ids=("heads", "sequences"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-def test_runs_on_metal(dtype: torch.dtype, fresh_stats: None, recording):
+def test_runs_on_metal(dtype: torch.dtype, slopes: Tensor, fresh_stats: None, recording):
     """Ragged and empty sequences, and tokens of none: one launch of each kernel, without a wait."""
     of_query = cumulative([21, 0, 40, 13])
     of_key = cumulative([30, 7, 40, 0])
     q, k, v = (torch.randn(n, h, 64).to(dtype) for n, h in ((77, 4), (80, 2), (80, 2)))
     dout, dlse = torch.randn(77, 4, 64).to(dtype), torch.randn(4, 77)
-    slopes, sinks = torch.rand(4), torch.randn(4)
+    sinks = torch.randn(4)
 
     def results(device: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
@@ -362,8 +376,8 @@ OURS = {
     "slopes": ((X, X, X, CU), {"alibi_slopes": torch.ones(3)}, "alibi_slopes must have shape"),
 }  # fmt: skip
 THEIRS = {
-    "slopes": ({"alibi_slopes": torch.ones(2, 2)}, "alibi_slopes must be the same for all sequenc"),
-    "slopes_shape": ({"alibi_slopes": torch.ones(3)}, r"must have shape \(2,\) or \(1, 2\)"),
+    "slopes": ({"alibi_slopes": torch.ones(3, 2)}, r"must have shape \(2,\) or \(2, 2\)"),
+    "slopes_shape": ({"alibi_slopes": torch.ones(3)}, r"must have shape \(2,\) or \(2, 2\)"),
     "pages": ({"block_table": CU}, "keys in pages are not supported; got a block_table"),
     "window": ({"window_size": 3}, "window_size must be two integers"),
     "longest": ({"max_seqlen_k": 7.0}, "longest sequence must be an integer; got 7.0"),

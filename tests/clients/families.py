@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from weights import stir
 
 VOCABULARY = 64
 LENGTH = 40
@@ -76,9 +77,7 @@ class Family:
             for module in model.modules():
                 if type(module).__name__ == kind:
                     setattr(module, name, dropout)
-        with torch.no_grad():  # gates and biases that begin at 0 would hide what they act on
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+        stir(model)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None
             model.generation_config.pad_token_id = 0

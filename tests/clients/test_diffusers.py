@@ -12,6 +12,7 @@ from sdpa_calls import on_metal
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
+from weights import stir
 
 import orchard_ops
 
@@ -27,20 +28,21 @@ _SAMPLED = {
 
 def made(name: str) -> nn.Module:
     torch.manual_seed(11)
-    module = MODELS[name].make()
-    with torch.no_grad():
-        # Many models begin with zero weights, which would hide what attention does.
-        for parameter in module.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return module
+    return stir(MODELS[name].make(), 0.02)
 
 
-def step(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+def step(
+    module: nn.Module,
+    inputs: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Any:
     """The output of a training step and the gradients of the parameters."""
+    call = module if backend is None else torch.compile(module, backend=backend)
     device = next(module.parameters()).device.type
     casts = nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
     with casts:
-        out = module(**inputs, return_dict=False)[0]
+        out = call(**inputs, return_dict=False)[0]
     out.float().square().mean().backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return out.detach().cpu().float(), {name: x.cpu() for name, x in grads.items()}
@@ -89,15 +91,9 @@ def test_a_training_step(name: str, way: str):
             stock = step(made(name).train().to("mps"), to_mps(inputs), dtype)
             agree(stock, wanted, 0.1)
     torch.compiler.reset()
-    call = torch.compile(there, backend=way) if way in ("aot_eager", "inductor") else there
+    backend = way if way in ("aot_eager", "inductor") else None
     with orchard_ops.sdpa():
-        if call is there:
-            found = step(call, to_mps(inputs), dtype)
-        else:
-            out = call(**to_mps(inputs), return_dict=False)[0]
-            out.square().mean().backward()
-            grads = {n: p.grad.cpu() for n, p in there.named_parameters() if p.grad is not None}
-            found = out.detach().cpu(), grads
+        found = step(there, to_mps(inputs), dtype, backend)
     agree(found, wanted, 1e-3 if dtype is None else 0.1)
     attentions = MODELS[name].attentions
     stats = orchard_ops.stats()

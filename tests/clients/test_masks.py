@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import masking_utils as theirs
 
-from orchard_ops.integrations.patterns import interval_of_neighbours
+from orchard_ops.integrations.patterns import NUMBER_EACH_BLOCK
 from orchard_ops.integrations.transformers import attention_forward, attention_mask
 from orchard_ops.integrations.visibility import LazyMask
 
@@ -19,6 +21,7 @@ POSITIONS = torch.cat([torch.arange(n) for n in (7, 1, 10, 6)]).expand(BATCH, -1
 DOCUMENTS = theirs.find_packed_sequence_indices(POSITIONS)
 BLOCKS = torch.tensor([[-1] * 3 + [0] * 6 + [-1] * 4 + [1] * 2 + [2] * 5 + [-1] * 4] * BATCH)
 BLOCKS[1] = BLOCKS[1].roll(3)
+GEMMA = SimpleNamespace(model_type="gemma3_text")
 
 BASES = {
     "causal": (theirs.causal_mask_function, None),
@@ -74,7 +77,7 @@ CASES = [
 def both(function: Any, **sizes: Any) -> tuple[Any, torch.Tensor]:
     """Our descriptor and their mask."""
     arguments = dict(batch_size=BATCH, q_length=L, kv_length=L, mask_function=function) | sizes
-    ours = attention_mask(**arguments)
+    ours = attention_mask(**arguments, config=GEMMA)
     return ours, theirs.sdpa_mask(**arguments, allow_is_causal_skip=False)
 
 
@@ -103,11 +106,6 @@ def test_queries_may_stand_behind_a_cache(base: str, tensor: bool, padding: str)
     if tensor:
         offset.add_(4)  # as a static cache does when its layers run
     check(ours, mask)
-
-
-def test_a_function_of_the_user_is_its_real_mask():
-    function = theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q - k) % 3 != 1)
-    check(*both(function, use_vmap=True, attention_mask=PADDINGS["left"]), linear=False)
 
 
 def test_full_attention_without_padding_needs_no_mask():
@@ -157,12 +155,23 @@ TOUCHES = {
 }
 
 
+@pytest.mark.parametrize("traced", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("touch", TOUCHES)
-def test_code_that_touches_it_sees_eagers_float_mask(touch: str):
+def test_code_that_touches_it_sees_eagers_float_mask(touch: str, traced: bool):
     ours, mask = both(BASES["causal"][0], attention_mask=PADDINGS["left"])
     dense = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     scores = torch.randn(BATCH, 4, L, L)
-    found, expected = TOUCHES[touch](scores, ours), TOUCHES[touch](scores, dense)
+
+    def in_a_graph(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return TOUCHES[touch](scores, attention_mask(BATCH, L, L, attention_mask=tokens))
+
+    expected = TOUCHES[touch](scores, dense)
+    if traced:
+        torch._dynamo.reset()
+        compiled = torch.compile(in_a_graph, backend="eager", fullgraph=True)
+        found = compiled(scores, PADDINGS["left"])
+    else:
+        found = TOUCHES[touch](scores, ours)
     assert type(found) is torch.Tensor
     assert torch.equal(found, expected)
 
@@ -176,37 +185,99 @@ def test_what_is_asked_of_a_mask_without_touching_it():
     assert ours.visibility._float is None and ours.visibility._bool is None
 
 
-COMPILED = [
-    (base, shape)
-    for base, shape in dict.fromkeys((b, s) for b, s, _ in CASES)
-    if shape != "blocks in a window" and not (base == "chunks" and "blocks" in shape)
-]
+COMPILED = list(dict.fromkeys((base, shape) for base, shape, _ in CASES))
 
 
-@pytest.mark.parametrize(("base", "shape"), COMPILED, ids=str)
-@pytest.mark.parametrize("first_key", (0, 3))
-def test_neighbours_tell_the_same_interval(base: str, shape: str, first_key: int):
-    """What a graph of torch.compile does, in which closures cannot be opened."""
-    function, local_size = BASES[base]
-    function = SHAPES[shape](function)
-    q = torch.arange(first_key + 5, L)[None]
-    keys, both_ways = (first_key, L - first_key), base in ("full", "sliding both ways")
-    found = interval_of_neighbours(function, q, BATCH, keys, local_size, both_ways)
-    begin, end = found.ends(q.expand(BATCH, -1))
-    j = torch.arange(first_key, L)
-    seen = torch.ones((BATCH, L - first_key - 5, L - first_key), dtype=torch.bool)
-    seen = seen if begin is None else seen & (j >= begin[..., None])
-    seen = seen if end is None else seen & (j < end[..., None])
-    sizes = dict(q_length=L - first_key - 5, kv_length=L - first_key)
-    mask = theirs.sdpa_mask(
-        batch_size=BATCH,
-        mask_function=function,
-        q_offset=first_key + 5,
-        kv_offset=first_key,
-        allow_is_causal_skip=False,
-        **sizes,
-    )
-    assert torch.equal(seen[:, None], mask)
+@pytest.mark.parametrize(("base", "shape"), COMPILED, ids=lambda x: x or "plain")
+def test_a_compiled_graph_makes_the_same_ranges(base: str, shape: str):
+    """In one graph, and no mask of all queries and keys."""
+    made = []
+
+    def seen(ids: torch.Tensor) -> torch.Tensor:
+        function = SHAPES[shape](BASES[base][0])
+        sizes = dict(q_offset=8, kv_offset=3, config=GEMMA, attention_mask=ids)
+        mask = attention_mask(BATCH, L - 8, L - 3, mask_function=function, **sizes)
+        made.append(mask.visibility.dense is None)
+        return mask.visibility.to_bool()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(seen, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(PADDINGS["holes"]), seen(PADDINGS["holes"]))
+    assert made == [True, True]
+
+
+USERS = {
+    "every third": lambda b, h, q, k: (q - k) % 3 != 1,
+    "a table": lambda b, h, q, k: BLOCKS[b, q] * 2 <= BLOCKS[b, k],
+    "one table, both ways round": lambda b, h, q, k: BLOCKS[b, q] <= BLOCKS[b, k],
+    "documents that come again": theirs.packed_sequence_mask_function(BLOCKS),
+    "a choice": lambda b, h, q, k: torch.where(q > 5, k < 9, k < 3),
+    "a number of theirs": lambda b, h, q, k: k - 4 < float("inf"),
+    "a tensor first": lambda b, h, q, k: torch.tensor(9) > k,
+    "its batch": lambda b, h, q, k: (k > b) & (h >= 0),
+    "numbers that may be negative": lambda b, h, q, k: BLOCKS[b, q] >= -1,
+    "both ways in one document": lambda b, h, q, k: (BLOCKS[b, q] == BLOCKS[b, k]) & (k <= q),
+}
+
+
+@pytest.mark.parametrize("traced", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("user", USERS)
+def test_what_is_no_interval_is_the_real_mask(user: str, traced: bool):
+    arguments: Any = dict(batch_size=BATCH, q_length=L, kv_length=L, use_vmap=True)
+
+    def seen(tokens: torch.Tensor) -> torch.Tensor:
+        function = theirs.and_masks(theirs.causal_mask_function, USERS[user])
+        mask = attention_mask(**arguments, mask_function=function, attention_mask=tokens)
+        assert mask.visibility.dense is not None
+        return mask.visibility.to_bool()
+
+    torch._dynamo.reset()
+    found = torch.compile(seen, backend="eager", fullgraph=True) if traced else seen
+    function = theirs.and_masks(theirs.causal_mask_function, USERS[user])
+    theirs_too = dict(mask_function=function, allow_is_causal_skip=False)
+    expected = theirs.sdpa_mask(**arguments, **theirs_too, attention_mask=PADDINGS["left"])
+    assert torch.equal(found(PADDINGS["left"]), expected)
+
+
+SAYABLE = {
+    "T5Gemma 2's window": (
+        theirs.bidirectional_mask_function,
+        lambda b, h, q, k: ((q - k >= 0) & (q - k < 6)) | ((q - k < 0) & (-(q - k) < 3)),
+    ),
+    "a window written otherwise": (
+        theirs.causal_mask_function,
+        lambda b, h, q, k: q - k < 7,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SAYABLE)
+def test_intervals_of_a_models_own_functions_are_ranges_too(what: str):
+    check(*both(theirs.and_masks(*SAYABLE[what]), use_vmap=True))
+
+
+@pytest.mark.parametrize("or_mask", (False, True), ids=("window", "all"))
+def test_both_ways_of_embedding_gemma_is_a_window(or_mask: bool):
+    more = (lambda *_: torch.tensor(True)) if or_mask else (lambda b, h, q, k: abs(q - k) < WINDOW)
+    check(*both(theirs.or_masks(BASES["sliding"][0], more), use_vmap=True))
+
+
+def test_images_that_share_one_number_see_each_other():
+    """Molmo 2, GIT and PaliGemma number all images 0: no interval says what these see."""
+    ids = torch.where(BLOCKS >= 0, 0, -1)
+    function = theirs.or_masks(theirs.causal_mask_function, theirs.blockwise_overlay(ids))
+    arguments: Any = dict(batch_size=BATCH, q_length=L, kv_length=L, mask_function=function)
+    ours = attention_mask(**arguments, config=SimpleNamespace(model_type="molmo2_text"))
+    check(ours, theirs.sdpa_mask(**arguments, allow_is_causal_skip=False), linear=False)
+
+
+@pytest.mark.parametrize("family", sorted(NUMBER_EACH_BLOCK))
+def test_these_families_number_each_image(family: str):
+    name = family.removesuffix("_text")
+    model = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    kinds = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 0, 1]])
+    ids = model.get_block_sequence_ids_for_mask(kinds, device=torch.device("cpu"))
+    assert ids.tolist() == [[-1, 0, 0, -1, 1, 1, 1, -1, -1, 2]]
 
 
 # ---- written to
@@ -243,32 +314,81 @@ def test_what_is_written_to_a_mask_counts(write: str, inference: bool):
     assert (out - attention_forward(module, q, k, v, one_mask())[0]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("write", ("an assignment", "masked_fill_", "add_"))
-def test_what_is_written_to_a_mask_counts_under_compile(write: str):
+def attended(q: torch.Tensor, change: Any) -> torch.Tensor:
+    """What attention makes of a mask after code has touched it."""
     module = torch.nn.Module().eval()
     module.is_causal = True
-    q, k, v = torch.randn(3, 1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    mask = one_mask()
+    change(mask)
+    return attention_forward(module, q, q.cos(), q.sin(), mask)[0]
 
-    def attend(q: torch.Tensor) -> torch.Tensor:
+
+def multiply_in_place(x: Any) -> None:
+    x *= 0.0
+
+
+GRAPH_WRITES = WRITES | {
+    "*=": multiply_in_place,
+    "through expand": lambda x: x.expand(1, 1, L, L)[..., 2].fill_(LOWEST),
+    "through unsqueeze": lambda x: torch.unsqueeze(x, 0)[..., 2].fill_(LOWEST),
+    "through a slice": lambda x: x[:, :, 4:9].masked_fill_(torch.arange(L) == 2, LOWEST),
+    "through a slice of a slice": lambda x: x[:, :, 4:9][..., :3].fill_(LOWEST),
+    "through a view of a slice": lambda x: x[..., :7].squeeze(0)[..., 2].fill_(LOWEST),
+    "through .to": lambda x: x.to(torch.float32)[..., 2].fill_(LOWEST),
+    "through a function in place": lambda x: torch.nn.functional.threshold(x, 1.0, -2.0, True),
+}
+
+
+@pytest.mark.parametrize("write", GRAPH_WRITES)
+def test_what_is_written_to_a_mask_counts_under_compile(write: str):
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(attended, backend="eager")
+    expected = attended(q, GRAPH_WRITES[write])
+    torch.testing.assert_close(compiled(q, GRAPH_WRITES[write]), expected)
+    assert (expected - attended(q, lambda x: None)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("write", GRAPH_WRITES)
+def test_a_compiled_layer_sees_what_an_eager_model_wrote(write: str):
+    module = torch.nn.Module().eval()
+    module.is_causal = True
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+    mask = one_mask()
+    GRAPH_WRITES[write](mask)
+    torch._dynamo.reset()
+    layer = lambda q, m: attention_forward(module, q, q.cos(), q.sin(), m)[0]  # noqa: E731
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(q, mask), attended(q, GRAPH_WRITES[write]))
+
+
+def test_a_view_that_was_taken_may_be_written_to_later():
+    q = torch.randn(1, 2, L, 8, generator=torch.Generator().manual_seed(0))
+
+    def two_layers(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        module = torch.nn.Module().eval()
+        module.is_causal = True
         mask = one_mask()
-        WRITES[write](mask)
-        return attention_forward(module, q, k, v, mask)[0]
+        view, part = mask.squeeze(0), mask[:, :, :, :L]
+        first, _ = attention_forward(module, q, q, q, mask)
+        view[..., 2].fill_(LOWEST)
+        second, _ = attention_forward(module, q, q, q, part)
+        return first, second
 
-    torch.testing.assert_close(torch.compile(attend, backend="eager")(q), attend(q))
+    torch._dynamo.reset()
+    first, second = two_layers(q)
+    assert (first - second).abs().max() > 0.01
+    torch.testing.assert_close(torch.compile(two_layers, backend="eager")(q), (first, second))
 
 
-def test_what_is_written_to_a_slice_of_a_mask_is_refused():
-    """The slice is no memory of the mask's."""
-    with pytest.raises(NotImplementedError, match=r"fill_ on a slice of the mask .*clone\(\)"):
-        one_mask()[:, :, :4].fill_(0.0)
-
-
-def test_what_is_written_to_a_slice_of_a_mask_is_refused_under_compile():
-    @torch.compile(backend="eager")
-    def write(x: torch.Tensor) -> torch.Tensor:
+def test_reading_a_mask_in_a_graph_keeps_its_ranges():
+    def read(q: torch.Tensor) -> torch.Tensor:
         mask = one_mask()
-        mask[:, :, :4].fill_(0.0)
-        return x + mask
+        scores = q @ q.mT + mask + mask.masked_fill(mask < 0, -1.0) + (1.0 - mask) * (mask != 0)
+        assert mask.visibility.edited is None
+        return scores.softmax(-1)
 
-    with pytest.raises(Exception, match="fill_ on a slice of the mask"):
-        write(torch.zeros(()))
+    q = torch.randn(1, 2, L, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(read, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), read(q))

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from sdpa_calls import left_to_pytorch, on_metal, operands, same
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import orchard_ops
 
@@ -334,3 +336,102 @@ def test_causal_bias(bias: Callable[..., Tensor], lengths: tuple[int, int]):
         out = F.scaled_dot_product_attention(q.to("mps"), k.to("mps"), v.to("mps"), mask)
     same(out, expected)
     on_metal(1, 0)
+
+
+def made_shapes(function: Callable[[], object]) -> set[tuple[int, ...]]:
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            shapes.update({tuple(result.shape)} if isinstance(result, Tensor) else ())
+            return result
+
+    shapes: set[tuple[int, ...]] = set()
+    with Look():
+        function()
+    return shapes
+
+
+def test_a_lower_right_bias_is_no_mask_of_all_queries_and_keys():
+    q, k, v = (torch.randn(2, 2, n, 16, device="mps") for n in (11, 23, 23))
+    bias = causal_lower_right(11, 23)
+    with orchard_ops.sdpa():
+        assert (11, 23) not in made_shapes(lambda: F.scaled_dot_product_attention(q, k, v, bias))
+    assert (11, 23) in made_shapes(lambda: F.scaled_dot_product_attention(q, k, v, bias))
+
+
+WAYS: dict[str, Callable] = {
+    "grouped heads": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q, k[:, :1], v[:, :1], m, enable_gqa=True
+    ),
+    "by keywords": lambda q, k, v, m: F.scaled_dot_product_attention(
+        query=q, key=k, value=v, attn_mask=m, scale=0.3
+    ),
+    "two dimensions": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q[0, 0], k[0, 0], v[0, 0], m
+    ),
+    "checkpointed": lambda q, k, v, m: checkpoint(
+        F.scaled_dot_product_attention, q, k, v, m, use_reentrant=False
+    ),
+    "compiled": lambda q, k, v, m: torch.compile(
+        lambda *x: F.scaled_dot_product_attention(*x), backend="aot_eager"
+    )(q, k, v, m),
+    "vmap": lambda q, k, v, m: torch.vmap(
+        lambda *x: F.scaled_dot_product_attention(*x, m), (0, 0, 0)
+    )(q, k, v),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lower_right_bias_in_every_way_to_call(way: str):
+    leaves = [torch.randn(2, 2, n, 16, requires_grad=True) for n in (5, 9, 9)]
+    ours = [x.detach().to("mps").requires_grad_() for x in leaves]
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    torch.compiler.reset()
+    out = WAYS["checkpointed" if way in ("compiled", "vmap") else way](*leaves, mask)
+    out.sin().sum().backward()
+    with orchard_ops.sdpa():
+        found = WAYS[way](*ours, causal_lower_right(5, 9))
+        found.sin().sum().backward()
+    same(found, out)
+    for x, y in zip(ours, leaves):
+        same(x.grad, y.grad)
+    stats = orchard_ops.stats()
+    assert stats.left_to_pytorch == {} and sum(stats.metal.values()) >= 2
+
+
+def test_second_derivatives_of_a_lower_right_bias():
+    leaves = [torch.randn(1, 2, n, 8, requires_grad=True) for n in (4, 7, 7)]
+    mask = torch.ones(4, 7, dtype=torch.bool).tril(3)
+
+    def penalty(leaves: list[Tensor], mask: Tensor) -> list[Tensor]:
+        out = F.scaled_dot_product_attention(*leaves, mask)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = penalty(leaves, mask)
+    ours = [x.detach().to("mps").requires_grad_() for x in leaves]
+    with orchard_ops.sdpa():
+        found = penalty(ours, causal_lower_right(4, 7))
+    for x, y in zip(found, expected):
+        same(x, y)
+
+
+def test_causal_bias_is_as_it_was_after_the_block():
+    before = vars(CausalBias)["__torch_function__"]
+    with orchard_ops.sdpa():
+        assert vars(CausalBias)["__torch_function__"] is not before
+    assert vars(CausalBias)["__torch_function__"] is before
+
+
+def test_a_lower_right_bias_that_is_not_ours_is_pytorchs():
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8)
+    bias = causal_lower_right(4, 6)
+    expected = F.scaled_dot_product_attention(q, k, k, bias)
+    with orchard_ops.sdpa():
+        same(F.scaled_dot_product_attention(q, k, k, bias), expected)  # on another device
+        with sdpa_kernel(SDPBackend.MATH):
+            same(F.scaled_dot_product_attention(q.to("mps"), *(k.to("mps"),) * 2, bias), expected)
+        assert len(left_to_pytorch()) == 1
+        with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
+            F.scaled_dot_product_attention(q, k, k, bias, is_causal=True)

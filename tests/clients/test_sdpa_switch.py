@@ -21,7 +21,6 @@ from orchard_ops.takeover import switch
 
 pytestmark = pytest.mark.usefixtures("fresh_stats")
 ROOT = Path(__file__).resolve().parents[2]
-OPERATOR = "aten::scaled_dot_product_attention"
 
 
 def is_taken_over() -> bool:
@@ -35,7 +34,6 @@ def is_taken_over() -> bool:
 
 
 def test_a_block_and_what_it_leaves_behind():
-    table = torch._C._dispatch_dump_table(OPERATOR)
     tag = torch.compiler.config.cache_key_tag
     assert not is_taken_over()
     with orchard_ops.sdpa():
@@ -44,8 +42,31 @@ def test_a_block_and_what_it_leaves_behind():
             assert is_taken_over()
         assert is_taken_over()
     assert not is_taken_over() and not switch.active()
-    assert torch._C._dispatch_dump_table(OPERATOR) == table
     assert torch.compiler.config.cache_key_tag == tag
+
+
+def test_registrations_end_with_the_last_block_unless_other_threads_may_be_calling():
+    program = """
+import threading, torch, orchard_ops
+def table():
+    return torch._C._dispatch_dump_table("aten::scaled_dot_product_attention")
+before = table()
+with orchard_ops.sdpa():
+    assert table() != before
+assert table() == before
+done = threading.Event()
+other = threading.Thread(target=done.wait)
+other.start()
+with orchard_ops.sdpa():
+    pass
+assert table() != before
+done.set()
+other.join()
+with orchard_ops.sdpa():
+    pass
+assert table() == before
+"""
+    run_python(program)
 
 
 def test_an_exception_ends_the_block():

@@ -193,6 +193,25 @@ def test_no_tensor_of_all_queries_and_keys_is_made(family: str, kind: str):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("family", ("gemma3", "gemma3_images"))
+def test_compiled_graphs_make_none_either(family: str):
+    """Image blocks in a window among them."""
+    shapes: list[tuple[int, ...]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        values = (node.meta.get("example_value") for node in graph.graph.nodes)
+        shapes.extend(tuple(x.shape) for x in values if isinstance(x, Tensor))
+        return graph.forward
+
+    model = FAMILIES[family].make("orchard").to(DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in FAMILIES[family].inputs().items()}
+    inputs["attention_mask"] = masked_arguments("padded")["attention_mask"]
+    torch._dynamo.reset()
+    torch.compile(model, backend=look)(**inputs, use_cache=False)
+    assert (2, L, 64) in shapes
+    assert not [shape for shape in shapes if shape[-2:] == (L, L)]
+
+
 @pytest.mark.parametrize("window", (None, 8))
 @pytest.mark.parametrize("padded", (False, True))
 def test_neither_mask_nor_layer_waits(window: int | None, padded: bool):
@@ -238,7 +257,7 @@ def test_inductor_takes_the_ranges_of_packed_rows(window: int | None):
             masking.remap_positions_for_packed_sequence(base, position_ids),
             masking.packed_sequence_mask_function(documents),
         )
-        mask = door.attention_mask(1, L, L, mask_function=function, local_size=window)
+        mask = door.attention_mask(1, L, L, mask_function=function)
         assert mask is not None and mask.visibility.ranges is not None
         return mask.visibility.to_bool()
 
@@ -286,3 +305,36 @@ def test_lengths_of_queries_alone_are_not_those_of_more_keys():
     ends = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="pass cu_seq_lens_k too"):
         door.attention_forward(module, q, k, k, mask, cu_seq_lens_q=ends)
+
+
+@pytest.mark.parametrize("offset", (0, 5))
+def test_sinks_of_queries_take_probability(offset: int):
+    """Inkling 2 has a sink for every query. Queries that see no key remain 0, with a gradient."""
+    masking = transformers.masking_utils
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 4, n, 16, generator=generator) for n in (9, 9 + offset, 9 + offset)]
+    leaves += [torch.randn(2, 4, 9, 1, generator=generator)]
+    tokens = torch.ones((2, 9 + offset), dtype=torch.bool)
+    tokens[0, : offset + 3] = False
+    window = masking.sliding_window_causal_mask_function(4)
+    mask = door.attention_mask(
+        2, 9, 9 + offset, q_offset=offset, mask_function=window, attention_mask=tokens
+    )
+    seen = mask.visibility.to_bool()
+    module = Module().eval()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        return door.attention_forward(module, q, k, v, mask, sinks=sinks)[0].transpose(1, 2)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        scores = (q @ k.mT / 4).masked_fill(~seen, -torch.inf)
+        return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ v
+
+    results = []
+    for function in (attend, eager):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out = function(*inputs)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    assert not seen[0, 0, 0].any()
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)

@@ -104,3 +104,23 @@ def test_gradients_reach_a_learned_bias_and_sinks():
         model(**{k: x.to(DEVICE) for k, x in inputs.items()}).logits.square().mean().backward()
         found = [p.grad for n, p in model.named_parameters() if name in n]
         assert found and all(grad is not None and bool(grad.abs().sum() > 0) for grad in found)
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager mode", "compiled"))
+def test_labels_behind_padding_on_the_left_are_learned_as_with_sdpa(compiled: bool):
+    """The row of the last padding token predicts the first real one, and counts in the loss."""
+    inputs = FAMILIES["llama"].inputs()
+    mask = torch.ones((2, 40), dtype=torch.int64)
+    mask[0, :9], mask[1, 33:] = 0, 0
+    inputs |= {"attention_mask": mask, "labels": inputs["input_ids"].masked_fill(mask == 0, -100)}
+    results = []
+    for implementation, device in (("sdpa", "cpu"), ("orchard", DEVICE)):
+        model = FAMILIES["llama"].make(implementation).to(device).train()
+        model.gradient_checkpointing_enable()
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager") if compiled and device != "cpu" else model
+        loss = run(**{k: x.to(device) for k, x in inputs.items()}, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

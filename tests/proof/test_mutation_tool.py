@@ -18,14 +18,14 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, report, runner
 from mutation.harness import DQ, FORWARD, ROOT, Sources
-from mutation.killers import killers, machine_code
+from mutation.killers import caches, killers, machine_code
 from mutation.operators import OPERATORS
 from mutation.sites import Code
 
 SOURCES = Sources()
 
 
-@pytest.mark.parametrize("killer", killers(), ids=lambda k: k.name)
+@pytest.mark.parametrize("killer", (*killers(), *caches.killers()), ids=lambda k: k.name)
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 
@@ -107,7 +107,10 @@ def test_all_files_are_mutated(all_of_them):
     assert {m.file for m in all_of_them} == set(mutants.FILES)
     sources = {*(ROOT / "shaders").glob("*.h"), *(ROOT / "native" / "plan").glob("*.cpp")}
     sources.remove(ROOT / "native" / "plan" / "plan_cache.cpp")
-    assert {str(p.relative_to(ROOT)) for p in sources} == set(mutants.FILES)
+    mutated = {*mutants.FILES, *mutants.CACHE_FILES}
+    assert {str(p.relative_to(ROOT)) for p in sources} == mutated
+    of_caches = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
+    assert {m.file for m in of_caches} == set(mutants.CACHE_FILES)
     assert len({m.key for m in all_of_them}) == len(all_of_them)
     assert {m.operator for m in all_of_them} == set(OPERATORS)
     barriers = [m for m in all_of_them if "barrier" in m.before and not m.text]
@@ -119,7 +122,8 @@ def test_all_files_are_mutated(all_of_them):
 
 def test_the_list_of_equivalent_mutants_is_up_to_date(all_of_them):
     listed = mutants.equivalences()
-    changes = {(m.file, m.function, m.before, m.after) for m in all_of_them}
+    every = (*all_of_them, *mutants.all_mutants(ROOT, mutants.CACHE_FILES))
+    changes = {(m.file, m.function, m.before, m.after) for m in every}
     for entry in listed:
         assert len(entry.reason) > 20, entry
         for before, after in entry.changes:
@@ -211,8 +215,8 @@ def _mutant(key: str, file: str = LINES[0], lines: tuple[int, int] = LINES[1]) -
     return mutants.Mutant(file, "visible", "word", key, "", 1, lines[0], 0, 1, "", lines)
 
 
-def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
-    held = {"plain.so": frozenset({("keys.h", 11)}), "masked.so": frozenset({("masks.h", 10)})}
+def test_killers_whose_kernels_hold_the_statement_go_first(monkeypatch):
+    held = {"plain.so": frozenset({("masks.h", 10)}), "masked.so": frozenset({("keys.h", 11)})}
     some = [k for k in killers() if k.family == FORWARD][:2]
     monkeypatch.setattr(runner.killing, "killers", lambda: some)
     plain, masked = (k.name for k in some)
@@ -223,7 +227,7 @@ def test_killers_whose_kernels_hold_the_statement_are_relevant(monkeypatch):
         {LINES[0]: {FORWARD}},
         held,
     )
-    assert runner.relevant(_mutant("held"), original) == some[:1]
+    assert runner.relevant(_mutant("held"), original) == some[::-1]
     assert runner.relevant(_mutant("a constant", lines=(20, 20)), original) == some
 
 
@@ -267,22 +271,20 @@ def last_campaign() -> dict:
     return json.loads((ROOT / "tests" / "proof" / "mutation" / "report.json").read_text())
 
 
-OF_EARLIER_KERNELS = pytest.mark.xfail(
-    strict=True,
-    reason="the report is of the kernels before scores, masks and key ranges came in: the whole "
-    "campaign over 11,000 mutants needs a machine with many cores and has not run since",
-)
-
-
-@OF_EARLIER_KERNELS
-def test_nothing_survived_the_last_campaign(last_campaign: dict, all_of_them):
-    """The report is of the sources as they are, and says how many of their mutants have not run."""
+def test_the_last_campaign_is_of_these_sources(last_campaign: dict, all_of_them):
+    """The report says how many of their mutants have not run."""
     assert last_campaign["sources"] == runner.sources_digest(), "run `make mutants` again"
     assert last_campaign["mutants"] + last_campaign["not_run"] == len(all_of_them)
+
+
+def test_nothing_survived_the_last_campaign(last_campaign: dict):
     assert last_campaign["all"]["survived"] == 0 and last_campaign["survivors"] == []
 
 
-@OF_EARLIER_KERNELS
+@pytest.mark.xfail(
+    strict=True,
+    reason="the campaign over the present kernels goes on: some mutants have met only some of "
+    "their killers and have no reason in equivalent.toml; report.md says how many",
+)
 def test_the_last_campaign_is_complete(last_campaign: dict):
-    assert last_campaign["sources"] == runner.sources_digest(), "run `make mutants` again"
     assert last_campaign["not_run"] == 0

@@ -15,6 +15,9 @@ from dialect.rules import RULES, threadgroup_bytes
 from dialect.text import Text
 from dialect.variants import variants
 from mutation.harness import (
+    APPEND,
+    CACHE_FAMILIES,
+    DECODE_MERGE,
     DELTA,
     DKV,
     DKV_PAIRS,
@@ -71,7 +74,7 @@ def _findings(family: str) -> list:
 def _sampled(family: str) -> list[dict]:
     """Variants that together use all of the source."""
     kernels = variants()[family]
-    if family in OTHER_FAMILIES:
+    if family in (*OTHER_FAMILIES, *CACHE_FAMILIES):
         return kernels[:: -(-len(kernels) // 4)]
     wanted = ("half", "bfloat", "float")
     widths = {DKV: ("_d64_", "_d64_", "_d80_"), DKV_PAIRS: ("_d128_", "_d128_", "_d256_")}.get(
@@ -97,7 +100,7 @@ _SCORES = dict.fromkeys(
 )
 _SCORES |= {DELTA: ("", "mask sinks", "sinks"), DQ_FROM_DS: ("", "mask")}
 _PARTS_OF_SCORES = ("softcap", "alibi", "mask", "mask_bool", "mask_float32_pairs", "sinks")
-_EVERY_FAMILY = (*FAMILIES, *OTHER_FAMILIES)
+_EVERY_FAMILY = (*FAMILIES, *OTHER_FAMILIES, *CACHE_FAMILIES)
 
 
 @pytest.mark.parametrize("family", _EVERY_FAMILY)
@@ -121,7 +124,9 @@ def test_threadgroup_memory_of_every_variant(family: str):
     kernels = variants()[family]
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
-    none = family in (DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS)
+    none = family in (
+        DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS, APPEND, DECODE_MERGE
+    )  # fmt: skip
     assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 
 

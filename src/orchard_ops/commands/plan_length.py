@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..plan import WIDEST_HEAD_DIM
 from ..report import size
 from ..training_memory import AttentionLayer, TrainingStep, scratch_budget_mb
 from . import endings, machine
@@ -36,9 +37,6 @@ def run(args: argparse.Namespace) -> int:
     return endings.RIGHT
 
 
-_WIDEST = 256  # padded head_dim of the widest kernels
-
-
 def _memory(args: argparse.Namespace) -> tuple[int, str]:
     """Bytes, and where the number is from."""
     if args.ram is not None:
@@ -55,8 +53,10 @@ def _memory(args: argparse.Namespace) -> tuple[int, str]:
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     num_heads, num_kv_heads = args.heads
-    if args.head_dim > _WIDEST:
-        raise CannotRun(f"no Metal kernel has a head_dim above {_WIDEST}; got {args.head_dim}")
+    if args.head_dim > WIDEST_HEAD_DIM:
+        raise CannotRun(
+            f"no Metal kernel has a head_dim above {WIDEST_HEAD_DIM}; got {args.head_dim}"
+        )
     layer = AttentionLayer(
         num_heads, num_kv_heads, args.head_dim, args.dtype, args.batch, not args.full
     )

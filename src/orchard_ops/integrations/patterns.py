@@ -1,51 +1,33 @@
-"""The patterns that transformers builds masks from, read as intervals of keys.
+"""The masks of transformers, read as intervals of keys.
 
-transformers describes a mask by a function (batch, head, query, key) -> bool, put together from
-closures of `transformers.masking_utils`. `interval_of` knows those closures by their code, and says
-the mask as an interval of keys per query. Under torch.compile closures cannot be opened; there
-`interval_of_neighbours` finds the interval by asking the function which neighbours see each other.
+transformers describes a mask by a function (batch, head, query, key) -> bool. `interval_of` has it
+say what it computes (mask_symbols.py), and reads that as an interval of keys per query. It does not
+matter who wrote the function or how it was put together, and torch.compile traces it as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils as theirs
 
-MaskFunction = Callable[..., Any]
+from .mask_symbols import MaskFunction, Symbol, Unsayable, said_by
 
-
-def _code(function: MaskFunction) -> CodeType:
-    return function.__code__
-
-
-_ANY: Any = None
-CAUSAL = theirs.causal_mask_function
-FULL = theirs.bidirectional_mask_function
-_AND = _code(theirs.and_masks(CAUSAL))
-_OR = _code(theirs.or_masks(CAUSAL))
-_SLIDING = _code(theirs.sliding_window_overlay(1))
-_SLIDING_BOTH = _code(theirs.sliding_window_bidirectional_overlay(1))
-_CHUNKS = _code(theirs.chunked_overlay(1, _ANY))
-_BLOCKS = _code(theirs.blockwise_overlay(_ANY))
-_PACKED = _code(theirs.packed_sequence_mask_function(_ANY))
-_REMAPPED = _code(theirs.remap_positions_for_packed_sequence(CAUSAL, _ANY))
-
-
-class Unsayable(Exception):
-    """The function is no interval of keys per query, as far as is known."""
+NUMBER_EACH_BLOCK = frozenset(
+    ("gemma3_text", "gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")
+)
+"""Families whose blocks, such as images, have a number each. With others (Molmo 2, GIT, PaliGemma)
+all images have the same one and see each other, wherever they stand, which is no interval."""
 
 
 @dataclass
 class Interval:
     """Keys from max(begin, q - left) to before min(end, q + right + 1); None and -1 are open.
 
-    All count keys of the whole sequence, as transformers does.
+    The key that the query stands at is one of them. All count keys of the whole sequence, as
+    transformers does.
     """
 
     left: int = -1
@@ -53,8 +35,6 @@ class Interval:
     begin: Tensor | None = None
     """(1 or B, L)"""
     end: Tensor | None = None
-    holds_itself: bool = True
-    """Whether a query is known to see the key that it stands at."""
 
     def __and__(self, other: Interval) -> Interval:
         return Interval(
@@ -62,8 +42,11 @@ class Interval:
             _narrower(self.right, other.right),
             _both(torch.maximum, self.begin, other.begin),
             _both(torch.minimum, self.end, other.end),
-            self.holds_itself and other.holds_itself,
         )
+
+    @property
+    def hides_nothing(self) -> bool:
+        return self.begin is None and self.end is None and self.left < 0 and self.right < 0
 
     def ends(self, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The interval without windows."""
@@ -82,106 +65,78 @@ def _both(choose: Callable, a: Tensor | None, b: Tensor | None) -> Tensor | None
     return choose(a, b)
 
 
-def interval_of(function: MaskFunction, q: Tensor) -> Interval:
+def interval_of(
+    function: MaskFunction, q: Tensor, blocks_are_runs: bool, is_packed: bool = True
+) -> Interval:
     """The interval that a mask function leaves the queries at q (1 or B, L).
+
+    Args:
+        blocks_are_runs: whether the keys of a block stand together.
+        is_packed: whether equal numbers mean documents, which stand together.
 
     Raises:
         Unsayable: for a function that is not known to be an interval.
     """
-    if function is CAUSAL:
-        return Interval(right=0)
-    if function is FULL:
-        return Interval()
-    code = getattr(function, "__code__", None)
-    if code is _AND:
-        (parts,) = _captured(function)
-        return _intersection(parts, q)
-    if code is _OR:
-        (parts,) = _captured(function)
-        return _union(parts, q)
-    if code is _SLIDING:
-        (size,) = _captured(function)
-        return Interval(left=_size(size) - 1)
-    if code is _SLIDING_BOTH:
-        (size,) = _captured(function)
-        return Interval(left=_size(size), right=_size(size))
-    if code is _CHUNKS:
-        size, padding = _captured(function)
-        first = padding[:, None]
-        begin = torch.div(q - first, _size(size), rounding_mode="floor") * size + first
-        return Interval(begin=begin, end=begin + size)
-    raise Unsayable
+    return _interval(said_by(function), q, blocks_are_runs, is_packed)
 
 
-def _captured(function: MaskFunction) -> tuple[Any, ...]:
-    """The captured variables, in the order of their names."""
-    return tuple(cell.cell_contents for cell in function.__closure__ or ())
-
-
-def _size(n: Any) -> int:
-    if not isinstance(n, int) or n < 1:
-        raise Unsayable
-    return n
-
-
-def _intersection(parts: tuple[MaskFunction, ...], q: Tensor) -> Interval:
-    """Of a conjunction. Packing comes as two parts, which mean something together only."""
-    codes = [getattr(part, "__code__", None) for part in parts]
-    packed = [part for part, code in zip(parts, codes) if code is _PACKED]
-    if len(packed) > 1 or ((_REMAPPED in codes or _holds_remapped(parts)) and not packed):
+def _interval(said: Symbol, q: Tensor, blocks_are_runs: bool, is_packed: bool) -> Interval:
+    """Of a conjunction of any number of conditions, or of one."""
+    parts = said.parts if said.kind == "and" else (said,)
+    packed = [part for part in parts if part.kind == "same"]
+    if len(packed) > (1 if is_packed else 0):
         raise Unsayable
     result = Interval()
-    for part, code in zip(parts, codes):
-        if code is _PACKED:
-            result &= _runs(_captured(part)[0], q)
-        elif packed and (code is _REMAPPED or code is _OR):
-            result &= _in_packed(part, q)
+    for part in parts:
+        if part.kind == "same":
+            result &= _runs(part.parts[0], q)
+        elif part.kind == "or":
+            result &= _union(part, q, blocks_are_runs, bool(packed))
         else:
-            result &= interval_of(part, q)
+            result &= _of_one(part, q, bool(packed))
     return result
 
 
-def _holds_remapped(parts: tuple[MaskFunction, ...]) -> bool:
-    return any(
-        getattr(part, "__code__", None) is _OR
-        and any(getattr(f, "__code__", None) is _REMAPPED for f in _captured(part)[0])
-        for part in parts
-    )
-
-
-def _in_packed(function: MaskFunction, q: Tensor) -> Interval:
-    """Of a part that stands beside `_PACKED`: within a document positions count up by one, so that
-    what is near in positions is as near in keys."""
-    code = getattr(function, "__code__", None)
-    if code is _OR:
-        (parts,) = _captured(function)
-        return _union(parts, q, in_packed=True)
-    if code is not _REMAPPED:
-        return interval_of(function, q)
-    inner, position_ids = _captured(function)
-    place = position_ids.gather(1, q.expand(position_ids.shape[0], -1))
-    found = interval_of(inner, place)
-    shift = q - place
-    begin = None if found.begin is None else found.begin + shift
-    end = None if found.end is None else found.end + shift
-    return Interval(found.left, found.right, begin, end, found.holds_itself)
-
-
-def _union(parts: tuple[MaskFunction, ...], q: Tensor, in_packed: bool = False) -> Interval:
-    """Of a disjunction of an interval round the query with the block that the query is in."""
-    if len(parts) != 2 or getattr(parts[1], "__code__", None) is not _BLOCKS:
+def _of_one(part: Symbol, q: Tensor, packed: bool) -> Interval:
+    """Of a condition without others. Within a document positions count up by one, so that what is
+    near in positions is as near in keys; without documents positions may be anything."""
+    if part.kind == "band":
+        low, high, positions = part.parts
+        if positions is not None and not packed:
+            raise Unsayable
+        if (low is not None and low > 0) or (high is not None and high < 0):
+            raise Unsayable
+        return Interval(left=-1 if low is None else -low, right=-1 if high is None else high)
+    if part.kind != "chunk":
         raise Unsayable
-    first = _in_packed(parts[0], q) if in_packed else interval_of(parts[0], q)
-    if not first.holds_itself:
+    size, first, positions = part.parts
+    place = q
+    if positions is not None:
+        if not packed:
+            raise Unsayable
+        place = positions.gather(1, q.expand(positions.shape[0], -1))
+    begin = torch.div(place - first[:, None], size, rounding_mode="floor") * size + first[:, None]
+    begin = begin + (q - place)
+    return Interval(begin=begin, end=begin + size)
+
+
+def _union(said: Symbol, q: Tensor, blocks_are_runs: bool, packed: bool) -> Interval:
+    """Of an interval round the query with the block that the query is in."""
+    first, block = said.parts
+    if block.kind != "block" or not blocks_are_runs:
         raise Unsayable
-    (ids,) = _captured(parts[1])
-    begin, end = first.ends(q)
+    conditions = first.parts if first.kind == "and" else (first,)
+    interval = Interval()
+    for condition in conditions:
+        interval &= _of_one(condition, q, packed)
+    begin, end = interval.ends(q)
+    (ids,) = block.parts
     is_block = ids.gather(1, q.expand(ids.shape[0], -1)) >= 0
-    block = _runs(ids, q)
-    assert block.begin is not None and block.end is not None
+    run = _runs(ids, q)
+    assert run.begin is not None and run.end is not None
     return Interval(
-        begin=None if begin is None else torch.where(is_block, begin.minimum(block.begin), begin),
-        end=None if end is None else torch.where(is_block, end.maximum(block.end), end),
+        begin=None if begin is None else torch.where(is_block, begin.minimum(run.begin), begin),
+        end=None if end is None else torch.where(is_block, end.maximum(run.end), end),
     )
 
 
@@ -193,60 +148,3 @@ def _runs(ids: Tensor, q: Tensor) -> Interval:
         begin=torch.searchsorted(number, of_query),
         end=torch.searchsorted(number, of_query, right=True),
     )
-
-
-def interval_of_neighbours(
-    function: MaskFunction,
-    q: Tensor,
-    batch: int,
-    keys: tuple[int, int],
-    local_size: int | None,
-    both_ways: bool,
-) -> Interval:
-    """The interval of each query, from which neighbours see each other: for torch.compile.
-
-    What transformers puts together without functions of the user is told apart by the neighbours.
-    A key that does not see the one before it begins a document or a chunk. A key that sees the next
-    one is in a block with it. Chunks and blocks do not come together.
-
-    Args:
-        q: where the queries stand, (1 or B, L).
-        keys: the first key, and how many there are.
-        local_size: the size of the window or of the chunks, if there are any.
-        both_ways: whether the mask is not causal.
-
-    Raises:
-        Unsayable: for a function that transformers has not put together.
-    """
-    if function is CAUSAL:
-        return Interval(right=0)
-    if function is FULL:
-        return Interval()
-    code = function.__code__
-    if both_ways:
-        if code is not _AND or local_size is None:
-            raise Unsayable
-        return Interval(left=local_size, right=local_size)
-    if not (code is _AND or code is _OR or code is _REMAPPED):
-        raise Unsayable
-    first, count = keys
-    of_batch = torch.arange(batch, device=q.device)[:, None]
-    head = torch.zeros((), dtype=torch.int64, device=q.device)
-    j = torch.arange(first + 1, first + count, device=q.device)[None]
-    document = _numbered(function(of_batch, head, j, j - 1), batch)
-    block = _numbered(function(of_batch, head, j - 1, j), batch)
-    at = (q - first).clamp(0, count - 1).expand(batch, -1)
-    of_query = document.gather(1, at)
-    begin = torch.searchsorted(document, of_query) + first
-    if local_size is not None:
-        begin = torch.maximum(begin, q - (local_size - 1))
-    of_query = block.gather(1, at)
-    begin = torch.minimum(begin, torch.searchsorted(block, of_query) + first)
-    return Interval(begin=begin, end=torch.searchsorted(block, of_query, right=True) + first)
-
-
-def _numbered(linked: Tensor, batch: int) -> Tensor:
-    """The number of the run that each key is in, (B, T), from whether it is linked to the one
-    before it, (1 or B, T - 1)."""
-    parts = (~linked).expand(batch, -1).cumsum(-1)
-    return torch.cat([parts.new_zeros((batch, 1)), parts], 1)

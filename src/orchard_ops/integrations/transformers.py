@@ -13,12 +13,14 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..arguments import prepare
-from ..attention import flash_attn, run
+from ..attention import flash_attn, run, run_with_lse
 from ..key_ranges import OPEN, KeyRanges
-from .patterns import CAUSAL, Interval, Unsayable, interval_of, interval_of_neighbours
+from . import class_tables
+from .mask_symbols import Unsayable
+from .patterns import NUMBER_EACH_BLOCK, Interval, interval_of
 from .visibility import LazyMask, TracedMask, Visibility
 
 NAME = "orchard"
@@ -53,6 +55,7 @@ def register() -> None:
         )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    class_tables.serve(NAME, sdpa_forward)
 
 
 # ---- the mask, once a forward -------------------------------------------------------------------
@@ -64,36 +67,28 @@ def attention_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = CAUSAL,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> LazyMask | TracedMask | None:
     """The mask interface of transformers: a descriptor of what each query sees.
 
-    It takes memory linear in the lengths unless the model's own mask function is none that
-    transformers puts together (`patterns.py`). Nothing waits for the device. Masks that are not
-    causal come with allow_is_bidirectional_skip, causal ones without.
+    It takes memory linear in the lengths unless the model's mask function leaves its queries
+    something else than an interval of keys (`patterns.py`). Nothing waits for the device.
     """
     where = torch.device(device)
     traced = torch.compiler.is_compiling()
     offset: Any = q_offset
     q = torch.arange(q_length, device=where)[None] + q_offset
+    blocks_are_runs = getattr(config, "model_type", None) in NUMBER_EACH_BLOCK
     try:
-        if traced:
-            if use_vmap:  # functions of the user, in a graph
-                raise Unsayable
-            both_ways = allow_is_bidirectional_skip is not None
-            keys = (kv_offset, kv_length)
-            found = interval_of_neighbours(
-                mask_function, q, batch_size, keys, local_size, both_ways
-            )
-        else:
-            found = interval_of(mask_function, q)
+        # transformers itself packs where no user's function asks for vmap.
+        found = interval_of(mask_function, q, blocks_are_runs, is_packed=not use_vmap)
     except Unsayable:
         dense = sdpa_mask(
             batch_size=batch_size,
@@ -111,7 +106,7 @@ def attention_mask(
         return TracedMask(seen) if traced else LazyMask(seen)
 
     tokens = _padding(attention_mask, kv_length, kv_offset)
-    if allow_is_bidirectional_skip and tokens is None and found == Interval():
+    if allow_is_bidirectional_skip and tokens is None and found.hides_nothing:
         return None
     seen = _visibility(found, q, q_offset, kv_offset, kv_length)
     seen.batch, seen.dtype, seen.keys = batch_size, dtype, tokens
@@ -184,6 +179,7 @@ def attention_forward(
     """The attention interface of transformers: (B, H, L, D) operands, out (B, L, H, Dv).
 
     `sliding_window` is read where there is no mask: that of `attention_mask` has the window in it.
+    Sinks are a number for each head, or (B, H, L, 1) for each query (Inkling 2).
 
     Raises:
         ValueError, TypeError: an argument that would change the result and is not known, or a call
@@ -227,21 +223,51 @@ def attention_forward(
     if position_bias is not None:
         mask = position_bias if mask is None else _added(position_bias, mask)
     p = dropout if module.training else 0.0
+    sink = s_aux if sinks is None else sinks
+    of_queries = sink if sink is not None and sink.dim() == 4 else None
     shared: dict[str, Any] = {
         "scale": scaling,
         "enable_gqa": True,
         "window_left": seen.window_left,
         "window_right": seen.window_right,
         "softcap": 0.0 if softcap is None else softcap,
-        "sinks": s_aux if sinks is None else sinks,
+        "sinks": sink if of_queries is None else None,
         "key_ranges": ranges,
     }
-    if diagonal == 0 or (seen.window_left < 0 and seen.window_right < 0):
-        out = flash_attn(query, key, value, mask, float(p), **shared)
+    stands_elsewhere = diagonal != 0 and (seen.window_left >= 0 or seen.window_right >= 0)
+    if of_queries is None and not stands_elsewhere:
+        out: Any = flash_attn(query, key, value, mask, float(p), **shared)
+        return out.transpose(1, 2).contiguous(), None
+    call = prepare(query, key, value, mask, float(p), **shared)
+    if stands_elsewhere:
+        call = call._replace(scoring=call.scoring._replace(diagonal=diagonal))
+    if of_queries is None:
+        out = run(call)
     else:
-        call = prepare(query, key, value, mask, float(p), **shared)
-        out = run(call._replace(scoring=call.scoring._replace(diagonal=diagonal)))
-    return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+        out, lse = run_with_lse(call)
+        out = out * torch.sigmoid(lse.unsqueeze(-1) - of_queries).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def sdpa_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | LazyMask | TracedMask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention as modules call it whose families have no interface."""
+    if not isinstance(attn_mask, LazyMask | TracedMask):
+        more: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        out = flash_attn(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        return out  # type: ignore[return-value]
+    out, _ = attention_forward(module, query, key, value, attn_mask, dropout_p, scale, is_causal)
+    return out.transpose(1, 2)
 
 
 def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:

@@ -42,10 +42,14 @@ class Visibility:
     """bool (B, 1, 1, S): False for padding, which may lie anywhere."""
     dense: Tensor | None = None
     """bool (B, 1, L, S): a mask that ranges cannot say."""
+    whole: Visibility | None = None
+    index: Any = None
+    """Of a slice: what it is a slice of, and where. Its float mask is a view of the whole one's."""
     _bool: Tensor | None = None
     _float: Tensor | None = None
     _version: int = 0  # of _float as it was made
-    _rewritten: bool = False
+    _lent: bool = False  # whether other code may hold memory of _float
+    _uncounted: bool = False  # whether changes of _float may not show in its version
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -70,6 +74,8 @@ class Visibility:
 
     def to_float(self) -> Tensor:
         """(B, 1, L, S): 0 where a query sees a key, else the dtype's lowest number. Made once."""
+        if self.whole is not None:
+            return self.whole.to_float()[self.index]
         if self._float is None:
             with torch.inference_mode(False):  # whose tensors do not count their changes
                 zero = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -78,14 +84,29 @@ class Visibility:
             self._version = self._float._version
         return self._float
 
+    def lend(self, counted: bool = True) -> Tensor:
+        """The float mask for code that may keep a view of it, and write to that."""
+        whole = self
+        while whole.whole is not None:
+            whole = whole.whole
+        dense = self.to_float()
+        whole._lent = True
+        whole._uncounted = whole._uncounted or not counted
+        return dense
+
     @property
     def edited(self) -> Tensor | None:
-        """The float mask, if code has written to it since: then it says more than the numbers."""
+        """The float mask, if code has written to it since: then it says more than the numbers.
+
+        In a graph of torch.compile nobody sees whether it has: that it may have is enough there.
+        """
+        if self.whole is not None:
+            return None if self.whole.edited is None else self.to_float()
         if self._float is None:
             return None
-        if torch.compiler.is_compiling():  # where versions are not counted
-            return self._float if self._rewritten else None
-        return self._float if self._rewritten or self._float._version != self._version else None
+        if torch.compiler.is_compiling():
+            return self._float if self._lent else None
+        return self._float if self._uncounted or self._float._version != self._version else None
 
     def sliced(self, index: Any) -> Visibility | None:
         """What `mask[index]` leaves, for slices of queries and of the first keys; else None."""
@@ -110,10 +131,12 @@ class Visibility:
             ranges=None if self.ranges is None else self.ranges[:, :, q0:q1],
             keys=None if self.keys is None else self.keys[..., :k1],
             dense=None if self.dense is None else self.dense[:, :, q0:q1, :k1],
+            whole=self,
+            index=index,
             _bool=None,
             _float=None,
-            _version=0,
-            _rewritten=False,
+            _lent=False,
+            _uncounted=False,
         )
 
 
@@ -130,22 +153,37 @@ _METADATA |= {Tensor.__len__, Tensor.__hash__, Tensor.get_device, Tensor.stride}
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
+_OPERATORS = (
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
+    *("__rtruediv__", "__neg__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+)
+_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+_MAKES_NEW = frozenset(
+    {
+        *_OPERATORS,
+        *("add", "sub", "mul", "div", "neg", "eq", "ne", "lt", "le", "gt", "ge", "bool", "clone"),
+        *("masked_fill", "where", "repeat", "cat", "stack", "sum", "all", "any", "min", "max"),
+        *("amin", "amax", "isinf", "exp", "softmax", "logical_and", "logical_not"),
+        "scaled_dot_product_attention",
+    }
+)
+"""Functions whose result is never memory of their arguments. All others may give a view."""
+
 
 class LazyMask(Tensor):
     """A float mask (B, 1, L, S) that takes memory when other code than ours reads it."""
 
     visibility: Visibility
-    part: bool
 
     @staticmethod
-    def __new__(cls, visibility: Visibility, part: bool = False) -> LazyMask:
+    def __new__(cls, visibility: Visibility) -> LazyMask:
         mask = Tensor._make_wrapper_subclass(
             cls, visibility.shape, dtype=visibility.dtype, device=visibility.device
         )
-        mask.visibility, mask.part = visibility, part
+        mask.visibility = visibility
         return mask
 
-    def __init__(self, visibility: Visibility, part: bool = False) -> None:
+    def __init__(self, visibility: Visibility) -> None:
         pass
 
     @classmethod
@@ -157,30 +195,29 @@ class LazyMask(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
+        name = getattr(func, "__name__", "")
+        read = _fresh if name in _MAKES_NEW else _lent
         if isinstance(first, LazyMask):
             if func is Tensor.__getitem__ and first.visibility.edited is None:
                 rest = first.visibility.sliced(args[1])
                 if rest is not None:
-                    return LazyMask(rest, part=True)
-            name = getattr(func, "__name__", "")
-            if _writes(name):
-                _check_whole(first.part, name)
-                func(_dense(first), *tree_map(_dense, tuple(args[1:])), **tree_map(_dense, kwargs))
-                return first
-            if func == _DATA:  # whose changes are not counted
-                first.visibility.to_float()
-                first.visibility._rewritten = True
+                    return LazyMask(rest)
+            if func == _DATA:
+                first.visibility.lend(counted=False)
             if func in (Tensor.detach, Tensor.contiguous) or (
                 func is Tensor.to and _changes_nothing(first, args[1:], kwargs)
             ):
                 return first
-        return func(*tree_map(_dense, tuple(args)), **tree_map(_dense, kwargs))
+            if _writes(name):
+                func(_lent(first), *tree_map(_fresh, tuple(args[1:])), **tree_map(_fresh, kwargs))
+                return first
+        return func(*tree_map(read, tuple(args)), **tree_map(read, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict | None = None
     ) -> Any:
-        return func(*tree_map(_dense, tuple(args)), **tree_map(_dense, kwargs or {}))
+        return func(*tree_map(_lent, tuple(args)), **tree_map(_lent, kwargs or {}))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyMask({self.visibility})"
@@ -194,17 +231,12 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _check_whole(part: bool, name: str) -> None:
-    if part:
-        raise NotImplementedError(
-            f"attention mask: {name} on a slice of the mask that "
-            'attn_implementation="orchard" has made would not reach the mask; '
-            "write to the mask itself, or to mask[...].clone() and pass that on"
-        )
+def _fresh(x: Any) -> Any:
+    return x.visibility.to_float() if isinstance(x, LazyMask | TracedMask) else x
 
 
-def _dense(x: Any) -> Any:
-    return x.visibility.to_float() if isinstance(x, LazyMask) else x
+def _lent(x: Any) -> Any:
+    return x.visibility.lend() if isinstance(x, LazyMask | TracedMask) else x
 
 
 def _changes_nothing(mask: LazyMask, args: Sequence[Any], kwargs: dict) -> bool:
@@ -230,8 +262,8 @@ def _same_device(a: str | int | torch.device, b: torch.device) -> bool:
 class TracedMask:
     """`LazyMask` within a graph of torch.compile: an object that exists while it is traced."""
 
-    def __init__(self, visibility: Visibility, part: bool = False) -> None:
-        self.visibility, self.part = visibility, part
+    def __init__(self, visibility: Visibility) -> None:
+        self.visibility = visibility
 
     @property
     def shape(self) -> torch.Size:
@@ -256,31 +288,34 @@ class TracedMask:
         return self.shape if dim is None else self.shape[dim]
 
     def __getitem__(self, index: Any) -> Any:
-        rest = None if self.visibility._rewritten else self.visibility.sliced(index)
-        return self.visibility.to_float()[index] if rest is None else TracedMask(rest, part=True)
+        rest = self.visibility.sliced(index) if self.visibility.edited is None else None
+        return self.visibility.lend()[index] if rest is None else TracedMask(rest)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _check_whole(self.part, "__setitem__")
-        self.visibility.to_float()[index] = value
-        self.visibility._rewritten = True
+        self.visibility.lend()[index] = value
 
     def __getattr__(self, name: str) -> Any:
-        if _writes(name):
-            _check_whole(self.part, name)
-            self.visibility._rewritten = True
-        return getattr(self.visibility.to_float(), name)
-
-    def __add__(self, other: Any) -> Any:
-        return self.visibility.to_float() + other
-
-    __radd__ = __add__
+        return getattr((_fresh if name in _MAKES_NEW else _lent)(self), name)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict | None = None
     ) -> Any:
-        return func(*map(_traced, args), **{k: _traced(v) for k, v in (kwargs or {}).items()})
+        read = _fresh if getattr(func, "__name__", "") in _MAKES_NEW else _lent
+        return func(*_each(read, args), **{k: _each(read, v) for k, v in (kwargs or {}).items()})
 
 
-def _traced(x: Any) -> Any:
-    return x.visibility.to_float() if isinstance(x, TracedMask) else x
+def _each(read: Any, x: Any) -> Any:
+    return type(x)(_each(read, y) for y in x) if type(x) in (tuple, list) else read(x)
+
+
+def _operator(name: str) -> Any:
+    def method(self: TracedMask, *others: Any) -> Any:
+        read = _fresh if name in _MAKES_NEW else _lent
+        return getattr(read(self), name)(*map(read, others))
+
+    return method
+
+
+for _name in (*_OPERATORS, *_IN_PLACE):  # which Python looks up in the class
+    setattr(TracedMask, _name, _operator(_name))

@@ -1,9 +1,10 @@
 """The ops ``torch.ops.orchard.*``: importing this package registers them and their rules.
 
-schema: names, arguments and handles; kernels: fake and reference kernels; autograd: the derivative;
+schema: names, arguments and handles; kernels: fake and reference kernels; caches: those of the ops
+for caches; autograd: the derivative;
 eager: the short way to them; vmap: batching; flops: what torch.utils.flop_counter counts.
 """
 
-from . import autograd, eager, flops, kernels, schema, vmap
+from . import autograd, caches, eager, flops, kernels, schema, vmap
 
-__all__ = ["autograd", "eager", "flops", "kernels", "schema", "vmap"]
+__all__ = ["autograd", "caches", "eager", "flops", "kernels", "schema", "vmap"]

@@ -23,14 +23,19 @@ assert (*Scoring._fields[: len(TENSORS) - 1], Scoring._fields[-1]) == TENSORS
 
 
 def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The forward's arguments, first those that may be tensors, then a tuple of the others."""
-    return (*args[:_FIRST_TENSORS], args[-2], (*args[_FIRST_TENSORS:-2], args[-1]))
+    """The forward's arguments, first those that may be tensors, then a tuple of the others, in
+    which None stands for key_ranges."""
+    rest = args[_FIRST_TENSORS:]
+    if args[-2] is not None:
+        rest = (*rest[:-2], None, rest[-1])
+    return (*args[:_FIRST_TENSORS], args[-2], rest)
 
 
-def _join(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The forward's arguments, from what `_split` makes of them."""
-    *_, key_ranges, rest = parts
-    return (*parts[:_FIRST_TENSORS], *rest[:-1], key_ranges, rest[-1])
+def _join(tensors: tuple[Any, ...], key_ranges: Tensor | None, rest: tuple[Any, ...]) -> Any:
+    """Arguments of an op: `tensors`, and behind them `rest` with key_ranges in its place."""
+    if key_ranges is None:
+        return (*tensors, *rest)
+    return (*tensors, *rest[:-2], key_ranges, rest[-1])
 
 
 _forward, _backward = FORWARD._op, BACKWARD._op
@@ -56,6 +61,12 @@ def _needs_grad(args: Sequence[Any]) -> bool:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def _operands_need_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
 
 
 def _below_transform() -> AbstractContextManager:
@@ -88,45 +99,46 @@ class _Formula(_SingleLevelFunction):
             return cls.apply(*args)
 
 
+def _compute(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Calls FORWARD below autograd, with what `_split` makes of its arguments."""
+    args = _join(tensors[:-1], tensors[-1], rest)
+    if torch._C._are_functorch_transforms_active():
+        with _below_transform():
+            return FORWARD(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
+
+
 class _FlashAttention(_Formula):
     """Computes out and row_stats by flash_attn_fwd, with flash_attn_bwd as the derivative.
 
     Arguments that cannot be tensors come in one tuple, since autograd spends time on every
-    argument.
+    argument. It would on a setup_context, too.
     """
 
     @staticmethod
-    def forward(*parts: Any) -> tuple[Tensor, Tensor]:
-        if torch._C._are_functorch_transforms_active():
-            with _below_transform():
-                return FORWARD(*_join(parts))
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(*_join(parts))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.rest = inputs
-        ctx.save_for_backward(*tensors, *output)
+    def forward(ctx: Any, *parts: Any) -> tuple[Tensor, Tensor]:
+        results = _compute(parts[:-1], parts[-1])
+        ctx.save_for_backward(*parts[:3], *results, *parts[3:-1])  # in the backward's order
+        ctx.rest = parts[-1]
         ctx.set_materialize_grads(False)
+        return results
 
     @staticmethod
     def backward(
         ctx: Any, dout: Tensor | None, drow_stats: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, out, row_stats = ctx.saved_tensors
-        query, key, value, scoring, impl = ForwardArgs.read(_join((*tensors, ctx.rest)))
+        saved = ctx.saved_tensors
         query_too, key_too, value_too, mask_too, _, sinks_too, *_ = ctx.needs_input_grad
         if dout is None and drow_stats is None:
             return (None,) * len(ctx.needs_input_grad)
         dlse = None
         if drow_stats is not None:
             # lse is the sum of both numbers, so they have the same gradient.
-            dlse = drow_stats[..., 1] / scoring.unit
+            dlse = drow_stats[..., 1] / saved_call(saved, ctx.rest).scoring.unit
         if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv, dmask, dsinks = differentiate(
-            dout, dlse, query, key, value, out, row_stats, scoring, mask_too, impl
-        )
+            dout = torch.zeros_like(saved[3])
+        dq, dk, dv, dmask, dsinks = differentiate((dout, dlse, *saved), ctx.rest, mask_too)
         return (
             dq if query_too else None,
             dk if key_too else None,
@@ -138,6 +150,12 @@ class _FlashAttention(_Formula):
             None,
             None,
         )
+
+
+def saved_call(saved: tuple[Any, ...], rest: tuple[Any, ...]) -> ForwardArgs:
+    """The forward's arguments, from the tensors and the rest that it saved for its backward."""
+    query, key, value, _, _, *others, key_ranges = saved
+    return ForwardArgs.read(_join((query, key, value, *others), key_ranges, rest))
 
 
 class _FlashAttentionBackward(_Formula):
@@ -178,8 +196,10 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
     _refuse_trainable_slopes(call.scoring.alibi_slopes)
     args = call.flat()
-    formula = _FlashAttention.record if _needs_grad(args) else _FlashAttention.forward
-    return formula(*_split(args))
+    *tensors, rest = _split(args)
+    if _needs_grad(args):
+        return _FlashAttention.record(*tensors, rest)
+    return _compute(tuple(tensors), rest)
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -195,42 +215,41 @@ library.impl("flash_attn_bwd", _backward_kernel, "Autograd")
 record = _FlashAttention.apply
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scoring: Scoring,
-    impl: str,
-    record: Callable[..., Any] = record,
-) -> tuple[Tensor, Tensor]:
+def attend(args: tuple[Any, ...], record: Callable[..., Any] = record) -> tuple[Tensor, Tensor]:
     """Calls FORWARD. In the usual case it goes to `_forward_kernel` without the dispatcher, and
     `record` says how autograd differentiates it."""
-    args = (query, key, value, *scoring, impl)
     parts = _split(args)
-    if scoring.alibi_slopes is not None or not eager.nothing_between(parts[:-1]):
+    tensors = parts[:-1]
+    alibi_slopes = parts[4]
+    if alibi_slopes is not None or not eager.nothing_between(tensors):
         return FORWARD(*args)
-    if _needs_grad(parts):
+    if _needs_grad(tensors):
         return record(*parts)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*args)
 
 
-def differentiate(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    row_stats: Tensor,
-    scoring: Scoring,
-    mask_grad: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    """Calls BACKWARD, in the way that `attend` calls FORWARD."""
-    tensors = (dout, dlse, query, key, value, out, row_stats)
-    all_tensors = (*tensors, *(getattr(scoring, name) for name in TENSORS))
-    if torch.is_grad_enabled() or not eager.nothing_between(all_tensors):
-        return BACKWARD(*tensors, *scoring, mask_grad, impl)
+def attend_operands(
+    args: tuple[Any, ...], record: Callable[..., Any] = record
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, in less time: for plain operands, with no other tensor than a seed."""
+    if not eager.no_layer_between():
+        return FORWARD(*args)
+    if _operands_need_grad(*args[:3]):
+        return record(*args[:_FIRST_TENSORS], None, args[_FIRST_TENSORS:])
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward(*tensors, *scoring, mask_grad, impl)
+        return _forward(*args)
+
+
+def differentiate(
+    tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], mask_grad: bool
+) -> tuple[Tensor, ...]:
+    """Calls BACKWARD, in the way that `attend` calls FORWARD: with its tensors in their order,
+    key_ranges the last, and the forward's `rest`."""
+    *first, key_ranges = tensors
+    *numbers, _, impl = rest
+    args = (*first, *numbers, key_ranges, mask_grad, impl)
+    if torch.is_grad_enabled() or not eager.nothing_between(tensors):
+        return BACKWARD(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward(*args)

@@ -10,8 +10,18 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # for every device
-PLAIN = frozenset((Tensor, Parameter, type(None)))
-"""The types of operands, None included, that are no subclass which must see the op."""
+TENSORS = frozenset((Tensor, Parameter))
+"""The types of tensors that are no subclass which must see the op."""
+PLAIN = TENSORS | {type(None)}
+"""The same, and that of an operand which is not given."""
+
+# Each look-up of an attribute takes as long as what is asked then.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_has_transform = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
 def nothing_between(tensors: tuple[Any, ...]) -> bool:
@@ -21,13 +31,17 @@ def nothing_between(tensors: tuple[Any, ...]) -> bool:
     or forward-mode level that has to see the op first, and not below autograd, as in the body of
     another operator, where the dispatcher passes over that kernel.
     """
+    return no_layer_between() and PLAIN.issuperset(map(type, tensors))
+
+
+def no_layer_between() -> bool:
+    """As `nothing_between`, for operands that are known to be plain."""
     return (
-        not torch.compiler.is_dynamo_compiling()
-        and PLAIN.issuperset(map(type, tensors))
+        not _is_compiling()
         and forward_ad._current_level < 0
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        and not _dispatch_modes()
+        and not _has_function_mode()
+        and not _has_transform()
+        and _tracing_state() is None
+        and not _is_excluded(_AUTOGRAD)
     )

@@ -74,7 +74,7 @@ def _backward_shapes(*args: Any) -> tuple[Tensor, ...]:
 # ---- reference kernels --------------------------------------------------------------------------
 
 
-def _why_not_metal(query: Tensor, impl: str) -> str:
+def why_not_metal(query: Tensor, impl: str) -> str:
     """The reason for a call that the dispatcher sent here because no MPS kernel is registered."""
     if query.device.type != "mps":
         return f"{calls.NOT_MPS}{query.device.type}, not on mps"
@@ -83,7 +83,7 @@ def _why_not_metal(query: Tensor, impl: str) -> str:
     return native.why_not() or "the dispatcher did not choose the MPS kernel"
 
 
-def _no_autocast(query: Tensor) -> AbstractContextManager:
+def no_autocast(query: Tensor) -> AbstractContextManager:
     """Switches autocast off, because the reference chooses its own precision."""
     device_type = query.device.type
     if not torch.amp.is_autocast_available(device_type):
@@ -98,25 +98,25 @@ def _described(args: ForwardArgs | BackwardArgs) -> Description:
 def _run_forward(args: ForwardArgs, reason: str) -> tuple[Tensor, Tensor]:
     _check_forward("orchard::flash_attn_fwd", args)
     calls.record_reference("flash_attn_fwd", reason, _described(args), args.impl)
-    with _no_autocast(args.query):
+    with no_autocast(args.query):
         return reference.forward(args.query, args.key, args.value, args.scoring)
 
 
 def _run_backward(args: BackwardArgs, reason: str) -> tuple[Tensor, ...]:
     _check_backward("orchard::flash_attn_bwd", args)
     calls.record_reference("flash_attn_bwd", reason, _described(args), args.impl)
-    with _no_autocast(args.query):
+    with no_autocast(args.query):
         return reference.backward(*args[:7], scoring=args.scoring, mask_grad=args.mask_grad)
 
 
 def _forward_by_dispatcher(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
-    return _run_forward(call, _why_not_metal(call.query, call.impl))
+    return _run_forward(call, why_not_metal(call.query, call.impl))
 
 
 def _backward_by_dispatcher(*args: Any) -> tuple[Tensor, ...]:
     call = BackwardArgs.read(args)
-    return _run_backward(call, _why_not_metal(call.query, call.impl))
+    return _run_backward(call, why_not_metal(call.query, call.impl))
 
 
 def _forward_by_native(*args: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import calls, namespace, scoring, watch
+from .. import cache, calls, namespace, scoring, watch
 from ..scoring import Scoring
 
 _FORWARD = f"Tensor query, Tensor key, Tensor value, {scoring.SCHEMA}"
@@ -22,6 +22,7 @@ _BACKWARD = (
     f"Tensor row_stats, {scoring.SCHEMA}, bool mask_grad"
 )
 _RESULTS = "(Tensor out, Tensor row_stats)"
+_DECODED = "(Tensor out, Tensor lse)"
 _GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
 _PLAN = (
     "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
@@ -30,7 +31,9 @@ _PLAN = (
 INTERFACE = (
     f"orchard_ops interface 3: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
     f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
-    f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}"
+    f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}; "
+    f"flash_attn_decode({cache.DECODE_SCHEMA}) -> {_DECODED}; "
+    f"flash_attn_append({cache.APPEND_SCHEMA}) -> ()"
 )
 """What ``native/module.cpp`` must answer to be the library of this package."""
 
@@ -47,6 +50,10 @@ for _schema in (
     # numbers, since reasons are counted.
     f"flash_attn_fwd_reference({_FORWARD}, str impl, str reason) -> {_RESULTS}",
     f"flash_attn_bwd_reference({_BACKWARD}, str impl, str reason) -> {_GRADIENTS}",
+    f'flash_attn_decode({cache.DECODE_SCHEMA}="auto") -> {_DECODED}',
+    f'flash_attn_append({cache.APPEND_SCHEMA}="auto") -> ()',
+    f"flash_attn_append_reference({cache.APPEND_SCHEMA}, str reason) -> ()",
+    f"flash_attn_decode_reference({cache.DECODE_SCHEMA}, str reason) -> {_DECODED}",
 ):
     library.define(_schema, tags=_TAGS)
 
@@ -64,7 +71,7 @@ def _raising_what_was_raised(op: Any) -> Any:
         try:
             if watch.watchers:
                 return watch.call(name, call, args, kwargs)
-            return call(*args, **kwargs)
+            return call(*args, **kwargs) if kwargs else call(*args)
         except RuntimeError as error:
             original = calls.take_pending(str(error))
             if original is None:
@@ -79,7 +86,16 @@ FORWARD = _raising_what_was_raised(namespace.OPS.flash_attn_fwd.default)
 """``orchard::flash_attn_fwd``, see `ForwardArgs`; out and row_stats."""
 BACKWARD = _raising_what_was_raised(namespace.OPS.flash_attn_bwd.default)
 """``orchard::flash_attn_bwd``, see `BackwardArgs`; dq, dk, dv, dmask and dsinks."""
-for _packet in (namespace.OPS.flash_attn_fwd, namespace.OPS.flash_attn_bwd):
+DECODE = _raising_what_was_raised(namespace.OPS.flash_attn_decode.default)
+"""``orchard::flash_attn_decode``, see `CacheCall`; out and lse."""
+APPEND = _raising_what_was_raised(namespace.OPS.flash_attn_append.default)
+"""``orchard::flash_attn_append``, see `AppendCall`; it returns nothing."""
+for _packet in (
+    namespace.OPS.flash_attn_fwd,
+    namespace.OPS.flash_attn_bwd,
+    namespace.OPS.flash_attn_decode,
+    namespace.OPS.flash_attn_append,
+):
     _raising_what_was_raised(_packet)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from .. import calls
 from ..dropout import dropout_mask, rescale
 from ..ops import autograd
-from ..ops.schema import ForwardArgs
 from ..scoring import Scoring
 
 
@@ -24,12 +23,16 @@ def mathematics(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> 
     batch = scoring.mask_batch(query.shape[0])
     if len(batch) > 1:
         query, key, value = (x.unflatten(0, batch) for x in (query, key, value))
+    mask, is_causal = scoring.attn_mask, scoring.window_right == 0
+    if is_causal and scoring.diagonal != 0:  # of a CausalBias, which comes without a mask
+        ones = query.new_ones((query.shape[-2], key.shape[-2]), dtype=torch.bool)
+        mask, is_causal = ones.tril(scoring.diagonal), False
     out, weights = torch.ops.aten._scaled_dot_product_attention_math(
         query,
         key,
         value,
-        _additive(scoring.attn_mask, query.dtype),
-        is_causal=scoring.window_right == 0,
+        _additive(mask, query.dtype),
+        is_causal=is_causal,
         scale=scoring.scale,
         enable_gqa=True,
     )
@@ -56,8 +59,7 @@ class _TwiceDifferentiable(autograd._FlashAttention):
     ) -> tuple[Tensor | None, ...]:
         if dout is None or not torch.is_grad_enabled():
             return autograd._FlashAttention.backward(ctx, dout, drow_stats)
-        *tensors, _, _ = ctx.saved_tensors
-        call = ForwardArgs.read(autograd._join((*tensors, ctx.rest)))
+        call = autograd.saved_call(ctx.saved_tensors, ctx.rest)
         # Aliases: one tensor may be the query and the key, and has a gradient as each of them.
         query, key, value = (x.view_as(x) for x in (call.query, call.key, call.value))
         scoring, mask = call.scoring, call.scoring.attn_mask

@@ -19,10 +19,13 @@ NAME = "scaled_dot_product_attention"
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 _functorch = torch._C._functorch
-_WIDEST = max(plan.head_dims(), default=0)
+_WIDEST = plan.WIDEST_HEAD_DIM
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRACED = (FakeTensor, FunctionalTensor)
 """The subclasses in which a compiler sees plain tensors."""
+
+on = False
+"""Whether the kernels below take calls. They stay registered for a while where they do not."""
 
 _Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]
 
@@ -40,14 +43,14 @@ def attention(
 ) -> Tensor:
     """The kernel for tensors of mps, in torch.func too, where it sees those of other devices."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if query.device.type != "mps":
+    if query.device.type != "mps" or not on:
         return _pytorch(arguments)
     if not _is_plain(query, key, value, attn_mask, is_causal):
-        reason = _why_left_to_pytorch(query, key, value, attn_mask, is_causal)
+        reason = why_left_to_pytorch(query, key, value, attn_mask, is_causal)
         if reason is not None:
             calls.record_left_to_pytorch(reason, arguments)
             return _pytorch(arguments)
-    reason = _why_not_metal(query, value)
+    reason = why_not_metal(query, value)
     if reason is not None and not calls.strict():
         return _pytorch_instead(arguments, reason)
     if (
@@ -92,7 +95,7 @@ def attention_under_vmap(
     PyTorch would take the operator apart there before the other kernels see it.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if query.device.type != "mps":
+    if query.device.type != "mps" or not on:
         return _pytorch(arguments)
     if dropout_p > 0.0 and _vmap_randomness() != "different":
         reason = "vmap asks for one dropout mask for all samples"
@@ -123,7 +126,7 @@ def _pytorch_instead(arguments: _Arguments, reason: str) -> Tensor:
 def _is_plain(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> bool:
-    """True only where `_why_left_to_pytorch` would find no reason, in less time."""
+    """True only where `why_left_to_pytorch` would find no reason, in less time."""
     return (
         torch._C._get_flash_sdp_enabled()
         and (key.is_mps and value.is_mps)
@@ -132,7 +135,7 @@ def _is_plain(
     )
 
 
-def _why_left_to_pytorch(
+def why_left_to_pytorch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> str | None:
     """The reason why a call is none for `flash_attn`, if there is one.
@@ -160,7 +163,7 @@ def _why_left_to_pytorch(
     return None
 
 
-def _why_not_metal(query: Tensor, value: Tensor) -> str | None:
+def why_not_metal(query: Tensor, value: Tensor) -> str | None:
     """The reason why no Metal kernel takes such a call, if there is one.
 
     `flash_attn` would run it on the reference, which is made to agree and not to be fast.

@@ -16,7 +16,7 @@ from torch.library import Library
 
 from .._version import __version__
 from ..namespace import NAME
-from . import kernels
+from . import causal_bias, kernels
 
 _lock = threading.Lock()
 _holders = 0
@@ -27,6 +27,17 @@ _TAG = f"{NAME}-{__version__}-sdpa"
 
 def _begin() -> None:
     global _registration
+    if _registration is None:
+        _registration = _register()
+        _forget_resolved_kernels()
+    kernels.on = True
+    # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
+    config = torch.compiler.config
+    config.cache_key_tag += _TAG
+    causal_bias.begin()
+
+
+def _register() -> Library:
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
         # The dispatcher remarks that torch.vmap's own entry is replaced.
@@ -36,19 +47,20 @@ def _begin() -> None:
         for key in ("AutogradMPS", "MPS", "AutogradOther"):
             library.impl(kernels.NAME, kernels.attention, key)
         library.impl(kernels.NAME, kernels.attention_under_vmap, "FuncTorchVmapMode")
-    _registration = library
-    _forget_resolved_kernels()
-    # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
-    config = torch.compiler.config
-    config.cache_key_tag += _TAG
+    return library
 
 
 def _end() -> None:
     global _registration
-    _registration = None  # which ends the registration
-    _forget_resolved_kernels()
+    causal_bias.end()
+    kernels.on = False
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag.replace(_TAG, "", 1)
+    # The dispatcher frees a kernel whose registration ends, also one that another thread is about
+    # to call. So our kernels stay while there are others, and pass their calls to PyTorch's own.
+    if threading.active_count() == 1:
+        _registration = None  # which ends the registration
+        _forget_resolved_kernels()
 
 
 def _forget_resolved_kernels() -> None:
@@ -124,7 +136,8 @@ def disable() -> None:
 
 
 class _Handle:
-    """What `torch.nn.attention.restore_flash_attention_impl` ends."""
+    """What `torch.nn.attention.restore_flash_attention_impl` ends. torch 2.10 has no such function,
+    and so nothing ends it there."""
 
     def __init__(self) -> None:
         self._held = True

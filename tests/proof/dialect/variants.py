@@ -8,6 +8,7 @@ import itertools
 import torch
 from mutation.harness import (
     BOOL,
+    CACHE_FAMILIES,
     DTYPE_NUMBERS,
     FAMILIES,
     OTHER_FAMILIES,
@@ -46,6 +47,32 @@ def variants() -> dict[str, list[dict]]:
                 plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **wanted))
                 for kernel in plan["kernels"]:
                     found[kernel["family"]][kernel["name"]] = kernel
+    every = {family: list(kernels.values()) for family, kernels in found.items()}
+    return every | _of_caches(sources)
+
+
+def _of_caches(sources: Sources) -> dict[str, list[dict]]:
+    """Of the ops for caches: every dtype, width, number of rows, way of loading, kind of score."""
+    found: dict[str, dict[str, dict]] = {family: {} for family in CACHE_FAMILIES}
+    widths = (64, 63, 128, 192, 256)
+    for dtype, width, value, heads, paged, softcap, alibi in itertools.product(
+        DTYPE_NUMBERS.values(), widths, widths, (8, 16), (0, 1), (0.0, 2.0), (False, True)
+    ):
+        shapes = {
+            "q": (2, heads, 1, width),
+            "k": (2, 1, _LENGTH, width),
+            "v": (2, 1, _LENGTH, value),
+            "out": (2, heads, 1, value),
+        }
+        layouts = {
+            name: (shape, torch.empty(shape, device="meta").stride(), 0)
+            for name, shape in shapes.items()
+        }
+        cache = {"page_size": _LENGTH, "entries": 2, "paged": paged, "pages": 1, "table_row": 1}
+        plan = sources.decode(layouts, dtype, cache, softcap=softcap, has_alibi=alibi)
+        append = sources.append(layouts["k"], layouts["k"], dtype, {})
+        for kernel in (*plan.kernels, *append.kernels):
+            found[kernel.family][kernel.name] = vars(kernel)
     return {family: list(kernels.values()) for family, kernels in found.items()}
 
 

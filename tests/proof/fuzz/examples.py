@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from dataclasses import asdict, dataclass
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orchard_ops
+from orchard_ops import KeyRanges
 from orchard_ops.testing import Case, Memory, assert_attention_close, math_attention
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,6 +47,7 @@ class Example:
     use_lse: bool  # lse takes part in the loss
     ranges: str = ""  # "", or a kind of Case.ranges
     ranges_full: tuple[bool, ...] = (True, True)  # which of (B, H) they do not broadcast over
+    reach: int | None = None  # of KeyRanges, true or not: with the windows it gives key_span
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -60,12 +63,15 @@ class Example:
         return Example(**fields)
 
 
-LENGTHS = st.one_of(st.integers(1, 80), st.sampled_from((0, 1, 31, 32, 33, 63, 64, 65, 127, 130)))
+LENGTHS = st.one_of(
+    st.integers(1, 80), st.sampled_from((0, 1, 31, 32, 33, 63, 64, 65, 127, 130, 200))
+)
 HEAD_DIMS = st.sampled_from((1, 5, 8, 16, 24, 32, 40, 64, 65, 72, 96, 128, 200, 256, 264))
 WINDOWS = st.one_of(
     st.just(-1), st.integers(0, 100), st.sampled_from((2**30, 2**31 - 1, 2**62, 2**63 - 1))
 )
 RANGES = st.sampled_from(("", "", "any", "documents", "padding", "prefix"))
+REACHES = st.one_of(st.none(), st.integers(0, 24), st.sampled_from((25, 56, 90, 2**31, 2**63)))
 MEMORY = st.builds(
     Memory,
     st.permutations(range(4)).map(tuple),
@@ -103,12 +109,32 @@ def examples(draw: st.DrawFn) -> Example:
         use_lse=draw(st.booleans()),
         ranges="" if plain else draw(RANGES),
         ranges_full=tuple(draw(st.booleans()) for _ in range(2)),
+        reach=None if plain else draw(REACHES),
     )
 
 
 def runs_on_metal(example: Example) -> bool:
     """Whether Metal takes the call, whatever the plan says."""
     return example.device == "mps" and max(example.head_dim, example.value_dim) <= 256
+
+
+TANH_ERROR = 1.2e-7
+KNOWN = "lse under a softcap, off by what tanh lacks"
+
+
+def is_known(example: Example, error: AssertionError) -> bool:
+    """Whether the rule was missed in the one way that is known and not mended.
+
+    For 16-bit operands the kernels' tanh is right to about 1e-7 absolutely (shaders/scores.h), and
+    so a score and lse to about that times the softcap. Where a row sees few keys, the rule grants
+    lse less.
+    """
+    found = re.match(r"lse: max error (\S+) exceeds", str(error))
+    return (
+        found is not None
+        and example.dtype != "float32"
+        and float(found[1]) <= TANH_ERROR * example.softcap
+    )
 
 
 def check(example: Example) -> str:
@@ -177,6 +203,9 @@ def check(example: Example) -> str:
         q, k, v, do = (m.place(x, e.device) for m, x in zip(e.memory, (q, k, v, do)))
     q, k, v = (batched(x.to(e.device)).requires_grad_() for x in (q, k, v))
     mask, sinks = leaf(None if mask is None else mask_batched(mask)), leaf(sinks)
+    key_ranges = None if ranges is None else ranges.to(e.device)
+    if key_ranges is not None and e.reach is not None:
+        key_ranges = KeyRanges(key_ranges, diagonal=0, has_prefix=False, reach=e.reach)
     torch.manual_seed(e.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", orchard_ops.OrchardFallbackWarning)
@@ -185,7 +214,7 @@ def check(example: Example) -> str:
             enable_gqa=True,
             window_left=e.window_left, window_right=e.window_right, softcap=e.softcap,
             alibi_slopes=None if slopes is None else slopes.to(e.device), sinks=sinks,
-            key_ranges=None if ranges is None else ranges.to(e.device),
+            key_ranges=key_ranges,
         )  # fmt: skip
         path = orchard_ops.explain(q, k, v, **arguments).path
         before = orchard_ops.stats().metal

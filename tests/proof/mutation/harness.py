@@ -25,8 +25,8 @@ from simulator import engine
 from torch import Tensor
 
 from benchmarks.planner import BUFFERS as BUFFERS
+from benchmarks.planner import CACHE_BUFFERS, CachePlan, Params, Place, Planner, compile_planner
 from benchmarks.planner import MaskPlace as MaskPlace
-from benchmarks.planner import Params, Place, Planner, compile_planner
 
 ROOT = Path(__file__).resolve().parents[3]
 FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
@@ -40,6 +40,9 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_mask_map", "attention_backward_dsinks", "attention_backward_dmask",
     "attention_backward_dmask_from_ds", "attention_backward_dmask_rows",
     "attention_backward_dmask_sum", "attention_backward_dmask_sum_keys",
+)  # fmt: skip
+APPEND, DECODE, DECODE_MERGE = CACHE_FAMILIES = (
+    "attention_append", "attention_decode", "attention_decode_merge",
 )  # fmt: skip
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BOOL = 3  # of a mask
@@ -126,7 +129,8 @@ class Sources:
 
     def text(self, family: str) -> str:
         """The family's Metal text as native/embed_shaders.py makes it."""
-        return self._embed.flatten(self._embed.FAMILIES[family]) + "\n"
+        headers = {**self._embed.FAMILIES, **self._embed.CACHE_FAMILIES}
+        return self._embed.flatten(headers[family]) + "\n"
 
     @cached_property
     def _embed(self) -> ModuleType:
@@ -157,7 +161,7 @@ class Sources:
 
     @cached_property
     def buffers(self) -> dict[str, int]:
-        return self._planner.buffers()
+        return self._planner.buffers() | CACHE_BUFFERS
 
     def head_dims(self) -> tuple[int, ...]:
         dims = self._planner.head_dims()
@@ -168,6 +172,19 @@ class Sources:
         strides = self._planner.strides_in_order_of(like, sizes)
         self.observe(strides)
         return strides
+
+    def decode(
+        self, layouts: dict[str, Place], dtype: int, cache: dict[str, int], **fields: float
+    ) -> CachePlan:
+        return self._observed(self._planner.decode(layouts, dtype, cache, **fields))
+
+    def append(self, added: Place, into: Place, dtype: int, cache: dict[str, int]) -> CachePlan:
+        return self._observed(self._planner.append(added, into, dtype, cache))
+
+    def _observed(self, plan: CachePlan) -> CachePlan:
+        facts = vars(plan) | {"params": bytes(plan.params)}
+        self.observe(facts, self.buffers)
+        return plan
 
     def plan(self, request: Request) -> tuple[dict, Params]:
         """The plan as dictionaries and lists, and its params."""

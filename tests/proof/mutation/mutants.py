@@ -26,6 +26,13 @@ FILES = (
         "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
     )),
 )  # fmt: skip
+CACHE_FILES = (
+    *(f"shaders/{name}.h" for name in (
+        "append", "cache", "decode", "decode_merge", "decode_params",
+    )),
+    "native/plan/decode.cpp",
+)  # fmt: skip
+"""Of the ops for caches, which have killers and a campaign of their own (`--caches`)."""
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
 
@@ -81,10 +88,10 @@ def mutants_of(file: str, text: str) -> Iterator[Mutant]:
             )  # fmt: skip
 
 
-def all_mutants(root: Path) -> list[Mutant]:
+def all_mutants(root: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
     return [
         mutant
-        for file in FILES
+        for file in files
         for mutant in mutants_of(file, (root / file).read_text(encoding="ascii"))
     ]
 

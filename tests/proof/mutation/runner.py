@@ -34,8 +34,16 @@ from simulator.engine import compiler
 from . import killers as killing
 from . import report
 from .harness import ROOT, Sources
-from .mutants import Mutant, all_mutants, equivalences
-from .verdicts import Outcome, Present, Progress, changes_plan, sources_digest
+from .mutants import CACHE_FILES, FILES, Mutant, all_mutants, equivalences
+from .verdicts import (
+    CACHE_VERDICTS,
+    VERDICTS,
+    Outcome,
+    Present,
+    Progress,
+    changes_plan,
+    sources_digest,
+)
 
 FOLDER = ROOT / "build" / "mutation"
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
@@ -45,18 +53,17 @@ COMPILE_LIMIT = 25.0  # several times what a family's kernels take
 def relevant(mutant: Mutant, original: Original) -> list:
     """The killers that a mutant can fail, in order.
 
-    Of a shader those whose kernels hold an instruction of the mutated statement. A statement that
-    leaves none anywhere (a type, a constant) is for all whose text includes the file.
+    Of a shader first those whose kernels hold an instruction of the mutated statement, then all
+    others whose text includes the file: a statement may leave no instruction of its own (a type, a
+    constant, a call that is inlined, a branch that is never taken before it is mutated).
     """
     if changes_plan(mutant.file):
         return list(killing.killers())
     name, (first, last) = Path(mutant.file).name, mutant.lines
     places = {(name, line) for line in range(first, last + 1)}
-    holding = [k for k in killing.killers() if original.holds(k.name, places)]
-    if holding:
-        return holding
     families = original.families[mutant.file]
-    return [k for k in killing.killers() if k.family in families]
+    able = [k for k in killing.killers() if k.family in families]
+    return sorted(able, key=lambda k: not original.holds(k.name, places))
 
 
 # ---- the child: one mutant
@@ -342,12 +349,13 @@ def prepare(jobs: int = 1) -> Original:
     paths = sorted({path for used in uses.values() for path in used})
     with multiprocessing.get_context("fork").Pool(jobs) as processes:
         lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
-    return Original(code, frozenset(libraries), uses, Present().families, lines, kernels, observed)
+    families = Present(mutated=(*FILES, *CACHE_FILES)).families
+    return Original(code, frozenset(libraries), uses, families, lines, kernels, observed)
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
     mutants = [
-        m for m in all_mutants(ROOT)
+        m for m in all_mutants(ROOT, CACHE_FILES if arguments.caches else FILES)
         if (not arguments.files or any(name in m.file for name in arguments.files))
         and (not arguments.operators or m.operator in arguments.operators)
         and (not arguments.match or arguments.match in str(m))
@@ -372,15 +380,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--equivalents", action="store_true", help="run those listed as equivalent too"
     )
     parser.add_argument("--report", action="store_true", help="run none: report what has run")
+    parser.add_argument(
+        "--caches", action="store_true", help="those of the ops for caches, by their own killers"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.caches:
+        killing.use_those_of_caches()
     mutants = selected(arguments)
     if arguments.list:
         print(*mutants, sep="\n")
         return 0
-    listed = equivalences()
+    files = CACHE_FILES if arguments.caches else FILES
+    listed = [entry for entry in equivalences() if entry.file in files]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    everything = all_mutants(ROOT)
-    progress = Progress(FOLDER / "progress.jsonl", everything, Present())
+    everything = all_mutants(ROOT, files)
+    log = FOLDER / ("progress-caches.jsonl" if arguments.caches else "progress.jsonl")
+    kept = CACHE_VERDICTS if arguments.caches else VERDICTS
+    progress = Progress(log, everything, Present(mutated=files), kept)
     original = prepare(arguments.jobs) if progress.hangs_on_kernels() else None
     if original:
         progress.decide(original.kernels)
@@ -406,6 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report.Report(mutants, progress.outcomes, listed)
     result.print()
     if mutants == everything:
-        result.write(Path(__file__).parent, sources_digest())
+        if not arguments.caches:
+            result.write(Path(__file__).parent, sources_digest())
         progress.keep()
     return 1 if result.survivors else 0

@@ -33,18 +33,20 @@ from pathlib import Path
 
 from . import killers as killing
 from .harness import ROOT, Sources
-from .mutants import FILES, Mutant
+from .mutants import CACHE_FILES, FILES, Mutant
 from .sites import Code
 
 PARAMS, PLAN = "shaders/params.h", "native/plan/"
+CACHE_PARAMS, CACHE_PLAN = "shaders/decode_params.h", "decode"
 VERDICTS = Path(__file__).with_name("verdicts.json")
+CACHE_VERDICTS = Path(__file__).with_name("verdicts_of_caches.json")
 _LINE = re.compile(r'^#line 1 "(\w+\.h)"$', re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _DECLARED = re.compile(r"^#define (\w+)|^\s+(\w+) = \d+,$|^\s+\w+ (\w+)(?:\[\d+\])?;$")
 
 
 def changes_plan(file: str) -> bool:
-    return file == PARAMS or file.startswith(PLAN)
+    return file in (PARAMS, CACHE_PARAMS) or file.startswith(PLAN)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def _words(path: Path) -> list[str]:
     return Code(path.read_text(encoding="ascii")).words
 
 
-def sources_digest(root: Path = ROOT) -> str:
+def sources_digest(root: Path = ROOT, files: Sequence[str] = FILES) -> str:
     """Of the words of all that is mutated."""
-    return _digest([_words(root / file) for file in FILES])
+    return _digest([_words(root / file) for file in files])
 
 
 def killers_digest() -> str:
@@ -114,11 +116,13 @@ def _text(families: Iterable[str], texts: Mapping[str, str]) -> str:
 
 class Present:
     """The sources and killers as they are. `kernels` are the names of those that each killer
-    launches, by its name, where they are known.
+    launches, by its name, where they are known. `mutated` are FILES, or CACHE_FILES: the plan of
+    the others does not read those.
     """
 
-    def __init__(self, root: Path = ROOT, killers: Sequence | None = None):
-        self.root = root
+    def __init__(self, root: Path = ROOT, killers: Sequence | None = None,
+                 mutated: Sequence[str] = FILES):  # fmt: skip
+        self.root, self.mutated = root, mutated
         tests = killing.killers() if killers is None else killers
         self.families_of: dict[str, tuple[str, ...]] = {  # by the name of a killer
             k.name: (k.family, *getattr(k, "beside", ())) if k.family else () for k in tests
@@ -127,7 +131,7 @@ class Present:
 
     @cached_property
     def sources(self) -> str:
-        return sources_digest(self.root)
+        return sources_digest(self.root, self.mutated)
 
     @cached_property
     def killers(self) -> str:
@@ -137,12 +141,16 @@ class Present:
     def plan(self) -> str:
         folder = self.root / PLAN
         files = sorted(path for path in folder.glob("*.*") if path.stem != "plan_cache")
+        if self.mutated is CACHE_FILES:
+            files.append(self.root / CACHE_PARAMS)
+        else:
+            files = [path for path in files if path.stem != CACHE_PLAN]
         return _digest([_words(path) for path in (*files, self.root / PARAMS)])
 
     @cached_property
     def files(self) -> dict[str, str]:
-        own = {f: _digest(_words(self.root / f)) for f in FILES if not changes_plan(f)}
-        return {file: own.get(file, self.plan) for file in FILES}
+        own = {f: _digest(_words(self.root / f)) for f in self.mutated if not changes_plan(f)}
+        return {file: own.get(file, self.plan) for file in self.mutated}
 
     @cached_property
     def headers(self) -> dict[str, list[str]]:
@@ -154,7 +162,7 @@ class Present:
     @cached_property
     def families(self) -> dict[str, set[str]]:
         """Those whose text includes a file."""
-        return {f: {x for x, names in self.headers.items() if f in names} for f in FILES}
+        return {f: {x for x, names in self.headers.items() if f in names} for f in self.mutated}
 
     @cached_property
     def texts(self) -> dict[str, str]:

@@ -12,9 +12,11 @@ import itertools
 from ..harness import FAMILIES
 from . import (
     backward,
+    caches,
     far_masks,
     forward,
     long_sums,
+    mask_sums,
     plan,
     plan_scores,
     positions,
@@ -40,14 +42,25 @@ __all__ = [
     "lines_of",
     "machine_code",
     "prepare",
+    "use_those_of_caches",
     "used_kernels",
     "used_libraries",
 ]
+_of_caches = False
+
+
+def use_those_of_caches() -> None:
+    """From here on `killers` are those of the ops for caches."""
+    global _of_caches
+    _of_caches = True
+    killers.cache_clear()
 
 
 @functools.cache
-def killers() -> tuple[Attention | Property | scores.Scored, ...]:
+def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled, ...]:
     """All of them; for a kernel, in order of cost."""
+    if _of_caches:
+        return caches.killers()
     return (
         *plan.properties(),
         *plan_scores.properties(),
@@ -55,18 +68,22 @@ def killers() -> tuple[Attention | Property | scores.Scored, ...]:
         *forward.properties(),
         *backward.properties(),
         *positions.properties(),
+        *mask_sums.properties(),
         *far_masks.properties(),
         *long_sums.properties(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
         *backward.checked(),
+        *mask_sums.checked(),
         *scores.checked(),
     )
 
 
 def prepare() -> None:
     """Computes all references, so that processes forked later share them."""
+    if _of_caches:
+        return
     for killer in killers():
         if isinstance(killer, Attention):
             reference(killer.case, killer.dlse, killer.shifts)

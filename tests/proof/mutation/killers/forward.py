@@ -94,6 +94,16 @@ def far_origins(sources: Sources, note: Callable[[str], None]) -> None:
     torch.testing.assert_close(got["out"].float(), expected, rtol=2e-3, atol=2e-3)
 
 
+def late_scores(sources: Sources, note: Callable[[str], None]) -> None:
+    """Scores nearly 16 powers of two above the first ones: half would not hold their weights."""
+    case = Case(16, 64, 16, num_heads=1, dtype=F16, scale=15.9998 * math.log(2))
+    q, k = torch.zeros(1, 1, 16, 16, dtype=F16), torch.zeros(1, 1, 64, 16, dtype=F16)
+    q[..., 0] = k[:, :, 32:, 0] = 1.0
+    v = torch.arange(64, dtype=F16)[:, None].expand(1, 1, 64, 16)
+    got = forward_of(sources, note, case, q, k, v)
+    torch.testing.assert_close(got["out"], torch.full_like(q, 47.5))
+
+
 def rows_alone(sources: Sources, note: Callable[[str], None]) -> None:
     """A row whose largest score creeps up beside one that moves: the same bits as beside zeros."""
     case, (q, k, v, _) = uneven_scores(F32, 32)
@@ -135,6 +145,7 @@ def properties() -> Iterator[Property]:
     for name, test in (
         ("sums in chains", sums_in_chains),
         ("origins beyond 2^27", far_origins),
+        ("late scores", late_scores),
         ("rows beside others that move", rows_alone),
         ("scores of -inf", infinite_scores_forward),
         ("rows without a key beside infinite values", rows_without_a_key),

@@ -210,7 +210,7 @@ def plan_of_divided_keys(sources: Sources) -> None:
                 ]  # fmt: skip
                 continue
             assert plan["scratch_bytes"] == chunk * row + sums
-            assert params.dq_sums == chunk * row // 4
+            assert params.dq_sums == chunk * row // 4 and params.ranges.ds_keys == 0
             expected = [[0, *plan["kernels"][0]["groups"], 0, 0, 9000]]
             for head in (0, 1):
                 for begin in range(0, 9000, chunk):

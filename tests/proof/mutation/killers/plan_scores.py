@@ -140,6 +140,7 @@ def plan_of_maps(sources: Sources) -> None:
         ((3, 2, 4, 65, 300), ()), ((1, 6, 4, 65, 300), (1,)), ((6, 1, 1, 1, 300), ()),
         ((1, 2, 1, 65, 300), ()), ((3, 1, 4, 65, 1), ()), ((1, 1, 1, 65, 300), (2,)),
         ((1, 1, 1, 1, 1), ()), ((1, 6, 4, 65, 300), (3, 4)), ((6, 1, 4, 32, 1), ()),
+        ((6, 1, 1, 1, 300), (0,)),
     ):  # fmt: skip
         q_len = 32 if own[3] == 32 else 65
         strides = tuple(0 if d in expanded else s for d, s in enumerate(_dense(own)))
@@ -226,6 +227,7 @@ def plan_of_pairs(sources: Sources) -> None:
         assert not pairs(strides=other), d
         one = tuple(1 if i == d else n for i, n in enumerate(full))
         assert pairs(one, other), d  # what is not walked does not matter
+    assert pairs((1, 2, 4, 40, 2), _dense((1, 2, 4, 40, 2)), s=2)
     two = tuple(2 if d == 0 else n for d, n in enumerate(full))
     assert not pairs(two, tuple(n + (d == 0) for d, n in enumerate(dense)))
     assert not pairs((1, 2, 4, 40, 1), (320, 160, 40, 2, 1))
@@ -336,6 +338,25 @@ def plan_of_mask_gradients(sources: Sources) -> None:
         assert [family for family, _ in plan["kernels"]] == (
             [DMASK_SUM_KEYS] if sums else [DMASK, DMASK_SUM]
         )
+        less = plan_of((1, 1, 1, 1, 150), layouts={"d": d}, softcap=softcap / 6)[1]
+        assert less.has_key_sums == sums
+    for own, grids in (((1, 1, 1, 1, 2), [1, 1]), ((1, 1, 1, 1, 1), [1, 1])):
+        kernels = plan_of(own, layouts={"s": own[4]})[0]["kernels"]
+        assert kernels == [(DMASK_SUM_KEYS if own[4] > 1 else DMASK_ROWS, grids)]
+    apart = _mask((3, 1, 1, 1, 150), (1200, 1200, 1200, 600, 2), inner=1, dtype=2)
+    asked = request(_layouts(b=6, h=4, l=300, s=150), 2, True, mask=apart, mask_grad=True)
+    plan = sources.plan(asked)[0]
+    assert plan["kernels"][-1]["groups"] == [3, 2] and plan["dmask_part_elements"] == 3600
+    # A threadgroup for each term, but no more than fill a GPU; rows of their own are no terms.
+    for b, l, s, parts in ((600, 32, 32, 512), (1, 1100, 32, 1)):
+        few = {"h": 1, "hk": 1, "l": l, "s": s}
+        assert plan_of((1, 1, 1, l, s), b=b, layouts=few)[1].dmask_parts == parts
+    without, _ = sources.plan(request(_layouts(), 2, True, mask_grad=True, mask_dtype=2))
+    assert [kernel["family"] for kernel in without["kernels"]] == [DELTA, DKV, DQ]
+    for sizes in ({"s": 0}, {"l": 0}):
+        assert not plan_of((6, 1, 4, sizes.get("l", 300), sizes.get("s", 150)),
+                           layouts=sizes)[0]["kernels"]  # fmt: skip
+    assert plan_of((6, 1, 4, 300, 150), layouts={"hk": 0})[0]["kernels"][0][0] == DMASK
     for l, parts in ((1024, 24), (1025, 48)):
         capped = {"layouts": {"d": 128, "l": l}, "softcap": 1.5}
         assert plan_of((1, 1, 1, 1, 150), **capped)[1].dmask_parts == parts
@@ -360,6 +381,8 @@ def plan_of_tiles_of_mask_gradients(sources: Sources) -> None:
         rows, keys = (int(number) for number in tile[1:].split("_k"))
         assert kernel["tile_name"] == tile and f"_{tile}_" in kernel["name"]
         assert f", {rows}, {keys}, 4, Variant<" in kernel["instantiation"]
+        types = ("half, half", "bfloat, float", "float, float")[dtype]
+        assert f"decltype({DMASK}<{types}, " in kernel["instantiation"]
         assert kernel["groups"] == [8, 2 * -(-70 // keys)]
 
 
@@ -427,13 +450,33 @@ def plan_of_key_ranges(sources: Sources) -> None:
         assert params.window_left == (1 << 30 if ranges else 7) and not plan["hull_elements"]
 
 
+def plan_of_maps_with_windows(sources: Sources) -> None:
+    """Rows of a mask that all keys share: a window tells the keys apart, in blocks of their own."""
+    for own, rows in (((1, 2, 4, 40, 1), 2), ((1, 2, 1, 40, 1), 2), ((1, 2, 4, 2, 1), 1),
+                      ((1, 2, 4, 1, 1), None)):  # fmt: skip
+        for window in ({}, {"window_left": 0}, {"window_right": 0}, {"window_right": 5}):
+            asked = request(_layouts(l=2 if own[3] == 2 else 40), 0, mask=_mask(own), **window)
+            heads = own[0] * own[1] * own[2]
+            cols = 3 if window and rows else 1
+            assert sources.plan(asked)[0]["map_elements"] == heads * (rows or 1) * cols
+    ranges = {"has_key_ranges": True, "window_left": 7, "window_right": 9}
+    plan, params = sources.plan(request(_layouts(l=2), 0, mask=_mask((1, 1, 1, 2, 70)), **ranges))
+    assert plan["kernels"][0]["name"].endswith("_ranges") and plan["map_elements"] == 3
+    assert (params.window_left, params.window_right) == (1 << 30, 1 << 30)
+    assert (params.ranges.left, params.ranges.right) == (7, 9)
+    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
+    empty = _mask((1, 0, 4, 40, 70), inner=0)
+    plan, _ = sources.plan(request(_layouts(b=0), 0, mask=empty, ranges_batch=9, **ranges))
+    assert not plan["map_elements"]
+
+
 def plan_of_key_spans(sources: Sources) -> None:
     """dS of a span of keys, where it is known and shorter than all, and the kernel for the rest."""
     row = 4 * 2 * 8 * 6  # bytes of one key's dS: two query heads, 41 queries
     for kv_len, span, keys in (
         (990, 0, 992), (990, -1, 992), (990, 1, 64), (990, 57, 64), (990, 58, 128), (990, 121, 128),
         (990, 890, 960), (990, 953, 960), (990, 954, 992), (990, 991, 992), (990, 1 << 62, 992),
-        (64, 1, 64), (72, 1, 64),
+        (64, 1, 64), (72, 1, 64), (65, 1, 64),
     ):  # fmt: skip
         partial = keys < kv_len
         for fits in (0, 1, 2, 3, 1 << 20):
@@ -456,7 +499,14 @@ def plan_of_key_spans(sources: Sources) -> None:
             if fits and partial:
                 assert last[1:] == [*plan["kernels"][3]["groups"], 0, 0, kv_len]
                 assert plan["kernels"][3]["role"] == _ROLES[DQ] and last[1] == 4
-                assert "_ranges" in plan["kernels"][3]["name"]
+    # The kernel for the rest is the one that there is without dS.
+    of_all = _layouts(b=1, h=4, hk=2, l=100, s=990, d=64)
+    spans = {"has_key_ranges": True, "key_span": 1}
+    both, alone = (
+        sources.plan(request(of_all, 1, True, scratch_bytes=n, **spans))[0]["kernels"]
+        for n in (1 << 30, 0)
+    )
+    assert len(both) == 4 and both[3] == alone[2]
     layouts = _layouts(b=1, h=4, hk=2, l=41, s=990, d=64)
     without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
     plan, params = sources.plan(without)
@@ -487,6 +537,8 @@ def plan_of_value_widths(sources: Sources) -> None:
                 asked = request(_layouts(d=d, dv=dv), 2, backward, scratch_bytes=scratch)
                 names += [kernel["name"] for kernel in sources.plan(asked)[0]["kernels"]]
             assert sum(name.endswith("_v128") for name in names) == own * families, names
+    plan, _ = sources.plan(request(_layouts(d=192, dv=128), 0, has_key_ranges=True))
+    assert plan["kernels"][0]["name"].endswith("_ranges_v128")
     for d, dv in ((64, 41), (41, 64)):
         plan, _ = sources.plan(request(_layouts(d=d, dv=dv), 0))
         assert "_elements" in plan["kernels"][0]["name"]
@@ -503,9 +555,9 @@ def plan_of_tiles_beside_masks(sources: Sources) -> None:
 def properties() -> Iterator[Property]:
     for test in (
         plan_of_scores, plan_of_kernels_in_order, plan_of_maps, plan_of_maps_with_ranges,
-        plan_of_pairs, plan_of_slopes, plan_of_mask_gradients, plan_of_tiles_of_mask_gradients,
-        plan_of_large_masks, plan_of_ranges_beside_divided_keys, plan_of_key_ranges,
-        plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
+        plan_of_maps_with_windows, plan_of_pairs, plan_of_slopes, plan_of_mask_gradients,
+        plan_of_tiles_of_mask_gradients, plan_of_large_masks, plan_of_ranges_beside_divided_keys,
+        plan_of_key_ranges, plan_of_key_spans, plan_of_value_widths, plan_of_tiles_beside_masks,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)

@@ -102,6 +102,10 @@ def _attention() -> Iterator[Attention]:
         for heads in ((0, 2), (2, 5), (5, 6)):
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
                             kv_heads=heads, **more)  # fmt: skip
+    # Behind 1024 queries sums in float32 go on from what is stored, of every simdgroup's keys.
+    parts = Case(1040, 32, 15, num_heads=1, dtype=F32, dropout_p=0.2)
+    for family in KEYS_SIDE:
+        yield Attention(f"{family}: sums in parts", family, parts)
     # Tiles of dS end within the rows of a simdgroup.
     for q_len in (36, 40):
         yield Attention(f"{DQ_FROM_DS}: {q_len} queries, checked", DQ_FROM_DS,

@@ -23,7 +23,9 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    hides: str = ""  # "": as the case draws it; others: see mask()
+    #: "": as the case draws it; "blocks", "entries", "padding", "rows", "sixteens", "firsts" (of
+    #: blocks), "first keys" (of blocks); "half": half as much; "late" raises keys instead.
+    hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
     folded: tuple[int, int] = (0, 0)  # the mask's two batch dimensions, if it has two
@@ -33,8 +35,9 @@ class Scores:
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
-    edges: str = ""  # what becomes of these: "inside", "outside", "first key", ...
+    edges: str = ""  # what becomes of these: see _with_edges
     span: int = 0  # of keys, as the plan hears of it
+    columns: bool = False  # whether it is the queries of one column that lie side by side
 
     @property
     def ds_keys(self) -> int:
@@ -46,18 +49,37 @@ class Scores:
         if mask is None:
             return None
         rows, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
+        if self.hides == "firsts":
+            return _without_firsts(rows, keys).expand(mask.shape)
+        if self.hides == "late":  # the first weights would be right below 2^16 of the later ones
+            return torch.where(keys < 32, 0.0, 15.9998 * math.log(2)).expand(mask.shape)
         if self.hides == "half":
             batches, heads = (torch.arange(n)[:, None, None] for n in mask.shape[:2])
             return mask | ((rows // 32 + heads + batches[:, None]) % 2 == 0)
+        entries, heads = (torch.arange(mask.shape[d]) for d in (0, 1))
+        entries = entries[:, None, None, None] + heads[:, None, None]
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
+            "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
-            "firsts": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
+            "first keys": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
         }[self.hides]  # fmt: skip
         hidden = hidden.expand(mask.shape)
         if mask.dtype == torch.bool:
             return mask & ~hidden
         return mask.masked_fill(hidden, -math.inf)
+
+
+def _without_firsts(rows: Tensor, keys: Tensor) -> Tensor:
+    """A boolean mask of blocks of 32 queries and 32 keys, whose first ones stand out: each first
+    query sees nothing; the first key of the first block is hidden, and of the next two blocks only
+    one key is seen, that in the middle and the first; of the fifth none. One block that has its
+    like across the diagonal lets all pairs through.
+    """
+    block = keys // 32
+    hidden = (rows % 32 == 0) | (keys == 0) | (block == 4)
+    hidden = hidden | ((block == 1) & (keys != 48)) | ((block == 2) & (keys != 64))
+    return ~hidden | ((rows // 32 == 3) & (block == 2))
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,7 @@ def _placed(mask: Tensor, problem: Scores) -> tuple[Tensor, MaskPlace, Tensor, T
         view, offset = wide[..., : five.shape[3]].mT, 0
     else:
         pad = 2 if problem.side_by_side else 1 + five.shape[4] % 2
+        pad = 0 if problem.side_by_side and five.shape[4] == 1 else pad
         wide = five.new_ones((*five.shape[:4], five.shape[4] + pad))
         offset = pad if five.shape[4] > 1 else 0
         view = wide[..., offset:] if offset else wide[..., :1]
@@ -228,6 +251,7 @@ def given(problem: Scores) -> Given:
         if problem.extreme:
             key_ranges[..., ::7, 0], key_ranges[..., 1::7, 1] = -(1 << 31), (1 << 31) - 1
             key_ranges[..., 2::7, 2], key_ranges[..., 4::7, 2] = -(1 << 31), (1 << 31) - 1
+            key_ranges[..., 3::7, 2] = (1 << 28) + 40
         if problem.aligned:
             key_ranges = _aligned(key_ranges)
         if problem.edges:
@@ -279,6 +303,8 @@ def given(problem: Scores) -> Given:
         fields["mask"] = mask_place
     ds = _ds(case, (q, k, v, dout), dlse * problem.dlse, meaning, seen, sight)
     _hide(case, tensors, seen, hidden)
+    if problem.columns:
+        tensors["query"] = tensors["query"].mT.contiguous().mT
     return Given(
         tensors, mask_place, ref, eager, seen, within, passes, sight, map_has_ranges, *ds, fields
     )

@@ -76,7 +76,7 @@ def _empty_out(problem: Scores) -> Tensor:
 
 def _flat(x: Tensor) -> Guarded:
     """Its memory, whatever its shape."""
-    guarded = Guarded(tuple(x.shape), dense(tuple(x.shape)), x.dtype)
+    guarded = Guarded(tuple(x.shape), x.stride(), x.dtype)
     guarded.tensor.copy_(x)
     return guarded
 

@@ -1,0 +1,132 @@
+"""How fast attention to a cache can ask for it: ``python -m benchmarks.apple_model.decode``.
+
+Model A (issue_model.py): exact counts of one simdgroup for a block of 16 keys, weighted with the
+published rates of the Apple7/8 GPU. Beside the bytes of the block that is a rate at full issue,
+which the memory of a Mac (specifications of Apple, clocks as published) has to be below for the
+kernel to be bound by it. It needs the simulator's compiler, no GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from simulator import engine
+
+from benchmarks.planner import CACHE_BUFFERS, ROOT, Planner, compile_planner
+
+from .core_model import SCHEDULERS
+from .counts import Counts, _counts
+from .issue_model import issue
+
+sys.path.insert(0, str(ROOT / "native"))
+import embed_shaders
+
+SHORT, LONG = 4, 8  # blocks of a simdgroup: no part has fewer
+BLOCK = 16
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+HOST_BUFFERS = {"query": 0, "key": 1, "value": 2, "params": 12, "alibi_slopes": 14}
+
+
+class Mac(NamedTuple):
+    """GB/s, cores and GHz of a GPU."""
+
+    name: str
+    bandwidth: float
+    cores: int
+    clock: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes of memory for each cycle of a core."""
+        return self.bandwidth / self.cores / self.clock
+
+
+MACS = (
+    Mac("M1", 68.25, 8, 1.278),
+    Mac("M1 Max", 409.6, 32, 1.296),
+    Mac("M2", 102.4, 10, 1.398),
+    Mac("M2 Ultra", 819.2, 76, 1.398),
+    Mac("M3", 102.4, 10, 1.38),
+    Mac("M3 Max", 409.6, 40, 1.38),
+    Mac("M4", 120.0, 10, 1.47),
+    Mac("M4 Max", 546.0, 40, 1.58),
+)
+
+
+def new_planner() -> Planner:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "plan.so")
+        compile_planner(library, ROOT, "-O0", "-w")
+        return Planner(library)
+
+
+def count(
+    planner: Planner, dtype: str, width: int, rows: int, paged: bool = False, score: str = ""
+) -> Counts:
+    """Of one threadgroup: `rows` query heads that share a key/value head, one query of each."""
+    number = list(DTYPES).index(dtype)
+
+    def launch(blocks: int) -> tuple:
+        kv_len = 4 * BLOCK * blocks
+        entries, page = (kv_len // BLOCK, BLOCK) if paged else (1, kv_len)
+        places = {
+            "q": ((1, rows, 1, width), (rows * width, width, width, 1), 0),
+            "k": ((entries, 1, page, width), (page * width, width, width, 1), 0),
+            "out": ((1, rows, 1, width), (rows * width, width, width, 1), 0),
+        }
+        cache = {"page_size": page, "entries": entries, "added": kv_len, "paged": paged}
+        cache |= {"pages": entries, "table_row": entries} if paged else {}
+        fields = {"softcap": 2.0 * ("softcap" in score), "has_alibi": "alibi" in score}
+        places["v"] = places["k"]
+        plan = planner.decode(places, number, cache, scale=1.0, window_right=0, **fields)
+        kernel = plan.kernels[0]
+        # As many parts as a threadgroup has simdgroups, so that each takes all these blocks.
+        plan.params.parts = 4
+        source = embed_shaders.flatten("decode.h") + "\n" + kernel.instantiation
+        library = engine.compile(source, check=True)
+        memory = torch.zeros(4 << 20, dtype=torch.uint8)
+        params = torch.frombuffer(bytearray(plan.params), dtype=torch.uint8).clone()
+        table = torch.arange(entries, dtype=torch.int32)
+        tensors = dict.fromkeys([*HOST_BUFFERS, *CACHE_BUFFERS], memory)
+        tensors |= {name: memory.clone() for name in ("parts", "part_sums")}
+        tensors |= {"params": params, "block_table": table}
+        numbers = HOST_BUFFERS | CACHE_BUFFERS
+        buffers = {
+            numbers[name]: engine.Buffer(x.data_ptr(), x.numel() * x.element_size())
+            for name, x in tensors.items()
+        }
+        grid = (kernel.threads, 1, 1)
+        return library.instruction_mix(kernel.name, grid, grid, buffers, workers=1)
+
+    return _counts(launch(SHORT), launch(LONG), 4, (SHORT, LONG))
+
+
+def main() -> None:
+    planner = new_planner()
+    print("bytes of memory a core-cycle: " + ", ".join(f"{m.name} {m.rate:.1f}" for m in MACS))
+    fastest = max(MACS, key=lambda mac: mac.rate)
+    for dtype, width, rows, paged, score in (
+        *((dtype, width, 8, False, "") for dtype in DTYPES for width in (64, 128, 256)),
+        *((dtype, 128, 16, False, "") for dtype in DTYPES),
+        ("float16", 128, 8, True, ""),
+        ("float16", 128, 8, False, "softcap alibi"),
+        ("float16", 80, 8, False, ""),
+    ):
+        counts = count(planner, dtype, width, rows, paged, score)
+        cycles = issue("attention_decode", counts)
+        size = counts.steady["device_bytes_read"]
+        rate = SCHEDULERS * size / cycles.cycles
+        words = f"{dtype} D{width}, {rows} rows" + ", paged" * paged + f", {score}" * bool(score)
+        parts = {k: round(v / cycles.products, 1) for k, v in cycles.parts.items() if v}
+        print(
+            f"{words}: {cycles.per_product:.1f} cycles a product, {size:.0f} bytes a block, "
+            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}; {parts}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+#include "call.h"
+
+#include <cstdio>
+#include <optional>
+#include <stdexcept>
+
+#include "checks.h"
+#include "plan/join.h"
+#include "plan/plan.h"
+
+namespace orchard {
+
+std::string& op_namespace() {
+  static auto& name = *new std::string("orchard");  // read until the process ends
+  return name;
+}
+
+DType dtype_of(const Tensor& x) {
+  const int32_t code = dtype_code(x);
+  if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (code == aoti_torch_dtype_bool()) return DType::kBool;
+  return DType::kOther;
+}
+
+Layout layout_of(const Tensor& x) {
+  Layout layout;
+  const auto sizes = x.sizes(), strides = x.strides();
+  for (int d = 0; d < 4; d++) {
+    layout.sizes[d] = sizes[d];
+    layout.strides[d] = strides[d];
+  }
+  layout.offset = x.storage_offset();
+  return layout;
+}
+
+bool is_float32(const OptionalTensor& x) {
+  return !x.has_value() || dtype_code(*x) == aoti_torch_dtype_float32();
+}
+
+OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides, int32_t dtype) {
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+      sizes.data(), strides.data(), dtype, device_type_of(like), device_index, &handle);
+  if (code != AOTI_TORCH_SUCCESS) return std::nullopt;
+  return Tensor(handle);
+}
+
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides, int32_t dtype) {
+  OptionalTensor x = try_empty_strided(like, sizes, strides, dtype);
+  if (!x.has_value()) {
+    throw std::runtime_error("orchard::flash_attn: cannot allocate a result: " + last_error());
+  }
+  return *x;
+}
+
+Tensor empty_in_order_of(const Tensor& like, int64_t last) {
+  Layout layout = layout_of(like);
+  layout.sizes[3] = last;
+  const auto strides = strides_in_order_of(layout.strides, layout.sizes);
+  return empty_strided(like, {layout.sizes.begin(), layout.sizes.end()},
+      {strides.begin(), strides.end()}, dtype_code(like));
+}
+
+Tensor empty_rows(const Tensor& q) {
+  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
+  return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
+}
+
+Tensor empty_floats(const Tensor& like, int64_t elements) {
+  return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
+}
+
+void log_metal(const char* op, const Plan& plan, const Environment& environment) {
+  if (!environment.debug_enabled()) return;
+  for (const KernelPlan& kernel : plan.kernels) {
+    std::fprintf(
+        stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
+  }
+}
+
+const char* switched_off(const std::string& impl, const Environment& environment) {
+  if (impl == "reference") return "impl=\"reference\" was asked for";
+  if (environment.metal_disabled()) return "ORCHARD_DISABLE_METAL is set";
+  if (environment.torch_fast_math()) {
+    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
+           "need";
+  }
+  return "";
+}
+
+void throw_refusal(const Plan& plan) {
+  if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
+}
+
+void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
+    const MetalError& error) {
+  const bool insisted = impl == "metal" || (impl == "auto" && environment.strict());
+  if (!insisted) return;
+  const std::string detail = error.detail.empty() ? "" : " (" + error.detail + ")";
+  throw std::runtime_error(
+      join(op, ": the Metal kernels cannot run this call: ", error.what(), detail));
+}
+
+void check_counts(bool as_listed) {
+  if (!as_listed) {
+    throw std::runtime_error(
+        "orchard::flash_attn: the native library is of another version than the Python package");
+  }
+}
+
+void call_reference(const char* op, Stack& arguments, StableIValue* results, uint64_t num_results) {
+  std::vector<StableIValue>& stack = arguments.with_room_for(num_results);
+  const std::string name = op_namespace() + "::" + op;
+  const AOTITorchError code =
+      torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(last_error());
+  std::copy_n(stack.begin(), num_results, results);
+}
+
+}  // namespace orchard

@@ -1,0 +1,75 @@
+// What the ops' MPS kernels have in common: how a call becomes a problem, what it allocates, and
+// how it ends where Metal cannot run it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include "environment.h"
+#include "plan/problem.h"
+#include "scoring.h"
+#include "shader_library.h"
+
+namespace orchard {
+
+/// The dispatcher's namespace of the ops, which the Python package gives when it registers them.
+std::string& op_namespace();
+
+DType dtype_of(const Tensor& x);
+Layout layout_of(const Tensor& x);
+bool is_float32(const OptionalTensor& x);
+
+/// A tensor, or none if it cannot be allocated.
+OptionalTensor try_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides, int32_t dtype);
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides, int32_t dtype);
+
+/// An uninitialised tensor in like's dtype and stride order, with a last size of its own.
+Tensor empty_in_order_of(const Tensor& like, int64_t last);
+
+/// (B, H, L) float32
+Tensor empty_rows(const Tensor& q);
+
+/// float32 scratch and results of the kernels.
+Tensor empty_floats(const Tensor& like, int64_t elements);
+
+void log_metal(const char* op, const Plan& plan, const Environment& environment);
+
+/// The reason why a call does not reach the plan; empty if it does.
+const char* switched_off(const std::string& impl, const Environment& environment);
+
+void throw_refusal(const Plan& plan);
+
+/// Raises where the caller insisted on Metal.
+void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
+    const MetalError& error);
+
+/// Raises unless the schema has as many arguments and results as the lists here: torch would
+/// otherwise hand over something else under each name.
+void check_counts(bool as_listed);
+
+/// Calls the reference op of this name with what is on the stack.
+void call_reference(const char* op, Stack& arguments, StableIValue* results, uint64_t num_results);
+
+/// Hands a call over to a reference op: its results become this call's. That op, which is Python,
+/// remembers what it raises, and Python's caller of this one raises that instead of the text here.
+template <typename Call>
+void run_reference(const char* op, const Call& call, const std::string& reason,
+    StableIValue* results, uint64_t num_results) {
+  Stack arguments;
+  arguments.put(call);
+  arguments.put(reason);
+  call_reference(op, arguments, results, num_results);
+}
+
+template <size_t N>
+void put_results(StableIValue* stack, const std::array<Tensor, N>& results) {
+  for (const Tensor& x : results) *stack++ = torch::stable::detail::from(x);
+}
+
+}  // namespace orchard

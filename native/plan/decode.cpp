@@ -1,0 +1,160 @@
+#include "decode.h"
+
+#include <algorithm>
+
+#include "join.h"
+#include "params.h"
+#include "plan.h"
+#include "refusals.h"
+#include "tiles.h"
+
+namespace orchard {
+namespace {
+
+/// Padded head dims are multiples of it, so that 8 lanes read whole chunks of every row.
+constexpr int kWidth = 64;
+
+/// Wider heads leave no registers for a second fragment of rows.
+constexpr int kWidestPair = 128;
+
+/// More parts than that would only be more to merge.
+constexpr int64_t kMostParts = 128;
+
+int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
+
+const char* word(bool x) { return x ? "true" : "false"; }
+
+/// More threadgroups than that would be more threads than 31 bits count.
+constexpr int64_t kMostRows = INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH);
+static_assert(kMostRows == 16777215, "a reason below names it");
+
+void refuse_cache(const CacheProblem& p, Plan& plan) {
+  refuse(p.attention, plan);
+  if (!plan.refusal.empty()) return;
+  const int64_t rows = query_heads(p.attention) * p.attention.q.sizes[2];
+  if (p.paged && p.page_size % ORCHARD_CACHE_BLOCK != 0) {
+    plan.refusal = "the page size is not a multiple of 16";
+    plan.detail = join("got ", p.page_size);
+    plan.advice = "allocate pages of a multiple of 16 keys";
+  } else if (rows > kMostRows) {
+    plan.refusal = "batch times heads times queries is above 16777215";
+    plan.detail = join("got ", rows);
+    plan.advice = "split the batch into several calls: each part of the result stands alone";
+  } else if (p.entries > INT32_MAX || p.added > ORCHARD_MAX_LENGTH) {
+    plan.refusal = "the cache has too many entries, or the call adds too many keys";
+    plan.detail = join("got ", p.entries, " entries and ", p.added, " keys");
+    plan.advice = "split the batch into several calls: each part of the result stands alone";
+  }
+}
+
+void fill_cache_params(const CacheProblem& p, CacheParams& cache) {
+  cache.paged = p.paged;
+  cache.entries = static_cast<int32_t>(p.entries);
+  cache.page_size = static_cast<int32_t>(p.page_size);
+  cache.capacity = static_cast<int32_t>(capacity_of(p));
+  cache.added = static_cast<int32_t>(p.added);
+}
+
+KernelPlan kernel_of(const std::string& family, const std::string& name,
+    const std::string& arguments, const std::array<uint64_t, 2>& groups) {
+  KernelPlan kernel;
+  kernel.family = family;
+  kernel.name = name;
+  const std::string args = join(family, "<", arguments, ">");
+  kernel.instantiation =
+      join("template [[host_name(\"", name, "\")]] [[kernel]] decltype(", args, ") ", args, ";\n");
+  kernel.groups = groups;
+  kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
+  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
+  return kernel;
+}
+
+}  // namespace
+
+int64_t capacity_of(const CacheProblem& p) { return p.paged ? p.pages * p.page_size : p.page_size; }
+
+DecodePlan plan_append(const AppendProblem& p) {
+  DecodePlan append;
+  const DTypeNames dtype = names(p.dtype);
+  const bool paged = p.params.paged != 0;
+  const int64_t capacity = p.cache.sizes[2] * (paged ? p.pages : 1);
+  const bool chunks = allows_chunks(p.added, dtype.size) && allows_chunks(p.cache, dtype.size);
+  const int64_t element = chunks ? 16 / dtype.size : 1;
+  const int64_t width = p.added.sizes[3] / element;
+  const int64_t elements = p.added.sizes[0] * p.added.sizes[1] * p.added.sizes[2] * width;
+  if (p.dtype == DType::kOther || p.dtype == DType::kBool) {
+    append.plan.refusal = "the dtype is not float16, bfloat16 or float32";
+    append.plan.advice = "keep the cache in one of these";
+  } else if (std::max({elements, p.cache.sizes[0]}) >
+                 INT32_MAX - kSimdgroups * ORCHARD_SIMD_WIDTH ||
+             std::max({capacity, p.offset, p.added.sizes[2]}) > ORCHARD_MAX_LENGTH) {
+    append.plan.refusal = "a length is above 2^28, or there are too many numbers for one call";
+    append.plan.detail = join("got ", capacity, " and ", elements);
+    append.plan.advice = "append the keys in several calls";
+  }
+  if (!append.plan.refusal.empty()) return append;
+  const auto in_elements = [&](const Layout& x) {
+    const auto& s = x.strides;
+    return TensorStrides{s[0] / element, s[1] / element, s[2] / element, chunks ? 1 : s[3]};
+  };
+  AttentionParams& params = append.params.attention;
+  params.k = in_elements(p.added);
+  params.out = in_elements(p.cache);
+  params.batch = static_cast<int32_t>(p.added.sizes[0]);
+  params.num_kv_heads = static_cast<int32_t>(p.added.sizes[1]);
+  params.q_len = static_cast<int32_t>(p.added.sizes[2]);
+  params.head_dim = static_cast<int32_t>(width);
+  append.params.cache = p.params;
+  append.params.cache.entries = static_cast<int32_t>(p.cache.sizes[0]);
+  append.params.cache.page_size = static_cast<int32_t>(p.cache.sizes[2]);
+  append.params.cache.capacity = static_cast<int32_t>(capacity);
+  append.params.cache.added = static_cast<int32_t>(p.offset);
+  const char* type = chunks ? "uint4" : dtype.size == 2 ? "ushort" : "uint";
+  append.plan.add(
+      kernel_of("attention_append", join("attention_append_", type), join(type, ", ", kSimdgroups),
+          {static_cast<uint64_t>(blocks_of(elements, kSimdgroups * ORCHARD_SIMD_WIDTH)), 1}));
+  return append;
+}
+
+DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
+  DecodePlan decode;
+  refuse_cache(p, decode.plan);
+  if (!decode.plan.refusal.empty()) return decode;
+  const Problem& attention = p.attention;
+  const DTypeNames dtype = names(attention.dtype);
+  const int bd = padded(attention.q.sizes[3]), vd = padded(attention.v.sizes[3]);
+  const int64_t heads = attention.q.sizes[1] / std::max<int64_t>(attention.k.sizes[1], 1);
+  const int64_t rows = heads * attention.q.sizes[2];
+  const int fragments = rows > 8 && std::max(bd, vd) <= kWidestPair ? 2 : 1;
+  const bool chunks =
+      allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
+  const int64_t groups = std::clamp<int64_t>(
+      blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, kMostParts / kSimdgroups);
+  DecodeParams& params = decode.params;
+  fill_params(attention, params.attention);
+  params.attention.out = to_strides(out.strides);
+  params.cache = p.cache;
+  fill_cache_params(p, params.cache);
+  params.block_rows = 8 * fragments;
+  params.blocks = static_cast<int32_t>(blocks_of(rows, params.block_rows));
+  params.parts = static_cast<int32_t>(groups * kSimdgroups);
+  params.part_stride = vd;
+  const int64_t row_blocks = attention.q.sizes[0] * attention.k.sizes[1] * params.blocks;
+  decode.part_rows = row_blocks * params.parts * params.block_rows;
+  advise_on_layout(chunks, decode.plan);
+  const bool softcap = attention.softcap > 0.0, alibi = attention.has_alibi;
+  decode.plan.add(kernel_of("attention_decode",
+      join("attention_decode_", dtype.torch, "_d", bd, "_v", vd, "_r", fragments,
+          chunks ? "_chunks" : "_elements", p.paged ? "_paged" : "", softcap ? "_softcap" : "",
+          alibi ? "_alibi" : ""),
+      join(dtype.metal, ", ", dtype.operand, ", ", bd, ", ", vd, ", ", fragments, ", ", kSimdgroups,
+          ", ", word(chunks), ", ", word(p.paged), ", ", word(softcap), ", ", word(alibi)),
+      {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
+  const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
+  decode.plan.add(kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch),
+      join(dtype.metal, ", ", kSimdgroups),
+      {static_cast<uint64_t>(blocks_of(out_rows, kSimdgroups)), 1}));
+  return decode;
+}
+
+}  // namespace orchard

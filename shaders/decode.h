@@ -1,0 +1,258 @@
+// Attention of few queries to a cache of keys and values: each byte of it is read once.
+//
+// The rows of a fragment are the queries of all heads that share a key/value head: row r is head
+// r % G of the group at query r / G. The keys that the rows of a threadgroup see are divided into
+// `parts` of whole blocks, as evenly as that goes, but into no smaller ones than
+// ORCHARD_LEAST_PART. Each simdgroup takes one part and leaves its sums and their statistics, which
+// attention_decode_merge joins in the order of the parts. How the keys are divided depends on the
+// sequence itself and on the capacity of the cache, so that no result depends on what else is in
+// the batch.
+//
+// K and V go from device memory into operands of the matrix unit without a stop: a lane reads
+// chunks of 16 bytes, which hold its elements of several fragments. Fragments of K^T so have the
+// head dim in an order of their own, Q is given the same one, and products sum over it in any
+// order. Fragments of V have columns in an order of their own, in which O has them until it is
+// stored.
+#pragma once
+
+#include "cache.h"
+#include "scores.h"
+#include "softmax.h"
+
+/// The head dim's element that fragment d of K^T has in row r: 8 chunks lie side by side, a row of
+/// the fragments each.
+template <typename T>
+METAL_FUNC int depth_element(int d, int r) {
+  const int kChunk = Chunk<T>::kElements;
+  return d / kChunk * 8 * kChunk + r * kChunk + d % kChunk;
+}
+
+/// The column that a lane's first element of fragment c of O has; its second is the next. 4 chunks
+/// lie side by side, two columns of the fragments each.
+template <typename T>
+METAL_FUNC int value_column(int c, LanePosition at) {
+  const int kPairs = Chunk<T>::kElements / 2;
+  return c / kPairs * 8 * kPairs + at.col * kPairs + c % kPairs * 2;
+}
+
+/// Q as left operand, for all simdgroups.
+template <typename F, int DEPTH>
+struct SharedQuery {
+  const threadgroup vec<F, 2>* pairs;  // (rows of fragments, DEPTH, lanes)
+  ushort lane;
+
+  METAL_FUNC vec<F, 2> pair(int r, int d) const {
+    return pairs[(r * DEPTH + d) * ORCHARD_SIMD_WIDTH + lane];
+  }
+};
+
+/// What a row is, and what it sees: keys [begin, end).
+struct DecodeRow {
+  bool exists;
+  Head head;
+  int query;
+  int position;
+  int begin;
+  int end;
+
+  METAL_FUNC void find(
+      int kv_index, int row, CachedSequence sequence, constant DecodeParams& params) {
+    constant AttentionParams& attention = params.attention;
+    const int heads = attention.num_heads / attention.num_kv_heads;
+    exists = row < heads * attention.q_len;
+    query = row / heads;
+    head = query_head(kv_index * heads + row % heads, attention);
+    // Aligned at the bottom right: the last query stands on the last key.
+    position = sequence.length - attention.q_len + query;
+    begin = max(sequence.start, position - attention.window_left);
+    end = min(sequence.length, position + attention.window_right + 1);
+    exists = exists && begin < end;
+    begin = exists ? begin : ORCHARD_WINDOW_OPEN;
+    end = exists ? end : 0;
+  }
+};
+
+/// The keys of one of `parts`, of those that any row sees.
+METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
+  const int kBlock = ORCHARD_CACHE_BLOCK;
+  const int first = seen.begin / kBlock * kBlock;
+  const int even = (max(seen.end - first, 0) + parts - 1) / parts;
+  const int keys = max((even + kBlock - 1) / kBlock * kBlock, ORCHARD_LEAST_PART);
+  Range range;
+  range.begin = 0;
+  range.end = 0;
+  // The number of a part times `keys` may be too large for an int behind the end.
+  if (part <= (seen.end - first) / keys) {
+    range.begin = max(first + part * keys, seen.begin);
+    range.end = min(first + (part + 1) * keys, seen.end);
+  }
+  return range;
+}
+
+// T is the tensors' type, F that of the matrix unit's operands, BD and VD the padded head dims of
+// keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
+// 16 bytes. Grid: x rows, y parts.
+template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VEC, bool PAGED,
+    bool SOFTCAP, bool ALIBI>
+[[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_decode(
+    const device T* query [[buffer(kBufferQuery)]],        // (B, Hq, L, D)
+    const device T* key [[buffer(kBufferKey)]],            // (entries, Hkv, keys of an entry, D)
+    const device T* value [[buffer(kBufferValue)]],        // (entries, Hkv, keys of an entry, Dv)
+    device float* sums [[buffer(kBufferParts)]],           // (rows of x, parts, 8 R, VD)
+    device float2* part_sums [[buffer(kBufferPartSums)]],  // (rows of x, parts, 8 R)
+    constant DecodeParams& params [[buffer(kBufferParams)]],
+    const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],
+    const device int* cache_lengths [[buffer(kBufferCacheLengths)]],
+    const device int* cache_starts [[buffer(kBufferCacheStarts)]],
+    const device int* cache_entries [[buffer(kBufferCacheEntries)]],
+    const device int* block_table [[buffer(kBufferBlockTable)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  const int kDepth = BD / 8;
+  const int kValueDepth = VD / 8;
+  const int kChunk = Chunk<T>::kElements;
+  const int kBlock = ORCHARD_CACHE_BLOCK;
+  const int kColumns = kBlock / 8;
+  const int kChains = Chains<T>::kCount;
+  using Pair = vec<F, 2>;
+  threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
+
+  constant AttentionParams& attention = params.attention;
+  const LanePosition at = lane_position(lane);
+  const int kv_index = group.x / params.blocks;
+  const int row0 = group.x % params.blocks * 8 * R;
+  const int part = group.y * SIMDGROUPS + simdgroup;
+  CachedSequence sequence;
+  sequence.find(kv_index / attention.num_kv_heads,
+      cache_buffers(cache_lengths, cache_starts, cache_entries, block_table), params.cache);
+
+  DecodeRow rows[R];
+  HeadScore<sizeof(T) == 4, SOFTCAP, ALIBI> scores[R];
+  Range seen;
+  seen.begin = ORCHARD_WINDOW_OPEN;
+  seen.end = 0;
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    rows[r].find(kv_index, row0 + 8 * r + at.row, sequence, params);
+    scores[r].start(rows[r].head, alibi_slopes, attention);
+    seen.begin = min(seen.begin, rows[r].begin);
+    seen.end = max(seen.end, rows[r].end);
+  }
+  seen.begin = simd_min(seen.begin);
+  seen.end = simd_max(seen.end);
+  const Range keys = keys_of_part(seen, part, params.parts);
+
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    const device T* from = query + rows[r].head.batch * attention.q.batch +
+                           rows[r].head.head * attention.q.head + rows[r].query * attention.q.row;
+    for (int d = simdgroup; d < kDepth; d += SIMDGROUPS) {
+      const int first = depth_element<T>(d, at.col);
+      const int second = depth_element<T>(d, at.col + 1);
+      storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] = Pair(
+          F(rows[r].exists && first < attention.head_dim ? from[first * attention.q.col] : T(0)),
+          F(rows[r].exists && second < attention.head_dim ? from[second * attention.q.col] : T(0)));
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  SharedQuery<F, kDepth> q;
+  q.pairs = storage;
+  q.lane = lane;
+
+  CacheRows<T, VEC> k_rows;
+  CacheRows<T, VEC> v_rows;
+  k_rows.start(key, kv_index % attention.num_kv_heads, attention.k, attention.head_dim);
+  v_rows.start(value, kv_index % attention.num_kv_heads, attention.v, attention.v_head_dim);
+  Tile<float, R, kValueDepth> o;
+  zero(o);
+  OnlineSoftmax<R, true> softmax;
+  softmax.init();
+  for (int key0 = keys.begin / kBlock * kBlock; key0 < keys.end; key0 += kBlock) {
+    const int64_t k_block = sequence.template row_offset<PAGED>(key0, attention.k);
+    const int64_t v_block = sequence.template row_offset<PAGED>(key0, attention.v);
+    Tile<float, R, kColumns> s;
+    ORCHARD_UNROLL
+    for (int c = 0; c < kColumns; c++) {
+      // Keys that are not of this part have the row of one that is: no other numbers are looked at,
+      // and what comes of them is hidden below.
+      const int first = clamp(key0 + 8 * c + at.col, keys.begin, keys.end - 1) - key0;
+      const int second = clamp(key0 + 8 * c + at.col + 1, keys.begin, keys.end - 1) - key0;
+      Tile<float, R, kChains> chains;
+      zero(chains);
+      ORCHARD_UNROLL
+      for (int g = 0; g < kDepth / kChunk; g++) {
+        const int col = (8 * g + at.row) * kChunk;
+        const Chunk<T> a = k_rows.chunk(k_block + first * k_rows.row_stride, col);
+        const Chunk<T> b = k_rows.chunk(k_block + second * k_rows.row_stride, col);
+        ORCHARD_UNROLL
+        for (int f = 0; f < kChunk; f++) {
+          const int d = g * kChunk + f;
+          const vec<F, 2> right = vec<F, 2>(F(a.at(f)), F(b.at(f)));
+          ORCHARD_UNROLL
+          for (int r = 0; r < R; r++) {
+            mma(chains.fragments[r][d % kChains], q.pair(r, d), right);
+          }
+        }
+      }
+      ORCHARD_UNROLL
+      for (int r = 0; r < R; r++) {
+        s.fragments[r][c] = chains.fragments[r][0];
+        ORCHARD_UNROLL
+        for (int chain = 1; chain < kChains; chain++) {
+          s.fragments[r][c] += chains.fragments[r][chain];
+        }
+      }
+    }
+    ORCHARD_UNROLL
+    for (int r = 0; r < R; r++) {
+      const int begin = max(keys.begin, rows[r].begin);
+      const int end = min(keys.end, rows[r].end);
+      ORCHARD_UNROLL
+      for (int c = 0; c < kColumns; c++) {
+        const int column = key0 + 8 * c + at.col;
+        const float distance = float(rows[r].position - column);
+        float2 derivative;  // not used
+        const float2 score =
+            scores[r].of(s.fragments[r][c], float2(distance, distance - 1.0f), derivative);
+        s.fragments[r][c].x = column >= begin && column < end ? score.x : -INFINITY;
+        s.fragments[r][c].y = column + 1 >= begin && column + 1 < end ? score.y : -INFINITY;
+      }
+    }
+    softmax.update(s, o);
+    const Tile<F, R, kColumns> p = as_operand<F>(s);
+    ORCHARD_UNROLL
+    for (int c = 0; c < kColumns; c++) {
+      const int row = clamp(key0 + 8 * c + at.row, keys.begin, keys.end - 1) - key0;
+      ORCHARD_UNROLL
+      for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
+        const Chunk<T> a =
+            v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        ORCHARD_UNROLL
+        for (int f = 0; f < kChunk / 2; f++) {
+          const vec<F, 2> right = operand<F>(a.pair(f));
+          ORCHARD_UNROLL
+          for (int r = 0; r < R; r++) {
+            mma(o.fragments[r][g * kChunk / 2 + f], p.fragments[r][c], right);
+          }
+        }
+      }
+    }
+  }
+
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    const float total = softmax.total(r);
+    const int64_t index = ((int64_t)group.x * params.parts + part) * 8 * R + 8 * r + at.row;
+    if (at.col == 0) {
+      part_sums[index] = float2(softmax.origin[r], total);
+    }
+    if (rows[r].exists && total != 0.0f) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < kValueDepth; c++) {
+        *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c, at)) =
+            o.fragments[r][c];
+      }
+    }
+  }
+}

@@ -1,0 +1,65 @@
+// out and lse of attention_decode, from the sums of its parts: a simdgroup for each query of each
+// head, which takes the parts in their order. A sink is one more part, without a value.
+#pragma once
+
+#include "decode_params.h"
+#include "softmax.h"
+
+template <typename T, int SIMDGROUPS>
+[[kernel,
+    max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
+attention_decode_merge(const device float* sums
+    [[buffer(kBufferParts)]],                                    // as attention_decode leaves them
+    const device float2* part_sums [[buffer(kBufferPartSums)]],  // (origin, sum) of each
+    const device float* sinks [[buffer(kBufferSinks)]],          // (Hq)
+    device T* out [[buffer(kBufferOut)]],                        // (B, Hq, L, Dv)
+    device float* lse [[buffer(kBufferRowStats)]],               // (B, Hq, L)
+    constant DecodeParams& params [[buffer(kBufferParams)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  using Exp = Exponential<true>;
+  constant AttentionParams& attention = params.attention;
+  const int index = group.x * SIMDGROUPS + simdgroup;
+  const int query = index % attention.q_len;
+  const int head_index = index / attention.q_len;
+  if (head_index >= attention.batch * attention.num_heads) {
+    return;
+  }
+  const int heads = attention.num_heads / attention.num_kv_heads;
+  const int head = head_index % attention.num_heads;
+  const int row = query * heads + head % heads;
+  const int64_t block = (int64_t)(head_index / heads) * params.blocks + row / params.block_rows;
+  const int64_t first = block * params.parts * params.block_rows + row % params.block_rows;
+
+  float top = attention.has_sinks ? sinks[head] : numeric_limits<float>::lowest();
+  for (int part = lane; part < params.parts; part += ORCHARD_SIMD_WIDTH) {
+    top = max(top, part_sums[first + part * params.block_rows].x);
+  }
+  top = simd_max(top);
+  float total = 0.0f;
+  for (int part = 0; part < params.parts; part++) {
+    const float2 of_part = part_sums[first + part * params.block_rows];
+    total += of_part.y != 0.0f ? of_part.y * Exp::of(of_part.x - top) : 0.0f;
+  }
+  total += attention.has_sinks ? Exp::of(sinks[head] - top) : 0.0f;
+  const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+
+  device T* to = out + head_index / attention.num_heads * attention.out.batch +
+                 head * attention.out.head + query * attention.out.row;
+  for (int col = lane; col < attention.v_head_dim; col += ORCHARD_SIMD_WIDTH) {
+    float sum = 0.0f;
+    for (int part = 0; part < params.parts; part++) {
+      const int64_t at = first + part * params.block_rows;
+      const float2 of_part = part_sums[at];
+      if (of_part.y != 0.0f) {  // what others would be multiplied with was never written
+        sum = fma(Exp::of(of_part.x - top), sums[at * params.part_stride + col], sum);
+      }
+    }
+    to[col] = T(sum * factor);
+  }
+  if (lane == 0) {
+    lse[(int64_t)head_index * attention.q_len + query] =
+        total == 0.0f ? -INFINITY : top + log(total);
+  }
+}

@@ -1,0 +1,511 @@
+"""flash_attn_with_kvcache, against a mathematics of its own that fills lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bottom_right import mathematics
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import orchard_ops
+from orchard_ops import flash_attn_with_kvcache
+from orchard_ops.cache import AppendCall
+
+NAN = float("nan")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BASE: dict[str, Any] = {
+    "lengths": (40, 7),
+    "starts": None,
+    "heads": (4, 2),
+    "q_len": 1,
+    "new": 1,
+    "widths": (16, 16),
+    "slots": 64,
+    "page_size": 0,
+    "entries": False,
+    "rotated": 0,
+    "interleaved": True,
+    "causal": True,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "softmax_scale": None,
+    "alibi": "",
+    "dtype": torch.float64,
+    "seed": 1,
+}
+
+
+class Problem:
+    """Arguments, in which what no sequence has is NaN, and each sequence's rows apart."""
+
+    def __init__(self, **options: Any):
+        self.of = of = BASE | options
+        generator = torch.Generator().manual_seed(of["seed"])
+        (heads, kv_heads), (width, value_width) = of["heads"], of["widths"]
+        batch = len(of["lengths"])
+
+        def draw(*shape: int) -> Tensor:
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return x.to(of["dtype"])
+
+        self.q = draw(batch, of["q_len"], heads, width)
+        self.new = None
+        if of["new"]:
+            self.new = [draw(batch, of["new"], kv_heads, n) for n in (width, value_width)]
+        self.starts = of["starts"] or [0] * batch
+        # Before the call: of each sequence, its rows up to its length.
+        self.rows = [[draw(n, kv_heads, w) for n in of["lengths"]] for w in (width, value_width)]
+        rooms = [
+            torch.full((batch, of["slots"], kv_heads, w), NAN, dtype=of["dtype"])
+            for w in (width, value_width)
+        ]
+        for room, rows in zip(rooms, self.rows):
+            for b, x in enumerate(rows):
+                room[b, self.starts[b] : len(x)] = x[self.starts[b] :]
+        self.table = self.index = None
+        if of["page_size"]:
+            pages = of["slots"] // of["page_size"]
+            order = torch.randperm(batch * pages + 2, generator=generator)[: batch * pages]
+            self.table = order.view(batch, pages).int()
+            number, size = batch * pages + 2, of["page_size"]
+        else:
+            self.index = torch.arange(batch).int()
+            if of["entries"]:
+                self.index = torch.arange(batch + 1, 1, -1).int()
+            number, size = batch + 2 * of["entries"], of["slots"]
+        self.caches = [torch.full((number, size, *x.shape[2:]), NAN, dtype=x.dtype) for x in rooms]
+        for cache, room in zip(self.caches, rooms):
+            self.set_rooms(cache, room)
+        self.cos = self.sin = None
+        if of["rotated"]:
+            angles = draw(of["slots"] + 3, of["rotated"] // 2).double()
+            self.cos, self.sin = (x.to(of["dtype"]) for x in (angles.cos(), angles.sin()))
+        self.slopes = None
+        if of["alibi"]:
+            shape = (batch, heads) if of["alibi"] == "batch" else (heads,)
+            self.slopes = torch.rand(shape, generator=generator)
+
+    def set_rooms(self, cache: Tensor, rooms: Tensor) -> None:
+        if self.table is None:
+            cache[self.index.long()] = rooms
+        else:
+            cache[self.table.flatten().long()] = rooms.reshape(-1, *cache.shape[1:])
+
+    def arguments(self, device: str = "cpu") -> dict[str, Any]:
+        k, v = self.new or (None, None)
+        of = self.of
+        arguments = {
+            "q": self.q,
+            "k_cache": self.caches[0].clone(),
+            "v_cache": self.caches[1].clone(),
+            "k": k,
+            "v": v,
+            "rotary_cos": self.cos,
+            "rotary_sin": self.sin,
+            "cache_seqlens": torch.tensor(of["lengths"], dtype=torch.int32),
+            "cache_batch_idx": self.index if of["entries"] and self.table is None else None,
+            "cache_leftpad": None if of["starts"] is None else torch.tensor(of["starts"]).int(),
+            "block_table": self.table,
+            "softmax_scale": of["softmax_scale"],
+            "causal": of["causal"],
+            "window_size": of["window_size"],
+            "softcap": of["softcap"],
+            "rotary_interleaved": of["interleaved"],
+            "alibi_slopes": self.slopes,
+        }
+        return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+
+    def _turned(self, x: Tensor, positions: list[int]) -> Tensor:
+        """x (tokens, heads, D) with complex numbers, in float64."""
+        if self.cos is None or self.sin is None:
+            return x.double()
+        half = self.cos.shape[1]
+        c, s = self.cos.double(), self.sin.double()
+        result = x.double().clone()
+        for token, position in enumerate(positions):
+            place = min(position, c.shape[0] - 1)
+            turn = torch.complex(c[place], s[place])
+            for i in range(half):
+                at = (2 * i, 2 * i + 1) if self.of["interleaved"] else (i, i + half)
+                z = torch.complex(*(x[token, :, n].double() for n in at)) * turn[i]
+                result[token, :, at[0]], result[token, :, at[1]] = z.real, z.imag
+        return result
+
+    def expected(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """out and lse in float64, and the caches after the call."""
+        of = self.of
+        outs, lses = [], []
+        sides = [side if 0 <= side < of["slots"] else -1 for side in of["window_size"]]
+        by_row = of["causal"] or max(sides) >= 0
+        after = [torch.full((len(of["lengths"]), of["slots"], *x.shape[2:]), NAN, dtype=x.dtype)
+                 for x in self.caches]  # fmt: skip
+        for b, length in enumerate(of["lengths"]):
+            rows = [x[b].double() for x in self.rows]
+            if self.new is not None:
+                k = self._turned(self.new[0][b], [length + i for i in range(of["new"])])
+                added = (k.to(of["dtype"]), self.new[1][b])
+                rows = [torch.cat((x, y.double())) for x, y in zip(rows, added)]
+            for room, x in zip(after, rows):
+                room[b, self.starts[b] : len(x)] = x[self.starts[b] :].to(room.dtype)
+            q = self._turned(self.q[b], [length + i * by_row for i in range(of["q_len"])])
+            q = q.to(of["dtype"]).double()
+            slopes = self.slopes
+            out, lse = mathematics(
+                q[None],
+                *(x[None, self.starts[b] :] for x in rows),
+                softmax_scale=of["softmax_scale"],
+                causal=of["causal"],
+                window_size=tuple(sides),
+                softcap=of["softcap"],
+                alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
+                longest_key=1 << 30,
+            )
+            outs.append(out)
+            lses.append(lse)
+        caches = [x.clone() for x in self.caches]
+        for cache, room in zip(caches, after):
+            self.set_rooms(cache, room)
+        return torch.cat(outs), torch.cat(lses), caches
+
+    def check(self, device: str = "cpu") -> None:
+        arguments = self.arguments(device)
+        kept = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
+        out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+        again = flash_attn_with_kvcache(**self.arguments(device), num_splits=3)
+        assert torch.equal(again, out)
+        right, right_lse, caches = self.expected()
+        eps = torch.finfo(self.of["dtype"]).eps
+        size = right.abs().max().item() if right.numel() else 0.0
+        torch.testing.assert_close(out.cpu().double(), right, rtol=0, atol=8 * eps * (size + 0.1))
+        assert lse.dtype == torch.promote_types(torch.float32, self.of["dtype"])
+        tolerance = 1e-9 if self.of["dtype"] == torch.float64 else 1e-5
+        torch.testing.assert_close(lse.cpu().double(), right_lse, rtol=tolerance, atol=tolerance)
+        # Rotated keys may be rounded to either side; all else has its own bits.
+        rounding = {"rtol": eps, "atol": eps} if self.of["rotated"] else {"rtol": 0, "atol": 0}
+        for name, cache in zip(("k_cache", "v_cache"), caches):
+            found = arguments[name].cpu()
+            torch.testing.assert_close(found, cache, equal_nan=True, **rounding)
+            old = kept[name].cpu()
+            same = (found == old) | (found.isnan() & old.isnan())
+            assert bool(same[~old.isnan()].all())
+        for name, x in kept.items():
+            if name not in ("k_cache", "v_cache"):
+                assert torch.equal(arguments[name], x), name
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    kv_heads, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    page_size = draw(st.sampled_from((0, 0, 16)))
+    slots = page_size * draw(st.integers(1, 2)) if page_size else draw(st.integers(4, 30))
+    new = draw(st.integers(0, 4))
+    lengths = tuple(draw(st.integers(0, slots - new)) for _ in range(batch))
+    side = st.one_of(st.just(-1), st.integers(0, 35))
+    return {
+        "lengths": lengths,
+        "starts": tuple(draw(st.integers(0, n)) for n in lengths) if draw(st.booleans()) else None,
+        "heads": (kv_heads * draw(st.integers(1, 3)), kv_heads),
+        "q_len": draw(st.sampled_from((1, 2, 5, 20))),
+        "new": new,
+        "widths": draw(st.sampled_from(((8, 8), (6, 12)))),
+        "slots": slots,
+        "page_size": page_size,
+        "entries": draw(st.booleans()),
+        "rotated": draw(st.sampled_from((0, 2, 6))) if new else 0,
+        "interleaved": draw(st.booleans()),
+        "causal": draw(st.booleans()),
+        "window_size": (draw(side), draw(side)),
+        "softcap": draw(st.sampled_from((0.0, 1.5, -1.0))),
+        "softmax_scale": draw(st.sampled_from((None, 0.7, -0.2))),
+        "alibi": draw(st.sampled_from(("", "head", "batch"))),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(problem=problems())
+def test_is_the_documented_mathematics(problem: dict[str, Any]):
+    """Every argument; NaN in unused slots, pages and entries; nothing else is written."""
+    Problem(**problem).check()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=problems(), dtype=st.sampled_from(DTYPES))
+def test_any_problem_on_metal(problem: dict[str, Any], dtype: torch.dtype):
+    Problem(**problem | {"dtype": dtype}).check("mps")
+
+
+ON_METAL = {
+    "a token": {"widths": (64, 64), "heads": (8, 2)},
+    "rotated": {"widths": (64, 64), "rotated": 64, "q_len": 3, "new": 3},
+    "partly rotated, halves": {"rotated": 8, "interleaved": False, "q_len": 2, "new": 2},
+    "rotated alike": {"rotated": 16, "q_len": 3, "new": 1, "causal": False},
+    "fewer new keys than queries": {"q_len": 5, "new": 2, "rotated": 16},
+    "more new keys than queries": {"q_len": 2, "new": 9},
+    "no new keys": {"new": 0, "causal": False},
+    "pages": {"page_size": 16, "new": 20, "q_len": 2, "rotated": 16},
+    "wide pages": {"page_size": 48, "slots": 96, "lengths": (90, 47), "new": 3},
+    "other entries": {"entries": True, "new": 3},
+    "left padding": {"starts": (21, 7), "new": 3, "q_len": 3, "rotated": 16},
+    "window, softcap, slopes": {"window_size": (9, 2), "softcap": 2.0, "alibi": "batch"},
+    "odd widths": {"widths": (18, 5), "new": 2},
+    "many queries": {"q_len": 33, "new": 33, "lengths": (30, 0)},
+    "many queries, pages": {"q_len": 17, "new": 17, "page_size": 16, "rotated": 16},
+    "many queries, entries": {"q_len": 17, "new": 5, "entries": True, "starts": (3, 7)},
+}
+
+
+@pytest.mark.parametrize("name", ON_METAL)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_metal(dtype: torch.dtype, name: str, checked: None, fresh_stats: None):
+    Problem(**ON_METAL[name], dtype=dtype).check("mps")
+    assert orchard_ops.stats().fallbacks == 0
+
+
+def test_nothing_is_waited_for():
+    import simulator
+
+    problem = Problem(**ON_METAL["pages"], dtype=torch.float16)
+    arguments = problem.arguments("mps")
+    before = simulator.waits().total
+    flash_attn_with_kvcache(**arguments)
+    assert simulator.waits().total == before
+
+
+@pytest.mark.parametrize("page_size", (0, 16))
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_keys_without_room_are_left_out(device: str, page_size: int, checked: None):
+    """Neither the next page nor another sequence's room is written to."""
+    problem = Problem(lengths=(62, 7), new=4, page_size=page_size, dtype=torch.float32)
+    arguments = problem.arguments(device)
+    old = [arguments[name].clone() for name in ("k_cache", "v_cache")]
+    out = flash_attn_with_kvcache(**arguments)
+    assert out.isfinite().all()
+    written = 0
+    for name, x in zip(("k_cache", "v_cache"), old):
+        written += int((~arguments[name].isnan() & x.isnan()).any(-1).any(-1).sum())
+    assert written == 2 * (2 + 4)
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("wrong", (-1, 1 << 20))
+def test_wrong_entries_and_pages_are_not_written(device: str, wrong: int, checked: None):
+    for of, name in (({"page_size": 16}, "block_table"), ({"entries": True}, "cache_batch_idx")):
+        arguments = Problem(**of, dtype=torch.float32).arguments(device)
+        arguments[name] = torch.full_like(arguments[name], wrong)
+        old = [arguments[x].clone() for x in ("k_cache", "v_cache")]
+        flash_attn_with_kvcache(**arguments)
+        for x, y in zip(("k_cache", "v_cache"), old):
+            torch.testing.assert_close(arguments[x], y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_integer_lengths_and_wider_integers():
+    """An int stands for all sequences; int64 numbers are taken, whatever they are."""
+    problem = Problem(lengths=(9, 9), entries=True, starts=(2, 9), rotated=8)
+    names = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
+    expected = flash_attn_with_kvcache(**problem.arguments())
+    arguments = problem.arguments()
+    arguments |= {name: arguments[name].long() for name in names}
+    assert torch.equal(flash_attn_with_kvcache(**arguments), expected)
+    arguments = problem.arguments() | {"cache_seqlens": 9}
+    assert torch.equal(flash_attn_with_kvcache(**arguments), expected)
+    arguments = problem.arguments() | {"cache_seqlens": torch.tensor([1 << 40, -(1 << 40)])}
+    flash_attn_with_kvcache(**arguments)
+
+
+def test_no_lengths_are_all_slots():
+    problem = Problem(lengths=(64, 64), new=0)
+    expected = flash_attn_with_kvcache(**problem.arguments())
+    arguments = problem.arguments() | {"cache_seqlens": None}
+    assert torch.equal(flash_attn_with_kvcache(**arguments), expected)
+
+
+@pytest.mark.parametrize("q_len", (1, 17))
+def test_a_loop_of_tokens_is_the_whole_causal_attention(q_len: int):
+    """Prompt and tokens one after another: what flash_attn_func gives all at once."""
+    q, k, v = (torch.randn(2, 17 + 12, h, 16, device="mps") for h in (4, 2, 2))
+    whole = orchard_ops.flash_attn_func(q, k, v, causal=True)
+    caches = [torch.full((2, 32, 2, 16), NAN, device="mps") for _ in range(2)]
+    done = 0
+    for n in (17, *[1] * 12) if q_len == 17 else [1] * 29:
+        part = slice(done, done + n)
+        out = flash_attn_with_kvcache(
+            q[:, part], *caches, k[:, part], v[:, part], cache_seqlens=done, causal=True
+        )
+        torch.testing.assert_close(out, whole[:, part], rtol=1e-5, atol=1e-5)
+        done += n
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "k and v must be given together; got k": {"v": None},
+    "k and v need cache_seqlens": {"cache_seqlens": None},
+    "cache_seqlens must be int32 or int64; got torch.float32": {"cache_seqlens": torch.ones(2)},
+    r"cache_seqlens must have shape \(2,\); got \(3,\)": {"cache_seqlens": torch.ones(3).int()},
+    "cache_seqlens must be an integer; got 1.5": {"cache_seqlens": 1.5},
+    "cache_seqlens must be at least 0; got -1": {"cache_seqlens": -1},
+    "must fit into the 64 slots of a sequence; got 64 and 1": {"cache_seqlens": 64},
+    r"block_table must have shape \(2, pages\)": {"block_table": torch.ones(2).int()},
+    "cache_batch_idx and block_table both": {
+        "cache_batch_idx": torch.zeros(2).int(),
+        "block_table": torch.zeros(2, 1).int(),
+    },
+    "k_cache must have q's batch size 3": {"q": torch.ones(3, 1, 4, 16), "k": None, "v": None,
+                                           "cache_seqlens": 1},
+    r"k must be .* the cache's \(2, 16\); got \(2, 1, 4, 16\)": {"k": torch.ones(2, 1, 4, 16)},
+    "k and v must have the same length": {"v": torch.ones(2, 2, 2, 16)},
+    "k must be torch.float32 on cpu": {"k": torch.ones(2, 1, 2, 16).half()},
+    "rotary_cos and rotary_sin must be given together; rotary_sin": {
+        "rotary_cos": torch.ones(64, 2)
+    },
+    "rotary_cos must be .* with at most 8 columns": {
+        "rotary_cos": torch.ones(64, 9), "rotary_sin": torch.ones(64, 9)
+    },
+    "rotary_cos must have a row for each of the 64 slots": {
+        "rotary_cos": torch.ones(63, 2), "rotary_sin": torch.ones(63, 2)
+    },
+    "rotate q and the new k; got no k": {
+        "rotary_cos": torch.ones(64, 2), "rotary_sin": torch.ones(64, 2), "k": None, "v": None
+    },
+    "rotary_interleaved must be True or False": {"rotary_interleaved": 1},
+    "num_splits must be an integer": {"num_splits": None},
+    "return_softmax_lse must be True or False": {"return_softmax_lse": 1},
+    "softcap must be a number": {"softcap": "x"},
+    "the heads of q must be a multiple of those of k_cache": {"q": torch.ones(2, 1, 3, 16)},
+    "q must be a tensor": {"q": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_malformed_calls(message: str):
+    arguments = Problem(dtype=torch.float32).arguments() | WRONG[message]
+    kept = arguments["k_cache"].clone()
+    with pytest.raises(
+        (ValueError, TypeError), match=rf"^orchard_ops\.flash_attn_with_kvcache: .*{message}"
+    ):
+        flash_attn_with_kvcache(**arguments)
+    torch.testing.assert_close(arguments["k_cache"], kept, equal_nan=True, rtol=0, atol=0)
+
+
+DEBUGGED = {
+    "cache_seqlens must be from 0 to 63; got 64": {"cache_seqlens": torch.tensor([3, 64])},
+    "cache_seqlens must be from 0 to 63; got -1": {"cache_seqlens": torch.tensor([-1, 3])},
+    "cache_leftpad must be from 0 to 64; got 65": {"cache_leftpad": torch.tensor([0, 65])},
+    "cache_batch_idx must be from 0 to 1; got 2": {"cache_batch_idx": torch.tensor([0, 2])},
+    "block_table must be from 0 to 1 .* got 7": {"block_table": torch.tensor([[0], [7]])},
+}
+
+
+@pytest.mark.parametrize("message", DEBUGGED)
+def test_debug_names_the_argument(message: str, monkeypatch: pytest.MonkeyPatch):
+    arguments = Problem(dtype=torch.float32).arguments() | DEBUGGED[message]
+    flash_attn_with_kvcache(**arguments)
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(**arguments)
+
+
+def test_pages_that_hold_no_key_may_be_any_number(monkeypatch: pytest.MonkeyPatch):
+    problem = Problem(page_size=16, dtype=torch.float32)
+    expected = flash_attn_with_kvcache(**problem.arguments())
+    arguments = problem.arguments()
+    arguments["block_table"][1, 1:] = -1
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    assert torch.equal(flash_attn_with_kvcache(**arguments), expected)
+
+
+def test_gradients_are_refused():
+    arguments = Problem(dtype=torch.float32).arguments()
+    arguments["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradient; got a q that requires grad"):
+        flash_attn_with_kvcache(**arguments)
+    with torch.no_grad():
+        assert not flash_attn_with_kvcache(**arguments).requires_grad
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_the_append_counts_as_a_change_in_place(device: str):
+    arguments = Problem(dtype=torch.float32).arguments(device)
+    version = arguments["k_cache"]._version
+    flash_attn_with_kvcache(**arguments)
+    assert arguments["k_cache"]._version > version
+
+
+def test_compiles_whole():
+    problem = Problem(**ON_METAL["pages"], dtype=torch.float16)
+    compiled = torch.compile(flash_attn_with_kvcache, backend="aot_eager", fullgraph=True)
+    one, other = problem.arguments("mps"), problem.arguments("mps")
+    assert torch.equal(compiled(**one), flash_attn_with_kvcache(**other))
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_opcheck_of_the_append():
+    arguments = Problem(page_size=16, dtype=torch.float32).arguments()
+    heads_first = (arguments[x].transpose(1, 2).nan_to_num() for x in ("k_cache", "v_cache"))
+    added = (arguments[x].transpose(1, 2) for x in ("k", "v"))
+    rest = (arguments["cache_seqlens"], None, arguments["block_table"], 0, "auto")
+    torch.library.opcheck(torch.ops.orchard.flash_attn_append, (*heads_first, *added, *rest))
+
+
+CACHE, NEW = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 1, 4)
+APPENDS: dict[str, dict[str, Any]] = {
+    "offset must be at least 0; got -1": {"offset": -1},
+    r"key must have shape \(any, 2, any, 4\); got \(2, 1, 1, 4\)": {"key": NEW[:, :1]},
+    r"key must have shape \(any, 2, any, 4\); got \(2, 2, 1, 2\)": {"key": NEW[..., :2]},
+    r"value must have shape \(2, 2, 1, 4\); got \(1, 2, 1, 4\)": {"value": NEW[:1]},
+    r"value_cache must have shape \(2, 2, 8, any\)": {"value_cache": CACHE[:, :, :3]},
+    "key_cache must have key's batch size 2": {"key_cache": CACHE[:1]},
+    r"value_cache must be \(entries, .* and value": {"value_cache": CACHE[0]},
+    "value_cache and value must be of one dtype": {"value": NEW.half()},
+    "key_cache and key must be of one dtype": {"key_cache": CACHE.int(), "key": NEW.int()},
+    "cache_seqlens must be int32": {"cache_seqlens": torch.ones(2)},
+    r"cache_seqlens must have shape \(2,\)": {"cache_seqlens": torch.ones(3).int()},
+    "cache_batch_idx and block_table both": {
+        "cache_batch_idx": torch.zeros(2).int(),
+        "block_table": torch.zeros(2, 1).int(),
+    },
+    "impl must be one of": {"impl": "wrong"},
+}
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("message", APPENDS)
+def test_malformed_appends(message: str, device: str):
+    call = AppendCall(CACHE, CACHE, NEW, NEW)._replace(**APPENDS[message])
+    arguments = [x.to(device) if isinstance(x, Tensor) else x for x in call]
+    with pytest.raises((ValueError, TypeError), match=f"orchard::flash_attn_append: .*{message}"):
+        torch.ops.orchard.flash_attn_append(*arguments)
+
+
+def test_appends_fall_back_and_say_so(fresh_stats: None, quiet_fallback: None):
+    cache, new = torch.zeros(2, 2, 8, 4, device="mps"), torch.ones(2, 2, 1, 4, device="mps")
+    torch.ops.orchard.flash_attn_append(
+        cache, cache.clone(), new, new, None, None, None, 3, "reference"
+    )
+    assert orchard_ops.stats().reference == {
+        'impl="reference" was asked for': {"flash_attn_append": 1}
+    }
+    assert cache.cpu().nonzero()[:, 2].eq(3).all() and cache.sum() == 2 * 2 * 4
+
+
+def test_is_reported():
+    problem = Problem(**ON_METAL["pages"], dtype=torch.float16)
+    with orchard_ops.report(show=False) as report:
+        for _ in range(2):
+            flash_attn_with_kvcache(**problem.arguments("mps"))
+        flash_attn_with_kvcache(**problem.arguments())
+    metal, reference = report.calls
+    assert (metal.direction, metal.path, metal.count) == ("decode", "metal", 2)
+    assert (reference.path, reference.reason) == (
+        "reference",
+        "the tensors are on cpu, not on mps",
+    )
+    assert metal.query == (2, 4, 2, 16) and metal.arguments == (
+        "causal, added 20, cache_seqlens (2,) int32, block_table (2, 4) int32"
+    )

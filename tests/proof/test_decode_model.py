@@ -1,0 +1,35 @@
+"""The decode kernel is bound by memory: model A's rate at full issue, beside that of every Mac."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("simulator", reason="products are counted by the simulator's engine")
+
+from benchmarks.apple_model import decode
+from benchmarks.apple_model.core_model import SCHEDULERS
+from benchmarks.apple_model.issue_model import issue
+
+
+@pytest.fixture(scope="module")
+def planner() -> decode.Planner:
+    return decode.new_planner()
+
+
+@pytest.mark.parametrize("width", (64, 128))
+@pytest.mark.parametrize("dtype", decode.DTYPES)
+def test_eight_rows_ask_for_twice_what_memory_gives(
+    planner: decode.Planner, dtype: str, width: int
+):
+    counts = decode.count(planner, dtype, width, 8)
+    size = 2 * decode.BLOCK * width * decode.DTYPES[dtype].itemsize
+    assert counts.steady["device_bytes_read"] == size  # keys and values, nothing else
+    rate = SCHEDULERS * size / issue("attention_decode", counts).cycles
+    assert rate >= 2 * max(mac.rate for mac in decode.MACS)
+
+
+def test_pages_cost_their_numbers(planner: decode.Planner):
+    plain, paged = (decode.count(planner, "float16", 128, 8, paged=x) for x in (False, True))
+    more = paged.steady["device_bytes_read"] - plain.steady["device_bytes_read"]
+    assert more == 4 * 32  # the page of a block, asked for by each lane
+    assert paged.steady["mma_half"] == plain.steady["mma_half"]
