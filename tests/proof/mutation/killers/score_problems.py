@@ -23,8 +23,8 @@ class Scores:
     """A problem: a case, and how its mask lies in memory and what it hides."""
 
     case: Case
-    #: "": as the case draws it; "blocks", "entries", "padding", "rows", "firsts" (of blocks);
-    #: "half": half as much; "late" raises keys instead.
+    #: "": as the case draws it; "blocks", "entries", "padding", "rows", "sixteens", "firsts" (of
+    #: blocks), "first keys" (of blocks); "half": half as much; "late" raises keys instead.
     hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
@@ -35,7 +35,7 @@ class Scores:
     parts: int = 0  # threadgroups that share a tile of the mask's gradient; 0: as planned
     extreme: bool = False  # whether some numbers of key_ranges are the lowest and the highest
     aligned: bool = False  # whether key_ranges begin and end with blocks, of keys and of rows
-    edges: str = ""  # what becomes of these: "inside", "first key", "long", "late", "other rows"
+    edges: str = ""  # what becomes of these: see _with_edges
     span: int = 0  # of keys, as the plan hears of it
     raised: float = 0.0  # what sinks are raised by
     columns: bool = False  # whether it is the queries of one column that lie side by side
@@ -63,6 +63,7 @@ class Scores:
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
             "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
+            "first keys": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
         }[self.hides]  # fmt: skip
         hidden = hidden.expand(mask.shape)
         if mask.dtype == torch.bool:
@@ -194,9 +195,10 @@ def _aligned(key_ranges: Tensor) -> Tensor:
 
 
 def _with_edges(key_ranges: Tensor, edges: str) -> Tensor:
-    """What `edges` names. "inside": a key less at each end. "first key": every prefix is one key,
-    every other 8 rows see nothing else. "long": 65 keys. "late": none from row 520 on.
-    "other rows": 12 keys, and of every other row more, as a prefix.
+    """What `edges` names. "inside": a key less at each end. "outside": one more. "first key": every
+    prefix is one key, every other 8 rows see nothing else. "long": 65 keys. "late": none from row
+    520 on. "other rows": 12 keys, and of every other row more, as a prefix. "apart": 8 keys of 8
+    rows, with many keys between the first and those of the next.
     """
     edged, rows = key_ranges.clone(), torch.arange(key_ranges.shape[2])
     begin, end, _, prefix = edged.unbind(-1)
@@ -204,12 +206,19 @@ def _with_edges(key_ranges: Tensor, edges: str) -> Tensor:
         begin += 1
         end -= 1
         prefix.sub_(1).clamp_(min=0)
+    elif edges == "outside":
+        begin -= 1
+        end += 1
     elif edges == "first key":
         prefix[:] = 1
         end[:] = torch.where(rows // 8 % 2 == 0, begin, end)
     elif edges == "long":
         prefix[:] = 0
         end[:] = begin + 65
+    elif edges == "apart":
+        prefix[:] = 0
+        begin[:] = torch.where(rows // 8 == 4, 40, rows // 8 % 2 * 90)
+        end[:] = begin + 8
     elif edges == "other rows":
         begin[:], end[:] = 0, 12
         prefix[:] = torch.where(rows % 2 == 0, 24, 0)
