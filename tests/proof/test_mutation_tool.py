@@ -281,10 +281,5 @@ def test_nothing_survived_the_last_campaign(last_campaign: dict):
     assert last_campaign["all"]["survived"] == 0 and last_campaign["survivors"] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the campaign over the present kernels goes on: some mutants have met only some of "
-    "their killers and have no reason in equivalent.toml; report.md says how many",
-)
 def test_the_last_campaign_is_complete(last_campaign: dict):
     assert last_campaign["not_run"] == 0
