@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES
 
 import orchard_ops
