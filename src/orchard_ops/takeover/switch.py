@@ -74,6 +74,8 @@ def _end() -> None:
 def _another_thread_may_call() -> bool:
     """Whether another thread may be in the dispatcher, where it does not hold Python's lock. One
     whose innermost function is such that waits for something else is not."""
+    if torch.compiler.is_compiling():  # nothing below can be traced
+        return True
     own = threading.get_ident()
     return any(
         not _waits(frame) for thread, frame in sys._current_frames().items() if thread != own
