@@ -21,6 +21,11 @@ constexpr uint64_t kNumAppendArguments =
     0 ORCHARD_FILLED(ORCHARD_COUNT) ORCHARD_ADDED(ORCHARD_COUNT) ORCHARD_PLACES(ORCHARD_COUNT) + 1;
 #undef ORCHARD_COUNT
 
+template <>
+inline SymInt Arguments::take<SymInt>() {
+  return {take<int64_t>()};
+}
+
 #define ORCHARD_TAKE(Type, name) arguments.take<Type>(),
 
 // The parts of an initializer in braces are evaluated in order.
@@ -45,6 +50,12 @@ inline AppendCall Arguments::take<AppendCall>() {
 }
 
 #undef ORCHARD_TAKE
+
+template <>
+inline void Stack::put(const SymInt& x) {
+  put(x.value);
+}
+
 #define ORCHARD_PUT(Type, name) put(x.name);
 
 template <>
@@ -69,6 +80,12 @@ inline void Stack::put(const AppendCall& x) {
 }
 
 #undef ORCHARD_PUT
+
+template <>
+constexpr const char* schema_type<SymInt>() {
+  return "SymInt ";
+}
+
 #define ORCHARD_SCHEMA(Type, name) +schema_type<Type>() + #name ", "
 
 std::string decode_arguments() {
@@ -211,6 +228,9 @@ void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
   check(dtype_code(cache) == dtype_code(added), "mixture of dtypes");
   check(cache.size(1) == added.size(1) && cache.size(3) == added.size(3), "shape of a cache");
   check(entries < 0 || entries == cache.size(0), "batch size");
+  for (int d = 0; d < 4; d++) {  // two numbers in one place would be written to at once
+    check(cache.size(d) <= 1 || cache.stride(d) != 0, "strides of a cache");
+  }
 }
 
 /// On Metal. Throws MetalError.

@@ -6,13 +6,19 @@
 
 namespace orchard {
 
+/// An integer that may vary from call to call in one compiled graph.
+struct SymInt {
+  int64_t value;
+  operator int64_t() const { return value; }
+};
+
 /// Where the keys and values of the sequences lie, in the order of the schemas.
 #define ORCHARD_CACHE(X)             \
   X(OptionalTensor, cache_seqlens)   \
   X(OptionalTensor, cache_batch_idx) \
   X(OptionalTensor, cache_leftpad)   \
   X(OptionalTensor, block_table)     \
-  X(int64_t, added)
+  X(SymInt, added)
 
 /// The arguments besides the operands and the cache that decide the weights.
 #define ORCHARD_DECODE_SCORING(X) \
@@ -48,7 +54,7 @@ struct DecodeCall {
   X(OptionalTensor, cache_seqlens)   \
   X(OptionalTensor, cache_batch_idx) \
   X(OptionalTensor, block_table)     \
-  X(int64_t, offset)
+  X(SymInt, offset)
 
 /// The arguments of orchard::flash_attn_append.
 struct AppendCall {
