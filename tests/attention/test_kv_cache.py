@@ -433,7 +433,11 @@ def test_debug_names_the_argument(message: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_prompt_may_be_padding_up_to_its_end(monkeypatch: pytest.MonkeyPatch):
     """Padding that joins the cache with the prompt is no mistake."""
     monkeypatch.setenv("ORCHARD_DEBUG", "1")
-    Problem(lengths=(0, 0), new=6, q_len=6, starts=(4, 6), dtype=torch.float32).check()
+    arguments = Problem(lengths=(0, 0), new=6, q_len=6, starts=(4, 6)).arguments()
+    out = flash_attn_with_kvcache(**arguments)
+    q, k, v = (arguments[name][:1, 4:] for name in ("q", "k", "v"))
+    torch.testing.assert_close(out[:1, 4:], orchard_ops.flash_attn_func(q, k, v, causal=True))
+    assert not out[0, :4].any() and not out[1].any()
 
 
 def test_queries_that_share_a_place_need_no_rows_of_their_own(monkeypatch: pytest.MonkeyPatch):
@@ -495,7 +499,7 @@ def test_a_count_of_keys_that_grows_compiles_once_more(device: str):
 
 
 def test_prompts_of_many_lengths_are_one_graph():
-    calls = [Problem(new=n, q_len=n, dtype=torch.float32).arguments() for n in range(2, 9)]
+    calls = [Problem(new=n, q_len=n, dtype=torch.float32).arguments() for n in range(3, 10)]
     assert _compiles(calls, dynamic=True) == 1
 
 
