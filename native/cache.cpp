@@ -21,11 +21,6 @@ constexpr uint64_t kNumAppendArguments =
     0 ORCHARD_FILLED(ORCHARD_COUNT) ORCHARD_ADDED(ORCHARD_COUNT) ORCHARD_PLACES(ORCHARD_COUNT) + 1;
 #undef ORCHARD_COUNT
 
-template <>
-inline SymInt Arguments::take<SymInt>() {
-  return {take<int64_t>()};
-}
-
 #define ORCHARD_TAKE(Type, name) arguments.take<Type>(),
 
 // The parts of an initializer in braces are evaluated in order.
@@ -50,12 +45,6 @@ inline AppendCall Arguments::take<AppendCall>() {
 }
 
 #undef ORCHARD_TAKE
-
-template <>
-inline void Stack::put(const SymInt& x) {
-  put(x.value);
-}
-
 #define ORCHARD_PUT(Type, name) put(x.name);
 
 template <>
@@ -80,12 +69,6 @@ inline void Stack::put(const AppendCall& x) {
 }
 
 #undef ORCHARD_PUT
-
-template <>
-constexpr const char* schema_type<SymInt>() {
-  return "SymInt ";
-}
-
 #define ORCHARD_SCHEMA(Type, name) +schema_type<Type>() + #name ", "
 
 std::string decode_arguments() {

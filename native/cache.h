@@ -6,12 +6,6 @@
 
 namespace orchard {
 
-/// An integer that may vary from call to call in one compiled graph.
-struct SymInt {
-  int64_t value;
-  operator int64_t() const { return value; }
-};
-
 /// Where the keys and values of the sequences lie, in the order of the schemas.
 #define ORCHARD_CACHE(X)             \
   X(OptionalTensor, cache_seqlens)   \

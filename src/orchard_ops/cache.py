@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .scoring import Scoring
+from .scoring import Scoring, SymInt
 
 MOST_QUERIES = 16
 """Queries of a sequence that the decode kernel takes: with more of them, kernels that share blocks
 of keys between queries read less."""
-
-SymInt = int
-"""An integer that may vary from call to call in one compiled graph."""
 
 _DIMENSIONS = "(entries, heads, keys of an entry, head_dim)"
 
