@@ -174,8 +174,8 @@ class Symbol:
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __pos__ = _unknown
 
     # What gives numbers, and what changes a tensor.
-    __class__ = property(lambda _: _refuse() if _state.hides_class else Symbol)  # type: ignore
-    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = __hash__ = _refuse  # type: ignore
+    __class__ = property(lambda _: _refuse() if _state.hides_class else Symbol)
+    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = __hash__ = _refuse
     __contains__ = __getitem__ = __setitem__ = __delitem__ = __array__ = _refuse
     __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _refuse
     __ipow__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = _refuse
