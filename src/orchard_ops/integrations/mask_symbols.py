@@ -11,6 +11,7 @@ torch.compile isinstance(q, Tensor). Outside of one, isinstance ends the reading
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,8 @@ class Unsayable(Exception):
     """The function is no interval of keys per query, as far as is known."""
 
 
-class _State:
-    """Of the reading that goes on."""
+class _State(threading.local):
+    """Of the reading that goes on in this thread."""
 
     device = torch.device("cpu")
     """Where queries and keys are counted."""
