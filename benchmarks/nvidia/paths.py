@@ -1,4 +1,4 @@
-"""Where build.py leaves what prove.py and speed.py need."""
+"""Where build.py leaves what the programs on the GPU need."""
 
 from pathlib import Path
 
@@ -17,5 +17,15 @@ FEATURES = BUILD / "features"
 FEATURES_KERNELS = FEATURES / "equal-rate.zip"
 FEATURES_PLANNER = FEATURES / "libplanner.so"
 FEATURES_SOURCES = FEATURES / "sources.json"
+
+PEERS = BUILD / "peers"
+PEERS_KERNELS = {mode: PEERS / f"{mode}.zip" for mode in ("native", "equal-rate")}
+PEERS_PLANNER = PEERS / "libplanner.so"
+PEERS_SOURCES = PEERS / "sources.json"
+
+PRODUCTS = BUILD / "products"
+PRODUCTS_KERNELS = PRODUCTS / "equal-rate.zip"
+PRODUCTS_PLANNER = PRODUCTS / "libplanner.so"
+PRODUCTS_SOURCES = PRODUCTS / "sources.json"
 
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

@@ -67,7 +67,9 @@ class Gate:
             )
             errors[name] = (ours, eager)
             if not ours <= LOOSE * eager + _FLOOR * exact.abs().max().item():
-                raise AssertionError(f"{name}: error {ours:.2e}, same-dtype mathematics {eager:.2e}")
+                raise AssertionError(
+                    f"{name}: error {ours:.2e}, same-dtype mathematics {eager:.2e}"
+                )
         try:
             ordered = [cut.get(name) for name in _RESULTS]
             assert_attention_close(ordered, self._exact, self._eager)

@@ -156,6 +156,4 @@ def entrants(problem: Problem) -> Iterator[Entrant]:
         forward = (_step(problem, "forward", slab),)
         yield Entrant("mlx-train-perf", variant, False, forward, offered)
         backward = (delta, _step(problem, "dq", slab), _step(problem, "dkv", slab))
-        yield Entrant(
-            "mlx-train-perf", variant, True, backward, offered, wide=("dk", "dv")
-        )
+        yield Entrant("mlx-train-perf", variant, True, backward, offered, wide=("dk", "dv"))

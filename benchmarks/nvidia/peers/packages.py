@@ -146,4 +146,3 @@ LATER_TORCH = Package(
     ("torch/include/ATen/native/mps/kernels/*Attention.h", "torch/include/c10/metal/*"),
 )
 ALL = (MLX, MLX_MFA, MLX_TRAIN_PERF, LATER_TORCH)
-

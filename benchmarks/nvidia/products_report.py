@@ -1,0 +1,134 @@
+"""The table of a result of products.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from statistics import median
+
+from .report import provenance
+
+DEFAULT = "256 MiB"
+LOSS = 1.03
+"""What the plan's choice may take at most, by the best budget."""
+GROUPED = 1.15
+"""What a backward of grouped heads may take at most, by one of full heads."""
+FROM_LENGTH = 2048
+"""GROUPED is asked for from this length on."""
+
+
+def json_lines(result: dict) -> str:
+    """JSON with a line for each record."""
+    records = ",\n".join(json.dumps(record) for record in result["records"])
+    return f'{{"environment": {json.dumps(result["environment"])},\n"records": [\n{records}\n]}}\n'
+
+
+def times(record: dict) -> dict[str, float]:
+    """budget -> milliseconds, where it was timed, or where its plan was"""
+    found = {}
+    for budget, outcome in record["budgets"].items():
+        samples = record["budgets"][outcome["same_as"]]["milliseconds"]
+        if samples:
+            found[budget] = median(samples)
+    return found
+
+
+def _full_heads(record: dict, records: list[dict]) -> float | None:
+    """The best time of the same problem with as many key/value heads as query heads."""
+    same = ("head_dim", "length", "mask", "num_heads")
+    wanted = {name: record[name] for name in same} | {"num_kv_heads": record["num_heads"]}
+    for other in records:
+        if wanted.items() <= other.items() and times(other):
+            return min(times(other).values())
+    return None
+
+
+def losses(records: list[dict]) -> list[tuple[float, str]]:
+    """Where the default takes more than LOSS times the best, and how much, the worst first."""
+    found = []
+    for record in records:
+        of_budget = times(record)
+        if DEFAULT in of_budget:
+            ratio = of_budget[DEFAULT] / min(of_budget.values())
+            if ratio > LOSS:
+                best = min(of_budget, key=lambda budget: of_budget[budget])
+                outcome = record["budgets"][best]
+                how = f"{outcome['products']} products, budget {best}"
+                found.append((ratio, f"{record['problem']}: {ratio:.2f} ({how})"))
+    return sorted(found, reverse=True)
+
+
+def starved(records: list[dict]) -> list[tuple[float, str]]:
+    """Where grouped heads take more than GROUPED times full ones, best budget beside best."""
+    found = []
+    for record in records:
+        full, own = _full_heads(record, records), times(record)
+        if full and own and record["length"] >= FROM_LENGTH:
+            ratio = min(own.values()) / full
+            if ratio > GROUPED:
+                found.append((ratio, f"{record['problem']}: {ratio:.2f}"))
+    return sorted(found, reverse=True)
+
+
+def _rows(records: list[dict]) -> Iterator[str]:
+    for record in records:
+        own = times(record)
+        if not own:
+            yield f"| {record['problem']} | failed: {record['failure']} | | | | |"
+            continue
+        best = min(own.values())
+        cells = []
+        for budget, outcome in record["budgets"].items():
+            if budget not in own:
+                cells.append(f"failed: {outcome['failure']}")
+                continue
+            ratio = own[budget] / best
+            cell = f"{ratio:.2f} ({outcome['products']}, {outcome['launches']})"
+            cells.append(f"**{cell}**" if budget == DEFAULT and ratio > LOSS else cell)
+        full = _full_heads(record, records)
+        grouped = f"{best / full:.2f}" if full else "-"
+        yield f"| {record['problem']} | {' | '.join(cells)} | {best:.3f} | {grouped} |"
+
+
+def _listed(found: list[tuple[float, str]]) -> list[str]:
+    return [f"* {text}" for _, text in found] or ["Nowhere."]
+
+
+def page(result: dict) -> str:
+    """Markdown of what products.py writes as JSON."""
+    records = result["records"]
+    budgets = list(records[0]["budgets"]) if records else []
+    lost, grouped = losses(records), starved(records)
+    lines = [
+        "# Five products or seven, on an NVIDIA GPU",
+        "",
+        f"{provenance(result['environment'])}. Made by `python -m benchmarks.nvidia.products`.",
+        "",
+        "Whole backwards of ours at equal rate, for three budgets of scratch: the median time by "
+        "that of the fastest of them, and in brackets the plan's matrix products and launches. "
+        f"**Bold**: the default, {DEFAULT}, loses more than {(LOSS - 1) * 100:.0f} %. Budgets "
+        "with one plan have one time. The last column is the fastest by that of full heads, "
+        "which do the same products.",
+        "",
+        f"| problem | {' | '.join(budgets)} | fastest, ms | by full heads |",
+        f"|---|{'---|' * (len(budgets) + 2)}",
+        *_rows(records),
+        "",
+        f"## Where the default loses more than {(LOSS - 1) * 100:.0f} %",
+        "",
+        f"{len(lost)} of {len(records)} problems.",
+        "",
+        *_listed(lost),
+        "",
+        f"## Where grouped heads take more than {GROUPED} times full ones, from L {FROM_LENGTH}",
+        "",
+        *_listed(grouped),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def progress(record: dict) -> str:
+    if record["failure"]:
+        return f"{record['problem']}: FAILED ({record['seconds']} s)"
+    said = ", ".join(f"{budget} {time:.3f}" for budget, time in times(record).items())
+    return f"{record['problem']} ({record['seconds']} s): {said} ms"
