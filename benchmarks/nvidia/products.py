@@ -157,10 +157,11 @@ def _assert_agree(name: str, a: Tensor, b: Tensor) -> None:
         raise AssertionError(f"{name}: five and seven products differ by {error} of {largest}")
 
 
-def _write(bench: Bench, output: Path) -> str:
+def _write(bench: Bench, not_run: list[str], output: Path) -> str:
     """Writes both files and returns the Markdown."""
     result = {
         "environment": describe(PRODUCTS_SOURCES),
+        "not_run": not_run,
         "records": [asdict(record) for record in bench.records],
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -181,13 +182,14 @@ def main() -> None:
     kernels.assemble(kernels.names)
     clock = functools.partial(timing.take_turns, seconds=options.seconds, limits=(2, 15), warm_up=1)
     bench = Bench(kernels, Planner(PRODUCTS_PLANNER), clock)
+    not_run: list[str] = []
     for problem in products_cases.problems():
         if time.monotonic() - began > options.budget:
-            print(f"no time for {problem}", flush=True)
+            not_run.append(str(problem))
             continue
         bench.run(problem)
         torch.cuda.empty_cache()
-    print(_write(bench, options.output))
+    print(_write(bench, not_run, options.output))
     failed = any(r.failure or any(o.failure for o in r.budgets.values()) for r in bench.records)
     sys.exit(not bench.usable or failed)
 

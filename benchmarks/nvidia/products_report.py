@@ -8,7 +8,7 @@ from statistics import median
 
 from .report import provenance
 
-DEFAULT = "256 MiB"
+DEFAULT, NONE = "256 MiB", "none"
 LOSS = 1.03
 """What the plan's choice may take at most, by the best budget."""
 GROUPED = 1.15
@@ -20,7 +20,8 @@ FROM_LENGTH = 2048
 def json_lines(result: dict) -> str:
     """JSON with a line for each record."""
     records = ",\n".join(json.dumps(record) for record in result["records"])
-    return f'{{"environment": {json.dumps(result["environment"])},\n"records": [\n{records}\n]}}\n'
+    environment, not_run = (json.dumps(result[name]) for name in ("environment", "not_run"))
+    return f'{{"environment": {environment},\n"not_run": {not_run},\n"records": [\n{records}\n]}}\n'
 
 
 def times(record: dict) -> dict[str, float]:
@@ -55,6 +56,21 @@ def losses(records: list[dict]) -> list[tuple[float, str]]:
                 outcome = record["budgets"][best]
                 how = f"{outcome['products']} products, budget {best}"
                 found.append((ratio, f"{record['problem']}: {ratio:.2f} ({how})"))
+    return sorted(found, reverse=True)
+
+
+def overtaken(records: list[dict]) -> list[tuple[float, str]]:
+    """Where five products under a budget take more than LOSS times seven, the worst first."""
+    found = []
+    for record in records:
+        of_budget = times(record)
+        for budget, time in of_budget.items():
+            if record["budgets"][budget]["products"] == 5 and NONE in of_budget:
+                ratio = time / of_budget[NONE]
+                if ratio > LOSS:
+                    launches = record["budgets"][budget]["launches"]
+                    how = f"budget {budget}, {launches} launches"
+                    found.append((ratio, f"{record['problem']}: {ratio:.2f} ({how})"))
     return sorted(found, reverse=True)
 
 
@@ -94,6 +110,10 @@ def _listed(found: list[tuple[float, str]]) -> list[str]:
     return [f"* {text}" for _, text in found] or ["Nowhere."]
 
 
+def _listed_names(names: list[str]) -> list[str]:
+    return [f"* {name}" for name in names]
+
+
 def page(result: dict) -> str:
     """Markdown of what products.py writes as JSON."""
     records = result["records"]
@@ -120,10 +140,16 @@ def page(result: dict) -> str:
         "",
         *_listed(lost),
         "",
+        f"## Where five products lose more than {(LOSS - 1) * 100:.0f} % to seven",
+        "",
+        *_listed(overtaken(records)),
+        "",
         f"## Where grouped heads take more than {GROUPED} times full ones, from L {FROM_LENGTH}",
         "",
         *_listed(grouped),
     ]
+    if result["not_run"]:
+        lines += ["", "## Not run", "", "For want of time:", "", *_listed_names(result["not_run"])]
     return "\n".join(lines) + "\n"
 
 

@@ -163,6 +163,7 @@ def test_report():
             "date": "today",
             "sources": {"commit": "abc", "edited": False, "digest": "def"},
         },
+        "not_run": ["L32768 H16/1"],
         "records": [
             record(16, [10.2, 10.0, 14.0]),
             shared,
@@ -181,4 +182,10 @@ def test_report():
     assert "* L4096 H16/1: 1.50 (7 products, budget none)" in lines
     behind = lines[lines.index("* L4096 H16/1: 1.50 (7 products, budget none)") + 1 :]
     listed = [line for line in behind if line.startswith("*")]
-    assert listed == ["* L4096 H16/1: 2.00", "* L4096 H16/4: 1.20"]  # L 1024 is too short to count
+    assert listed == [
+        "* L4096 H16/1: 1.50 (budget 256 MiB, 9 launches)",
+        "* L4096 H16/1: 1.25 (budget 1 GiB, 3 launches)",
+        "* L4096 H16/1: 2.00",
+        "* L4096 H16/4: 1.20",  # L 1024 is too short to count
+        "* L32768 H16/1",
+    ]
