@@ -104,12 +104,15 @@ class Bench:
         self.attention = {mode: Attention(k, planner) for mode, k in kernels.items()}
         self.records: list[Record] = []
         self.usable = True
+        self._same: dict[str, bool] = {}  # kernel -> whether both modes have the same code
 
     def modes(self, names: list[str]) -> tuple[str, ...]:
         """In which modes kernels are worth a run: once if they have the same code."""
         first, second = (self.kernels[mode] for mode in MODES)
-        same = all(first.text(name) == second.text(name) for name in names)
-        return (BOTH,) if same else MODES
+        for name in names:
+            if name not in self._same:
+                self._same[name] = first.text(name) == second.text(name)
+        return (BOTH,) if all(self._same[name] for name in names) else MODES
 
     @staticmethod
     def archive(mode: str) -> str:
@@ -338,13 +341,13 @@ def main() -> None:
     kernels = {mode: Kernels(path) for mode, path in PEERS_KERNELS.items()}
     bench = Bench(kernels, Planner(PEERS_PLANNER), GpuClock(options.seconds))
     chosen = [p for p in problems() if set(options.only) <= set(str(p).split())]
-    names: dict[str, list[str]] = {mode: [] for mode in MODES}
+    names: dict[str, dict[str, None]] = {mode: {} for mode in MODES}
     for problem in chosen:
         for mode, of_problem in bench.names(problem).items():
-            names[mode] += of_problem
+            names[mode] |= dict.fromkeys(of_problem)
     for mode, of_mode in names.items():  # the longest first: the assembler is slowest there
-        unique = list(dict.fromkeys(of_mode))
-        kernels[mode].assemble(sorted(unique, key=lambda n: -len(kernels[mode].text(n))))
+        sizes = {name: len(kernels[mode].text(name)) for name in of_mode}
+        kernels[mode].assemble(sorted(sizes, key=sizes.__getitem__, reverse=True))
     bench.planted_faults(Problem("bfloat16", 64, 1024, True))
     print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
     for problem in chosen:
