@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .features_report import DOCS
+from .paths import ROOT
 from .report import provenance
 
 OURS, AGAIN, SEVEN = "ours", "ours again", "ours, seven products"
@@ -19,6 +19,7 @@ MODES = ("equal-rate", "native")
 TARGETS = {False: 1.2, True: 2.5}
 """Times of ours that every peer's forward (False) and whole backward (True) should take at least,
 at equal rate."""
+DOCS = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks.nvidia.peers -->", "<!-- end -->"
 _DIRECTIONS = {False: "forward", True: "backward"}
 
@@ -41,7 +42,7 @@ class Cell:
         return self.median < TARGETS[self.backward]
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}" + "*" * (not self.offered)
+        return f"{self.median:.3f}" + "*" * (not self.offered)
 
 
 def json_lines(result: dict) -> str:
@@ -117,7 +118,7 @@ def _table(records: list[dict], backward: bool, mode: str) -> Iterator[str]:
         if backward:
             entries = _entries(record, True, mode)
             seven = entries.get(SEVEN)
-            line.append(f"{_by(seven, entries[OURS])[0]:.2f}" if seven else "-")
+            line.append(f"{_by(seven, entries[OURS])[0]:.3f}" if seven else "-")
         for peer in peers:
             cell = of_row.get(peer)
             if cell is None:
@@ -130,7 +131,7 @@ def _table(records: list[dict], backward: bool, mode: str) -> Iterator[str]:
     means = [_mean([c.median for _, of_row in rows for p, c in of_row.items() if p == peer])
              for peer in peers]  # fmt: skip
     blank = ["geometric mean"] + [""] * backward
-    yield f"| {' | '.join([*blank, *(f'{m:.2f}' for m in means)])} |"
+    yield f"| {' | '.join([*blank, *(f'{m:.3f}' for m in means)])} |"
 
 
 def floor(records: list[dict], backward: bool, mode: str) -> tuple[float, float, int]:
@@ -147,7 +148,7 @@ def misses(records: list[dict]) -> list[str]:
     """Every cell at equal rate that is below its target, and the targets."""
     return [
         f"{c.peer} {c.variant}".strip()
-        + f", {_DIRECTIONS[c.backward]}, {c.problem}: {c.median:.2f}"
+        + f", {_DIRECTIONS[c.backward]}, {c.problem}: {c.median:.3f}"
         for backward in TARGETS
         for c in all_cells(records, backward, "equal-rate")
         if c.misses
@@ -163,7 +164,7 @@ def _parts(records: list[dict]) -> Iterator[str]:
         seven = entries.get(SEVEN)
         for who, entry in entries.items():
             if seven and not who.startswith("ours"):
-                ratios = [f"{entry['parts'][p] / seven['parts'][p]:.2f}" for p in ("dq", "dkv")]
+                ratios = [f"{entry['parts'][p] / seven['parts'][p]:.3f}" for p in ("dq", "dkv")]
                 yield f"| {record['problem']} | {who} | {' | '.join(ratios)} |"
 
 
@@ -183,8 +184,8 @@ def _said(records: list[dict]) -> Iterator[str]:
 _READING = (
     "A peer's median time by that of our kernels on the same operands, in turns of the same run: "
     "above 1, ours is faster. Of several variants of a peer its fastest is shown. All launches of "
-    "a call count. *Equal-rate*: half fragments are multiplied as float ones, as Apple's M1 and M2 "
-    "do. *: a dtype that the peer's interface does not take, though its text does. "
+    "a call count. *Equal-rate*: half fragments are multiplied as float ones, since M1 and M2 have "
+    "one rate for both. *: a dtype that the peer's interface does not take, though its text does. "
 )
 _TARGET = (
     f"Targets at equal rate: a forward at least {TARGETS[False]} times ours, a whole backward "
@@ -255,26 +256,29 @@ def page(result: dict) -> str:
 
 
 def summary(result: dict) -> list[str]:
-    """What the documents show: each peer's mean, its narrowest and widest cell, and the misses."""
-    records = result["records"]
-    lines = ["| peer | direction | mean | least | most | cells |", "|---|---|---|---|---|---|"]
+    """What the documents show: each peer's mean and range, and every cell below the target."""
+    head = ["kernel", "", "mean", "least", "most", "cells", "of them below the target"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for backward, direction in _DIRECTIONS.items():
-        found = all_cells(records, backward, "equal-rate")
+        found = all_cells(result["records"], backward, "equal-rate")
         for peer in dict.fromkeys(c.peer for c in found):
-            values = sorted(c.median for c in found if c.peer == peer)
-            numbers = f"{_mean(values):.2f} | {values[0]:.2f} | {values[-1]:.2f} | {len(values)}"
-            lines.append(f"| {peer} | {direction} | {numbers} |")
-    return [*lines, "", *_target_lines(records)]
+            of_peer = [c for c in found if c.peer == peer]
+            values = sorted(c.median for c in of_peer)
+            missed = [f"{c.problem}: {c.median:.3f}" for c in of_peer if c.misses]
+            numbers = [f"{x:.2f}" for x in (_mean(values), values[0], values[-1])]
+            named = f"{len(missed)}: " + "; ".join(missed) if missed else "none"
+            line = [peer, direction, *numbers, str(len(values)), named]
+            lines.append(f"| {' | '.join(line)} |")
+    return lines
 
 
 def section(result: dict) -> str:
-    """What stands between the marks in docs/performance-tables.md."""
-    link = "[peers.md](../benchmarks/results/nvidia/peers.md)"
-    note = (
-        f"On an NVIDIA GPU, which is no Mac ({provenance(result['environment'])}; every cell in "
-        f"{link}). {_READING}"
+    """What stands between the marks in docs/performance.md."""
+    notes = (
+        f"At equal rate on an {provenance(result['environment'])}. {_READING.rstrip()}",
+        f"{_TARGET} [Every cell, and what differs](../benchmarks/results/nvidia/peers.md).",
     )
-    return "\n".join(["", note.rstrip(), "", *summary(result), ""])
+    return "\n".join(["", notes[0], "", *summary(result), "", notes[1], ""])
 
 
 def in_docs(text: str) -> str:

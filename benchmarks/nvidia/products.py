@@ -4,13 +4,14 @@
 The plan decides by the memory that it may take for dS: with enough of it five products, in one
 launch or divided over heads and keys; with none seven. Whole backwards of ours alone, at equal
 rate, take turns. It writes one JSON file and a Markdown table; the exit status is 1 if anything
-failed.
+failed. With ``--docs`` it needs no GPU, and puts a table into docs/performance-tables.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 import traceback
@@ -173,10 +174,14 @@ def _write(bench: Bench, not_run: list[str], output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--docs", action="store_true", help="only docs/performance-tables.md")
     parser.add_argument("--seconds", type=float, default=0.3, help="of turns, for each problem")
     parser.add_argument("--budget", type=float, default=1e9, help="no problem begins after these")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.docs:
+        products_report.write_docs(json.loads((options.output / "products.json").read_text()))
+        return
     began = time.monotonic()
     kernels = Kernels(PRODUCTS_KERNELS)
     kernels.assemble(kernels.names)

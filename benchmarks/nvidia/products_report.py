@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from statistics import median
 
+from .features_report import DOCS
 from .report import provenance
 
 DEFAULT, NONE = "256 MiB", "none"
@@ -15,6 +17,7 @@ GROUPED = 1.15
 """What a backward of grouped heads may take at most, by one of full heads."""
 FROM_LENGTH = 2048
 """GROUPED is asked for from this length on."""
+BEGIN, END = "<!-- benchmarks.nvidia.products -->", "<!-- end -->"
 
 
 def json_lines(result: dict) -> str:
@@ -151,6 +154,61 @@ def page(result: dict) -> str:
     if result["not_run"]:
         lines += ["", "## Not run", "", "For want of time:", "", *_listed_names(result["not_run"])]
     return "\n".join(lines) + "\n"
+
+
+def summary(result: dict) -> list[str]:
+    """The default by the fastest, in brackets its products: shapes by length."""
+    records = result["records"]
+    lengths = list(dict.fromkeys(r["length"] for r in records))
+    shapes = ("mask", "head_dim", "num_heads", "num_kv_heads")
+    lines = [
+        f"| shape | {' | '.join(f'L {x}' for x in lengths)} |",
+        f"|{'---|' * (len(lengths) + 1)}",
+    ]
+    for shape in dict.fromkeys(tuple(r[name] for name in shapes) for r in records):
+        mask, head_dim, num_heads, num_kv_heads = shape
+        cells = []
+        for length in lengths:
+            (own,) = [
+                r
+                for r in records
+                if r["length"] == length and tuple(r[name] for name in shapes) == shape
+            ] or [None]
+            of_budget = times(own) if own else {}
+            if own is None or DEFAULT not in of_budget:
+                cells.append("-")
+                continue
+            ratio = of_budget[DEFAULT] / min(of_budget.values())
+            cell = f"{ratio:.2f} ({own['budgets'][DEFAULT]['products']})"
+            cells.append(f"**{cell}**" if ratio > LOSS else cell)
+        lines.append(
+            f"| {mask}, D {head_dim}, H {num_heads}/{num_kv_heads} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def section(result: dict) -> str:
+    """What stands between the marks in docs/performance-tables.md."""
+    records = result["records"]
+    note = (
+        f"{provenance(result['environment'])}, float16, half fragments multiplied as float ones: "
+        f"the time of a backward under the default budget of {DEFAULT} by that of the fastest of "
+        "three budgets (the default, 1 GiB and none), in brackets its matrix products. **Bold**: "
+        f"more than {(LOSS - 1) * 100:.0f} % slower, {len(losses(records))} of {len(records)} "
+        "shapes. [All times](../benchmarks/results/nvidia/products.md)."
+    )
+    return "\n".join(["", note, "", *summary(result), ""])
+
+
+def in_docs(text: str) -> str:
+    """What stands between the marks now."""
+    return text.partition(BEGIN)[2].partition(END)[0]
+
+
+def write_docs(result: dict) -> None:
+    text = DOCS.read_text()
+    whole = re.escape(BEGIN) + ".*?" + re.escape(END)
+    DOCS.write_text(re.sub(whole, lambda _: f"{BEGIN}{section(result)}{END}", text, flags=re.S))
 
 
 def progress(record: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from benchmarks.nvidia import (  # noqa: E402
     timing,
 )
 from benchmarks.nvidia.driver import Launch  # noqa: E402
+from benchmarks.nvidia.paths import RESULTS  # noqa: E402
 from benchmarks.nvidia.peers import contenders, gate, packages, pytorch  # noqa: E402
 from benchmarks.nvidia.peers.launches import Text  # noqa: E402
 from benchmarks.nvidia.peers.problems import Problem, problems  # noqa: E402
@@ -326,21 +328,38 @@ def test_report():
     assert "A GPU, driver 1, torch 2, today; commit abc, kernels def. Texts: torch 2; mlx 1." in (
         " ".join(lines)
     )
-    assert "| one | **1.10** | 1.50 | 2.00 | 2.50* (slab 64) |" in lines
-    assert "| one | 2.20 | 3.00 | 4.00 | 5.00* (slab 64) |" in lines  # native
-    assert "| one | 1.20 | **2.40 (M1)** |" in lines
-    assert "* MLX, forward, one: 1.10" in lines
-    assert "* mlx-mfa M1, backward, one: 2.40" in lines
+    assert "| one | **1.100** | 1.500 | 2.000 | 2.500* (slab 64) |" in lines
+    assert "| one | 2.200 | 3.000 | 4.000 | 5.000* (slab 64) |" in lines  # native
+    assert "| one | 1.200 | **2.400 (M1)** |" in lines
+    assert "* MLX, forward, one: 1.100" in lines
+    assert "* mlx-mfa M1, backward, one: 2.400" in lines
     assert sum("2 of 5 cells miss theirs" in line for line in lines) == 1
     assert sum("1.000 to 1.000 over 1 problems" in line for line in lines) == 1
-    assert "| one | mlx-mfa M1 | 3.00 | 1.00 |" in lines
+    assert "| one | mlx-mfa M1 | 3.000 | 1.000 |" in lines
     assert "* mlx-mfa M3, backward, one: failed: wrong" in lines
     assert "* PyTorch 2.14, forward, one: not by our rule: out: too far" in lines
     assert "| native | `k` | 9 | 8 | 7 |" in lines
 
 
-def test_summary_names_each_peer_once():
+def test_summary_names_each_peer_once_and_its_misses():
     lines = peers_report.summary(RESULT)
-    assert "| PyTorch 2.13 | forward | 1.50 | 1.50 | 1.50 | 1 |" in lines
-    assert "| mlx-mfa | backward | 2.40 | 2.40 | 2.40 | 1 |" in lines
-    assert lines[-1] == "* mlx-mfa M1, backward, one: 2.40"
+    assert "| PyTorch 2.13 | forward | 1.50 | 1.50 | 1.50 | 1 | none |" in lines
+    assert "| MLX | forward | 1.10 | 1.10 | 1.10 | 1 | 1: one: 1.100 |" in lines
+    assert "| mlx-mfa | backward | 2.40 | 2.40 | 2.40 | 1 | 1: one: 2.400 |" in lines
+    assert len(lines) == 7
+
+
+def test_docs_are_written_between_their_marks(monkeypatch, tmp_path):
+    docs = tmp_path / "performance.md"
+    docs.write_text(f"before\n{peers_report.BEGIN}old{peers_report.END}\nafter\n")
+    monkeypatch.setattr(peers_report, "DOCS", docs)
+    peers_report.write_docs(RESULT)
+    text = docs.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert peers_report.in_docs(text) == peers_report.section(RESULT)
+
+
+def test_docs_show_the_committed_result():
+    result = json.loads((RESULTS / "peers.json").read_text())
+    assert peers_report.in_docs(peers_report.DOCS.read_text()) == peers_report.section(result)
+    assert (RESULTS / "peers.md").read_text() == peers_report.page(result)

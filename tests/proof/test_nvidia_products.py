@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.nvidia import build, products, products_cases, products_report  # noqa: E402
+from benchmarks.nvidia.paths import RESULTS  # noqa: E402
 from benchmarks.nvidia.peers.launches import Text  # noqa: E402
 from benchmarks.nvidia.peers.problems import Problem  # noqa: E402
 
@@ -149,6 +151,24 @@ def record(num_kv_heads, milliseconds, length=4096, failure=""):
         "failure": failure,
         "seconds": 1.0,
     }
+
+
+def test_docs_show_the_committed_result():
+    result = json.loads((RESULTS / "products.json").read_text())
+    shown = products_report.in_docs(products_report.DOCS.read_text())
+    assert shown == products_report.section(result)
+    assert (RESULTS / "products.md").read_text() == products_report.page(result)
+
+
+def test_summary_has_shapes_by_length():
+    records = [record(16, [10.2, 10.0, 14.0]), record(1, [30.0, 25.0, 20.0])]
+    records.append(record(16, [9.0, 9.0, 9.0], length=1024))
+    lines = products_report.summary({"records": records})
+    assert lines[0] == "| shape | L 4096 | L 1024 |"
+    assert lines[2:] == [
+        "| causal, D 64, H 16/16 | 1.02 (5) | 1.00 (5) |",
+        "| causal, D 64, H 16/1 | **1.50 (5)** | - |",
+    ]
 
 
 def test_report():
