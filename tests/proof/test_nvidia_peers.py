@@ -112,6 +112,8 @@ def test_every_peer_is_timed():
         ("PyTorch", False),
         ("MLX", False),
         ("mlx-mfa", True),
+        ("ccv/MFA", False),
+        ("ccv/MFA", True),
         ("mlx-train-perf", False),
         ("mlx-train-perf", True),
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import mlx, mlx_mfa, mlx_train_perf, pytorch
+from . import mfa_v2, mlx, mlx_mfa, mlx_train_perf, pytorch
 from .launches import Entrant, Step
 from .problems import Problem
 
-_MODULES = (pytorch, mlx, mlx_mfa, mlx_train_perf)
+_MODULES = (pytorch, mlx, mlx_mfa, mfa_v2, mlx_train_perf)
 
 
 def entrants(problem: Problem) -> Iterator[Entrant]:

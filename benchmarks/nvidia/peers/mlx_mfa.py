@@ -4,17 +4,15 @@ Grids, parameters and buffers: MFASteelBwdDQ::eval_gpu and MFASteelBwdDKV::eval_
 csrc/mfa_attention.cpp; tiles: select_steel_block_config of csrc/mfa_steel_fwd.cpp. mlx-mfa runs
 them if backend="mfa" is asked for; its automatic choice may be MLX's own backward, and its forward
 is MLX's. It computes delta by several MLX operations, for which our one kernel stands in. It needs
-lse in powers of two. Bytes above ASCII, all in comments, are dropped.
+lse in powers of two.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
+from . import generators
 from .launches import Entrant, Step, Text, blocks
 from .mlx import strides
 from .packages import MLX_MFA
@@ -66,20 +64,7 @@ int main(int, char** a) {
 """
 
 
-@functools.cache
-def _generator() -> Path:
-    """Its own C++ functions, behind a main."""
-    folder = MLX_MFA.file("csrc")
-    program, main = MLX_MFA.folder / "generator", MLX_MFA.folder / "generator.cpp"
-    if not program.exists():
-        main.write_text(_PROGRAM)
-        sources = [folder / name for name in ("mfa_steel_bwd.cpp", "mfa_steel_fwd.cpp")]
-        command = ["g++", "-std=c++17", "-ffunction-sections", f"-I{folder}", main, *sources]
-        # What the generator does not call may need functions of files that need a Mac.
-        command += ["-Wl,--gc-sections", "-o", program.with_suffix(".part")]
-        subprocess.run(command, check=True, capture_output=True)
-        program.with_suffix(".part").replace(program)
-    return program
+_SOURCES = ("mfa_steel_bwd.cpp", "mfa_steel_fwd.cpp")
 
 
 def _text(problem: Problem, part: str, generation: str, name: str) -> Text:
@@ -91,12 +76,9 @@ def _text(problem: Problem, part: str, generation: str, name: str) -> Text:
         _DTYPES.index(problem.dtype),
         problem.group,
     )
-    made = subprocess.run([_generator(), *map(str, numbers)], check=True, capture_output=True)
-    text = made.stdout.decode("ascii", "ignore")
+    built = generators.program(MLX_MFA, "steel", _PROGRAM, _SOURCES, {})
     head = f"void mlx_mfa_bwd_{part}("
-    if text.count(head) != 1:
-        raise ValueError(f"mlx-mfa {MLX_MFA.version} makes no kernel {head}")
-    return Text(text.replace(head, f"void {name}("))
+    return Text(generators.text(built, numbers, head, f"void {name}("))
 
 
 def _params(problem: Problem, bq: int, bk: int) -> Params:

@@ -133,7 +133,7 @@ MLX_MFA = Package(
     "mlx-mfa",
     "2.64.0",
     ("--no-binary=mlx-mfa", "--no-build-isolation"),
-    ("csrc/*.cpp", "csrc/*.hpp"),
+    ("csrc/*.cpp", "csrc/*.h*"),
     backend="scikit-build-core",
 )
 MLX_TRAIN_PERF = Package(
