@@ -49,11 +49,8 @@ def json_lines(result: dict) -> str:
     """JSON with a line for each record and each mode's kernels."""
     records = ",\n".join(json.dumps(record) for record in result["records"])
     kernels = ",\n".join(f"{json.dumps(m)}: {json.dumps(k)}" for m, k in result["kernels"].items())
-    environment = json.dumps(result["environment"])
-    return (
-        f'{{"environment": {environment},\n"records": [\n{records}\n],\n'
-        f'"kernels": {{\n{kernels}\n}}}}\n'
-    )
+    runs = ",\n".join(json.dumps(environment) for environment in result["runs"])
+    return f'{{"runs": [\n{runs}\n],\n"records": [\n{records}\n],\n"kernels": {{\n{kernels}\n}}}}\n'
 
 
 def _entries(record: dict, backward: bool, mode: str) -> dict[str, dict]:
@@ -205,13 +202,22 @@ def _target_lines(records: list[dict]) -> list[str]:
     ]
 
 
+def _where(result: dict) -> str:
+    """The runs whose problems a result still has, and on how many."""
+    said: dict[str, int] = {}
+    for record in result["records"]:
+        run = provenance(result["runs"][record["run"]])
+        said[run] = said.get(run, 0) + 1
+    return "; ".join(f"{run} ({count} problems)" for run, count in said.items())
+
+
 def page(result: dict) -> str:
     """Markdown of what peers_speed.py writes as JSON."""
-    records, sources = result["records"], result["environment"]["sources"]
+    records, sources = result["records"], result["runs"][-1]["sources"]
     lines = [
         "# Our Metal kernels beside everybody else's, on an NVIDIA GPU",
         "",
-        f"{provenance(result['environment'])}. Texts: {sources['peer']}; {sources['peers']}. Made "
+        f"{_where(result)}. Texts: {sources['peer']}; {sources['peers']}. Made "
         "by `python -m benchmarks.nvidia.peers_speed`.",
         "",
         _READING + "What ran, what differs, and what the ratios say of Apple GPUs: "
@@ -275,7 +281,7 @@ def summary(result: dict) -> list[str]:
 def section(result: dict) -> str:
     """What stands between the marks in docs/performance.md."""
     notes = (
-        f"At equal rate on an {provenance(result['environment'])}. {_READING.rstrip()}",
+        f"At equal rate on an {_where(result)}. {_READING.rstrip()}",
         f"{_TARGET} [Every cell, and what differs](../benchmarks/results/nvidia/peers.md).",
     )
     return "\n".join(["", notes[0], "", *summary(result), "", notes[1], ""])

@@ -93,6 +93,7 @@ class Record:
     entries: list[Entry] = field(default_factory=list)
     failure: str = ""
     seconds: float = 0.0
+    run: int = 0  # which of the result's runs
 
 
 class Bench:
@@ -312,13 +313,22 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-def _write(bench: Bench, output: Path) -> str:
-    """Writes both files and returns the Markdown."""
-    result = {
-        "environment": describe(PEERS_SOURCES),
-        "records": [asdict(record) for record in bench.records],
-        "kernels": bench.attributes() if bench.usable else {},
-    }
+def _write(bench: Bench, earlier: dict | None, output: Path) -> str:
+    """Writes both files and returns the Markdown.
+
+    ``earlier``: a result whose problems are kept, unless they were run anew.
+    """
+    records = [asdict(record) for record in bench.records]
+    kernels = bench.attributes() if bench.usable else {}
+    runs = [describe(PEERS_SOURCES)]
+    if earlier is not None:
+        anew = {record["problem"] for record in records}
+        for record in records:
+            record["run"] = len(earlier["runs"])
+        records = [r for r in earlier["records"] if r["problem"] not in anew] + records
+        runs = earlier["runs"] + runs
+        kernels = {mode: earlier["kernels"].get(mode, {}) | kernels.get(mode, {}) for mode in MODES}
+    result = {"runs": runs, "records": records, "kernels": kernels}
     output.mkdir(parents=True, exist_ok=True)
     (output / "peers.json").write_text(peers_report.json_lines(result))
     text = peers_report.page(result)
@@ -332,11 +342,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="of turns, for each direction")
     parser.add_argument("--budget", type=float, default=1e9, help="no problem begins after these")
     parser.add_argument("--only", nargs="*", default=[], help='words of a problem: "D64", "causal"')
+    parser.add_argument("--add-to", type=Path, help="a peers.json: its other problems are kept")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.docs:
         peers_report.write_docs(json.loads((options.output / "peers.json").read_text()))
         return
+    earlier = json.loads(options.add_to.read_text()) if options.add_to else None
     began = time.monotonic()
     kernels = {mode: Kernels(path) for mode, path in PEERS_KERNELS.items()}
     bench = Bench(kernels, Planner(PEERS_PLANNER), GpuClock(options.seconds))
@@ -355,9 +367,11 @@ def main() -> None:
             print(f"no time for {problem}", flush=True)
             continue
         bench.run(problem)
-        _write(bench, options.output)  # each time, so that a run that is cut off leaves results
+        _write(
+            bench, earlier, options.output
+        )  # each time, so that a run that is cut off leaves results
         torch.cuda.empty_cache()
-    print(_write(bench, options.output))
+    print(_write(bench, earlier, options.output))
     failed = any(r.failure or any(e.failure for e in r.entries) for r in bench.records)
     sys.exit(not bench.usable or failed)
 

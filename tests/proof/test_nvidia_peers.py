@@ -211,6 +211,21 @@ def test_run(planner, monkeypatch):
 
 
 @metal_headers
+def test_a_second_run_adds_to_the_first(planner, monkeypatch, tmp_path):
+    """What it ran anew replaces what the first had; the rest is kept, with where it ran."""
+    monkeypatch.setattr(peers_speed, "describe", lambda sources: RESULT["runs"][0])
+    run = bench(planner, monkeypatch)
+    run.run(PROBLEM)
+    old = {**RESULT["records"][0], "problem": str(PROBLEM)}
+    earlier = {**RESULT, "records": [*RESULT["records"], old]}
+    peers_speed._write(run, earlier, tmp_path)
+    result = json.loads((tmp_path / "peers.json").read_text())
+    assert [(r["problem"], r["run"]) for r in result["records"]] == [("one", 0), (str(PROBLEM), 1)]
+    assert len(result["records"][1]["entries"]) == 6 and len(result["runs"]) == 2
+    assert set(result["kernels"]["native"]) == {"k", *run.names(PROBLEM)["native"]}
+
+
+@metal_headers
 def test_a_fault_that_goes_unnoticed_ends_the_run(planner, monkeypatch):
     monkeypatch.setattr(gate.Gate, "check", lambda self, results, strict: ({}, ""))
     with pytest.raises(AssertionError, match="planted in ours went unnoticed"):
@@ -288,22 +303,25 @@ def entry(who, milliseconds, backward=False, mode="both", **more):
 
 
 RESULT = {
-    "environment": {
-        "gpu": "A GPU",
-        "driver": "1",
-        "torch": "2",
-        "date": "today",
-        "sources": {
-            "commit": "abc",
-            "edited": False,
-            "digest": "def",
-            "peer": "torch 2",
-            "peers": "mlx 1",
-        },
-    },
+    "runs": [
+        {
+            "gpu": "A GPU",
+            "driver": "1",
+            "torch": "2",
+            "date": "today",
+            "sources": {
+                "commit": "abc",
+                "edited": False,
+                "digest": "def",
+                "peer": "torch 2",
+                "peers": "mlx 1",
+            },
+        }
+    ],
     "records": [
         {
             "problem": "one",
+            "run": 0,
             "failure": "",
             "entries": [
                 entry("ours", [1.0, 1.0, 2.0], mode="native"),
@@ -327,9 +345,8 @@ RESULT = {
 
 def test_report():
     lines = peers_report.page(RESULT).splitlines()
-    assert "A GPU, driver 1, torch 2, today; commit abc, kernels def. Texts: torch 2; mlx 1." in (
-        " ".join(lines)
-    )
+    run = "A GPU, driver 1, torch 2, today; commit abc, kernels def (1 problems)"
+    assert f"{run}. Texts: torch 2; mlx 1." in " ".join(lines)
     assert "| one | **1.100** | 1.500 | 2.000 | 2.500* (slab 64) |" in lines
     assert "| one | 2.200 | 3.000 | 4.000 | 5.000* (slab 64) |" in lines  # native
     assert "| one | 1.200 | **2.400 (M1)** |" in lines

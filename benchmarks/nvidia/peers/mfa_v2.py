@@ -24,7 +24,6 @@ from .launches import Entrant, Step, Text, blocks
 from .packages import MLX_MFA
 from .problems import Problem
 
-_DTYPES = ("float16", "bfloat16", "float32")  # the numbers of its KernelKey
 _uint32 = ctypes.c_uint32
 _SIMD = """#pragma once
 namespace simd {
@@ -50,11 +49,8 @@ int main(int, char** a) {
   key.head_dim = std::atoi(a[2]);
   key.causal = std::atoi(a[3]);
   key.is_m3_plus = std::atoi(a[4]);
-  key.dtype = std::atoi(a[5]);
-  const bool narrow = key.dtype != 2;
-  const bool forward = key.type == ShaderCache::KernelKey::KernelType::AttentionForward;
-  const auto blocks =
-      resolve_block_config(key.head_dim, key.is_m3_plus, narrow && forward, narrow);
+  key.dtype = 2;
+  const auto blocks = resolve_block_config(key.head_dim, key.is_m3_plus, false, false);
   key.block_q = blocks.block_q;
   key.block_k = blocks.block_k;
   key.block_d = blocks.block_d;
@@ -104,7 +100,7 @@ _PARTS = {
 }
 _PARAMS = 10
 _ROWS = {"M1": 32, "M3": 16}
-"""Rows of a block, eight to a simdgroup, at head dims 64 and 128."""
+"""Rows of a block, eight to a simdgroup, at head dims 64 and 128 in float32."""
 
 
 class Params(ctypes.Structure):
@@ -121,8 +117,7 @@ class Params(ctypes.Structure):
 def _text(problem: Problem, part: str, generation: str, name: str) -> Text:
     number, _, _ = _PARTS[part]
     built = generators.program(MLX_MFA, "mfa_v2", _PROGRAM, _SOURCES, {"simd/simd.h": _SIMD})
-    dtype = _DTYPES.index(problem.dtype)
-    numbers = (number, problem.head_dim, int(problem.causal), int(generation == "M3"), dtype)
+    numbers = (number, problem.head_dim, int(problem.causal), int(generation == "M3"))
     threads = _ROWS[generation] // 8 * 32
     head = f"[[kernel, max_total_threads_per_threadgroup({threads})]] void {name}("
     text = generators.text(built, numbers, _HEAD, head)
@@ -157,12 +152,11 @@ def _step(problem: Problem, part: str, generation: str) -> Step:
 
 
 def entrants(problem: Problem) -> Iterator[Entrant]:
-    if not problem.backward or problem.window:
+    if problem.dtype != "float32" or not problem.backward or problem.window:
         return
-    offered = problem.dtype == "float32"
     for generation in _ROWS:
         forward = (_step(problem, "forward", generation),)
-        yield Entrant("ccv/MFA", generation, False, forward, offered)
+        yield Entrant("ccv/MFA", generation, False, forward)
         if problem.group == 1:
             backward = tuple(_step(problem, part, generation) for part in ("dq", "dkv"))
-            yield Entrant("ccv/MFA", generation, True, backward, offered)
+            yield Entrant("ccv/MFA", generation, True, backward)
