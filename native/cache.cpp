@@ -199,6 +199,9 @@ void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
   check(dtype_code(cache) == dtype_code(added), "mixture of dtypes");
   check(cache.size(1) == added.size(1) && cache.size(3) == added.size(3), "shape of a cache");
   check(entries < 0 || entries == cache.size(0), "batch size");
+  for (int d = 0; d < 4; d++) {  // two numbers in one place would be written to at once
+    check(cache.size(d) <= 1 || cache.stride(d) != 0, "strides of a cache");
+  }
 }
 
 /// On Metal. Throws MetalError.

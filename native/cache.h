@@ -14,7 +14,7 @@ namespace orchard {
   X(OptionalTensor, cache_batch_idx) \
   X(OptionalTensor, cache_leftpad)   \
   X(OptionalTensor, block_table)     \
-  X(int64_t, added)
+  X(SymInt, added)
 
 /// The arguments besides the operands and the cache that decide the weights.
 #define ORCHARD_DECODE_SCORING(X) \
@@ -50,7 +50,7 @@ struct DecodeCall {
   X(OptionalTensor, cache_seqlens)   \
   X(OptionalTensor, cache_batch_idx) \
   X(OptionalTensor, block_table)     \
-  X(int64_t, offset)
+  X(SymInt, offset)
 
 /// The arguments of orchard::flash_attn_append.
 struct AppendCall {

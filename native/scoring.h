@@ -15,6 +15,12 @@ namespace orchard {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+/// An integer that may vary from call to call in one compiled graph.
+struct SymInt {
+  int64_t value = 0;
+  operator int64_t() const { return value; }
+};
+
 /// The arguments besides the operands that decide the weights, in the order of the schemas.
 #define ORCHARD_SCORING(X)        \
   X(OptionalTensor, attn_mask)    \
@@ -25,7 +31,7 @@ using OptionalTensor = std::optional<Tensor>;
   X(double, scale)                \
   X(int64_t, window_left)         \
   X(int64_t, window_right)        \
-  X(int64_t, diagonal)            \
+  X(SymInt, diagonal)             \
   X(double, softcap)              \
   X(int64_t, key_span)            \
   X(OptionalTensor, key_ranges)
@@ -111,6 +117,11 @@ inline std::string Arguments::take<std::string>() {
   return text;
 }
 
+template <>
+inline SymInt Arguments::take<SymInt>() {
+  return {take<int64_t>()};
+}
+
 #define ORCHARD_TAKE(Type, name) arguments.take<Type>(),
 
 // The parts of an initializer in braces are evaluated in order.
@@ -157,6 +168,11 @@ class Stack {
  private:
   std::vector<StableIValue> values_;
 };
+
+template <>
+inline void Stack::put(const SymInt& x) {
+  put(x.value);
+}
 
 #define ORCHARD_PUT(Type, name) put(x.name);
 
@@ -207,6 +223,11 @@ constexpr const char* schema_type<double>() {
 template <>
 constexpr const char* schema_type<int64_t>() {
   return "int ";
+}
+
+template <>
+constexpr const char* schema_type<SymInt>() {
+  return "SymInt ";
 }
 
 #define ORCHARD_SCHEMA(Type, name) +schema_type<Type>() + #name ", "

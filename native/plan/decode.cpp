@@ -18,7 +18,8 @@ constexpr int kWidth = 64;
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
 
-/// More parts than that would only be more to merge.
+/// Simdgroups for the rows of a key/value head of a sequence: more of them would only be more to
+/// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
 constexpr int64_t kMostParts = 128;
 
 int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
@@ -156,15 +157,19 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   const int fragments = row_fragments(attention, rows);
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
+  const int64_t blocks = blocks_of(rows, 8 * fragments);
+  // Nothing here may depend on the batch: a sequence has the same bits alone and beside others.
+  const int64_t most_groups =
+      std::max<int64_t>(kMostParts / kSimdgroups / std::max<int64_t>(blocks, 1), 1);
   const int64_t groups = std::clamp<int64_t>(
-      blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, kMostParts / kSimdgroups);
+      blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, most_groups);
   DecodeParams& params = decode.params;
   fill_params(attention, params.attention);
   params.attention.out = to_strides(out.strides);
   params.cache = p.cache;
   fill_cache_params(p, params.cache);
   params.block_rows = 8 * fragments;
-  params.blocks = static_cast<int32_t>(blocks_of(rows, params.block_rows));
+  params.blocks = static_cast<int32_t>(blocks);
   params.parts = static_cast<int32_t>(groups * kSimdgroups);
   params.part_stride = vd;
   const int64_t row_blocks = attention.q.sizes[0] * attention.k.sizes[1] * params.blocks;

@@ -21,7 +21,7 @@ struct CacheProblem {
 struct DecodePlan {
   Plan plan;  ///< what else a plan is; its params are those of `params`
   DecodeParams params{};
-  int64_t part_rows = 0;  ///< rows of the parts' sums
+  int64_t part_rows = 0;  ///< rows of the parts' sums, of part_stride + 2 floats
 };
 
 /// Fills params but for the strides of `out`, and for which buffers the cache has.

@@ -127,8 +127,8 @@ def flash_attn(
 
     Returns:
         out (..., Hq, L, Dv) in the query's dtype and stride order. Rows without a key are 0. With
-        return_lse also lse (..., Hq, L) float32, natural logarithm, -inf for a row without a key;
-        differentiable.
+        return_lse also lse (..., Hq, L) float32, natural logarithm; of a row without a key it is
+        -inf, or the head's sink where there are sinks. Differentiable.
 
     Raises:
         ValueError, TypeError: a malformed call; the message says what was wrong and what came.

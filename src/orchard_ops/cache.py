@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .scoring import Scoring
+from .scoring import Scoring, SymInt
 
 MOST_QUERIES = 16
 """Queries of a sequence that the decode kernel takes: with more of them, kernels that share blocks
@@ -41,7 +41,7 @@ class CacheCall(NamedTuple):
     """(B) int32: where a sequence's keys begin; None is 0."""
     block_table: Tensor | None = None
     """(B, pages) int32: the pages that a sequence's keys have one after another."""
-    added: int = 0
+    added: SymInt = 0
     alibi_slopes: Tensor | None = None
     """(Hq) or (B, Hq) float32"""
     sinks: Tensor | None = None
@@ -150,7 +150,7 @@ class AppendCall(NamedTuple):
     cache_seqlens: Tensor | None = None
     cache_batch_idx: Tensor | None = None
     block_table: Tensor | None = None
-    offset: int = 0
+    offset: SymInt = 0
     impl: str = "auto"
 
     def fill(self) -> None:
@@ -198,6 +198,12 @@ class AppendCall(NamedTuple):
                 raise TypeError(
                     f"{op}: {name} and {new} must be of one dtype, float16, bfloat16, float32 or "
                     f"float64; got {cache.dtype} and {added.dtype}"
+                )
+            if any(step == 0 and n > 1 for step, n in zip(cache.stride(), cache.shape)):
+                raise ValueError(
+                    f"{op}: {name} must have a place of its own for each number, since it is "
+                    f"written to; got shape {tuple(cache.shape)} with strides {cache.stride()}: "
+                    "pass expanded_cache.clone(), or allocate the cache with torch.empty"
                 )
         if self.offset < 0:
             raise ValueError(f"{op}: offset must be at least 0; got {self.offset}")
@@ -263,6 +269,7 @@ _SCHEMA_TYPES = {
     "Tensor | None": "Tensor?",
     "float": "float",
     "int": "int",
+    "SymInt": "SymInt",
     "str": "str",
 }
 

@@ -169,7 +169,8 @@ def flash_attn_varlen_func(
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in
             `flash_attn_func`, within each sequence; Sq and Sk are its own lengths.
         alibi_slopes: (Hq) or (sequences, Hq) float32. Slopes that differ between sequences
-            make memory grow with their number (docs/packed-batches.md).
+            make memory grow with their number (docs/packed-batches.md), and the dropout mask
+            depends on the sequence's number then.
         return_attn_probs: also return lse and S_dmask.
         block_table: None; paged keys are refused.
 

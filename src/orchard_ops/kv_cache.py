@@ -59,6 +59,8 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: (positions, rotated columns / 2) in q's dtype or float32: q and k
             are rotated first, k by its slots and q by the slots from the first new one on, or
             all of it by that one where nothing hides keys (not causal, no window). Only with k.
+            There are rows for all slots. More queries than new keys may stand behind the slots:
+            they need rows, too, and one without a row is rotated by the last.
         cache_seqlens: (B) int32 or int64, or an int for all: the keys of each sequence, without the
             new ones. All slots by default. It is not changed: the caller counts on.
         cache_batch_idx: (B) int32 or int64: the entry that each sequence has; its own number by
@@ -99,11 +101,15 @@ def flash_attn_with_kvcache(
     named = by_our_names(options, places.capacity)
     left, right = named["window_left"], 0 if causal else named["window_right"]
     rotary = _rotary(q, k, rotary_cos, rotary_sin, rotary_interleaved, places.capacity)
+    one_place = left < 0 and right < 0  # FlashAttention-2 rotates all queries alike then
+    if rotary is not None and not one_place:
+        rotary.check_rows(places.known + q.shape[1])
     if calls.debug_enabled():
         places.check_numbers(k_cache.shape[0], new)
+        if rotary is not None and not one_place and q.numel():
+            rotary.check_rows(int(places.begins(q).max()) + q.shape[1])
     if rotary is not None and k is not None:
         begins = places.begins(q)
-        one_place = left < 0 and right < 0  # FlashAttention-2 rotates all queries alike then
         tokens = torch.arange(max(q.shape[1], new), device=q.device)
         q = rotary.turn(q, begins if one_place else begins + tokens[: q.shape[1]])
         k = rotary.turn(k, begins + tokens[:new])
@@ -169,6 +175,16 @@ class _Places(NamedTuple):
                         f"{_OP}: {name} must be from {least} to {most}; got {wrong[0].item()} "
                         f"among {x.numel()} (checked because ORCHARD_DEBUG is set)"
                     )
+        keys = (self.known if self.lengths is None else self.lengths) + new
+        if self.starts is not None and self.starts.numel():
+            keys = torch.zeros_like(self.starts) + keys
+            wrong = self.starts > keys
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"{_OP}: cache_leftpad must be at most the keys of its sequence, with the new "
+                    f"ones; got {self.starts[wrong][0].item()} beside {keys[wrong][0].item()} "
+                    "(checked because ORCHARD_DEBUG is set)"
+                )
         if self.table is not None:
             lengths = self.lengths.unsqueeze(1) if self.lengths is not None else 0
             page_size = self.capacity // max(self.table.shape[1], 1)
@@ -186,6 +202,15 @@ class _Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool
+
+    def check_rows(self, positions: int) -> None:
+        """Raises where the last query surely stands behind the last row."""
+        if positions > self.cos.shape[0]:
+            raise ValueError(
+                f"{_OP}: rotary_cos and rotary_sin must have a row for each position of the "
+                f"queries, which are {positions} from the first key to the last query; got "
+                f"{self.cos.shape[0]}: compute the table for more positions"
+            )
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, self.cos, self.sin, positions, self.interleaved)

@@ -5,7 +5,7 @@ from `Scoring`; ``native/scoring.h`` has the same list for C++, and a test compa
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ NO_BACKWARD = -1
 MAX_DIAGONAL = 1 << 40
 """This is far beyond any length, and sums with it are far from overflowing int64."""
 _FLOAT32 = torch.finfo(torch.float32)
+SymInt = Annotated[int, "SymInt"]
+"""An integer that may vary from call to call in one compiled graph."""
 
 
 class Scoring(NamedTuple):
@@ -44,7 +46,7 @@ class Scoring(NamedTuple):
     """Query i sees keys from i + diagonal - window_left on; -1 is open."""
     window_right: int = -1
     """Query i sees keys up to i + diagonal + window_right; -1 is open."""
-    diagonal: int = 0
+    diagonal: SymInt = 0
     """The index of the key at which query 0 stands."""
     softcap: float = 0.0
     """c > 0 replaces a score s by c * tanh(s / c)."""
@@ -210,7 +212,12 @@ class Scoring(NamedTuple):
                 raise TypeError(f"{op}: {name} must be a floating point tensor; got {x.dtype}")
 
 
-_SCHEMA_TYPES = {Tensor | None: "Tensor?", float: "float", int: "int"}
+_SCHEMA_TYPES = {
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    SymInt: "SymInt",
+}
 _KINDS = {name: _SCHEMA_TYPES[kind] for name, kind in Scoring.__annotations__.items()}
 
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())

@@ -55,23 +55,25 @@ def flash_attn_varlen(
         max_seqlen_q, max_seqlen_k: the longest sequence. Not needed. Where cu_seqlens_k is not
             given, max_seqlen_k, or max_seqlen_q, says how much memory makes the backward faster
             (docs/packed-batches.md); a number too small costs time, not the result.
-        dropout_p: as in `flash_attn`; the mask counts queries and keys of the packed tensors.
+        dropout_p: as in `flash_attn`; the mask counts queries and keys of the packed tensors, and
+            where alibi_slopes differ between sequences, the sequence's number too.
         is_causal: a query sees the keys of its sequence up to its own place, where the last query
             of a sequence is at its last key (aligned at the bottom right, also where the sequence
             has more keys than queries, or fewer).
         scale: factor on the scores; 1 / sqrt(D) by default.
         window_left, window_right: keys before and behind a query's place that it sees; -1 is open.
         softcap: c > 0 replaces a score s by c * tanh(s / c).
-        alibi_slopes: (Hq); -slope * |place - j| is added to the scores. (sequences, Hq) for slopes
-            that differ between sequences: memory and launches grow with the number of sequences
-            then (docs/packed-batches.md). No gradient.
+        alibi_slopes: (Hq) or (1, Hq); -slope * |place - j| is added to the scores. (sequences, Hq)
+            for slopes that differ between sequences: memory and launches grow with the number of
+            sequences then (docs/packed-batches.md). No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
         return_lse: also return the logarithm of the softmax's denominator.
         impl: as in `flash_attn`.
 
     Returns:
         out (total_q, Hq, Dv) in the query's dtype and stride order. With return_lse also lse
-        (Hq, total_q) float32, natural logarithm, -inf for a query that sees no key; differentiable.
+        (Hq, total_q) float32, natural logarithm; of a query that sees no key it is -inf, or the
+        head's sink where there are sinks. Differentiable.
 
     Raises:
         ValueError, TypeError: a malformed call. The numbers in cu_seqlens are not looked at.

@@ -207,6 +207,29 @@ def test_a_cache_is_read_once():
     assert launches[0].counters.threadgroup_barriers == launches[0].counters.threads
 
 
+@pytest.mark.parametrize("q_len", (1, 16))
+@pytest.mark.parametrize("slots", (40, 512, 8192))
+def test_sums_take_as_much_as_documented(slots: int, q_len: int):
+    """docs/decoding.md: however many rows there are, and however short the sequences."""
+    import simulator
+
+    batch, kv_heads, width = 2, 2, 128
+    problem = Cached(
+        (3, 2), heads=(8 * kv_heads, kv_heads), q_len=q_len, widths=(width, width),
+        capacity=slots, dtype=torch.float16,
+    )  # fmt: skip
+    call = on("mps", problem.call(impl="metal"))
+    before = simulator.memory().allocated
+    simulator.reset_peak()
+    decode(call)
+    results = batch * 8 * kv_heads * q_len * (width * 2 + 4)
+    block = 8 if q_len == 1 else 16
+    simdgroups = min(128, 8 * q_len // block * 4 * -(-slots // 256))
+    sums = batch * kv_heads * simdgroups * block * (width + 2) * 4
+    taken = simulator.memory().peak - before - results
+    assert sums <= taken <= sums + 4096
+
+
 def test_a_window_reads_its_keys_alone():
     import simulator
 

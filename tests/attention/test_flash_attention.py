@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -262,3 +263,20 @@ def test_refused_packed_operands():
         with pytest.raises((ValueError, TypeError), match=message) as error:
             function(*operands)
         assert str(error.value).startswith(f"orchard_ops.{function.__name__}: ")
+
+
+def test_keys_of_many_lengths_are_one_graph():
+    """Causal masks and windows stand at the bottom right, wherever that is."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attn_func, backend=backend, fullgraph=True, dynamic=True)
+    for length in (31, 40, 57, 6):
+        q, k, v = (torch.randn(2, n, 4, 16) for n in (5, length, length))
+        options: dict[str, Any] = {"causal": True, "window_size": (3, 0)}
+        assert torch.equal(compiled(q, k, v, **options), flash_attn_func(q, k, v, **options))
+    assert len(graphs) == 1

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import orchard_ops
 from orchard_ops import flash_attn_with_kvcache
-from orchard_ops.cache import AppendCall
 
 NAN = float("nan")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -82,7 +81,7 @@ class Problem:
             self.set_rooms(cache, room)
         self.cos = self.sin = None
         if of["rotated"]:
-            angles = draw(of["slots"] + 3, of["rotated"] // 2).double()
+            angles = draw(max(of["slots"], of["q_len"]) + 3, of["rotated"] // 2).double()
             self.cos, self.sin = (x.to(of["dtype"]) for x in (angles.cos(), angles.sin()))
         self.slopes = None
         if of["alibi"]:
@@ -372,6 +371,14 @@ WRONG: dict[str, dict[str, Any]] = {
     "rotate q and the new k; got no k": {
         "rotary_cos": torch.ones(64, 2), "rotary_sin": torch.ones(64, 2), "k": None, "v": None
     },
+    "must have a row for each position of the queries, which are 66 .* got 64": {
+        "rotary_cos": torch.ones(64, 2), "rotary_sin": torch.ones(64, 2), "cache_seqlens": 63,
+        "q": torch.ones(2, 3, 4, 16)
+    },
+    "must have a row for each position of the queries, which are 65 .* got 64": {
+        "rotary_cos": torch.ones(64, 2), "rotary_sin": torch.ones(64, 2),
+        "q": torch.ones(2, 65, 4, 16)
+    },
     "rotary_interleaved must be True or False": {"rotary_interleaved": 1},
     "num_splits must be an integer": {"num_splits": None},
     "return_softmax_lse must be True or False": {"return_softmax_lse": 1},
@@ -396,9 +403,22 @@ DEBUGGED = {
     "cache_seqlens must be from 0 to 63; got 64": {"cache_seqlens": torch.tensor([3, 64])},
     "cache_seqlens must be from 0 to 63; got -1": {"cache_seqlens": torch.tensor([-1, 3])},
     "cache_leftpad must be from 0 to 64; got 65": {"cache_leftpad": torch.tensor([0, 65])},
+    "cache_leftpad must be at most the keys .* got 42 beside 41": {
+        "cache_leftpad": torch.tensor([42, 8])
+    },
+    "cache_leftpad must be at most the keys .* got 9 beside 8": {
+        "cache_leftpad": torch.tensor([41, 9])
+    },
+    "cache_leftpad must be at most the keys .* got 2 beside 1": {
+        "cache_leftpad": torch.tensor([1, 2]), "cache_seqlens": 0
+    },
+    "a row for each position of the queries, which are 66 .* got 64": {
+        "rotary_cos": torch.ones(64, 2), "rotary_sin": torch.ones(64, 2),
+        "q": torch.ones(2, 3, 4, 16), "cache_seqlens": torch.tensor([63, 0])
+    },
     "cache_batch_idx must be from 0 to 1; got 2": {"cache_batch_idx": torch.tensor([0, 2])},
     "block_table must be from 0 to 1 .* got 7": {"block_table": torch.tensor([[0], [7]])},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", DEBUGGED)
@@ -408,6 +428,23 @@ def test_debug_names_the_argument(message: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ORCHARD_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         flash_attn_with_kvcache(**arguments)
+
+
+def test_a_prompt_may_be_padding_up_to_its_end(monkeypatch: pytest.MonkeyPatch):
+    """Padding that joins the cache with the prompt is no mistake."""
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    arguments = Problem(lengths=(0, 0), new=6, q_len=6, starts=(4, 6)).arguments()
+    out = flash_attn_with_kvcache(**arguments)
+    q, k, v = (arguments[name][:1, 4:] for name in ("q", "k", "v"))
+    torch.testing.assert_close(out[:1, 4:], orchard_ops.flash_attn_func(q, k, v, causal=True))
+    assert not out[0, :4].any() and not out[1].any()
+
+
+def test_queries_that_share_a_place_need_no_rows_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    problem = Problem(lengths=(63, 7), rotated=16, q_len=5, causal=False)
+    problem.cos, problem.sin = problem.cos[:64], problem.sin[:64]
+    problem.check()
 
 
 def test_pages_that_hold_no_key_may_be_any_number(monkeypatch: pytest.MonkeyPatch):
@@ -428,14 +465,6 @@ def test_gradients_are_refused():
         assert not flash_attn_with_kvcache(**arguments).requires_grad
 
 
-@pytest.mark.parametrize("device", ("cpu", "mps"))
-def test_the_append_counts_as_a_change_in_place(device: str):
-    arguments = Problem(dtype=torch.float32).arguments(device)
-    version = arguments["k_cache"]._version
-    flash_attn_with_kvcache(**arguments)
-    assert arguments["k_cache"]._version > version
-
-
 def test_compiles_whole():
     problem = Problem(**ON_METAL["pages"], dtype=torch.float16)
     compiled = torch.compile(flash_attn_with_kvcache, backend="aot_eager", fullgraph=True)
@@ -445,53 +474,33 @@ def test_compiles_whole():
         torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=0, atol=0)
 
 
-def test_opcheck_of_the_append():
-    arguments = Problem(page_size=16, dtype=torch.float32).arguments()
-    heads_first = (arguments[x].transpose(1, 2).nan_to_num() for x in ("k_cache", "v_cache"))
-    added = (arguments[x].transpose(1, 2) for x in ("k", "v"))
-    rest = (arguments["cache_seqlens"], None, arguments["block_table"], 0, "auto")
-    torch.library.opcheck(torch.ops.orchard.flash_attn_append, (*heads_first, *added, *rest))
+def _compiles(calls: list[dict[str, Any]], **options: Any) -> int:
+    """How many graphs the calls take, whose results are those of eager calls."""
+    graphs = []
 
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
 
-CACHE, NEW = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 1, 4)
-APPENDS: dict[str, dict[str, Any]] = {
-    "offset must be at least 0; got -1": {"offset": -1},
-    r"key must have shape \(any, 2, any, 4\); got \(2, 1, 1, 4\)": {"key": NEW[:, :1]},
-    r"key must have shape \(any, 2, any, 4\); got \(2, 2, 1, 2\)": {"key": NEW[..., :2]},
-    r"value must have shape \(2, 2, 1, 4\); got \(1, 2, 1, 4\)": {"value": NEW[:1]},
-    r"value_cache must have shape \(2, 2, 8, any\)": {"value_cache": CACHE[:, :, :3]},
-    "key_cache must have key's batch size 2": {"key_cache": CACHE[:1]},
-    r"value_cache must be \(entries, .* and value": {"value_cache": CACHE[0]},
-    "value_cache and value must be of one dtype": {"value": NEW.half()},
-    "key_cache and key must be of one dtype": {"key_cache": CACHE.int(), "key": NEW.int()},
-    "cache_seqlens must be int32": {"cache_seqlens": torch.ones(2)},
-    r"cache_seqlens must have shape \(2,\)": {"cache_seqlens": torch.ones(3).int()},
-    "cache_batch_idx and block_table both": {
-        "cache_batch_idx": torch.zeros(2).int(),
-        "block_table": torch.zeros(2, 1).int(),
-    },
-    "impl must be one of": {"impl": "wrong"},
-}
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attn_with_kvcache, backend=backend, fullgraph=True, **options)
+    for call in calls:
+        copies = {n: call[n].clone() for n in ("k_cache", "v_cache")}
+        assert torch.equal(compiled(**call), flash_attn_with_kvcache(**call | copies))
+    return len(graphs)
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
-@pytest.mark.parametrize("message", APPENDS)
-def test_malformed_appends(message: str, device: str):
-    call = AppendCall(CACHE, CACHE, NEW, NEW)._replace(**APPENDS[message])
-    arguments = [x.to(device) if isinstance(x, Tensor) else x for x in call]
-    with pytest.raises((ValueError, TypeError), match=f"orchard::flash_attn_append: .*{message}"):
-        torch.ops.orchard.flash_attn_append(*arguments)
+def test_a_count_of_keys_that_grows_compiles_once_more(device: str):
+    problem = Problem(dtype=torch.float32)
+    problem.caches = [x.nan_to_num() for x in problem.caches]
+    calls = [problem.arguments(device) | {"cache_seqlens": n} for n in range(10, 16)]
+    assert _compiles(calls) == 2  # the first number, and any
 
 
-def test_appends_fall_back_and_say_so(fresh_stats: None, quiet_fallback: None):
-    cache, new = torch.zeros(2, 2, 8, 4, device="mps"), torch.ones(2, 2, 1, 4, device="mps")
-    torch.ops.orchard.flash_attn_append(
-        cache, cache.clone(), new, new, None, None, None, 3, "reference"
-    )
-    assert orchard_ops.stats().reference == {
-        'impl="reference" was asked for': {"flash_attn_append": 1}
-    }
-    assert cache.cpu().nonzero()[:, 2].eq(3).all() and cache.sum() == 2 * 2 * 4
+def test_prompts_of_many_lengths_are_one_graph():
+    calls = [Problem(new=n, q_len=n, dtype=torch.float32).arguments() for n in range(3, 10)]
+    assert _compiles(calls, dynamic=True) == 1
 
 
 def test_is_reported():

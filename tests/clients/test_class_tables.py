@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,45 @@ def test_checkpointed_compiled_and_copied(case: str):
     for found in (checkpointed, compiled):
         for name, x in expected.items():
             torch.testing.assert_close(found[name], x, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ("falcon", "sam", "data2vec_vision"))
+def test_a_whole_model_is_saved_and_loaded(case: str, monkeypatch: pytest.MonkeyPatch):
+    """Also where the class of its attention has not been made yet, as in another process."""
+    _, make, inputs = CASES[case]
+    model = make("orchard")
+    expected = step(model, inputs, DEVICE)
+    file = io.BytesIO()
+    torch.save(model.cpu(), file)
+    kinds = {type(module) for module in model.modules()}
+    for is_new in (False, True):
+        if is_new:
+            afresh = functools.cache(class_tables._answering.__wrapped__)
+            monkeypatch.setattr(class_tables, "_answering", afresh)
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        assert ({type(module) for module in loaded.modules()} == kinds) != is_new
+        loaded.zero_grad()
+        orchard_ops.reset_stats()
+        found = step(loaded, inputs, DEVICE)
+        assert sum(orchard_ops.stats().metal.values())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("p", (0.0, 0.5))
+def test_dropout_is_what_the_module_passes(p: float, training: bool):
+    """As F.scaled_dot_product_attention, which does not ask in which mode a module is."""
+    module = nn.Module().train(training)
+    q = torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(0))
+    mask = door.attention_mask(1, 24, 24)
+    outs = []
+    for given in (mask, mask.visibility.to_float().clone()):
+        torch.manual_seed(3)
+        outs.append(door.sdpa_forward(module, q, q.cos(), q.sin(), given, dropout_p=p))
+    torch.testing.assert_close(*outs)
+    plain = door.sdpa_forward(module, q, q.cos(), q.sin(), mask)
+    assert torch.equal(outs[0], plain) == (p == 0.0)
 
 
 def test_falcon_generates_as_with_eager_attention():

@@ -336,6 +336,8 @@ GRAPH_WRITES = WRITES | {
     "through a view of a slice": lambda x: x[..., :7].squeeze(0)[..., 2].fill_(LOWEST),
     "through .to": lambda x: x.to(torch.float32)[..., 2].fill_(LOWEST),
     "through a function in place": lambda x: torch.nn.functional.threshold(x, 1.0, -2.0, True),
+    "out=": lambda x: torch.add(x, -(torch.arange(L) % 3).float(), out=x),
+    "clamp_": lambda x: torch.clamp_(x, min=-1.0),
 }
 
 
@@ -360,6 +362,44 @@ def test_a_compiled_layer_sees_what_an_eager_model_wrote(write: str):
     layer = lambda q, m: attention_forward(module, q, q.cos(), q.sin(), m)[0]  # noqa: E731
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(q, mask), attended(q, GRAPH_WRITES[write]))
+
+
+FIRST = torch.tensor([True, False])[:, None, None, None]
+OF_ONE_SAMPLE = {
+    "an assignment": lambda x: x.__setitem__((0, 0, slice(None), 1), LOWEST),
+    "a view": lambda x: x[0].fill_(0.0),
+    "a view of a slice": lambda x: x[:, :, 2:9][0].fill_(0.0),
+    "masked_fill_": lambda x: x.masked_fill_(FIRST & (torch.arange(L) == 2), LOWEST),
+    "add_": lambda x: x.add_(FIRST * -(torch.arange(L) % 3.0)),
+    "out=": lambda x: torch.add(x, FIRST * -(torch.arange(L) % 3.0), out=x),
+    "where with out=": lambda x: torch.where(
+        FIRST & (torch.arange(L) == 2), torch.tensor(LOWEST), x, out=x
+    ),
+}
+
+
+@pytest.mark.parametrize("write", OF_ONE_SAMPLE)
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_what_is_written_to_one_sample_is_that_samples(write: str, compiled: bool):
+    """Without padding, where all samples have the same mask."""
+    module = torch.nn.Module().eval()
+    q = torch.randn(2, 2, L, 8, generator=torch.Generator().manual_seed(0))
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        mask = attention_mask(2, L, L)
+        OF_ONE_SAMPLE[write](mask)
+        return attention_forward(module, q, q.cos(), q.sin(), mask)[0].transpose(1, 2)
+
+    causal = torch.full((L, L), LOWEST).triu(1)
+    plain = causal.repeat(2, 1, 1, 1)
+    OF_ONE_SAMPLE[write](plain)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    expected = sdpa(q, q.cos(), q.sin(), plain)
+    torch._dynamo.reset()
+    found = torch.compile(attend, backend="aot_eager")(q) if compiled else attend(q)
+    torch.testing.assert_close(found, expected)
+    other = sdpa(q, q.cos(), q.sin(), causal)
+    assert (expected - other)[0].abs().max() > 0.01 and torch.equal(expected[1], other[1])
 
 
 def test_a_view_that_was_taken_may_be_written_to_later():

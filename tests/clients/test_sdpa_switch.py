@@ -45,25 +45,36 @@ def test_a_block_and_what_it_leaves_behind():
     assert torch.compiler.config.cache_key_tag == tag
 
 
-def test_registrations_end_with_the_last_block_unless_other_threads_may_be_calling():
+def test_registrations_end_with_the_last_block_unless_another_thread_may_be_calling():
     program = """
 import threading, torch, orchard_ops
+from torch.nn.functional import scaled_dot_product_attention
 def table():
     return torch._C._dispatch_dump_table("aten::scaled_dot_product_attention")
+def block():
+    with orchard_ops.sdpa():
+        assert table() != before
 before = table()
-with orchard_ops.sdpa():
-    assert table() != before
+block()
 assert table() == before
-done = threading.Event()
-other = threading.Thread(target=done.wait)
-other.start()
-with orchard_ops.sdpa():
-    pass
+waiting = threading.Thread(target=threading.Event().wait, daemon=True)
+waiting.start()
+block()
+assert table() == before
+calls = threading.Event()
+stop = False
+def call():
+    while not stop:
+        scaled_dot_product_attention(*[torch.ones(1, 1, 2, 4)] * 3)
+        calls.set()
+calling = threading.Thread(target=call, daemon=True)
+calling.start()
+assert calls.wait(60)
+block()
 assert table() != before
-done.set()
-other.join()
-with orchard_ops.sdpa():
-    pass
+stop = True
+calling.join()
+block()
 assert table() == before
 """
     run_python(program)

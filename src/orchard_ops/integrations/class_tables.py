@@ -76,7 +76,10 @@ def _enter(
 ) -> None:
     family = type(model).__name__
     if name not in table:
-        table[name] = _answering(attend, table) if "sdpa" in table else table["eager"]
+        table[name] = table["eager"]
+        if "sdpa" in table:
+            # Where one class is both, it looks at its config to see which it is meant to be.
+            table[name] = _answering(attend, table["sdpa"], table["sdpa"] is table["eager"])
     if "sdpa" not in table:
         _logger.warning_once(
             f'attn_implementation="{name}": {family} has attention of its own only '
@@ -93,10 +96,9 @@ def _enter(
         )
 
 
-def _answering(attend: Attend, table: dict[str, Any]) -> type[nn.Module]:
+@functools.cache
+def _answering(attend: Attend, stock: Any, looks_at_config: bool) -> type[nn.Module]:
     """The class that calls F.scaled_dot_product_attention, which `attend` answers."""
-    stock: Any = table["sdpa"]
-    looks_at_config = stock is table["eager"]  # to see which of both it is meant to be
 
     class Answered(stock):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -106,8 +108,19 @@ def _answering(attend: Attend, table: dict[str, Any]) -> type[nn.Module]:
             with _Answer(attend, self):
                 return super().forward(*args, **kwargs)
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """A class that is made has no name to load it by: its maker has one."""
+            _, _, *state = super().__reduce_ex__(max(2, protocol))
+            return (_blank, (attend, stock, looks_at_config), *state)
+
     Answered.__name__ = Answered.__qualname__ = f"Orchard{stock.__name__}"
     return Answered
+
+
+def _blank(attend: Attend, stock: Any, looks_at_config: bool) -> nn.Module:
+    """A module whose state is yet to come, of a class that may be made anew."""
+    kind = _answering(attend, stock, looks_at_config)
+    return kind.__new__(kind)
 
 
 class _Answer(TorchFunctionMode):

@@ -1,11 +1,17 @@
 """What a mask function computes, found by calling it with symbols in the place of numbers.
 
 `said_by` is for functions (batch, head, query, key) -> bool as transformers has them. A symbol
-knows the operations that masks are made of; whatever else is done with it says nothing.
+knows the operations that masks are made of; whatever else is done with it says nothing. What asks
+a symbol for numbers, or for more than an index tensor's few attributes that are known here, ends
+the reading, and so does whatever changes a tensor or a symbol in place.
+
+Two questions get the answer of a symbol, not of a tensor: type(q), and within a graph of
+torch.compile isinstance(q, Tensor). Outside of one, isinstance ends the reading.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +26,43 @@ class Unsayable(Exception):
     """The function is no interval of keys per query, as far as is known."""
 
 
-def said_by(function: MaskFunction) -> Symbol:
-    """The condition that a mask function is.
+class _State(threading.local):
+    """Of the reading that goes on in this thread."""
+
+    device = torch.device("cpu")
+    """Where queries and keys are counted."""
+    is_refused = False
+    """Whether Unsayable was raised: the function may have caught it."""
+    hides_class = False
+    """While functions are called. torch.compile, which traces them, has to know the class."""
+
+
+_state = _State()
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    _state.is_refused = True
+    raise Unsayable
+
+
+def said_by(function: MaskFunction, device: torch.device) -> Symbol:
+    """The condition that a mask function is, of queries and keys counted on a device.
 
     Raises:
         Unsayable: the function needs numbers, or gives something else than a condition.
     """
+    _state.device, _state.is_refused = device, False
     try:
         with _Reading():
+            _state.hides_class = not torch.compiler.is_compiling()
             said = function(_BATCH, _UNKNOWN, _place(1, 0), _place(0, 1))
     except Unsayable:
         raise
     except Exception as error:  # of code that wants numbers
         raise Unsayable from error
-    if not isinstance(said, Symbol):
+    finally:
+        _state.hides_class = False
+    if type(said) is not Symbol or _state.is_refused:
         raise Unsayable
     return said
 
@@ -60,16 +89,25 @@ class Symbol:
     def __init__(self, kind: str, *parts: Any) -> None:
         self.kind, self.parts = kind, parts
 
-    device = None
+    @property
+    def device(self) -> torch.device:
+        return _state.device
 
-    def to(self, *_: Any, **__: Any) -> Symbol:
+    def to(self, *args: Any, **kwargs: Any) -> Symbol:
+        """The same numbers or conditions, elsewhere or in a dtype that changes none of them."""
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.dtype):
+                if not _keeps(self, x):
+                    _refuse()
+            elif x is not None and not isinstance(x, bool | str | int | torch.device):
+                _refuse()
         return self
 
-    def new_ones(self, *_: Any, **__: Any) -> Symbol:
-        return _ALWAYS
+    def new_ones(self, size: Any, dtype: Any = None, device: Any = None) -> Symbol:
+        return _ALWAYS if size == () and dtype == torch.bool else _refuse()
 
-    def new_zeros(self, *_: Any, **__: Any) -> Symbol:
-        return _NEVER
+    def new_zeros(self, size: Any, dtype: Any = None, device: Any = None) -> Symbol:
+        return _NEVER if size == () and dtype == torch.bool else _refuse()
 
     def __add__(self, other: Any) -> Symbol:
         return _sum(self, other, 1)
@@ -120,15 +158,10 @@ class Symbol:
     def __or__(self, other: Any) -> Symbol:
         return _disjunction(self, other)
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def __bool__(self) -> bool:
-        raise Unsayable
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._unknown
+        return _refuse()
 
     def __rsub__(self, other: Any) -> Symbol:
         return -self + other
@@ -139,6 +172,14 @@ class Symbol:
     __radd__, __rand__, __ror__ = __add__, __and__, __or__
     __mul__ = __rmul__ = __mod__ = __rmod__ = __truediv__ = __rtruediv__ = __rfloordiv__ = _unknown
     __pow__ = __rpow__ = __xor__ = __rxor__ = __invert__ = __ne__ = _unknown  # type: ignore
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __pos__ = _unknown
+
+    # What gives numbers, and what changes a tensor.
+    __class__ = property(lambda _: _refuse() if _state.hides_class else Symbol)
+    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = __hash__ = _refuse
+    __contains__ = __getitem__ = __setitem__ = __delitem__ = __array__ = _refuse
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _refuse
+    __ipow__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = _refuse
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,31 +187,57 @@ class Symbol:
 
 
 class _Reading(TorchFunctionMode):
-    """While a function is asked: what PyTorch's own functions do with symbols."""
+    """While a function is asked: what PyTorch's own functions do with symbols, and that they change
+    nothing: the function may be called again."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, Symbol) for x in args):
+        kwargs = kwargs or {}
+        if changes(getattr(func, "__name__", ""), kwargs):
+            return _refuse()
+        if _has_symbol(args) or _has_symbol(tuple(kwargs.values())):
             return _read(func, args)
-        if func is Tensor.__getitem__ and isinstance(args[1], tuple | Symbol):
-            items = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(x, Symbol) for x in items):
-                return _read(func, args)
-        if func is torch.tensor and isinstance(args[0], bool):  # for every query and key
-            return _ALWAYS if args[0] else _NEVER
-        return func(*args, **(kwargs or {}))
+        if func is torch.tensor and isinstance(args[0], bool) and kwargs.get("dtype") is None:
+            return _ALWAYS if args[0] else _NEVER  # for every query and key
+        return func(*args, **kwargs)
+
+
+def changes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function or method of PyTorch, called so, changes a tensor that it is given."""
+    return name in _IN_PLACE or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+
+
+_IN_PLACE = frozenset(
+    {
+        *("__setitem__", "__set__", "__delitem__", "__iadd__", "__isub__", "__imul__", "__imod__"),
+        *("__itruediv__", "__ifloordiv__", "__idiv__", "__ipow__", "__iand__", "__ior__"),
+        *("__ixor__", "__ilshift__", "__irshift__"),
+        *(
+            name
+            for names in map(dir, (Tensor, torch, torch.nn.functional))
+            for name in names
+            if name.endswith("_") and not name.startswith("__")
+        ),
+    }
+)
+
+
+def _has_symbol(x: Any) -> bool:
+    return any(map(_has_symbol, x)) if type(x) in (tuple, list) else type(x) is Symbol
 
 
 def _read(func: Any, args: Any) -> Any:
-    if func is not Tensor.__getitem__ or isinstance(args[0], Symbol):
+    if func is not Tensor.__getitem__ or type(args[0]) is Symbol:
         return _UNKNOWN
     table, items = args
-    if isinstance(items, Symbol):
+    if table.is_floating_point() or table.is_complex():
+        return _UNKNOWN
+    if type(items) is Symbol:
         is_row = items.kind == "batch" and table.dim() == 1
         return Symbol("entry", table) if is_row else _UNKNOWN
-    if len(items) != 2 or table.dim() != 2:
+    if type(items) is not tuple or len(items) != 2 or table.dim() != 2:
         return _UNKNOWN
     row, place = items
-    if not isinstance(row, Symbol) or not isinstance(place, Symbol):
+    if type(row) is not Symbol or type(place) is not Symbol:
         return _UNKNOWN
     if row.kind != "batch" or place.kind != "place":
         return _UNKNOWN
@@ -187,8 +254,19 @@ _BATCH, _UNKNOWN = Symbol("batch"), Symbol("unknown")
 _ALWAYS, _NEVER = Symbol("band", None, None, None), Symbol("never")
 
 
+_CONDITIONS = ("band", "never", "chunk", "same", "is block", "block", "and", "or")
+
+
+def _keeps(x: Symbol, dtype: torch.dtype) -> bool:
+    """Whether a symbol means the same in that dtype. Numbers of a table may not fit into int32."""
+    if x.kind in _CONDITIONS:
+        return dtype == torch.bool
+    is_place = x.kind == "place" and x.parts[3] is None
+    return dtype == torch.int64 or (dtype == torch.int32 and is_place)
+
+
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return type(x) is not Symbol and isinstance(x, int) and not isinstance(x, bool)
 
 
 def _counts(x: Any) -> bool:
@@ -210,7 +288,7 @@ def _sum(x: Symbol, y: Any, sign: int) -> Symbol:
     a, b, c, table = x.parts
     if _is_number(y):
         return Symbol("place", a, b, c + sign * y, table)
-    if not isinstance(y, Symbol):
+    if type(y) is not Symbol:
         return _UNKNOWN
     if y.kind == "entry" and sign == -1:
         return Symbol("past", x, y.parts[0])
@@ -236,7 +314,7 @@ def _at_most(x: Symbol) -> Symbol:
 
 
 def _equal(x: Symbol, y: Any) -> Symbol:
-    if not isinstance(y, Symbol) or x.kind != y.kind:
+    if type(y) is not Symbol or x.kind != y.kind:
         return _UNKNOWN
     if x.kind == "number":
         (table, a, b), (other, c, d) = x.parts, y.parts
@@ -252,7 +330,7 @@ def _equal(x: Symbol, y: Any) -> Symbol:
 
 
 def _conjunction(x: Symbol, y: Any) -> Symbol:
-    if not isinstance(y, Symbol):
+    if type(y) is not Symbol:
         return _UNKNOWN
     if x.kind == "never" or y.kind == "never":
         return _NEVER
@@ -270,7 +348,7 @@ def _conjunction(x: Symbol, y: Any) -> Symbol:
 
 
 def _disjunction(x: Symbol, y: Any) -> Symbol:
-    if not isinstance(y, Symbol):
+    if type(y) is not Symbol:
         return _UNKNOWN
     if x.kind == "never" or y.kind == "never":
         return y if x.kind == "never" else x

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from .mask_symbols import MaskFunction, Symbol, Unsayable, said_by
 
@@ -71,13 +72,42 @@ def interval_of(
     """The interval that a mask function leaves the queries at q (1 or B, L).
 
     Args:
-        blocks_are_runs: whether the keys of a block stand together.
-        is_packed: whether equal numbers mean documents, which stand together.
+        blocks_are_runs: whether the keys of a block of transformers stand together.
+        is_packed: whether equal numbers of transformers mean documents, which stand together.
+
+    Both hold only where all of the function is transformers' own code: what a user's numbers mean
+    is not known.
 
     Raises:
         Unsayable: for a function that is not known to be an interval.
     """
-    return _interval(said_by(function), q, blocks_are_runs, is_packed)
+    said = said_by(function, q.device)
+    if blocks_are_runs or is_packed:
+        own = is_of_transformers(function)
+        blocks_are_runs, is_packed = blocks_are_runs and own, is_packed and own
+    return _interval(said, q, blocks_are_runs, is_packed)
+
+
+_FILE = masking_utils.causal_mask_function.__code__.co_filename
+
+
+def is_of_transformers(function: MaskFunction) -> bool:
+    """Whether transformers wrote a mask function and every function that this is put together of.
+
+    In a graph of torch.compile it is the outermost function that is looked at: torch.compile cannot
+    say what functions are put together of.
+    """
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename != _FILE:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple | list) else (held,):
+            if callable(part) and not is_of_transformers(part):
+                return False
+    return True
 
 
 def _interval(said: Symbol, q: Tensor, blocks_are_runs: bool, is_packed: bool) -> Interval:

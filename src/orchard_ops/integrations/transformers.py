@@ -172,6 +172,7 @@ def attention_forward(
     sliding_window: int | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
+    dropout_p: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **others: Any,
@@ -179,7 +180,8 @@ def attention_forward(
     """The attention interface of transformers: (B, H, L, D) operands, out (B, L, H, Dv).
 
     `sliding_window` is read where there is no mask: that of `attention_mask` has the window in it.
-    Sinks are a number for each head, or (B, H, L, 1) for each query (Inkling 2).
+    Sinks are a number for each head, or (B, H, L, 1) for each query (Inkling 2). `dropout` is for
+    training mode alone; `dropout_p`, where it is passed, for both.
 
     Raises:
         ValueError, TypeError: an argument that would change the result and is not known, or a call
@@ -222,7 +224,7 @@ def attention_forward(
         mask = _with(mask, chosen)
     if position_bias is not None:
         mask = position_bias if mask is None else _added(position_bias, mask)
-    p = dropout if module.training else 0.0
+    p = dropout_p if dropout_p is not None else dropout if module.training else 0.0
     sink = s_aux if sinks is None else sinks
     of_queries = sink if sink is not None and sink.dim() == 4 else None
     shared: dict[str, Any] = {
@@ -266,7 +268,9 @@ def sdpa_forward(
         more: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         out = flash_attn(query, key, value, attn_mask, dropout_p, is_causal, **more)
         return out  # type: ignore[return-value]
-    out, _ = attention_forward(module, query, key, value, attn_mask, dropout_p, scale, is_causal)
+    out, _ = attention_forward(
+        module, query, key, value, attn_mask, 0.0, scale, is_causal, dropout_p=dropout_p
+    )
     return out.transpose(1, 2)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..key_ranges import visible
+from .mask_symbols import changes
 
 
 @dataclass
@@ -79,8 +80,9 @@ class Visibility:
         if self._float is None:
             with torch.inference_mode(False):  # whose tensors do not count their changes
                 zero = torch.zeros((), dtype=self.dtype, device=self.device)
-                mask = torch.where(self.to_bool(), zero, torch.finfo(self.dtype).min)
-                self._float = mask.expand(self.shape)
+                # Memory of its own for each sample, which code may write to one at a time.
+                seen = self.to_bool().expand(self.shape)
+                self._float = torch.where(seen, zero, torch.finfo(self.dtype).min).contiguous()
             self._version = self._float._version
         return self._float
 
@@ -170,6 +172,12 @@ _MAKES_NEW = frozenset(
 """Functions whose result is never memory of their arguments. All others may give a view."""
 
 
+def _reader(func: Any, kwargs: dict | None = None) -> Any:
+    """How a function is given the float mask: it may write to memory that it was lent."""
+    name = func if isinstance(func, str) else getattr(func, "__name__", "")
+    return _fresh if name in _MAKES_NEW and not changes(name, kwargs or {}) else _lent
+
+
 class LazyMask(Tensor):
     """A float mask (B, 1, L, S) that takes memory when other code than ours reads it."""
 
@@ -195,8 +203,7 @@ class LazyMask(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        name = getattr(func, "__name__", "")
-        read = _fresh if name in _MAKES_NEW else _lent
+        read = _reader(func, kwargs)
         if isinstance(first, LazyMask):
             if func is Tensor.__getitem__ and first.visibility.edited is None:
                 rest = first.visibility.sliced(args[1])
@@ -208,7 +215,7 @@ class LazyMask(Tensor):
                 func is Tensor.to and _changes_nothing(first, args[1:], kwargs)
             ):
                 return first
-            if _writes(name):
+            if changes(getattr(func, "__name__", ""), {}):
                 func(_lent(first), *tree_map(_fresh, tuple(args[1:])), **tree_map(_fresh, kwargs))
                 return first
         return func(*tree_map(read, tuple(args)), **tree_map(read, kwargs))
@@ -224,11 +231,6 @@ class LazyMask(Tensor):
 
     def __deepcopy__(self, memo: dict) -> LazyMask:
         return self
-
-
-def _writes(name: str) -> bool:
-    """Whether a method of that name changes its tensor."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _fresh(x: Any) -> Any:
@@ -295,13 +297,13 @@ class TracedMask:
         self.visibility.lend()[index] = value
 
     def __getattr__(self, name: str) -> Any:
-        return getattr((_fresh if name in _MAKES_NEW else _lent)(self), name)
+        return getattr(_reader(name)(self), name)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict | None = None
     ) -> Any:
-        read = _fresh if getattr(func, "__name__", "") in _MAKES_NEW else _lent
+        read = _reader(func, kwargs)
         return func(*_each(read, args), **{k: _each(read, v) for k, v in (kwargs or {}).items()})
 
 
@@ -311,7 +313,7 @@ def _each(read: Any, x: Any) -> Any:
 
 def _operator(name: str) -> Any:
     def method(self: TracedMask, *others: Any) -> Any:
-        read = _fresh if name in _MAKES_NEW else _lent
+        read = _reader(name)
         return getattr(read(self), name)(*map(read, others))
 
     return method

@@ -102,12 +102,31 @@ def _decode_kernel(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _append_kernel(*args: Any) -> None:
-    call = AppendCall(*args)
-    _refuse_gradients(_APPEND, call)
+    _refuse_gradients(_APPEND, AppendCall(*args))
     with torch._C._AutoDispatchBelowAutograd():
         APPEND(*args)
-    torch.autograd.graph.increment_version((call.key_cache, call.value_cache))
 
 
 library.impl("flash_attn_decode", _decode_kernel, "Autograd")
 library.impl("flash_attn_append", _append_kernel, "Autograd")
+
+
+# ---- a change in place, which autograd hears of in inference mode too ---------------------------
+
+
+def _change_in_place(keys: torch._C.DispatchKeySet, *args: Any) -> None:
+    """Runs wherever PyTorch's own operators in place count: below autograd, or without it."""
+    call = AppendCall(*args)
+    caches = {"key_cache": call.key_cache, "value_cache": call.value_cache}
+    for name, cache in caches.items():
+        if cache.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{_APPEND}: {name} must not be an inference tensor outside of inference mode; got "
+                "one that torch.inference_mode() made: call this in inference mode too, or "
+                f"allocate {name} outside of it"
+            )
+    APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+    torch.autograd.graph.increment_version(caches.values())
+
+
+library.impl("flash_attn_append", _change_in_place, "ADInplaceOrView", with_keyset=True)

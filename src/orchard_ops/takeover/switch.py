@@ -6,10 +6,12 @@ runs on a thread of the autograd engine and must take the same attention as the 
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch.library import Library
@@ -22,6 +24,12 @@ _lock = threading.Lock()
 _holders = 0
 _enabled = False
 _registration: Library | None = None
+_WAITING_PACKAGES = sys.stdlib_module_names | {"execnet", "ipykernel", "tornado", "zmq"}
+_WAITING_MODULES = {"torch._inductor.compile_worker.subproc_pool"}
+_WAITS = {
+    "_read_thread", "_recv", "_recv_msg", "_worker", "accept", "poll", "read", "recv", "select",
+    "wait",
+}  # fmt: skip
 _TAG = f"{NAME}-{__version__}-sdpa"
 
 
@@ -57,10 +65,27 @@ def _end() -> None:
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag.replace(_TAG, "", 1)
     # The dispatcher frees a kernel whose registration ends, also one that another thread is about
-    # to call. So our kernels stay while there are others, and pass their calls to PyTorch's own.
-    if threading.active_count() == 1:
+    # to call. So our kernels stay while one may be, and pass its calls to PyTorch's own.
+    if not _another_thread_may_call():
         _registration = None  # which ends the registration
         _forget_resolved_kernels()
+
+
+def _another_thread_may_call() -> bool:
+    """Whether another thread may be in the dispatcher, where it does not hold Python's lock. One
+    whose innermost function is such that waits for something else is not."""
+    if torch.compiler.is_compiling():  # nothing below can be traced
+        return True
+    own = threading.get_ident()
+    return any(
+        not _waits(frame) for thread, frame in sys._current_frames().items() if thread != own
+    )
+
+
+def _waits(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__", "")
+    known = module.partition(".")[0] in _WAITING_PACKAGES or module in _WAITING_MODULES
+    return known and frame.f_code.co_name in _WAITS
 
 
 def _forget_resolved_kernels() -> None:

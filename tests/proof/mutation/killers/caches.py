@@ -89,7 +89,8 @@ def work_of(call: CacheCall) -> tuple[int, Tensor]:
     rows = heads // kv_heads * call.query.shape[2]
     widest = max(-(-call.query.shape[3] // 64), -(-call.value.shape[3] // 64)) * 64
     block_rows = 16 if rows > 8 and widest <= 128 else 8
-    parts = 4 * min(max(-(-call.capacity // (4 * LEAST_PART)), 1), MOST_PARTS // 4)
+    most = max(MOST_PARTS // 4 // max(-(-rows // block_rows), 1), 1)
+    parts = 4 * min(max(-(-call.capacity // (4 * LEAST_PART)), 1), most)
     total, used = 0, []
     begins, ends = (x.tolist() for x in call.bounds())
     for b, _, row0 in itertools.product(
@@ -342,7 +343,7 @@ def decode_rows(sources: Sources) -> None:
 
 
 def decode_parts(sources: Sources) -> None:
-    """By the capacity alone, at most 128."""
+    """By the capacity, at most 128 for all rows of a head, but 4 for each block of them."""
     for keys, groups in (
         (0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (7936, 31), (7937, 32),
         (8192, 32), (8193, 32), (1 << 28, 32),
@@ -352,6 +353,15 @@ def decode_parts(sources: Sources) -> None:
             assert plan.kernels[0].groups == (batch * heads[1], groups), keys
             assert plan.params.parts == 4 * groups
             assert plan.params.cache.capacity == plan.params.attention.kv_len == keys
+    for rows, groups in ((17, 16), (33, 10), (48, 10), (49, 8), (257, 1), (512, 1), (513, 1)):
+        for batch, kv_heads in ((1, 1), (3, 2)):
+            heads = (rows * kv_heads, kv_heads)
+            plan = _plan(sources, keys=8192, batch=batch, heads=heads)
+            blocks = -(-rows // 16)
+            assert plan.kernels[0].groups == (batch * kv_heads * blocks, groups), rows
+            assert plan.part_rows == batch * kv_heads * blocks * groups * 4 * 16
+            short = _plan(sources, keys=300, batch=batch, heads=heads)
+            assert short.kernels[0].groups[1] == min(groups, 2)
     many = _plan(sources, keys=8192, batch=1 << 12, heads=(1 << 10, 1 << 10))
     assert many.part_rows == (1 << 22) * 128 * 8
     plan = _plan(sources, keys=48, entries=3, cache={"paged": 1, "pages": 6, "table_row": 6})

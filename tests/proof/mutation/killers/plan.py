@@ -152,7 +152,7 @@ def plan_of_every_width(sources: Sources) -> None:
 
 def plan_of_buffers(sources: Sources) -> None:
     """Several tensors are bound to each kernel."""
-    assert len(set(sources.buffers.values())) == len(BUFFERS)
+    assert len({sources.buffers[name] for name in BUFFERS}) == len(BUFFERS)
 
 
 def plan_of_scratch(sources: Sources) -> None:
