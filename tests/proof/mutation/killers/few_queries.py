@@ -99,7 +99,8 @@ class Few:
         group = case.num_heads // case.num_kv_heads
         widest = max(-(-n // 64) * 64 for n in (case.head_dim, case.value_dim or case.head_dim))
         block_rows = 16 if group * case.q_len > 8 and widest <= 128 else 8
-        parts = 4 * min(max(-(-case.kv_len // (4 * LEAST_PART)), 1), 32)
+        blocks = -(-group * case.q_len // block_rows)
+        parts = 4 * min(max(-(-case.kv_len // (4 * LEAST_PART)), 1), max(32 // blocks, 1))
         left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
         shared, total = self.shared(scoring), 0
         for b in range(case.batch):
