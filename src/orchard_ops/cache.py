@@ -227,7 +227,6 @@ def _check_places(
     op: str, call: CacheCall | AppendCall, of: tuple[str, Tensor], cache: tuple[str, Tensor]
 ) -> None:
     """Checks what says where the sequences lie, of the batch of one tensor in the other."""
-    batch, entries = of[1].shape[0], cache[1].shape[0]
     for name, dims in (
         ("cache_seqlens", 1),
         ("cache_batch_idx", 1),
@@ -237,12 +236,24 @@ def _check_places(
         numbers = getattr(call, name, None)
         if numbers is not None:
             _check_integers(op, name, numbers, dims, of)
-    if call.block_table is not None and call.cache_batch_idx is not None:
+    check_entries(op, call.cache_batch_idx, call.block_table, of, cache)
+
+
+def check_entries(
+    op: str,
+    batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    of: tuple[str, Tensor],
+    cache: tuple[str, Tensor],
+) -> None:
+    """Checks that one thing says which entries of a cache the sequences of a batch have."""
+    batch, entries = of[1].shape[0], cache[1].shape[0]
+    if block_table is not None and batch_idx is not None:
         raise ValueError(
             f"{op}: cache_batch_idx and block_table both say where a sequence's keys are: pass "
             "one; got both"
         )
-    own = call.block_table is None and call.cache_batch_idx is None
+    own = block_table is None and batch_idx is None
     if own and entries != batch:
         raise ValueError(
             f"{op}: {cache[0]} must have {of[0]}'s batch size {batch} where neither "

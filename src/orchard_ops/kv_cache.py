@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import calls, checks
-from .cache import MOST_QUERIES, CacheCall
+from .cache import MOST_QUERIES, CacheCall, check_entries
 from .flash_attention import Options, by_our_names, check_options
 from .ops.schema import APPEND, DECODE, FORWARD, public_lse
 from .rotary import rotate
@@ -299,18 +299,7 @@ def _places(
     table = _integers("block_table", block_table, q, " pages")
     entries = _integers("cache_batch_idx", cache_batch_idx, q)
     starts = _integers("cache_leftpad", cache_leftpad, q)
-    if table is not None and entries is not None:
-        raise ValueError(
-            f"{_OP}: cache_batch_idx and block_table both say where a sequence's keys are: pass "
-            "one; got both"
-        )
-    if table is None and entries is None and k_cache.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{_OP}: k_cache must have q's batch size {q.shape[0]} where neither cache_batch_idx "
-            f"nor block_table is given; got {k_cache.shape[0]}"
-        )
-    if k_cache.shape[0] == 0 and q.shape[0] > 0:
-        raise ValueError(f"{_OP}: k_cache must have an entry; got shape {tuple(k_cache.shape)}")
+    check_entries(_OP, entries, table, ("q", q), ("k_cache", k_cache))
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     new = 0 if k is None else k.shape[1]
     lengths, count = None, capacity
