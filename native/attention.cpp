@@ -167,10 +167,10 @@ std::optional<std::array<Tensor, 2>> run_forward_as_decode(
   if (s.key_span != kNoBackward || !prefers_decode(problem)) return std::nullopt;
   const Tensor& q = x.query;
   Tensor out = empty_in_order_of(q, x.value.size(3));
-  const DecodePlan decode = plan_forward_as_decode(problem, layout_of(out));
-  if (!decode.plan.refusal.empty()) return std::nullopt;
+  const auto decode = cached_plan_forward_as_decode(problem, layout_of(out));
+  if (!decode->plan.refusal.empty()) return std::nullopt;
   Tensor row_stats = empty_row_stats(q);
-  log_metal("flash_attn_fwd", decode.plan, environment);
+  log_metal("flash_attn_fwd", decode->plan, environment);
   Bindings tensors;
   if (s.attn_mask.has_value()) tensors.bind({kBufferMask, *s.attn_mask});
   if (s.alibi_slopes.has_value()) tensors.bind({kBufferAlibiSlopes, *s.alibi_slopes});
@@ -179,7 +179,7 @@ std::optional<std::array<Tensor, 2>> run_forward_as_decode(
     ranges = torch::stable::contiguous(*s.key_ranges);
     tensors.bind({kBufferKeyRanges, *ranges});
   }
-  run_decode_plan(decode, x, tensors, s.sinks, out, row_stats);
+  run_decode_plan(*decode, decode->params, x, tensors, s.sinks, out, row_stats);
   return std::array<Tensor, 2>{std::move(out), std::move(row_stats)};
 }
 

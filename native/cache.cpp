@@ -7,6 +7,7 @@
 
 #include "call.h"
 #include "checks.h"
+#include "plan/plan_cache.h"
 
 namespace orchard {
 
@@ -177,10 +178,12 @@ std::array<Tensor, 2> run_decode(
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_rows(q);
   const CacheProblem problem = make_cache_problem(call, cache);
-  const DecodePlan decode = plan_decode(problem, layout_of(out));
-  throw_refusal(decode.plan);
+  const auto decode = cached_plan_decode(problem, layout_of(out));
+  throw_refusal(decode->plan);
   if (out.numel() == 0) return {out, lse};
-  log_metal("flash_attn_decode", decode.plan, environment);
+  log_metal("flash_attn_decode", decode->plan, environment);
+  DecodeParams params = decode->params;
+  params.cache.added = static_cast<int32_t>(cache.added);
   Bindings tensors;
   if (cache.cache_seqlens.has_value()) tensors.bind({kBufferCacheLengths, *cache.cache_seqlens});
   if (cache.cache_leftpad.has_value()) tensors.bind({kBufferCacheStarts, *cache.cache_leftpad});
@@ -188,7 +191,7 @@ std::array<Tensor, 2> run_decode(
     tensors.bind({kBufferCacheEntries, *cache.cache_batch_idx});
   if (call.alibi_slopes.has_value()) tensors.bind({kBufferAlibiSlopes, *call.alibi_slopes});
   if (problem.paged) tensors.bind({kBufferBlockTable, *cache.block_table});
-  run_decode_plan(decode, call.operands, tensors, call.sinks, out, lse);
+  run_decode_plan(*decode, params, call.operands, tensors, call.sinks, out, lse);
   return {out, lse};
 }
 
@@ -220,7 +223,7 @@ void run_append(const AppendCall& call, const Environment& environment) {
   for (int d = 0; d < 3; d++) check(key.size(d) == call.value.size(d), "shape of value");
   const std::pair<const Tensor&, const Tensor&> filled[] = {
       {call.key_cache, key}, {call.value_cache, call.value}};
-  std::array<DecodePlan, 2> plans;
+  std::array<std::shared_ptr<const DecodePlan>, 2> plans;
   for (int i = 0; i < 2; i++) {
     const auto& [cache, added] = filled[i];
     AppendProblem problem;
@@ -233,19 +236,21 @@ void run_append(const AppendCall& call, const Environment& environment) {
     problem.params.paged = table.has_value();
     problem.params.has_lengths = lengths.has_value();
     problem.params.has_entries = entries.has_value();
-    plans[i] = plan_append(problem);
-    throw_refusal(plans[i].plan);
+    plans[i] = cached_plan_append(problem);
+    throw_refusal(plans[i]->plan);
   }
   for (int i = 0; i < 2; i++) {  // only now: none is filled where one is refused
     const auto& [cache, added] = filled[i];
     if (added.numel() == 0 || cache.numel() == 0) continue;
-    log_metal("flash_attn_append", plans[i].plan, environment);
+    log_metal("flash_attn_append", plans[i]->plan, environment);
     const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : key; };
     const Bindings tensors{{kBufferKey, added}, {kBufferOut, cache},
         {kBufferCacheLengths, given(lengths)}, {kBufferCacheEntries, given(entries)},
         {kBufferBlockTable, given(table)}};
-    const KernelPlan& kernel = plans[i].plan.kernels[0];
-    dispatch(kernel, kernel.groups, tensors, plans[i].params);
+    const KernelPlan& kernel = plans[i]->plan.kernels[0];
+    DecodeParams params = plans[i]->params;
+    params.cache.added = static_cast<int32_t>(call.offset);
+    dispatch(kernel, kernel.groups, tensors, params);
   }
 }
 
@@ -292,10 +297,10 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
   run_reference("flash_attn_decode_reference", call, reason, stack, num_results);
 }
 
-void run_decode_plan(const DecodePlan& decode, const Operands& operands, Bindings tensors,
-    const OptionalTensor& given_sinks, const Tensor& out, const Tensor& stats) {
+void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const Operands& operands,
+    Bindings tensors, const OptionalTensor& given_sinks, const Tensor& out, const Tensor& stats) {
   const auto& [q, k, v] = operands;
-  const Tensor sums = empty_floats(q, decode.part_rows * decode.params.part_stride);
+  const Tensor sums = empty_floats(q, decode.part_rows * params.part_stride);
   const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
   const bool has_keys = k.numel() > 0;
   for (const Binding& binding : {Binding(kBufferQuery, q), Binding(kBufferKey, has_keys ? k : q),
@@ -304,10 +309,9 @@ void run_decode_plan(const DecodePlan& decode, const Operands& operands, Binding
     tensors.bind(binding);
   }
   // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
-  const std::pair<bool, unsigned> flags[] = {
-      {decode.params.cache.has_lengths != 0, kBufferCacheLengths},
-      {decode.params.cache.has_starts != 0, kBufferCacheStarts},
-      {decode.params.cache.has_entries != 0, kBufferCacheEntries}};
+  const std::pair<bool, unsigned> flags[] = {{params.cache.has_lengths != 0, kBufferCacheLengths},
+      {params.cache.has_starts != 0, kBufferCacheStarts},
+      {params.cache.has_entries != 0, kBufferCacheEntries}};
   for (const auto& [bound, index] : flags) {
     if (!bound) tensors.bind({index, q});
   }
@@ -315,8 +319,8 @@ void run_decode_plan(const DecodePlan& decode, const Operands& operands, Binding
   const Bindings for_rows{{kBufferParts, sums}, {kBufferPartSums, part_sums}, {kBufferSinks, sinks},
       {kBufferOut, out}, {kBufferRowStats, stats}};
   const auto& kernels = decode.plan.kernels;
-  dispatch(kernels[0], kernels[0].groups, tensors, decode.params);
-  dispatch(kernels[1], kernels[1].groups, for_rows, decode.params);
+  dispatch(kernels[0], kernels[0].groups, tensors, params);
+  dispatch(kernels[1], kernels[1].groups, for_rows, params);
   decodes++;
 }
 

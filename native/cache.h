@@ -71,8 +71,8 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
 
 /// Runs the kernels of a plan, and counts it. `tensors` are the buffers of the first one besides
 /// the operands and what it writes; `stats` are lse or row_stats. Throws MetalError.
-void run_decode_plan(const DecodePlan& decode, const Operands& operands, Bindings tensors,
-    const OptionalTensor& sinks, const Tensor& out, const Tensor& stats);
+void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const Operands& operands,
+    Bindings tensors, const OptionalTensor& sinks, const Tensor& out, const Tensor& stats);
 
 /// Calls of flash_attn_decode, and forwards on its kernels, that have run as Metal kernels.
 int64_t metal_decodes();

@@ -146,13 +146,12 @@ def check_length_first(
             raise TypeError(
                 f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
             )
-    every = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
-    if len({x.dtype for _, x in given}) > 1:
+    if any(x.dtype != given[0][1].dtype for _, x in given):
         got = ", ".join(str(x.dtype) for _, x in given)
-        raise TypeError(f"{op}: {every} must have the same dtype; got {got}")
-    if len({x.device for _, x in given}) > 1:
+        raise TypeError(f"{op}: {_listed(given)} must have the same dtype; got {got}")
+    if any(x.device != given[0][1].device for _, x in given):
         got = ", ".join(str(x.device) for _, x in given)
-        raise ValueError(f"{op}: {every} must be on the same device; got {got}")
+        raise ValueError(f"{op}: {_listed(given)} must be on the same device; got {got}")
     query, key, value = operands
     q, k, v = names
     for name, x in zip(names, operands):
@@ -179,6 +178,10 @@ def check_length_first(
             f"{op}: the heads of {q} must be a multiple of those of {k} and {v}; got {num_heads} "
             f"and {num_kv_heads} (operands are {dimensions})"
         )
+
+
+def _listed(given: Sequence[tuple[str, Tensor]]) -> str:
+    return " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
 
 
 def check_impl(op: str, impl: str) -> None:

@@ -110,10 +110,7 @@ def flash_attn_with_kvcache(
         if rotary is not None and not one_place and q.numel():
             rotary.check_rows(int(places.begins(q).max()) + q.shape[1])
     if rotary is not None and k is not None:
-        begins = places.begins(q)
-        tokens = torch.arange(max(q.shape[1], new), device=q.device)
-        q = rotary.turn(q, begins if one_place else begins + tokens[: q.shape[1]])
-        k = rotary.turn(k, begins + tokens[:new])
+        q, k = rotary.turn_both(q, k, places.begins(q), one_place)
     caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     if k is not None and v is not None:
         added = k.transpose(1, 2), v.transpose(1, 2)
@@ -181,6 +178,22 @@ class _Rotary(NamedTuple):
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, self.cos, self.sin, positions, self.interleaved)
+
+    def turn_both(
+        self, q: Tensor, k: Tensor, begins: Tensor, one_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """q and the new k, whose first token stands at `begins` (B, 1); q's all do in one place."""
+        q_len, new, heads = q.shape[1], k.shape[1], q.shape[2]
+        positions = begins
+        if max(q_len, new) > 1:
+            positions = begins + torch.arange(max(q_len, new), device=q.device)
+        if q_len == new and (new == 1 or not one_place):  # as one: half of the launches
+            both = self.turn(torch.cat((q, k), 2), positions)
+            return both[:, :, :heads], both[:, :, heads:]
+        return (
+            self.turn(q, begins if one_place else positions[:, :q_len]),
+            self.turn(k, positions[:, :new]),
+        )
 
 
 def _check_operands(
