@@ -390,12 +390,8 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   run_reference("flash_attn_bwd_reference", call, reason, stack, num_results);
 }
 
-const char* const kPlanResults =
-    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
-    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
-
 void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
-  check_counts(num_arguments == kNumForwardArguments && num_results == 11);
+  check_counts(num_arguments == kNumForwardArguments && num_results == kNumPlanResults);
   const auto call = Arguments(stack).take<ForwardCall>();
   check_operands(call.operands);
   check_scalars(call.scoring, call.impl);
@@ -420,39 +416,8 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
     }
     for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
     plan.ds_elements = backward.ds_elements;
-    for (const KernelPlan& kernel : plan.kernels) {
-      if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
-    }
   }
-  std::vector<std::string> families, names, instantiations, tiles, tile_names, alternatives;
-  for (const KernelPlan& kernel : plan.kernels) {
-    families.push_back(kernel.family);
-    names.push_back(kernel.name);
-    instantiations.push_back(kernel.instantiation);
-    tiles.push_back(kernel.tile);
-    tile_names.push_back(kernel.tile_name);
-    std::string joined;  // the stable ABI has no list of lists
-    for (const std::string& name : kernel.alternatives)
-      joined += (joined.empty() ? "" : ",") + name;
-    alternatives.push_back(joined);
-  }
-  std::vector<int64_t> launches;  // six numbers each
-  for (const KernelLaunch& x : plan.launches) {
-    for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
-             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
-             int64_t{x.key_end}}) {
-      launches.push_back(n);
-    }
-  }
-  const int64_t bytes = plan.ds_elements * static_cast<int64_t>(sizeof(float));
-  using torch::stable::detail::from;
-  for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
-  for (const auto* texts :
-      {&families, &names, &instantiations, &tiles, &tile_names, &alternatives}) {
-    *stack++ = from(*texts);
-  }
-  *stack++ = from(launches);
-  *stack++ = from(bytes);
+  put_plan(stack, plan);
 }
 
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {

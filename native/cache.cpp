@@ -7,6 +7,7 @@
 
 #include "call.h"
 #include "checks.h"
+#include "plan/plan.h"
 #include "plan/plan_cache.h"
 
 namespace orchard {
@@ -92,13 +93,19 @@ void check(bool condition, const char* what) {
   if (!condition) throw Mistake(std::string("the native library takes no such ") + what);
 }
 
-/// Dense int32 numbers of the sequences, checked; or none.
-OptionalTensor dense_integers(
-    const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
-  if (!x.has_value()) return std::nullopt;
+/// That numbers of the sequences are int32, or none.
+void check_integers(const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
+  if (!x.has_value()) return;
   check(device_type_of(*x) == device_type_of(query) && dtype_code(*x) == aoti_torch_dtype_int32() &&
             x->dim() == dims && x->size(0) == query.size(0),
       name);
+}
+
+/// Dense int32 numbers of the sequences, checked; or none.
+OptionalTensor dense_integers(
+    const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
+  check_integers(x, query, dims, name);
+  if (!x.has_value()) return std::nullopt;
   return torch::stable::contiguous(*x);
 }
 
@@ -207,13 +214,13 @@ void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
   }
 }
 
-/// On Metal. Throws MetalError.
-void run_append(const AppendCall& call, const Environment& environment) {
+void check_append(const AppendCall& call) {
   const Tensor& key = call.key;
   check(key.dim() == 4 && call.offset >= 0, "offset");
-  const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
-  const OptionalTensor entries = dense_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
-  const OptionalTensor table = dense_integers(call.block_table, key, 2, "block_table");
+  check_integers(call.cache_seqlens, key, 1, "cache_seqlens");
+  check_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
+  check_integers(call.block_table, key, 2, "block_table");
+  const OptionalTensor &entries = call.cache_batch_idx, &table = call.block_table;
   check(!table.has_value() || !entries.has_value(), "cache_batch_idx");
   const bool own = !table.has_value() && !entries.has_value();
   check_filled(call.key_cache, key, own ? key.size(0) : -1);
@@ -221,22 +228,41 @@ void run_append(const AppendCall& call, const Environment& environment) {
   check(dtype_code(call.key) == dtype_code(call.value), "mixture of dtypes");
   check(call.key_cache.size(2) == call.value_cache.size(2), "shape of a cache");
   for (int d = 0; d < 3; d++) check(key.size(d) == call.value.size(d), "shape of value");
-  const std::pair<const Tensor&, const Tensor&> filled[] = {
-      {call.key_cache, key}, {call.value_cache, call.value}};
-  std::array<std::shared_ptr<const DecodePlan>, 2> plans;
+}
+
+/// Of keys, and of values.
+std::array<AppendProblem, 2> append_problems(const AppendCall& call) {
+  std::array<AppendProblem, 2> problems;
+  const bool paged = call.block_table.has_value();
   for (int i = 0; i < 2; i++) {
-    const auto& [cache, added] = filled[i];
-    AppendProblem problem;
+    const Tensor& added = i == 0 ? call.key : call.value;
+    AppendProblem& problem = problems[i];
     problem.dtype = dtype_of(added);
     problem.added = layout_of(added);
-    problem.cache = layout_of(cache);
-    problem.pages = table.has_value() ? table->size(1) : 0;
+    problem.cache = layout_of(i == 0 ? call.key_cache : call.value_cache);
+    problem.pages = paged ? call.block_table->size(1) : 0;
     problem.offset = call.offset;
     problem.params.table_row = problem.pages;
-    problem.params.paged = table.has_value();
-    problem.params.has_lengths = lengths.has_value();
-    problem.params.has_entries = entries.has_value();
-    plans[i] = cached_plan_append(problem);
+    problem.params.paged = paged;
+    problem.params.has_lengths = call.cache_seqlens.has_value();
+    problem.params.has_entries = call.cache_batch_idx.has_value();
+  }
+  return problems;
+}
+
+/// On Metal. Throws MetalError.
+void run_append(const AppendCall& call, const Environment& environment) {
+  const Tensor& key = call.key;
+  check_append(call);
+  const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
+  const OptionalTensor entries = dense_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
+  const OptionalTensor table = dense_integers(call.block_table, key, 2, "block_table");
+  const std::pair<const Tensor&, const Tensor&> filled[] = {
+      {call.key_cache, key}, {call.value_cache, call.value}};
+  const std::array<AppendProblem, 2> problems = append_problems(call);
+  std::array<std::shared_ptr<const DecodePlan>, 2> plans;
+  for (int i = 0; i < 2; i++) {
+    plans[i] = cached_plan_append(problems[i]);
     throw_refusal(plans[i]->plan);
   }
   for (int i = 0; i < 2; i++) {  // only now: none is filled where one is refused
@@ -322,6 +348,44 @@ void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const
   dispatch(kernels[0], kernels[0].groups, tensors, params);
   dispatch(kernels[1], kernels[1].groups, for_rows, params);
   decodes++;
+}
+
+void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  check_counts(num_arguments == kNumDecodeArguments && num_results == kNumPlanResults);
+  const auto call = Arguments(stack).take<DecodeCall>();
+  const Cache cache = checked_cache(call.cache, call.operands);
+  check_scoring(call);
+  Plan plan;
+  plan.refusal = switched_off(call.impl, Environment());
+  if (plan.refusal.empty()) {
+    const CacheProblem problem = make_cache_problem(call, cache);
+    Layout out = problem.attention.q;  // as run_decode allocates it
+    out.sizes[3] = problem.attention.v.sizes[3];
+    out.strides = strides_in_order_of(out.strides, out.sizes);
+    out.offset = 0;
+    plan = plan_decode(problem, out).plan;
+  }
+  put_plan(stack, std::move(plan));
+}
+
+void flash_attn_append_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  check_counts(num_arguments == kNumAppendArguments && num_results == kNumPlanResults);
+  const auto call = Arguments(stack).take<AppendCall>();
+  check_append(call);
+  Plan plan;
+  plan.refusal = switched_off(call.impl, Environment());
+  if (plan.refusal.empty()) {
+    for (const AppendProblem& problem : append_problems(call)) {
+      Plan part = plan_append(problem).plan;
+      if (plan.refusal.empty()) {
+        plan.refusal = part.refusal;
+        plan.detail = part.detail;
+        plan.advice = part.advice;
+      }
+      for (KernelPlan& kernel : part.kernels) plan.kernels.push_back(std::move(kernel));
+    }
+  }
+  put_plan(stack, std::move(plan));
 }
 
 int64_t metal_decodes() { return decodes.load(); }

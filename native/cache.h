@@ -69,6 +69,11 @@ void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num
 
 void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
+/// Queries for the plans of the two: their arguments, and a plan's results.
+void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
+void flash_attn_append_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
 /// Runs the kernels of a plan, and counts it. `tensors` are the buffers of the first one besides
 /// the operands and what it writes; `stats` are lse or row_stats. Throws MetalError.
 void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const Operands& operands,

@@ -342,9 +342,9 @@ def _listed(arguments: type) -> str:
 
 DECODE_SCHEMA = _listed(CacheCall)
 """The arguments as they stand in the schema of flash_attn_decode."""
-APPEND_SCHEMA = (
-    _listed(AppendCall)
-    .replace("Tensor key_cache", "Tensor(a!) key_cache")
-    .replace("Tensor value_cache", "Tensor(b!) value_cache")
+APPENDED_SCHEMA = _listed(AppendCall)
+"""Those of flash_attn_append, as they stand in the schema of a query that writes to none."""
+APPEND_SCHEMA = APPENDED_SCHEMA.replace("Tensor key_cache", "Tensor(a!) key_cache").replace(
+    "Tensor value_cache", "Tensor(b!) value_cache"
 )
 """The same of flash_attn_append, which writes to the caches."""

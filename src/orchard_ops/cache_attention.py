@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cache import MOST_QUERIES, PAGE_MULTIPLE, CacheCall
 from .ops.schema import DECODE, FORWARD, public_lse
+from .scoring import NO_BACKWARD
 
 GATHERED_BYTES = 256 << 20
 """The memory of rooms at a time. Those of one sequence may take more."""
@@ -56,5 +57,6 @@ def slices(batch: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _forward(*arguments: object) -> tuple[Tensor, Tensor]:
     query, key, value, scoring = CacheCall(*arguments).as_forward()  # type: ignore[arg-type]
+    scoring = scoring._replace(key_span=NO_BACKWARD)
     out, row_stats = FORWARD(query, key, value, *scoring, arguments[-1])
     return out, public_lse(row_stats, scoring.unit)

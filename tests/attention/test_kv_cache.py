@@ -271,6 +271,13 @@ def test_on_metal(dtype: torch.dtype, name: str, checked: None, fresh_stats: Non
     assert orchard_ops.stats().fallbacks == 0
 
 
+@pytest.mark.parametrize("q_len", (1, 20))
+def test_wide_heads_run_on_the_reference(q_len: int, fresh_stats: None):
+    problem = Problem(widths=(257, 16), q_len=q_len, dtype=torch.float32)
+    with pytest.warns(orchard_ops.OrchardFallbackWarning, match="head_dim is above 256"):
+        problem.check("mps")
+
+
 SLICED = {
     "few queries, odd pages": {"page_size": 8, "q_len": 2},
     "many queries, pages": {"page_size": 16, "q_len": 20, "alibi": "batch"},
@@ -566,4 +573,8 @@ def test_is_reported():
     )
     assert metal.query == (2, 4, 2, 16) and metal.arguments == (
         "causal, added 20, cache_seqlens (2,) int32, block_table (2, 4) int32"
+    )
+    assert metal.kernels == (
+        "attention_decode_float16_d64_v64_r1_chunks_paged",
+        "attention_decode_merge_float16",
     )

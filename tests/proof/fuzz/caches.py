@@ -373,5 +373,3 @@ def check_cache(example: CacheExample) -> str:
 
 def bits_or_numbers(x: Tensor) -> Tensor:
     return bits(x) if x.is_floating_point() else x
-
-

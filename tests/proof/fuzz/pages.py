@@ -68,9 +68,7 @@ def pages_examples(draw: st.DrawFn) -> PagesExample:
     page_size, pages = draw(st.sampled_from((1, 3, 7, 16, 16, 24, 32))), draw(st.integers(1, 5))
     most = draw(st.sampled_from((1, 3, 16, 17, 40)))
     key_lengths = st.integers(0, page_size * pages)
-    lengths = draw(
-        st.lists(st.tuples(st.integers(0, most), key_lengths), min_size=1, max_size=5)
-    )
+    lengths = draw(st.lists(st.tuples(st.integers(0, most), key_lengths), min_size=1, max_size=5))
     head_dim = draw(HEAD_DIMS)
     starts = None
     if draw(st.booleans()):
