@@ -145,7 +145,7 @@ def _decode_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, 
             own = torch.arange(batch, dtype=torch.int32, device=key.device)
             entries = own.repeat(size)
     else:
-        count = key.shape[0 if dims.key is None or dims.key > 0 else 1]  # type: ignore[operator]
+        count = key.shape[0 if dims.key is None or dims.key > 0 else 1]
         key, value = (_fold(x, d, size) for x, d in ((key, dims.key), (value, dims.value)))  # type: ignore[arg-type,assignment]
         first = torch.arange(size, device=key.device).repeat_interleave(batch) * count
         if entries is not None:
