@@ -1,4 +1,4 @@
-"""`python -m fuzz --minutes N [--of PROBLEM ...]`: draws calls until time is up; keeps what fails."""
+"""`python -m fuzz --minutes N [--of PROBLEM ...]`: draws calls for so long; keeps what fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import seed as hypothesis_seed
 from rich.console import Console
 
 from .examples import KNOWN
-from .problems import PROBLEMS, AnyExample, check_any, is_known
+from .problems import PROBLEMS, AnyExample, check_any, is_known, name_of
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 _BATCH = 100  # examples between two looks at the clock, of one kind of problem
@@ -57,7 +57,7 @@ def main() -> int:
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(example=PROBLEMS[of].examples())
-        def run(example: AnyExample, of: str = of) -> None:
+        def run(example: AnyExample) -> None:
             last[:] = [example]
             try:
                 path = check_any(example)
@@ -66,11 +66,13 @@ def main() -> int:
                     raise
                 path = KNOWN
             paths[path] += 1
-            problems[of] += 1
+            problems[name_of(example)] += 1
 
         try:
             run()
         except Exception as error:
+            if not last:  # nothing was drawn
+                raise
             failure = error
         batches += 1
         minutes = (time.monotonic() - started) / 60
