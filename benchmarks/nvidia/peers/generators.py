@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ def program(
     What ``main`` does not reach is left out: it may need functions of files that need a Mac.
     """
     folder = package.file("csrc")
-    built = package.folder / name
+    identity = hashlib.sha256(repr((main, sources, headers)).encode()).hexdigest()[:12]
+    built = package.folder / f"{name}-{identity}"
     if built.exists():
         return built
     own = package.folder / f"{name}-headers"
