@@ -80,7 +80,7 @@ def _largest_error(x: Tensor, ref: Tensor) -> float:
     return error.max().item() if error.numel() else 0.0
 
 
-def _same_bits(x: Tensor, y: Tensor) -> bool:
+def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
@@ -115,6 +115,8 @@ class Progress:
 
 
 class Prover:
+    module = "prove"
+
     def __init__(self, kernels: Kernels, planner: Planner, progress: Progress | None = None):
         self.kernels = kernels
         self.planner = planner
@@ -176,7 +178,7 @@ class Prover:
             if group == "under sanitizer":
                 return
             record.repeats_bitwise = all(
-                _same_bits(x, y) for x, y in zip(results, run()) if x is not None
+                same_bits(x, y) for x, y in zip(results, run()) if x is not None
             )
             if not record.repeats_bitwise:
                 raise AssertionError("a second run gives other bits")
@@ -222,7 +224,7 @@ class Prover:
                 return
             environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             command = [program, "--tool", tool, "--error-exitcode", "9"]
-            command += [sys.executable, "-m", "benchmarks.nvidia.prove", "--groups"]
+            command += [sys.executable, "-m", f"benchmarks.nvidia.{self.module}", "--groups"]
             command += ["under-sanitizer", *(["--plant", fault] if fault else [])]
             options = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
             done = subprocess.run(command, timeout=_PATIENCE, check=False, **options)
@@ -277,19 +279,21 @@ def _json_lines(result: dict) -> str:
     )
 
 
-def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
-    result = {
-        "environment": describe(SOURCES),
+def result_of(prover: Prover, sources: Path) -> dict:
+    """What is stored of a run: where it was, every problem, and every kernel that ran."""
+    ran = sorted(prover.attention.ran) if prover.usable else []
+    return {
+        "environment": describe(sources),
         "records": [asdict(record) for record in prover.records],
-        "kernels": registers,
+        "kernels": {name: prover.kernels.attributes(name) for name in ran},
     }
-    _store(result, output)
 
 
-def _store(result: dict, output: Path) -> None:
+def store(result: dict, output: Path, name: str = "proof", text: str = "") -> None:
+    """Writes both files of a result."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "proof.json").write_text(_json_lines(result))
-    (output / "proof.md").write_text(table(result))
+    (output / f"{name}.json").write_text(_json_lines(result))
+    (output / f"{name}.md").write_text(text or table(result))
 
 
 def _join(folders: Sequence[Path], output: Path) -> bool:
@@ -308,7 +312,7 @@ def _join(folders: Sequence[Path], output: Path) -> bool:
         left = sorted({Path(name).stem for name in archive.namelist()} - set(result["kernels"]))
     if left:
         raise SystemExit(f"prove: {len(left)} kernels have not run: {', '.join(left[:5])}, ...")
-    _store(result, output)
+    store(result, output)
     return any(record["failure"] for record in result["records"])
 
 
@@ -382,8 +386,7 @@ def main() -> None:
         sys.exit(prover.has_failed())
     part, parts = map(int, options.part.split("/"))
     _run_groups(prover, options.groups, options.stride, part, parts)
-    ran = sorted(prover.attention.ran) if prover.usable else []
-    _write(prover, options.output, {name: prover.kernels.attributes(name) for name in ran})
+    store(result_of(prover, SOURCES), options.output)
     print((options.output / "proof.md").read_text())
     sys.exit(prover.has_failed())
 
