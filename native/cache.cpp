@@ -7,8 +7,6 @@
 
 #include "call.h"
 #include "checks.h"
-#include "plan/decode.h"
-#include "shader_library.h"
 
 namespace orchard {
 
@@ -183,24 +181,14 @@ std::array<Tensor, 2> run_decode(
   throw_refusal(decode.plan);
   if (out.numel() == 0) return {out, lse};
   log_metal("flash_attn_decode", decode.plan, environment);
-  const Tensor sums = empty_floats(q, decode.part_rows * decode.params.part_stride);
-  const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
-  // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
-  const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : q; };
-  const bool has_keys = k.numel() > 0;
-  Bindings for_parts{{kBufferQuery, q}, {kBufferKey, has_keys ? k : q},
-      {kBufferValue, has_keys ? v : q}, {kBufferParts, sums}, {kBufferPartSums, part_sums},
-      {kBufferCacheLengths, given(cache.cache_seqlens)},
-      {kBufferCacheStarts, given(cache.cache_leftpad)},
-      {kBufferCacheEntries, given(cache.cache_batch_idx)}};
-  if (call.alibi_slopes.has_value()) for_parts.bind({kBufferAlibiSlopes, *call.alibi_slopes});
-  if (problem.paged) for_parts.bind({kBufferBlockTable, *cache.block_table});
-  const Tensor sinks = call.sinks.has_value() ? torch::stable::contiguous(*call.sinks) : q;
-  const Bindings for_rows{{kBufferParts, sums}, {kBufferPartSums, part_sums}, {kBufferSinks, sinks},
-      {kBufferOut, out}, {kBufferRowStats, lse}};
-  const auto& kernels = decode.plan.kernels;
-  dispatch(kernels[0], kernels[0].groups, for_parts, decode.params);
-  dispatch(kernels[1], kernels[1].groups, for_rows, decode.params);
+  Bindings tensors;
+  if (cache.cache_seqlens.has_value()) tensors.bind({kBufferCacheLengths, *cache.cache_seqlens});
+  if (cache.cache_leftpad.has_value()) tensors.bind({kBufferCacheStarts, *cache.cache_leftpad});
+  if (cache.cache_batch_idx.has_value())
+    tensors.bind({kBufferCacheEntries, *cache.cache_batch_idx});
+  if (call.alibi_slopes.has_value()) tensors.bind({kBufferAlibiSlopes, *call.alibi_slopes});
+  if (problem.paged) tensors.bind({kBufferBlockTable, *cache.block_table});
+  run_decode_plan(decode, call.operands, tensors, call.sinks, out, lse);
   return {out, lse};
 }
 
@@ -294,7 +282,6 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
     reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
     put_results(stack, run_decode(call, cache, environment));
-    decodes++;
     return;
   } catch (const MetalError& error) {
     allow_fallback("orchard::flash_attn_decode", call.impl, environment, error);
@@ -303,6 +290,34 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
     reason = mistake.what();
   }
   run_reference("flash_attn_decode_reference", call, reason, stack, num_results);
+}
+
+void run_decode_plan(const DecodePlan& decode, const Operands& operands, Bindings tensors,
+    const OptionalTensor& given_sinks, const Tensor& out, const Tensor& stats) {
+  const auto& [q, k, v] = operands;
+  const Tensor sums = empty_floats(q, decode.part_rows * decode.params.part_stride);
+  const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
+  const bool has_keys = k.numel() > 0;
+  for (const Binding& binding : {Binding(kBufferQuery, q), Binding(kBufferKey, has_keys ? k : q),
+           Binding(kBufferValue, has_keys ? v : q), Binding(kBufferParts, sums),
+           Binding(kBufferPartSums, part_sums)}) {
+    tensors.bind(binding);
+  }
+  // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
+  const std::pair<bool, unsigned> flags[] = {
+      {decode.params.cache.has_lengths != 0, kBufferCacheLengths},
+      {decode.params.cache.has_starts != 0, kBufferCacheStarts},
+      {decode.params.cache.has_entries != 0, kBufferCacheEntries}};
+  for (const auto& [bound, index] : flags) {
+    if (!bound) tensors.bind({index, q});
+  }
+  const Tensor sinks = given_sinks.has_value() ? torch::stable::contiguous(*given_sinks) : q;
+  const Bindings for_rows{{kBufferParts, sums}, {kBufferPartSums, part_sums}, {kBufferSinks, sinks},
+      {kBufferOut, out}, {kBufferRowStats, stats}};
+  const auto& kernels = decode.plan.kernels;
+  dispatch(kernels[0], kernels[0].groups, tensors, decode.params);
+  dispatch(kernels[1], kernels[1].groups, for_rows, decode.params);
+  decodes++;
 }
 
 int64_t metal_decodes() { return decodes.load(); }

@@ -13,9 +13,14 @@
 // head dim in an order of their own, Q is given the same one, and products sum over it in any
 // order. Fragments of V have columns in an order of their own, in which O has them until it is
 // stored.
+//
+// The forward of a call that has few queries and many keys runs here, too (prefers_decode in
+// native/plan/decode.h): its keys are a cache that is full.
 #pragma once
 
 #include "cache.h"
+#include "masks.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 
@@ -62,15 +67,94 @@ struct DecodeRow {
     exists = row < heads * attention.q_len;
     query = row / heads;
     head = query_head(kv_index * heads + row % heads, attention);
-    // Aligned at the bottom right: the last query stands on the last key.
-    position = sequence.length - attention.q_len + query;
-    begin = max(sequence.start, position - attention.window_left);
-    end = min(sequence.length, position + attention.window_right + 1);
-    exists = exists && begin < end;
-    begin = exists ? begin : ORCHARD_WINDOW_OPEN;
-    end = exists ? end : 0;
+    // Aligned at the bottom right, where the call does not move the queries: the last one stands on
+    // the last key.
+    position = sequence.length - attention.q_len + query + attention.diagonal;
+    see(max(sequence.start, position - attention.window_left),
+        min(sequence.length, position + attention.window_right + 1));
+  }
+
+  /// Stands where its key ranges say, and sees what lies between their ends.
+  METAL_FUNC void see(VisibleKeys keys) {
+    position = keys.position;
+    see(keys.prefix > 0 ? 0 : keys.begin, max(keys.end, keys.prefix));
+  }
+
+  METAL_FUNC void see(int first, int behind) {
+    exists = exists && first < behind;
+    begin = exists ? first : ORCHARD_WINDOW_OPEN;
+    end = exists ? behind : 0;
   }
 };
+
+/// What is added to the score of a key: -inf hides it.
+METAL_FUNC float mask_addend(uchar element) { return element ? 0.0f : -INFINITY; }
+
+template <typename E>
+METAL_FUNC float mask_addend(E element) {
+  return float(element);
+}
+
+/// A mask that is the same for all heads and queries of a sequence.
+template <typename MASK>
+struct KeyMask {
+  METAL_FUNC void start(Head, const device uchar*, constant AttentionParams&) {}
+  METAL_FUNC float addend(int) const { return 0.0f; }
+};
+
+template <typename E, bool PAIRS>
+struct KeyMask<Mask<E, PAIRS>> {
+  const device E* elements;
+  int64_t stride;
+
+  METAL_FUNC void start(Head head, const device uchar* mask, constant AttentionParams& params) {
+    elements = reinterpret_cast<const device E*>(mask) + mask_offset(head, params.mask);
+    stride = params.mask.col;
+  }
+
+  METAL_FUNC float addend(int key) const { return mask_addend(elements[key * stride]); }
+};
+
+/// What hides keys from all rows of a sequence alike: a mask, and where there is one query, its key
+/// ranges (RANGES). A hidden key reaches nothing, whatever its numbers are.
+template <typename MASK, bool RANGES>
+struct SharedSight {
+  static constant constexpr const bool kAny = MASK::kAny || RANGES;
+
+  KeyMask<MASK> mask;
+  VisibleKeys ranges;
+  float own;  // addend of the key of this lane
+
+  METAL_FUNC void start(Head head, const device uchar* mask_elements, const device int* key_ranges,
+      constant AttentionParams& params) {
+    mask.start(head, mask_elements, params);
+    if (RANGES) {
+      ranges = range_rows(head, key_ranges, params).of(0);
+    }
+  }
+
+  /// Reads the block from key0 on, a key a lane; those that are not among `keys` have what one of
+  /// them has. Returns whether any of them may be seen.
+  METAL_FUNC bool read(int key0, Range keys, ushort lane) {
+    if (!kAny) {
+      return true;
+    }
+    const int key = clamp(key0 + lane % ORCHARD_CACHE_BLOCK, keys.begin, keys.end - 1);
+    own = mask.addend(key);
+    if (RANGES) {
+      own = ranges.has(key) ? own : -INFINITY;
+    }
+    return simd_any(own != -INFINITY);
+  }
+
+  /// What key i of the block adds.
+  METAL_FUNC float addend(int i) const { return simd_shuffle(own, ushort(i)); }
+};
+
+/// A score with what its key adds. What is hidden is -inf even where the score is NaN.
+METAL_FUNC float seen_score(float score, float addend) {
+  return addend == -INFINITY ? -INFINITY : score + addend;
+}
 
 /// The keys of one of `parts`, of those that any row sees.
 METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
@@ -93,7 +177,7 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
 // keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
 // 16 bytes. Grid: x rows, y parts.
 template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VEC, bool PAGED,
-    bool SOFTCAP, bool ALIBI>
+    bool SOFTCAP, bool ALIBI, typename MASK, bool RANGES>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_decode(
     const device T* query [[buffer(kBufferQuery)]],        // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],            // (entries, Hkv, keys of an entry, D)
@@ -101,7 +185,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     device float* sums [[buffer(kBufferParts)]],           // (rows of x, parts, 8 R, VD)
     device float2* part_sums [[buffer(kBufferPartSums)]],  // (rows of x, parts, 8 R)
     constant DecodeParams& params [[buffer(kBufferParams)]],
+    const device uchar* mask [[buffer(kBufferMask)]],
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],  // (1 or B, 1, 1, 4)
     const device int* cache_lengths [[buffer(kBufferCacheLengths)]],
     const device int* cache_starts [[buffer(kBufferCacheStarts)]],
     const device int* cache_entries [[buffer(kBufferCacheEntries)]],
@@ -127,6 +213,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   sequence.find(kv_index / attention.num_kv_heads,
       cache_buffers(cache_lengths, cache_starts, cache_entries, block_table), params.cache);
 
+  SharedSight<MASK, RANGES> sight;
+  sight.start(first_of_group(kv_index, attention), mask, key_ranges, attention);
   DecodeRow rows[R];
   HeadScore<sizeof(T) == 4, SOFTCAP, ALIBI> scores[R];
   Range seen;
@@ -135,6 +223,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     rows[r].find(kv_index, row0 + 8 * r + at.row, sequence, params);
+    if (RANGES) {
+      rows[r].see(sight.ranges);
+    }
     scores[r].start(rows[r].head, alibi_slopes, attention);
     seen.begin = min(seen.begin, rows[r].begin);
     seen.end = max(seen.end, rows[r].end);
@@ -169,6 +260,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   OnlineSoftmax<R, true> softmax;
   softmax.init();
   for (int key0 = keys.begin / kBlock * kBlock; key0 < keys.end; key0 += kBlock) {
+    if (!sight.read(key0, keys, lane)) {
+      continue;
+    }
     const int64_t k_block = sequence.template row_offset<PAGED>(key0, attention.k);
     const int64_t v_block = sequence.template row_offset<PAGED>(key0, attention.v);
     Tile<float, R, kColumns> s;
@@ -204,6 +298,14 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         }
       }
     }
+    float2 addends[kColumns];
+    ORCHARD_UNROLL
+    for (int c = 0; c < kColumns; c++) {
+      addends[c] = float2(0.0f);
+      if (SharedSight<MASK, RANGES>::kAny) {
+        addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
+      }
+    }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
       const int begin = max(keys.begin, rows[r].begin);
@@ -213,8 +315,11 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         const int column = key0 + 8 * c + at.col;
         const float distance = float(rows[r].position - column);
         float2 derivative;  // not used
-        const float2 score =
+        float2 score =
             scores[r].of(s.fragments[r][c], float2(distance, distance - 1.0f), derivative);
+        if (SharedSight<MASK, RANGES>::kAny) {
+          score = float2(seen_score(score.x, addends[c].x), seen_score(score.y, addends[c].y));
+        }
         s.fragments[r][c].x = column >= begin && column < end ? score.x : -INFINITY;
         s.fragments[r][c].y = column + 1 >= begin && column + 1 < end ? score.y : -INFINITY;
       }
@@ -224,10 +329,16 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
       const int row = clamp(key0 + 8 * c + at.row, keys.begin, keys.end - 1) - key0;
+      bool hidden = false;  // its weights are zero, which its numbers may not be
+      if (SharedSight<MASK, RANGES>::kAny) {
+        hidden = sight.addend(8 * c + at.row) == -INFINITY;
+      }
       ORCHARD_UNROLL
       for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
-        const Chunk<T> a =
-            v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        Chunk<T> a = v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        if (SharedSight<MASK, RANGES>::kAny) {
+          a.bits = hidden ? uint4(0) : a.bits;
+        }
         ORCHARD_UNROLL
         for (int f = 0; f < kChunk / 2; f++) {
           const vec<F, 2> right = operand<F>(a.pair(f));

@@ -5,6 +5,21 @@
 #include "decode_params.h"
 #include "softmax.h"
 
+/// row_stats of a forward, from those of a row in natural units. What the origin loses on its way
+/// to powers of two is among the logarithm.
+METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
+  if (total == 0.0f) {
+    return float2(numeric_limits<float>::lowest(), -INFINITY);
+  }
+  if (!powers) {
+    return float2(top, log(total));
+  }
+  const float kPower = Exponential<true>::kPower;
+  const float kPowerRest = 1.92596303e-8f;
+  const float origin = top * kPower;
+  return float2(origin, log2(total) + (fma(top, kPower, -origin) + top * kPowerRest));
+}
+
 template <typename T, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -13,7 +28,7 @@ attention_decode_merge(const device float* sums
     const device float2* part_sums [[buffer(kBufferPartSums)]],  // (origin, sum) of each
     const device float* sinks [[buffer(kBufferSinks)]],          // (Hq)
     device T* out [[buffer(kBufferOut)]],                        // (B, Hq, L, Dv)
-    device float* lse [[buffer(kBufferRowStats)]],               // (B, Hq, L)
+    device float* lse [[buffer(kBufferRowStats)]],               // (B, Hq, L), or 2 of each row
     constant DecodeParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -59,7 +74,12 @@ attention_decode_merge(const device float* sums
     to[col] = T(sum * factor);
   }
   if (lane == 0) {
-    lse[(int64_t)head_index * attention.q_len + query] =
-        total == 0.0f ? -INFINITY : top + log(total);
+    const int64_t at = (int64_t)head_index * attention.q_len + query;
+    if (params.row_stats) {
+      reinterpret_cast<device float2*>(lse)[at] =
+          forward_stats(top, total, params.powers_of_2 != 0);
+    } else {
+      lse[at] = total == 0.0f ? -INFINITY : top + log(total);
+    }
   }
 }

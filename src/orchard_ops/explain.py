@@ -12,6 +12,7 @@ import torch
 
 from . import calls, native
 from .arguments import Call, prepare
+from .ops import autograd
 from .plan import plan
 
 _BACKWARD = "attention_backward"
@@ -87,12 +88,15 @@ def _of_the_arguments_of(
 def explain(call: Call) -> Explanation:
     """Says what `flash_attn` would do with the same arguments. Runs nothing.
 
-    The backward is explained for a gradient laid out like the output.
+    The backward is explained for a gradient laid out like the output. A call of few queries has
+    none on the decode kernel, which runs it where no operand requires a gradient or gradients are
+    switched off.
 
     Raises:
         ValueError, TypeError: as `flash_attn`, for a malformed call.
     """
-    return explain_flat(*call.flat())
+    args = call.flat()
+    return explain_flat(*(args if autograd.needs_grad(args) else autograd.without_backward(args)))
 
 
 def explain_flat(*arguments: Any) -> Explanation:

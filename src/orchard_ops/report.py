@@ -16,6 +16,7 @@ from .cache import CacheCall
 from .descriptions import Description, describe, describe_cache, describe_sdpa
 from .explain import explain_flat
 from .ops.schema import BackwardArgs, ForwardArgs
+from .scoring import NO_BACKWARD
 from .training_memory import score_matrix_bytes
 
 _DIRECTIONS = {"flash_attn_fwd": "forward", "flash_attn_bwd": "backward"}
@@ -140,11 +141,12 @@ class _Collector:
         problem = describe(call.query, call.key, call.value, call.scoring)
         tensors = (call.query, call.key, call.value, *call.scoring)
         layouts = tuple(_layout(x) for x in tensors if isinstance(x, Tensor))
+        alone = call.scoring.key_span == NO_BACKWARD  # which may run on other kernels
         with self._lock:
-            entry = self._entries.get((op, problem, layouts, reference))
+            entry = self._entries.get((op, problem, layouts, alone, reference))
             if entry is None:
                 entry = self._new(op, problem, call, reference)
-                self._entries[op, problem, layouts, reference] = entry
+                self._entries[op, problem, layouts, alone, reference] = entry
             entry.count += 1
             if entry.direction == "backward":
                 batch, num_heads, q_len, _ = problem.query

@@ -313,7 +313,7 @@ def decode_variants(sources: Sources) -> None:
             words = [torch_name, f"d{bd}", f"v{vd}", "r1", "chunks" if chunks else "elements"]
             words += ["paged"] * paged + ["softcap"] * softcap + ["alibi"] * alibi
             flags = [str(bool(n)).lower() for n in (chunks, paged, softcap, alibi)]
-            arguments = [metal, operand, str(bd), str(vd), "1", "4", *flags]
+            arguments = [metal, operand, str(bd), str(vd), "1", "4", *flags, "NoMask", "false"]
             groups = (4, 1 if paged else 2)
             rows = 4 * 4 * groups[1] * 8
             _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
@@ -386,6 +386,7 @@ def decode_params(sources: Sources) -> None:
     for name, value in numbers.items():
         assert getattr(cache, name) == value, name
     assert (cache.capacity, cache.paged) == (300, 0)
+    assert not (plan.params.row_stats or plan.params.powers_of_2 or x.diagonal)
     none = _plan(sources).params.cache
     assert not (none.has_lengths or none.has_starts or none.has_entries or none.added)
     paged = _plan(sources, keys=16, entries=5, cache={"paged": 1, "pages": 4, "table_row": 4})
