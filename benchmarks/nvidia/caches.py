@@ -85,6 +85,16 @@ class Append:
     offset: int = 0  # from what the lengths say to where the first one goes
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A forward that no backward follows, of few queries: q, k and v as flash_attn has them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scoring: Scoring
+
+
 def _place(x: Tensor) -> Place:
     return (tuple(x.shape), x.stride(), int(x.storage_offset()))
 
@@ -117,21 +127,34 @@ class CachePlanner:
         plan = _accepted(self._planner.decode(places, _dtype(call.q), numbers, **fields))
         return _with_parts(plan, call.parts) if call.parts else plan
 
+    def forward(self, call: Forward, out: Tensor) -> CachePlan:
+        """Raises ValueError where the plan leaves the call to the forward's own kernel."""
+        layouts = {"q": call.q, "k": call.k, "v": call.v, "out": out}
+        places = {name: _place(x) for name, x in layouts.items()}
+        fields = call.scoring.fields()
+        plan = self._planner.forward_as_decode(places, _dtype(call.q), **fields)
+        if plan is None:
+            raise ValueError("the plan has no decode kernel for this forward")
+        return _accepted(plan)
+
     def append(self, call: Append) -> CachePlan:
         numbers = {**call.places.numbers(), "offset": call.offset}
         places = (_place(call.added), _place(call.cache))
         return _accepted(self._planner.append(*places, _dtype(call.added), numbers))
 
 
-def kernels_of(planner: CachePlanner, calls: Iterable[Decode | Append]) -> dict[str, Kernel]:
+def kernels_of(
+    planner: CachePlanner, calls: Iterable[Decode | Forward | Append]
+) -> dict[str, Kernel]:
     """What calls run, by name."""
     found = {}
     for call in calls:
         if isinstance(call, Append):
             plan = planner.append(call)
         else:
-            q, width = call.q, call.v.shape[3]
-            plan = planner.decode(call, q[..., :1].expand(*q.shape[:3], width).contiguous())
+            out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
+            of_call = planner.forward if isinstance(call, Forward) else planner.decode
+            plan = of_call(call, out)
         found |= {kernel.name: kernel for kernel in plan.kernels}
     return found
 
@@ -175,6 +198,15 @@ class Caches:
         guarded.assert_margins_untouched()
         return out, lse
 
+    def forward(self, call: Forward) -> tuple[Tensor, Tensor]:
+        """out and row_stats"""
+        guarded = self.outputs()
+        out, row_stats = guarded.in_order_of(call.q, call.v.shape[3]), guarded.row_stats(call.q)
+        plan = self._planner.forward(call, out)
+        self.run(self._prepare_rows(plan, call, out, row_stats, guarded))
+        guarded.assert_margins_untouched()
+        return out, row_stats
+
     def append(self, call: Append) -> None:
         """Fills the cache of the call."""
         self.run(self.prepare_append(call))
@@ -184,12 +216,24 @@ class Caches:
     ) -> list[Launch]:
         """The kernels of the plan in order; they write out and lse, and scratch of `guarded`."""
         plan = self._planner.decode(call, out)
-        tensors = {"query": call.q, "key": call.k, "value": call.v, "out": out, "row_stats": lse}
-        for name in ("alibi_slopes", "sinks"):
+        return self._prepare_rows(plan, call, out, lse, guarded, **call.places.buffers())
+
+    def _prepare_rows(
+        self,
+        plan: CachePlan,
+        call: Decode | Forward,
+        out: Tensor,
+        stats: Tensor,
+        guarded: Guarded,
+        **tensors: Tensor,
+    ) -> list[Launch]:
+        """`stats` is lse or row_stats, as the plan says."""
+        tensors |= {"query": call.q, "key": call.k, "value": call.v}
+        tensors |= {"out": out, "row_stats": stats}
+        for name in ("mask", "alibi_slopes", "sinks", "key_ranges"):
             x = getattr(call.scoring, name)
             if x is not None:
                 tensors[name] = x
-        tensors |= call.places.buffers()
         tensors["parts"] = guarded.dense([plan.part_rows, plan.params.part_stride], torch.float32)
         tensors["part_sums"] = guarded.dense([plan.part_rows, 2], torch.float32)
         return self._prepare(plan, tensors)

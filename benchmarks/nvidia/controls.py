@@ -66,6 +66,11 @@ def one_key_more(params: DecodeParams) -> None:
     params.cache.added += 1
 
 
+def far_too_many_keys(params: DecodeParams) -> None:
+    params.cache.capacity += 1 << 16
+    params.cache.added += 1 << 16
+
+
 def _one_key_fewer(params: DecodeParams) -> None:
     params.cache.added -= 1
 

@@ -16,16 +16,19 @@ import torch
 
 from benchmarks.planner import DecodeParams
 
-from . import append_cases, cache_cases, controls
+from . import append_cases, cache_cases, controls, few_queries
 from .append_cases import AppendCase
+from .attention import lse_of
 from .cache_cases import CacheCase
 from .caches import CachePlanner, Caches
+from .cases import Case
 from .driver import Kernels
 from .paths import CACHES_KERNELS, CACHES_PLANNER, CACHES_SOURCES, RESULTS
 from .prove import Prover, Record, result_of, same_bits, store
 from .report import table
 
-_GROUPS = (*cache_cases.GROUPS, "appended", "controls", "sanitizers", "under-sanitizer")
+_COMPARED = (*cache_cases.GROUPS, "few queries", "appended")
+_GROUPS = (*_COMPARED, "controls", "sanitizers", "under-sanitizer")
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 _LISTED = ("128k keys", "compute-sanitizer", "planted fault")
 
@@ -60,6 +63,21 @@ class CacheProver(Prover):
 
         self.attempt(group, str(case), work)
 
+    def forward(self, case: Case) -> None:
+        def work(record: Record) -> None:
+            record.dtype = str(case.dtype).removeprefix("torch.")
+            dense = case.operands()
+            call = few_queries.placed(case, dense)
+            out, row_stats = self.attention.forward(call)
+            again = self.attention.forward(call)
+            record.repeats_bitwise = all(map(same_bits, (out, row_stats), again))
+            if not record.repeats_bitwise:
+                raise AssertionError("a second run gives other bits")
+            lse = lse_of(row_stats, call.scoring.plain)
+            record.errors = few_queries.check(case, dense, out, lse)
+
+        self.attempt("few queries", str(case), work)
+
     def append(self, case: AppendCase) -> None:
         def work(record: Record) -> None:
             record.dtype = str(case.dtype).removeprefix("torch.")
@@ -89,16 +107,19 @@ class CacheProver(Prover):
 
 
 def _run_groups(prover: CacheProver, chosen: list[str]) -> None:
-    if set(cache_cases.GROUPS) & set(chosen):
+    if set(_COMPARED) & set(chosen):
         prover.kernels.assemble(sorted(prover.kernels.names, key=_effort))
     for group, problems in cache_cases.GROUPS.items():
         if group in chosen:
             for case in problems():
                 prover.decode(group, case)
+    if "few queries" in chosen:
+        for case in few_queries.forwards():
+            prover.forward(case)
     if "appended" in chosen:
         for case in append_cases.appends():
             prover.append(case)
-    if {*cache_cases.GROUPS, "appended"} <= set(chosen):
+    if set(_COMPARED) <= set(chosen):
         prover.every_kernel_has_run()
     if "controls" in chosen:
         for fault in controls.disturbed_parameters_of_caches():
