@@ -8,11 +8,10 @@ failed.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from benchmarks.planner import DecodeParams
 
@@ -136,13 +135,39 @@ def _effort(name: str) -> tuple[bool, str]:
     return ("float16" not in name, name)
 
 
+def _store(result: dict, options: argparse.Namespace) -> str:
+    """Writes both files and returns the Markdown."""
+    title = "The kernels for caches on an NVIDIA GPU"
+    text = table(result, title, CacheProver.module, _LISTED)
+    store(result, options.output, options.name, text)
+    return text
+
+
+def _join(paths: list[Path], options: argparse.Namespace) -> bool:
+    """Makes one result of several runs of the same kernels. Returns whether a problem failed."""
+    parts = [json.loads(path.read_text()) for path in paths]
+    if len({part["environment"]["sources"]["digest"] for part in parts}) != 1:
+        raise SystemExit("prove_caches: the results to be joined are of different kernels")
+    records = [record for part in parts for record in part["records"]]
+    kernels = {name: of for part in parts for name, of in part["kernels"].items()}
+    _store(
+        {"environment": parts[0]["environment"], "records": records, "kernels": kernels}, options
+    )
+    return any(record["failure"] for record in records)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", choices=_GROUPS, default=_GROUPS[:-1])
     parser.add_argument("--plant", choices=("keys", "barriers"), help="a fault, under-sanitizer")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="caches", help="of the two files")
+    parser.add_argument(
+        "--join", nargs="+", metavar="NAME", help="run nothing: join earlier results of that --name"
+    )
     options = parser.parse_args()
+    if options.join:
+        sys.exit(_join([options.output / f"{name}.json" for name in options.join], options))
     mutate = controls.without_barriers if options.plant == "barriers" else bytes
     prover = CacheProver(Kernels(CACHES_KERNELS, mutate), CachePlanner(CACHES_PLANNER))
     if "under-sanitizer" in options.groups:
@@ -152,11 +177,7 @@ def main() -> None:
             prover.decode("under sanitizer", case, only_once=True)
         sys.exit(prover.has_failed())
     _run_groups(prover, options.groups)
-    result = result_of(prover, CACHES_SOURCES)
-    text = table(result, "The kernels for caches on an NVIDIA GPU", prover.module, _LISTED)
-    store(result, options.output, options.name, text)
-    torch.cuda.synchronize()
-    print(text)
+    print(_store(result_of(prover, CACHES_SOURCES), options))
     sys.exit(prover.has_failed())
 
 
