@@ -307,10 +307,11 @@ def entries_of(slots: Tensor, b: int, places: Places, keys: int) -> tuple[Tensor
 def decodes() -> Iterator[CacheCase]:
     """Every width with every dtype, rooms and pages; then options, alone and together."""
     for n, (widths, dtype) in enumerate(itertools.product(WIDTHS, DTYPES)):
-        base = CacheCase(dtype, widths, HEADS[n % 3], q_len=1 + n % 4, window_right=0)
+        heads = n % 3 + n // 3
+        base = CacheCase(dtype, widths, HEADS[heads % 3], q_len=1 + n % 4, window_right=0)
         yield base.but(layout=("tokens", "heads")[n % 2])
         yield base.but(
-            heads=HEADS[(n + 1) % 3],
+            heads=HEADS[(heads + 1) % 3],
             q_len=1 + (n + 2) % 4,
             page_size=PAGE_SIZES[n % 4],
             capacity=4096 // PAGE_SIZES[n % 4] * PAGE_SIZES[n % 4],

@@ -71,7 +71,7 @@ def far_too_many_keys(params: DecodeParams) -> None:
     params.cache.added += 1 << 16
 
 
-def _one_key_fewer(params: DecodeParams) -> None:
+def one_key_fewer(params: DecodeParams) -> None:
     params.cache.added -= 1
 
 
@@ -110,7 +110,7 @@ def disturbed_parameters_of_caches() -> Iterator[CacheFault]:
     base = CacheCase(torch.float32, window_right=0, q_len=2)
     yield "the scale off by 0.01 %", base, _scale_of_decode
     yield "one key too many, which is NaN", base, one_key_more
-    yield "one key too few", base.but(lengths=(0, 2049, 400)), _one_key_fewer
+    yield "one key too few", base.but(lengths=(0, 2049, 400)), one_key_fewer
     yield "the window off by one", base.but(window_left=1000), _window_of_decode
     yield "always the first key head", base, _first_head_of_keys
     yield "no left padding", base.but(starts=(0, 100, 999, 0, 2000)), _no_starts
