@@ -109,9 +109,9 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
       "f"(c1), "r"(h));
 }
 
-// float operands in a mode of their own: the tensor cores' product of TF32 numbers.  It pairs column
-// t of A with row t of B and t + 4 with t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum
-// over k is in another order.  The words of B are transposed in two halves.
+// float operands in a mode of their own: the tensor cores' product of TF32 numbers.  It pairs
+// column t of A with row t of B and t + 4 with t + 4, where a lane has columns 2 t and 2 t + 1 of
+// A: the sum over k is in another order.  The words of B are transposed in two halves.
 MSL_INLINE MSL_CONVERGENT inline uint tf32(float v) {
   uint r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
