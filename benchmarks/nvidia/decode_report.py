@@ -118,6 +118,8 @@ def summary(result: dict) -> Iterator[str]:
     for r in result["records"]:
         if r["failure"]:
             yield f"Failed: {r['work']}: {r['failure'].splitlines()[0][:300]}."
+        for name, reason in r["left_out"].items():
+            yield f"Not timed: {name} in {r['work']}: {reason.splitlines()[0][:300]}."
 
 
 _READING = (

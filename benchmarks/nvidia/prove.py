@@ -116,6 +116,8 @@ class Progress:
 
 class Prover:
     module = "prove"
+    quiet = False
+    """Whether failures are not printed: those of planted faults."""
 
     def __init__(self, kernels: Kernels, planner: Planner, progress: Progress | None = None):
         self.kernels = kernels
@@ -143,7 +145,7 @@ class Prover:
             torch.cuda.synchronize()
         except Exception as error:
             record.failure = f"{type(error).__name__}: {error}"
-            if group != "control":
+            if not self.quiet:
                 print(f"FAILED {group}: {case}\n{traceback.format_exc()}", flush=True)
             self._look_after_gpu()
         record.seconds = round(time.monotonic() - started, 3)
@@ -248,6 +250,7 @@ class Prover:
 
         def work(record: Record) -> None:
             inner = Prover(self.kernels, self.planner)
+            inner.quiet = True
             inner.attention.disturb = disturb
             inner.case("control", case)
             if "AssertionError" not in inner.records[0].failure:

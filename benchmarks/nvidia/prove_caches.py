@@ -93,6 +93,7 @@ class CacheProver(Prover):
 
         def work(record: Record) -> None:
             inner = CacheProver(self.kernels, self.planner)
+            inner.quiet = True
             inner.attention.disturb = disturb
             if isinstance(case, AppendCase):
                 inner.append(case)

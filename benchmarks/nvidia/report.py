@@ -55,7 +55,8 @@ def table(
         cells = []
         for name in _RESULTS:
             errors = [row["errors"][name] for row in rows if name in row["errors"]]
-            cells.append(" / ".join(f"{max(e[i] for e in errors):.1e}" for i in (0, 1)))
+            largest = (f"{max(e[i] for e in errors):.1e}" for i in (0, 1)) if errors else ()
+            cells.append(" / ".join(largest))
         repeated = [r["repeats_bitwise"] for r in rows if r["repeats_bitwise"] is not None]
         again = f"{sum(repeated)} of {len(repeated)}" if repeated else "not tried"
         failed = sum(bool(row["failure"]) for row in rows)

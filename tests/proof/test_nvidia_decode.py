@@ -309,6 +309,21 @@ def test_nothing_is_timed_that_is_wrong(planner: caches.CachePlanner, few_sets: 
 
 
 @has_headers
+def test_a_peer_that_is_wrong_is_left_out(
+    planner: caches.CachePlanner, few_sets: None, monkeypatch: pytest.MonkeyPatch
+):
+    bench = bench_of(planner, SMALL)
+    prepare = decode_peer.prepare
+    monkeypatch.setattr(decode_peer, "prepare", lambda *x: prepare(*x[:-1], 0.2))
+    bench.run(SMALL)
+    (record,) = bench.records
+    assert record.failure == "" and decode_speed.PEER not in record.times
+    assert "max error" in record.left_out[decode_speed.PEER] and not record.speedup
+    lines = list(decode_report.summary({"records": [dataclasses.asdict(record)]}))
+    assert lines[-1].startswith(f"Not timed: PyTorch's in {SMALL}: out: max error")
+
+
+@has_headers
 def test_results_that_change_while_timed_are_noticed(
     planner: caches.CachePlanner, few_sets: None, monkeypatch: pytest.MonkeyPatch
 ):

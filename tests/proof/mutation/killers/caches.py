@@ -321,7 +321,7 @@ def decode_variants(sources: Sources) -> None:
             merge = plan.kernels[1]
             assert merge.name == f"attention_decode_merge_{torch_name}"
             assert f"decltype(attention_decode_merge<{metal}, 4>)" in merge.instantiation
-            assert merge.groups == (4, 1) and merge.threads == 128
+            assert merge.groups == (16, 1) and merge.threads == 128
 
 
 def decode_rows(sources: Sources) -> None:
