@@ -1,5 +1,9 @@
-// out and lse of attention_decode, from the sums of its parts: a simdgroup for each query of each
-// head, which takes the parts in their order. A sink is one more part, without a value.
+// out and lse of attention_decode, from the sums of its parts: a threadgroup for each query of each
+// head. Its simdgroups take a run of the parts each, in their order, and their sums are added in
+// the order of the simdgroups. A sink is one more part, without a value.
+//
+// A part's numbers are far away and few. What could wait for one after the other is read for
+// several parts at once.
 #pragma once
 
 #include "decode_params.h"
@@ -20,6 +24,9 @@ METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
   return float2(origin, log2(total) + (fma(top, kPower, -origin) + top * kPowerRest));
 }
 
+/// Parts whose sums a lane reads before it adds up any of them.
+#define ORCHARD_MERGED_AT_ONCE 8
+
 template <typename T, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -34,13 +41,13 @@ attention_decode_merge(const device float* sums
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   using Exp = Exponential<true>;
+  const int kAtOnce = ORCHARD_MERGED_AT_ONCE;
+  const int kWidth = ORCHARD_SIMD_WIDTH;
+  threadgroup float2 storage[SIMDGROUPS * ORCHARD_SIMD_WIDTH];
+
   constant AttentionParams& attention = params.attention;
-  const int index = group.x * SIMDGROUPS + simdgroup;
-  const int query = index % attention.q_len;
-  const int head_index = index / attention.q_len;
-  if (head_index >= attention.batch * attention.num_heads) {
-    return;
-  }
+  const int query = group.x % attention.q_len;
+  const int head_index = group.x / attention.q_len;
   const int heads = attention.num_heads / attention.num_kv_heads;
   const int head = head_index % attention.num_heads;
   const int row = query * heads + head % heads;
@@ -48,32 +55,67 @@ attention_decode_merge(const device float* sums
   const int64_t first = block * params.parts * params.block_rows + row % params.block_rows;
 
   float top = attention.has_sinks ? sinks[head] : numeric_limits<float>::lowest();
-  for (int part = lane; part < params.parts; part += ORCHARD_SIMD_WIDTH) {
+  for (int part = lane; part < params.parts; part += kWidth) {
     top = max(top, part_sums[first + part * params.block_rows].x);
   }
   top = simd_max(top);
   float total = 0.0f;
-  for (int part = 0; part < params.parts; part++) {
+  for (int part = lane; part < params.parts; part += kWidth) {
     const float2 of_part = part_sums[first + part * params.block_rows];
     total += of_part.y != 0.0f ? of_part.y * Exp::of(of_part.x - top) : 0.0f;
   }
+  total = simd_sum(total);
   total += attention.has_sinks ? Exp::of(sinks[head] - top) : 0.0f;
   const float factor = total == 0.0f ? 0.0f : 1.0f / total;
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;
-  for (int col = lane; col < attention.v_head_dim; col += ORCHARD_SIMD_WIDTH) {
-    float sum = 0.0f;
-    for (int part = 0; part < params.parts; part++) {
-      const int64_t at = first + part * params.block_rows;
-      const float2 of_part = part_sums[at];
-      if (of_part.y != 0.0f) {  // what others would be multiplied with was never written
-        sum = fma(Exp::of(of_part.x - top), sums[at * params.part_stride + col], sum);
+  const int run = (params.parts + SIMDGROUPS - 1) / SIMDGROUPS;
+  const int begin = simdgroup * run;
+  const int end = min(begin + run, params.parts);
+  for (int col = 2 * lane; col < params.part_stride; col += 2 * kWidth) {
+    float2 sum = float2(0.0f);
+    for (int part0 = begin; part0 < end; part0 += kWidth) {
+      // The factor of a part in each lane; -1 where its sums were never written.
+      float own = -1.0f;
+      if (part0 + lane < end) {
+        const float2 of_part = part_sums[first + (part0 + lane) * params.block_rows];
+        own = of_part.y != 0.0f ? Exp::of(of_part.x - top) : -1.0f;
+      }
+      const int behind = min(kWidth, end - part0);
+      for (int i = 0; i < behind; i += kAtOnce) {
+        float factors[kAtOnce];
+        float2 read[kAtOnce];
+        ORCHARD_UNROLL
+        for (int n = 0; n < kAtOnce; n++) {
+          factors[n] = simd_shuffle(own, ushort(i + n));
+          read[n] = float2(0.0f);
+          if (factors[n] != -1.0f) {
+            const int64_t at = first + (part0 + i + n) * params.block_rows;
+            read[n] = *reinterpret_cast<const device float2*>(sums + at * params.part_stride + col);
+          }
+        }
+        ORCHARD_UNROLL
+        for (int n = 0; n < kAtOnce; n++) {
+          sum = fma(float2(factors[n]), read[n], sum);
+        }
       }
     }
-    to[col] = T(sum * factor);
+    storage[simdgroup * kWidth + lane] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (simdgroup == 0) {
+      for (int other = 1; other < SIMDGROUPS; other++) {
+        sum += storage[other * kWidth + lane];
+      }
+      for (int i = 0; i < 2; i++) {
+        if (col + i < attention.v_head_dim) {
+          to[col + i] = T(sum[i] * factor);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (lane == 0) {
+  if (simdgroup == 0 && lane == 0) {
     const int64_t at = (int64_t)head_index * attention.q_len + query;
     if (params.row_stats) {
       reinterpret_cast<device float2*>(lse)[at] =

@@ -321,7 +321,7 @@ def decode_variants(sources: Sources) -> None:
             merge = plan.kernels[1]
             assert merge.name == f"attention_decode_merge_{torch_name}"
             assert f"decltype(attention_decode_merge<{metal}, 4>)" in merge.instantiation
-            assert merge.groups == (4, 1) and merge.threads == 128
+            assert merge.groups == (16, 1) and merge.threads == 128
 
 
 def decode_rows(sources: Sources) -> None:
@@ -339,7 +339,7 @@ def decode_rows(sources: Sources) -> None:
         assert f"_r{block_rows // 8}_" in plan.kernels[0].name
         assert plan.part_rows == 2 * heads[1] * blocks * 4 * block_rows
         out_rows = 2 * heads[0] * q_len
-        assert plan.kernels[1].groups == (-(-out_rows // 4), 1)
+        assert plan.kernels[1].groups == (out_rows, 1)
 
 
 def decode_parts(sources: Sources) -> None:
