@@ -20,7 +20,8 @@ METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
   return float2(origin, log2(total) + (fma(top, kPower, -origin) + top * kPowerRest));
 }
 
-template <typename T, int SIMDGROUPS>
+// VD is the padded head dim of values. Grid: x rows.
+template <typename T, int VD, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_decode_merge(const device float* sums
@@ -34,6 +35,7 @@ attention_decode_merge(const device float* sums
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   using Exp = Exponential<true>;
+  const int kColumns = VD / ORCHARD_SIMD_WIDTH;
   constant AttentionParams& attention = params.attention;
   const int index = group.x * SIMDGROUPS + simdgroup;
   const int query = index % attention.q_len;
@@ -52,26 +54,50 @@ attention_decode_merge(const device float* sums
     top = max(top, part_sums[first + part * params.block_rows].x);
   }
   top = simd_max(top);
+  // A lane holds what the row's sums are to be multiplied with for one part of 32, so that these
+  // numbers are read once, and all columns of a part are read together.
   float total = 0.0f;
-  for (int part = 0; part < params.parts; part++) {
-    const float2 of_part = part_sums[first + part * params.block_rows];
-    total += of_part.y != 0.0f ? of_part.y * Exp::of(of_part.x - top) : 0.0f;
+  float columns[kColumns];
+  ORCHARD_UNROLL
+  for (int c = 0; c < kColumns; c++) {
+    columns[c] = 0.0f;
+  }
+  for (int part0 = 0; part0 < params.parts; part0 += ORCHARD_SIMD_WIDTH) {
+    const int count = min(params.parts - part0, ORCHARD_SIMD_WIDTH);
+    float2 own = float2(top, 0.0f);
+    if (lane < count) {
+      own = part_sums[first + (part0 + lane) * params.block_rows];
+    }
+    const float weight = Exp::of(own.x - top);
+    for (int i = 0; i < count; i++) {
+      const float of_part = simd_shuffle(own.y, ushort(i));
+      if (of_part == 0.0f) {  // the sums of this part were never written
+        continue;
+      }
+      const float factor = simd_shuffle(weight, ushort(i));
+      total += of_part * factor;
+      const device float* from =
+          sums + (first + (part0 + i) * params.block_rows) * params.part_stride;
+      ORCHARD_UNROLL
+      for (int c = 0; c < kColumns; c++) {
+        const int col = c * ORCHARD_SIMD_WIDTH + lane;
+        if (col < attention.v_head_dim) {
+          columns[c] = fma(factor, from[col], columns[c]);
+        }
+      }
+    }
   }
   total += attention.has_sinks ? Exp::of(sinks[head] - top) : 0.0f;
   const float factor = total == 0.0f ? 0.0f : 1.0f / total;
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;
-  for (int col = lane; col < attention.v_head_dim; col += ORCHARD_SIMD_WIDTH) {
-    float sum = 0.0f;
-    for (int part = 0; part < params.parts; part++) {
-      const int64_t at = first + part * params.block_rows;
-      const float2 of_part = part_sums[at];
-      if (of_part.y != 0.0f) {  // what others would be multiplied with was never written
-        sum = fma(Exp::of(of_part.x - top), sums[at * params.part_stride + col], sum);
-      }
+  ORCHARD_UNROLL
+  for (int c = 0; c < kColumns; c++) {
+    const int col = c * ORCHARD_SIMD_WIDTH + lane;
+    if (col < attention.v_head_dim) {
+      to[col] = T(columns[c] * factor);
     }
-    to[col] = T(sum * factor);
   }
   if (lane == 0) {
     const int64_t at = (int64_t)head_index * attention.q_len + query;

@@ -120,11 +120,14 @@ def main() -> None:
         cycles = issue("attention_decode", counts)
         size = counts.steady["device_bytes_read"]
         rate = SCHEDULERS * size / cycles.cycles
+        # Nothing but the products of the matrix unit, of which 16 rows have twice as many.
+        bound = SCHEDULERS * size / cycles.parts["mma"]
         words = f"{dtype} D{width}, {rows} rows" + ", paged" * paged + f", {score}" * bool(score)
         parts = {k: round(v / cycles.products, 1) for k, v in cycles.parts.items() if v}
         print(
             f"{words}: {cycles.per_product:.1f} cycles a product, {size:.0f} bytes a block, "
-            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}; {parts}"
+            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}, "
+            f"{bound / fastest.rate:.2f} by its products alone; {parts}"
         )
 
 

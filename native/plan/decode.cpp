@@ -187,9 +187,10 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
           mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  decode.plan.add(kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch),
-      join(dtype.metal, ", ", kSimdgroups),
-      {static_cast<uint64_t>(blocks_of(out_rows, kSimdgroups)), 1}));
+  decode.plan.add(
+      kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch, "_v", vd),
+          join(dtype.metal, ", ", vd, ", ", kSimdgroups),
+          {static_cast<uint64_t>(blocks_of(out_rows, kSimdgroups)), 1}));
   return decode;
 }
 

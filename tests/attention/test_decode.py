@@ -199,12 +199,31 @@ def test_a_cache_is_read_once():
     call = on("mps", problem.call(impl="metal"))
     with simulator.checking(), simulator.recording() as launches:
         decode(call)
-    assert [x.kernel.rsplit("_", 1)[0] for x in launches][1] == "attention_decode_merge"
+    assert launches[1].kernel.startswith("attention_decode_merge")
     cache_bytes = length * kv_heads * width * 2 * 2
     of_query = launches[0].threads[1] * 8 * width * 2
     read = launches[0].counters.device_bytes_read - of_query
     assert cache_bytes <= read <= 1.02 * cache_bytes
     assert launches[0].counters.threadgroup_barriers == launches[0].counters.threads
+
+
+@pytest.mark.parametrize("length", (256, 4096))
+@pytest.mark.parametrize(("heads", "width"), ((8, 128), (1, 64), (8, 256)))
+def test_what_joining_reads(heads: int, width: int, length: int):
+    """docs/decoding.md: the sums of each row once, and their statistics twice."""
+    import simulator
+
+    problem = Cached(
+        (length,), heads=(heads, 1), widths=(width, width), dtype=torch.float16, capacity=length
+    )
+    call = on("mps", problem.call(impl="metal"))
+    with simulator.checking(), simulator.recording() as launches:
+        decode(call)
+    parts = min(length // 64, 128)
+    read = launches[1].counters.device_bytes_read
+    assert read == heads * parts * 4 * (width + 2 * 2)
+    of_a_row = read / heads / (2 * length * width * 2)
+    assert of_a_row <= (1 + 4 / width) / 64
 
 
 @pytest.mark.parametrize("q_len", (1, 16))

@@ -319,8 +319,8 @@ def decode_variants(sources: Sources) -> None:
             _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
             assert plan.params.part_stride == vd
             merge = plan.kernels[1]
-            assert merge.name == f"attention_decode_merge_{torch_name}"
-            assert f"decltype(attention_decode_merge<{metal}, 4>)" in merge.instantiation
+            assert merge.name == f"attention_decode_merge_{torch_name}_v{vd}"
+            assert f"decltype(attention_decode_merge<{metal}, {vd}, 4>)" in merge.instantiation
             assert merge.groups == (4, 1) and merge.threads == 128
 
 
