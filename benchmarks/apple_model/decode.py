@@ -84,8 +84,8 @@ def count(
         places["v"] = places["k"]
         plan = planner.decode(places, number, cache, scale=1.0, window_right=0, **fields)
         kernel = plan.kernels[0]
-        # As many parts as a threadgroup has simdgroups, so that each takes all these blocks.
-        plan.params.parts = 4
+        # One threadgroup takes all keys, so that each of its simdgroups has all these blocks.
+        plan.params.parts = 1
         source = embed_shaders.flatten("decode.h") + "\n" + kernel.instantiation
         library = engine.compile(source, check=True)
         memory = torch.zeros(4 << 20, dtype=torch.uint8)
