@@ -1,12 +1,13 @@
 // out and lse of attention_decode, from the sums of its parts: a threadgroup for each query of each
-// head. Its simdgroups take a run of the parts each, in their order, and their sums are added in
-// the order of the simdgroups. A sink is one more part, without a value.
+// head. Its simdgroups take a run of the parts each, in their order, and are joined in the order of
+// the simdgroups. A sink is one more part, without a value.
 //
-// A part's numbers are far away and few. What could wait for one after the other is read for
-// several parts at once.
+// A part's numbers are far away and few. So they are read for several parts at once, where they
+// would be waited for one after the other.
 #pragma once
 
 #include "decode_params.h"
+#include "joined_row.h"
 #include "softmax.h"
 
 /// row_stats of a forward, from those of a row in natural units. What the origin loses on its way
@@ -27,7 +28,65 @@ METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
 /// Parts whose sums a lane reads before it adds up any of them.
 #define ORCHARD_MERGED_AT_ONCE 8
 
-template <typename T, int SIMDGROUPS>
+/// What one simdgroup's run of parts comes to. PAIRS: of columns, of each lane.
+template <int PAIRS>
+struct RunOfParts {
+  float top;    // of the run's origins
+  float total;  // this lane's part of the sum
+  float2 columns[PAIRS];
+
+  METAL_FUNC void start() {
+    top = numeric_limits<float>::lowest();
+    total = 0.0f;
+    ORCHARD_UNROLL
+    for (int c = 0; c < PAIRS; c++) {
+      columns[c] = float2(0.0f);
+    }
+  }
+
+  METAL_FUNC void find_top(const device float2* stats, int count, int stride, ushort lane) {
+    for (int part = lane; part < count; part += ORCHARD_SIMD_WIDTH) {
+      top = max(top, stats[part * stride].x);
+    }
+    top = simd_max(top);
+  }
+
+  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's first pair of each.
+  METAL_FUNC void add(const device float2* stats, const device float* sums, int count, int stride,
+      int sum_stride, ushort lane) {
+    float own = -1.0f;  // the factor of this lane's part; -1 where its sums were never written
+    if (lane < count) {
+      const float2 of_part = stats[lane * stride];
+      if (of_part.y != 0.0f) {
+        own = Exponential<true>::of(of_part.x - top);
+        total += of_part.y * own;
+      }
+    }
+    for (int i = 0; i < count; i += ORCHARD_MERGED_AT_ONCE) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < PAIRS; c++) {
+        float factors[ORCHARD_MERGED_AT_ONCE];
+        float2 pairs[ORCHARD_MERGED_AT_ONCE];
+        ORCHARD_UNROLL
+        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+          factors[n] = simd_shuffle(own, ushort(i + n));
+          pairs[n] = float2(0.0f);
+          if (factors[n] != -1.0f) {
+            pairs[n] = *reinterpret_cast<const device float2*>(
+                sums + (int64_t)(i + n) * sum_stride + c * 2 * ORCHARD_SIMD_WIDTH);
+          }
+        }
+        ORCHARD_UNROLL
+        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+          columns[c] = fma(float2(factors[n]), pairs[n], columns[c]);
+        }
+      }
+    }
+  }
+};
+
+// VD is the padded head dim of values. Grid: x rows.
+template <typename T, int VD, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_decode_merge(const device float* sums
@@ -41,9 +100,10 @@ attention_decode_merge(const device float* sums
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   using Exp = Exponential<true>;
-  const int kAtOnce = ORCHARD_MERGED_AT_ONCE;
   const int kWidth = ORCHARD_SIMD_WIDTH;
-  threadgroup float2 storage[SIMDGROUPS * ORCHARD_SIMD_WIDTH];
+  const int kPairs = VD / (2 * ORCHARD_SIMD_WIDTH);
+  threadgroup float2 run_stats[SIMDGROUPS];
+  threadgroup float2 run_columns[SIMDGROUPS * kPairs * ORCHARD_SIMD_WIDTH];
 
   constant AttentionParams& attention = params.attention;
   const int query = group.x % attention.q_len;
@@ -54,66 +114,52 @@ attention_decode_merge(const device float* sums
   const int64_t block = (int64_t)(head_index / heads) * params.blocks + row / params.block_rows;
   const int64_t first = block * params.parts * params.block_rows + row % params.block_rows;
 
-  float top = attention.has_sinks ? sinks[head] : numeric_limits<float>::lowest();
-  for (int part = lane; part < params.parts; part += kWidth) {
-    top = max(top, part_sums[first + part * params.block_rows].x);
+  const int stride = params.block_rows;
+  const int longest = (params.parts + SIMDGROUPS - 1) / SIMDGROUPS;
+  const int begin = min(simdgroup * longest, params.parts);
+  const int count = min(longest, params.parts - begin);
+  const int64_t first_of_run = first + begin * stride;
+  RunOfParts<kPairs> run;
+  run.start();
+  run.find_top(part_sums + first_of_run, count, stride, lane);
+  for (int part = 0; part < count; part += kWidth) {
+    const int64_t at = first_of_run + part * stride;
+    run.add(part_sums + at, sums + at * params.part_stride + 2 * lane, min(count - part, kWidth),
+        stride, stride * params.part_stride, lane);
   }
-  top = simd_max(top);
-  float total = 0.0f;
-  for (int part = lane; part < params.parts; part += kWidth) {
-    const float2 of_part = part_sums[first + part * params.block_rows];
-    total += of_part.y != 0.0f ? of_part.y * Exp::of(of_part.x - top) : 0.0f;
+  const float total_of_run = simd_sum(run.total);
+  if (lane == 0) {
+    run_stats[simdgroup] = float2(run.top, total_of_run);
   }
-  total = simd_sum(total);
-  total += attention.has_sinks ? Exp::of(sinks[head] - top) : 0.0f;
-  const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+  ORCHARD_UNROLL
+  for (int c = 0; c < kPairs; c++) {
+    run_columns[(simdgroup * kPairs + c) * kWidth + lane] = run.columns[c];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  JoinedRow<SIMDGROUPS> joined;
+  joined.find(run_stats, 1);
+  float top = joined.top;
+  float total = joined.total;
+  float weight = 1.0f;  // of the parts, from the sink's origin
+  if (attention.has_sinks) {
+    top = max(top, sinks[head]);
+    weight = Exp::of(joined.top - top);
+    total = total * weight + Exp::of(sinks[head] - top);
+  }
+  const float factor = total == 0.0f ? 0.0f : weight / total;
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;
-  const int run = (params.parts + SIMDGROUPS - 1) / SIMDGROUPS;
-  const int begin = simdgroup * run;
-  const int end = min(begin + run, params.parts);
-  for (int col = 2 * lane; col < params.part_stride; col += 2 * kWidth) {
-    float2 sum = float2(0.0f);
-    for (int part0 = begin; part0 < end; part0 += kWidth) {
-      // The factor of a part in each lane; -1 where its sums were never written.
-      float own = -1.0f;
-      if (part0 + lane < end) {
-        const float2 of_part = part_sums[first + (part0 + lane) * params.block_rows];
-        own = of_part.y != 0.0f ? Exp::of(of_part.x - top) : -1.0f;
-      }
-      const int behind = min(kWidth, end - part0);
-      for (int i = 0; i < behind; i += kAtOnce) {
-        float factors[kAtOnce];
-        float2 read[kAtOnce];
-        ORCHARD_UNROLL
-        for (int n = 0; n < kAtOnce; n++) {
-          factors[n] = simd_shuffle(own, ushort(i + n));
-          read[n] = float2(0.0f);
-          if (factors[n] != -1.0f) {
-            const int64_t at = first + (part0 + i + n) * params.block_rows;
-            read[n] = *reinterpret_cast<const device float2*>(sums + at * params.part_stride + col);
-          }
-        }
-        ORCHARD_UNROLL
-        for (int n = 0; n < kAtOnce; n++) {
-          sum = fma(float2(factors[n]), read[n], sum);
-        }
-      }
+  for (int c = simdgroup; c < kPairs; c += SIMDGROUPS) {
+    const float2 sum = joined.sum(run_columns + c * kWidth + lane, kPairs * kWidth);
+    const int col = 2 * (c * kWidth + lane);
+    if (col < attention.v_head_dim) {
+      to[col] = T(sum.x * factor);
     }
-    storage[simdgroup * kWidth + lane] = sum;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (simdgroup == 0) {
-      for (int other = 1; other < SIMDGROUPS; other++) {
-        sum += storage[other * kWidth + lane];
-      }
-      for (int i = 0; i < 2; i++) {
-        if (col + i < attention.v_head_dim) {
-          to[col + i] = T(sum[i] * factor);
-        }
-      }
+    if (col + 1 < attention.v_head_dim) {
+      to[col + 1] = T(sum.y * factor);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   if (simdgroup == 0 && lane == 0) {
     const int64_t at = (int64_t)head_index * attention.q_len + query;

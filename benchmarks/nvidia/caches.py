@@ -61,7 +61,7 @@ class Decode:
     places: Places
     scoring: Scoring
     added: int = 0
-    parts: int = 0  # simdgroups that share the keys of a sequence, in place of the plan's number
+    parts: int = 0  # threadgroups that share the keys of a sequence, in place of the plan's number
 
     def sequence(self, b: int) -> Decode:
         """The same of one sequence alone, with the same cache."""
@@ -166,15 +166,12 @@ def _accepted(plan: CachePlan) -> CachePlan:
 
 
 def _with_parts(plan: CachePlan, parts: int) -> CachePlan:
-    """The plan with another number of simdgroups for the keys of a sequence."""
+    """The plan with another number of threadgroups for the keys of a sequence."""
     decode, merge = plan.kernels
-    simdgroups = decode.threads // 32
-    if parts % simdgroups:
-        raise ValueError(f"parts must be a multiple of {simdgroups}; got {parts}")
     params = DecodeParams.from_buffer_copy(plan.params)
     rows = plan.part_rows // params.parts * parts
     params.parts = parts
-    decode = replace(decode, groups=(decode.groups[0], parts // simdgroups))
+    decode = replace(decode, groups=(decode.groups[0], parts))
     return replace(plan, kernels=[decode, merge], params=params, part_rows=rows)
 
 

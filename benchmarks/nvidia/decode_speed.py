@@ -200,7 +200,7 @@ class Bench:
     def _parts(self, work: DecodeWork) -> list[int]:
         """Other numbers than the plan's, of parts that have two blocks of keys at least."""
         own = self.plan(work).params.parts
-        return [n for n in self.parts if n != own and n * 32 <= work.length]
+        return [n for n in self.parts if n != own and n * 128 <= work.length]
 
     def plan(self, work: DecodeWork) -> CachePlan:
         call = work.shaped()

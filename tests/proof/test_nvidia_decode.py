@@ -88,7 +88,7 @@ def shrunk(case: CacheCase) -> CacheCase:
     for name in ("window_left", "window_right"):
         if getattr(case, name) > 1:
             changes[name] = scaled(getattr(case, name)) + 1
-    return case.but(capacity=capacity, page_size=size, parts=min(case.parts, 16), **changes)
+    return case.but(capacity=capacity, page_size=size, parts=min(case.parts, 4), **changes)
 
 
 DECODES = [case for group in cache_cases.GROUPS.values() for case in group()]
