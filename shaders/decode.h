@@ -3,8 +3,9 @@
 // The rows of a fragment are the queries of all heads that share a key/value head: row r is head
 // r % G of the group at query r / G. The keys that the rows of a threadgroup see are divided into
 // `parts` of whole blocks, as evenly as that goes, but into no smaller ones than
-// ORCHARD_LEAST_PART. Each simdgroup takes one part and leaves its sums and their statistics, which
-// attention_decode_merge joins in the order of the parts. How the keys are divided depends on the
+// ORCHARD_LEAST_PART. Each simdgroup takes one part. Those of a threadgroup join theirs in the
+// order of the parts and leave one sum and its statistics, which attention_decode_merge joins with
+// those of the other threadgroups in the same order. How the keys are divided depends on the
 // sequence itself and on the capacity of the cache, so that no result depends on what else is in
 // the batch.
 //
@@ -19,6 +20,7 @@
 #pragma once
 
 #include "cache.h"
+#include "joined_row.h"
 #include "masks.h"
 #include "ranges.h"
 #include "scores.h"
@@ -175,15 +177,15 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
 
 // T is the tensors' type, F that of the matrix unit's operands, BD and VD the padded head dims of
 // keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
-// 16 bytes. Grid: x rows, y parts.
+// 16 bytes. Grid: x rows, y as many parts as there are simdgroups.
 template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VEC, bool PAGED,
     bool SOFTCAP, bool ALIBI, typename MASK, bool RANGES>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_decode(
     const device T* query [[buffer(kBufferQuery)]],        // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],            // (entries, Hkv, keys of an entry, D)
     const device T* value [[buffer(kBufferValue)]],        // (entries, Hkv, keys of an entry, Dv)
-    device float* sums [[buffer(kBufferParts)]],           // (rows of x, parts, 8 R, VD)
-    device float2* part_sums [[buffer(kBufferPartSums)]],  // (rows of x, parts, 8 R)
+    device float* sums [[buffer(kBufferParts)]],           // (x, y, 8 R, VD)
+    device float2* part_sums [[buffer(kBufferPartSums)]],  // (x, y, 8 R)
     constant DecodeParams& params [[buffer(kBufferParams)]],
     const device uchar* mask [[buffer(kBufferMask)]],
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],
@@ -202,7 +204,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kColumns = kBlock / 8;
   const int kChains = Chains<T>::kCount;
   using Pair = vec<F, 2>;
+  const int kJoined = 8;  // fragments of O at once
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
+  threadgroup float2 part_stats[SIMDGROUPS * R * 8];
+  threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
 
   constant AttentionParams& attention = params.attention;
   const LanePosition at = lane_position(lane);
@@ -232,7 +237,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   }
   seen.begin = simd_min(seen.begin);
   seen.end = simd_max(seen.end);
-  const Range keys = keys_of_part(seen, part, params.parts);
+  const Range keys = keys_of_part(seen, part, params.parts * SIMDGROUPS);
 
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
@@ -351,19 +356,40 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     }
   }
 
+  // Rows whose fragments lie in different simdgroups become one before they leave the threadgroup.
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     const float total = softmax.total(r);
-    const int64_t index = ((int64_t)group.x * params.parts + part) * 8 * R + 8 * r + at.row;
     if (at.col == 0) {
-      part_sums[index] = float2(softmax.origin[r], total);
+      part_stats[(simdgroup * R + r) * 8 + at.row] = float2(softmax.origin[r], total);
     }
-    if (rows[r].exists && total != 0.0f) {
-      ORCHARD_UNROLL
-      for (int c = 0; c < kValueDepth; c++) {
-        *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c, at)) =
-            o.fragments[r][c];
+  }
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    const int64_t index = ((int64_t)group.x * params.parts + group.y) * 8 * R + 8 * r + at.row;
+    JoinedRow<SIMDGROUPS> joined;
+    ORCHARD_UNROLL
+    for (int c0 = 0; c0 < kValueDepth; c0 += kJoined) {
+      if (r + c0 > 0) {  // the fragments of before have been read
+        threadgroup_barrier(mem_flags::mem_threadgroup);
       }
+      ORCHARD_UNROLL
+      for (int c = 0; c < kJoined; c++) {
+        fragments[(simdgroup * kJoined + c) * ORCHARD_SIMD_WIDTH + lane] = o.fragments[r][c0 + c];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (c0 == 0) {
+        joined.find(part_stats + r * 8 + at.row, R * 8);
+      }
+      if (rows[r].exists && joined.total != 0.0f) {
+        for (int c = simdgroup; c < kJoined; c += SIMDGROUPS) {
+          *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c0 + c, at)) =
+              joined.sum(fragments + c * ORCHARD_SIMD_WIDTH + lane, kJoined * ORCHARD_SIMD_WIDTH);
+        }
+      }
+    }
+    if (simdgroup == 0 && at.col == 0) {
+      part_sums[index] = float2(joined.top, joined.total);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Where build.py leaves what the programs on the GPU need."""
+"""Where build.py leaves what the programs for the GPU need."""
 
 from pathlib import Path
 
@@ -17,6 +17,12 @@ FEATURES = BUILD / "features"
 FEATURES_KERNELS = FEATURES / "equal-rate.zip"
 FEATURES_PLANNER = FEATURES / "libplanner.so"
 FEATURES_SOURCES = FEATURES / "sources.json"
+
+CACHES = BUILD / "caches"
+CACHES_KERNELS = CACHES / "kernels.zip"
+CACHES_PLANNER = CACHES / "libplanner.so"
+CACHES_SOURCES = CACHES / "sources.json"
+DECODE_KERNELS = {mode: CACHES / f"{mode}.zip" for mode in ("native", "tensor-cores")}
 
 PEERS = BUILD / "peers"
 PEERS_KERNELS = {mode: PEERS / f"{mode}.zip" for mode in ("native", "equal-rate")}

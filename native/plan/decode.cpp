@@ -18,9 +18,9 @@ constexpr int kWidth = 64;
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
 
-/// Simdgroups for the rows of a key/value head of a sequence: more of them would only be more to
+/// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
-constexpr int64_t kMostParts = 128;
+constexpr int64_t kMostParts = 32;
 
 int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
 
@@ -159,8 +159,7 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
   // Nothing here may depend on the batch: a sequence has the same bits alone and beside others.
-  const int64_t most_groups =
-      std::max<int64_t>(kMostParts / kSimdgroups / std::max<int64_t>(blocks, 1), 1);
+  const int64_t most_groups = std::max<int64_t>(kMostParts / std::max<int64_t>(blocks, 1), 1);
   const int64_t groups = std::clamp<int64_t>(
       blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, most_groups);
   DecodeParams& params = decode.params;
@@ -170,7 +169,7 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   fill_cache_params(p, params.cache);
   params.block_rows = 8 * fragments;
   params.blocks = static_cast<int32_t>(blocks);
-  params.parts = static_cast<int32_t>(groups * kSimdgroups);
+  params.parts = static_cast<int32_t>(groups);
   params.part_stride = vd;
   const int64_t row_blocks = attention.q.sizes[0] * attention.k.sizes[1] * params.blocks;
   decode.part_rows = row_blocks * params.parts * params.block_rows;
@@ -187,9 +186,9 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
           mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  decode.plan.add(kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch),
-      join(dtype.metal, ", ", kSimdgroups),
-      {static_cast<uint64_t>(blocks_of(out_rows, kSimdgroups)), 1}));
+  decode.plan.add(
+      kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch, "_v", vd),
+          join(dtype.metal, ", ", vd, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
   return decode;
 }
 

@@ -196,14 +196,18 @@ def test_operands_are_read_where_they_lie():
 
 
 def test_hidden_blocks_are_not_read():
+    """Neither multiplied nor read: the mask is looked at before the keys."""
     import simulator
 
     case = Case(1, 4096, 64, dtype=torch.float16)
-    mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool, device="mps")
-    mask[..., 40:60] = True
-    with simulator.recording() as launches:
-        forward(case, case.operands()[:3], attn_mask=mask)
-    assert launches[0].counters.mma == 2 * 2 * (64 // 8) * 2  # two blocks of 16 keys
+    masks = torch.zeros(2, 1, 1, 1, 4096, dtype=torch.bool, device="mps")
+    masks[1, ..., 40:60] = True
+    with simulator.checking(), simulator.recording() as launches:
+        for mask in masks:
+            forward(case, case.operands()[:3], attn_mask=mask)
+    nothing, some = (launches[i].counters for i in (0, 2))
+    assert nothing.mma == 0 and some.mma == 2 * 2 * (64 // 8) * 2  # two blocks of 16 keys
+    assert some.device_bytes_read - nothing.device_bytes_read == 2 * 16 * 2 * 64 * 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import modeling_flash_attention_utils as flash
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import initialization
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "clients")]
@@ -23,6 +25,8 @@ from orchard_ops.integrations import transformers as door  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_stats")
 PROMPT, NEW, SLOTS, WINDOW = 280, 5, 320, 260
+REQUESTED = 6
+"""New tokens of each request of a continuous batch."""
 
 
 def _with_window(family: Family) -> Family:
@@ -104,22 +108,47 @@ def test_continuous_batching_by_sdpa():
     assert stats.fallbacks == 0 and not stats.left_to_pytorch
 
 
+def test_continuous_batching_in_pages(monkeypatch: pytest.MonkeyPatch):
+    """What transformers keeps for CUDA and XPU, on mps: its kernel's functions are ours, and the
+    condition that asks for those devices is gone. Nothing is gathered and no mask made."""
+    expected = _batch_of_requests("paged|eager", "cpu")
+    orchard_ops.reset_stats()
+    ours = (
+        orchard_ops.flash_attn_func,
+        orchard_ops.flash_attn_varlen_func,
+        orchard_ops.flash_attn_with_kvcache,
+    )
+    padding = flash._pad_input, flash._unpad_input
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (*ours, *padding))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(
+        initialization, "ensure_decode_fast_path_is_available", lambda *_, **__: None
+    )
+    found = _batch_of_requests("flash_attention_2", "mps", max_blocks_per_request=4)
+    assert found == expected
+    stats = orchard_ops.stats()
+    assert stats.metal["flash_attn_fwd"] == 2  # of the prompts, in each layer
+    assert stats.metal["flash_attn_decode"] == 2 * (REQUESTED - 1)
+    assert stats.fallbacks == 0
+
+
 def test_continuous_batching_takes_no_other_name():
     """docs/decoding.md says so. Where transformers begins to take one, this test says it."""
     with pytest.raises(ValueError, match=f"{door.NAME} is not supported for continuous batching"):
         _batch_of_requests(door.NAME, "mps")
 
 
-def _batch_of_requests(implementation: str, device: str) -> list[list[int]]:
-    model = FAMILIES["llama"].make(implementation).to(device).eval()
+def _batch_of_requests(implementation: str, device: str, **options: Any) -> list[list[int]]:
+    model = FAMILIES["llama"].make("eager").to(device).eval()
+    model.config._attn_implementation = implementation  # unchecked: no package has to be there
     generator = torch.Generator().manual_seed(3)
     answers = model.generate_batch(
         inputs=[torch.randint(3, 63, (n,), generator=generator).tolist() for n in (30, 9, 17)],
         generation_config=GenerationConfig(
-            max_new_tokens=6, do_sample=False, eos_token_id=63, pad_token_id=0
+            max_new_tokens=REQUESTED, do_sample=False, eos_token_id=63, pad_token_id=0
         ),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=16, num_blocks=32, max_batch_tokens=64, auto_switch_to_flash=False
+            page_size=16, num_blocks=32, max_batch_tokens=64, auto_switch_to_flash=False, **options
         ),
         warmup=False,
     )
