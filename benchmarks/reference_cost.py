@@ -229,7 +229,8 @@ def masked_table(result: dict) -> str:
     ]
     masked = [r for r in result["speed"] if r.get("mask") is not None]
     operators = {(r["heads"], r["length"], r["mask"]): r for r in result["operators"]}
-    for heads, length, mask in dict.fromkeys((r["heads"], r["length"], r["mask"]) for r in masked):
+    steps = dict.fromkeys((r["heads"], r["length"], r["mask"]) for r in masked)
+    for heads, length, mask in sorted(steps):
         ratios = {
             r["passes"]: f"{r['ratio']:.2f} ({r['median_ratio']:.2f})"
             for r in masked
@@ -309,7 +310,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
     torch.set_num_threads(1)
-    for heads, length in (*((HEADS, length) for length in MASKED_LENGTHS), COUNTED):
+    for heads, length in (COUNTED, *((HEADS, length) for length in MASKED_LENGTHS)):
         for mask in MASKS:
             keep(compare(length, 64, torch.float32, False, arguments.budget, mask, heads), 1)
     todo = [

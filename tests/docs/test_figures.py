@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT
 from PIL import Image
 
-from benchmarks import pictures
+from benchmarks import pictures, reference_cost
 
 pytestmark = pytest.mark.simulated  # the instruments that some are drawn with need Linux
 
@@ -103,6 +103,23 @@ def test_host_cost_in_words():
     assert f"a forward costs {forward} microseconds" in TEXT
     assert f"forward and backward {both}, of which" in TEXT
     assert f"takes {median('F.sdpa, cpu: forward + backward')}." in TEXT
+
+
+def test_the_table_of_masked_steps():
+    """docs/performance-tables.md has the script's table, and the sentence above it is true."""
+    result = DATA["reference-cost.png"]
+    page = (ROOT / "docs" / "performance-tables.md").read_text()
+    assert reference_cost.masked_table(result) in page
+    words = " ".join(page.split())
+    steps = [r for r in result["speed"] if r["mask"] and r["passes"] == "forward + backward"]
+    assert {(r["heads"], r["length"]) for r in steps} >= {(8, 256), (8, 512), (8, 1024), (16, 1024)}
+    above = [r for r in steps if r["ratio"] > result["limit"]]
+    for r in above:
+        assert f"{r['mask']} at L {r['length']} ({r['ratio']:.2f})" in words
+    most = max(found[device] for found in result["operators"] for device in ("cpu", "meta"))
+    assert (
+        f"{len(above)} of {len(steps)} steps take more" in words and f"at most {most} op" in words
+    )
 
 
 def test_reference_cost_in_words():
