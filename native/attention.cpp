@@ -15,6 +15,7 @@
 #include "call.h"
 #include "checks.h"
 #include "environment.h"
+#include "plan/decode.h"
 #include "plan/join.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
@@ -159,14 +160,36 @@ struct ScoreTensors {
   }
 };
 
+/// A forward that no backward follows, on the decode kernel: out and row_stats, or nothing where
+/// the plan leaves the call to the forward's own kernel. Throws MetalError.
+std::optional<std::array<Tensor, 2>> run_forward_as_decode(
+    const Problem& problem, const Operands& x, const Scoring& s, const Environment& environment) {
+  if (s.key_span != kNoBackward || !prefers_decode(problem)) return std::nullopt;
+  const Tensor& q = x.query;
+  Tensor out = empty_in_order_of(q, x.value.size(3));
+  const auto decode = cached_plan_forward_as_decode(problem, layout_of(out));
+  if (!decode->plan.refusal.empty()) return std::nullopt;
+  Tensor row_stats = empty_row_stats(q);
+  log_metal("flash_attn_fwd", decode->plan, environment);
+  Bindings tensors;
+  if (s.attn_mask.has_value()) tensors.bind({kBufferMask, *s.attn_mask});
+  if (s.alibi_slopes.has_value()) tensors.bind({kBufferAlibiSlopes, *s.alibi_slopes});
+  OptionalTensor ranges;
+  if (s.key_ranges.has_value()) {
+    ranges = torch::stable::contiguous(*s.key_ranges);
+    tensors.bind({kBufferKeyRanges, *ranges});
+  }
+  run_decode_plan(*decode, decode->params, x, tensors, s.sinks, out, row_stats);
+  return std::array<Tensor, 2>{std::move(out), std::move(row_stats)};
+}
+
 /// out and row_stats on Metal. Throws MetalError.
 std::array<Tensor, 2> run_forward(
-    const Operands& x, const Scoring& s, const Environment& environment) {
+    Problem problem, const Operands& x, const Scoring& s, const Environment& environment) {
   const auto& [q, k, v] = x;
   const uint64_t seed = checked_seed(s);
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor row_stats = empty_row_stats(q);
-  Problem problem = make_problem(x, s, environment);
   problem.key_span = 0;  // a backward's matter
   const auto plan = cached_plan_forward(problem, layout_of(out));
   throw_refusal(*plan);
@@ -320,7 +343,13 @@ void flash_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
     check_additions(call.scoring, call.operands);
     reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
-    put_results(stack, run_forward(call.operands, call.scoring, environment));
+    const Problem problem = make_problem(call.operands, call.scoring, environment);
+    if (const auto decoded =
+            run_forward_as_decode(problem, call.operands, call.scoring, environment)) {
+      put_results(stack, *decoded);
+      return;
+    }
+    put_results(stack, run_forward(problem, call.operands, call.scoring, environment));
     forward_calls++;
     return;
   } catch (const MetalError& error) {
@@ -361,12 +390,8 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   run_reference("flash_attn_bwd_reference", call, reason, stack, num_results);
 }
 
-const char* const kPlanResults =
-    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
-    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
-
 void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
-  check_counts(num_arguments == kNumForwardArguments && num_results == 11);
+  check_counts(num_arguments == kNumForwardArguments && num_results == kNumPlanResults);
   const auto call = Arguments(stack).take<ForwardCall>();
   check_operands(call.operands);
   check_scalars(call.scoring, call.impl);
@@ -379,47 +404,20 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
     out.sizes[3] = problem.v.sizes[3];
     out.strides = strides_in_order_of(problem.q.strides, out.sizes);
     out.offset = 0;
-    plan = plan_forward(problem, out);
-    Plan backward = plan_backward(problem, out, out);
+    if (call.scoring.key_span == kNoBackward && prefers_decode(problem)) {
+      plan = plan_forward_as_decode(problem, out).plan;
+    }
+    const bool decodes = plan.refusal.empty() && !plan.kernels.empty();
+    if (!decodes) plan = plan_forward(problem, out);
+    Plan backward = decodes ? Plan{} : plan_backward(problem, out, out);
     for (KernelLaunch launch : backward.launches) {
       launch.kernel += plan.kernels.size();
       plan.launches.push_back(launch);
     }
     for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
     plan.ds_elements = backward.ds_elements;
-    for (const KernelPlan& kernel : plan.kernels) {
-      if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
-    }
   }
-  std::vector<std::string> families, names, instantiations, tiles, tile_names, alternatives;
-  for (const KernelPlan& kernel : plan.kernels) {
-    families.push_back(kernel.family);
-    names.push_back(kernel.name);
-    instantiations.push_back(kernel.instantiation);
-    tiles.push_back(kernel.tile);
-    tile_names.push_back(kernel.tile_name);
-    std::string joined;  // the stable ABI has no list of lists
-    for (const std::string& name : kernel.alternatives)
-      joined += (joined.empty() ? "" : ",") + name;
-    alternatives.push_back(joined);
-  }
-  std::vector<int64_t> launches;  // six numbers each
-  for (const KernelLaunch& x : plan.launches) {
-    for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
-             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
-             int64_t{x.key_end}}) {
-      launches.push_back(n);
-    }
-  }
-  const int64_t bytes = plan.ds_elements * static_cast<int64_t>(sizeof(float));
-  using torch::stable::detail::from;
-  for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
-  for (const auto* texts :
-      {&families, &names, &instantiations, &tiles, &tile_names, &alternatives}) {
-    *stack++ = from(*texts);
-  }
-  *stack++ = from(launches);
-  *stack++ = from(bytes);
+  put_plan(stack, plan);
 }
 
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {

@@ -7,8 +7,8 @@
 
 #include "call.h"
 #include "checks.h"
-#include "plan/decode.h"
-#include "shader_library.h"
+#include "plan/plan.h"
+#include "plan/plan_cache.h"
 
 namespace orchard {
 
@@ -93,13 +93,19 @@ void check(bool condition, const char* what) {
   if (!condition) throw Mistake(std::string("the native library takes no such ") + what);
 }
 
-/// Dense int32 numbers of the sequences, checked; or none.
-OptionalTensor dense_integers(
-    const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
-  if (!x.has_value()) return std::nullopt;
+/// That numbers of the sequences are int32, or none.
+void check_integers(const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
+  if (!x.has_value()) return;
   check(device_type_of(*x) == device_type_of(query) && dtype_code(*x) == aoti_torch_dtype_int32() &&
             x->dim() == dims && x->size(0) == query.size(0),
       name);
+}
+
+/// Dense int32 numbers of the sequences, checked; or none.
+OptionalTensor dense_integers(
+    const OptionalTensor& x, const Tensor& query, int64_t dims, const char* name) {
+  check_integers(x, query, dims, name);
+  if (!x.has_value()) return std::nullopt;
   return torch::stable::contiguous(*x);
 }
 
@@ -179,28 +185,20 @@ std::array<Tensor, 2> run_decode(
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_rows(q);
   const CacheProblem problem = make_cache_problem(call, cache);
-  const DecodePlan decode = plan_decode(problem, layout_of(out));
-  throw_refusal(decode.plan);
+  const auto decode = cached_plan_decode(problem, layout_of(out));
+  throw_refusal(decode->plan);
   if (out.numel() == 0) return {out, lse};
-  log_metal("flash_attn_decode", decode.plan, environment);
-  const Tensor sums = empty_floats(q, decode.part_rows * decode.params.part_stride);
-  const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
-  // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
-  const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : q; };
-  const bool has_keys = k.numel() > 0;
-  Bindings for_parts{{kBufferQuery, q}, {kBufferKey, has_keys ? k : q},
-      {kBufferValue, has_keys ? v : q}, {kBufferParts, sums}, {kBufferPartSums, part_sums},
-      {kBufferCacheLengths, given(cache.cache_seqlens)},
-      {kBufferCacheStarts, given(cache.cache_leftpad)},
-      {kBufferCacheEntries, given(cache.cache_batch_idx)}};
-  if (call.alibi_slopes.has_value()) for_parts.bind({kBufferAlibiSlopes, *call.alibi_slopes});
-  if (problem.paged) for_parts.bind({kBufferBlockTable, *cache.block_table});
-  const Tensor sinks = call.sinks.has_value() ? torch::stable::contiguous(*call.sinks) : q;
-  const Bindings for_rows{{kBufferParts, sums}, {kBufferPartSums, part_sums}, {kBufferSinks, sinks},
-      {kBufferOut, out}, {kBufferRowStats, lse}};
-  const auto& kernels = decode.plan.kernels;
-  dispatch(kernels[0], kernels[0].groups, for_parts, decode.params);
-  dispatch(kernels[1], kernels[1].groups, for_rows, decode.params);
+  log_metal("flash_attn_decode", decode->plan, environment);
+  DecodeParams params = decode->params;
+  params.cache.added = static_cast<int32_t>(cache.added);
+  Bindings tensors;
+  if (cache.cache_seqlens.has_value()) tensors.bind({kBufferCacheLengths, *cache.cache_seqlens});
+  if (cache.cache_leftpad.has_value()) tensors.bind({kBufferCacheStarts, *cache.cache_leftpad});
+  if (cache.cache_batch_idx.has_value())
+    tensors.bind({kBufferCacheEntries, *cache.cache_batch_idx});
+  if (call.alibi_slopes.has_value()) tensors.bind({kBufferAlibiSlopes, *call.alibi_slopes});
+  if (problem.paged) tensors.bind({kBufferBlockTable, *cache.block_table});
+  run_decode_plan(*decode, params, call.operands, tensors, call.sinks, out, lse);
   return {out, lse};
 }
 
@@ -216,13 +214,13 @@ void check_filled(const Tensor& cache, const Tensor& added, int64_t entries) {
   }
 }
 
-/// On Metal. Throws MetalError.
-void run_append(const AppendCall& call, const Environment& environment) {
+void check_append(const AppendCall& call) {
   const Tensor& key = call.key;
   check(key.dim() == 4 && call.offset >= 0, "offset");
-  const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
-  const OptionalTensor entries = dense_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
-  const OptionalTensor table = dense_integers(call.block_table, key, 2, "block_table");
+  check_integers(call.cache_seqlens, key, 1, "cache_seqlens");
+  check_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
+  check_integers(call.block_table, key, 2, "block_table");
+  const OptionalTensor &entries = call.cache_batch_idx, &table = call.block_table;
   check(!table.has_value() || !entries.has_value(), "cache_batch_idx");
   const bool own = !table.has_value() && !entries.has_value();
   check_filled(call.key_cache, key, own ? key.size(0) : -1);
@@ -230,34 +228,55 @@ void run_append(const AppendCall& call, const Environment& environment) {
   check(dtype_code(call.key) == dtype_code(call.value), "mixture of dtypes");
   check(call.key_cache.size(2) == call.value_cache.size(2), "shape of a cache");
   for (int d = 0; d < 3; d++) check(key.size(d) == call.value.size(d), "shape of value");
-  const std::pair<const Tensor&, const Tensor&> filled[] = {
-      {call.key_cache, key}, {call.value_cache, call.value}};
-  std::array<DecodePlan, 2> plans;
+}
+
+/// Of keys, and of values.
+std::array<AppendProblem, 2> append_problems(const AppendCall& call) {
+  std::array<AppendProblem, 2> problems;
+  const bool paged = call.block_table.has_value();
   for (int i = 0; i < 2; i++) {
-    const auto& [cache, added] = filled[i];
-    AppendProblem problem;
+    const Tensor& added = i == 0 ? call.key : call.value;
+    AppendProblem& problem = problems[i];
     problem.dtype = dtype_of(added);
     problem.added = layout_of(added);
-    problem.cache = layout_of(cache);
-    problem.pages = table.has_value() ? table->size(1) : 0;
+    problem.cache = layout_of(i == 0 ? call.key_cache : call.value_cache);
+    problem.pages = paged ? call.block_table->size(1) : 0;
     problem.offset = call.offset;
     problem.params.table_row = problem.pages;
-    problem.params.paged = table.has_value();
-    problem.params.has_lengths = lengths.has_value();
-    problem.params.has_entries = entries.has_value();
-    plans[i] = plan_append(problem);
-    throw_refusal(plans[i].plan);
+    problem.params.paged = paged;
+    problem.params.has_lengths = call.cache_seqlens.has_value();
+    problem.params.has_entries = call.cache_batch_idx.has_value();
+  }
+  return problems;
+}
+
+/// On Metal. Throws MetalError.
+void run_append(const AppendCall& call, const Environment& environment) {
+  const Tensor& key = call.key;
+  check_append(call);
+  const OptionalTensor lengths = dense_integers(call.cache_seqlens, key, 1, "cache_seqlens");
+  const OptionalTensor entries = dense_integers(call.cache_batch_idx, key, 1, "cache_batch_idx");
+  const OptionalTensor table = dense_integers(call.block_table, key, 2, "block_table");
+  const std::pair<const Tensor&, const Tensor&> filled[] = {
+      {call.key_cache, key}, {call.value_cache, call.value}};
+  const std::array<AppendProblem, 2> problems = append_problems(call);
+  std::array<std::shared_ptr<const DecodePlan>, 2> plans;
+  for (int i = 0; i < 2; i++) {
+    plans[i] = cached_plan_append(problems[i]);
+    throw_refusal(plans[i]->plan);
   }
   for (int i = 0; i < 2; i++) {  // only now: none is filled where one is refused
     const auto& [cache, added] = filled[i];
     if (added.numel() == 0 || cache.numel() == 0) continue;
-    log_metal("flash_attn_append", plans[i].plan, environment);
+    log_metal("flash_attn_append", plans[i]->plan, environment);
     const auto given = [&](const OptionalTensor& x) { return x.has_value() ? *x : key; };
     const Bindings tensors{{kBufferKey, added}, {kBufferOut, cache},
         {kBufferCacheLengths, given(lengths)}, {kBufferCacheEntries, given(entries)},
         {kBufferBlockTable, given(table)}};
-    const KernelPlan& kernel = plans[i].plan.kernels[0];
-    dispatch(kernel, kernel.groups, tensors, plans[i].params);
+    const KernelPlan& kernel = plans[i]->plan.kernels[0];
+    DecodeParams params = plans[i]->params;
+    params.cache.added = static_cast<int32_t>(call.offset);
+    dispatch(kernel, kernel.groups, tensors, params);
   }
 }
 
@@ -294,7 +313,6 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
     reason = switched_off(call.impl, environment);
     if (!reason.empty()) throw MetalError(reason);
     put_results(stack, run_decode(call, cache, environment));
-    decodes++;
     return;
   } catch (const MetalError& error) {
     allow_fallback("orchard::flash_attn_decode", call.impl, environment, error);
@@ -303,6 +321,71 @@ void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num
     reason = mistake.what();
   }
   run_reference("flash_attn_decode_reference", call, reason, stack, num_results);
+}
+
+void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const Operands& operands,
+    Bindings tensors, const OptionalTensor& given_sinks, const Tensor& out, const Tensor& stats) {
+  const auto& [q, k, v] = operands;
+  const Tensor sums = empty_floats(q, decode.part_rows * params.part_stride);
+  const Tensor part_sums = empty_floats(q, decode.part_rows * 2);
+  const bool has_keys = k.numel() > 0;
+  for (const Binding& binding : {Binding(kBufferQuery, q), Binding(kBufferKey, has_keys ? k : q),
+           Binding(kBufferValue, has_keys ? v : q), Binding(kBufferParts, sums),
+           Binding(kBufferPartSums, part_sums)}) {
+    tensors.bind(binding);
+  }
+  // What a flag passes over at run time still wants its buffer: a stand-in that is never read.
+  const std::pair<bool, unsigned> flags[] = {{params.cache.has_lengths != 0, kBufferCacheLengths},
+      {params.cache.has_starts != 0, kBufferCacheStarts},
+      {params.cache.has_entries != 0, kBufferCacheEntries}};
+  for (const auto& [bound, index] : flags) {
+    if (!bound) tensors.bind({index, q});
+  }
+  const Tensor sinks = given_sinks.has_value() ? torch::stable::contiguous(*given_sinks) : q;
+  const Bindings for_rows{{kBufferParts, sums}, {kBufferPartSums, part_sums}, {kBufferSinks, sinks},
+      {kBufferOut, out}, {kBufferRowStats, stats}};
+  const auto& kernels = decode.plan.kernels;
+  dispatch(kernels[0], kernels[0].groups, tensors, params);
+  dispatch(kernels[1], kernels[1].groups, for_rows, params);
+  decodes++;
+}
+
+void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  check_counts(num_arguments == kNumDecodeArguments && num_results == kNumPlanResults);
+  const auto call = Arguments(stack).take<DecodeCall>();
+  const Cache cache = checked_cache(call.cache, call.operands);
+  check_scoring(call);
+  Plan plan;
+  plan.refusal = switched_off(call.impl, Environment());
+  if (plan.refusal.empty()) {
+    const CacheProblem problem = make_cache_problem(call, cache);
+    Layout out = problem.attention.q;  // as run_decode allocates it
+    out.sizes[3] = problem.attention.v.sizes[3];
+    out.strides = strides_in_order_of(out.strides, out.sizes);
+    out.offset = 0;
+    plan = plan_decode(problem, out).plan;
+  }
+  put_plan(stack, std::move(plan));
+}
+
+void flash_attn_append_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  check_counts(num_arguments == kNumAppendArguments && num_results == kNumPlanResults);
+  const auto call = Arguments(stack).take<AppendCall>();
+  check_append(call);
+  Plan plan;
+  plan.refusal = switched_off(call.impl, Environment());
+  if (plan.refusal.empty()) {
+    for (const AppendProblem& problem : append_problems(call)) {
+      Plan part = plan_append(problem).plan;
+      if (plan.refusal.empty()) {
+        plan.refusal = part.refusal;
+        plan.detail = part.detail;
+        plan.advice = part.advice;
+      }
+      for (KernelPlan& kernel : part.kernels) plan.kernels.push_back(std::move(kernel));
+    }
+  }
+  put_plan(stack, std::move(plan));
 }
 
 int64_t metal_decodes() { return decodes.load(); }

@@ -2,7 +2,9 @@
 // src/orchard_ops/cache.py has the same list in Python.
 #pragma once
 
+#include "plan/decode.h"
 #include "scoring.h"
+#include "shader_library.h"
 
 namespace orchard {
 
@@ -67,7 +69,17 @@ void flash_attn_append(StableIValue* stack, uint64_t num_arguments, uint64_t num
 
 void flash_attn_decode(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
-/// Calls of flash_attn_decode that have run as Metal kernels.
+/// Queries for the plans of the two: their arguments, and a plan's results.
+void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
+void flash_attn_append_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
+/// Runs the kernels of a plan, and counts it. `tensors` are the buffers of the first one besides
+/// the operands and what it writes; `stats` are lse or row_stats. Throws MetalError.
+void run_decode_plan(const DecodePlan& decode, const DecodeParams& params, const Operands& operands,
+    Bindings tensors, const OptionalTensor& sinks, const Tensor& out, const Tensor& stats);
+
+/// Calls of flash_attn_decode, and forwards on its kernels, that have run as Metal kernels.
 int64_t metal_decodes();
 
 }  // namespace orchard

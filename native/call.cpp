@@ -98,6 +98,45 @@ void throw_refusal(const Plan& plan) {
   if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
 }
 
+const char* const kPlanResults =
+    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
+    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
+
+void put_plan(StableIValue* stack, Plan plan) {
+  for (const KernelPlan& kernel : plan.kernels) {
+    if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
+  }
+  std::vector<std::string> families, names, instantiations, tiles, tile_names, alternatives;
+  for (const KernelPlan& kernel : plan.kernels) {
+    families.push_back(kernel.family);
+    names.push_back(kernel.name);
+    instantiations.push_back(kernel.instantiation);
+    tiles.push_back(kernel.tile);
+    tile_names.push_back(kernel.tile_name);
+    std::string joined;  // the stable ABI has no list of lists
+    for (const std::string& name : kernel.alternatives)
+      joined += (joined.empty() ? "" : ",") + name;
+    alternatives.push_back(joined);
+  }
+  std::vector<int64_t> launches;  // six numbers each
+  for (const KernelLaunch& x : plan.launches) {
+    for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
+             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
+             int64_t{x.key_end}}) {
+      launches.push_back(n);
+    }
+  }
+  const int64_t bytes = plan.ds_elements * static_cast<int64_t>(sizeof(float));
+  using torch::stable::detail::from;
+  for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
+  for (const auto* texts :
+      {&families, &names, &instantiations, &tiles, &tile_names, &alternatives}) {
+    *stack++ = from(*texts);
+  }
+  *stack++ = from(launches);
+  *stack++ = from(bytes);
+}
+
 void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
     const MetalError& error) {
   const bool insisted = impl == "metal" || (impl == "auto" && environment.strict());

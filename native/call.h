@@ -45,6 +45,13 @@ const char* switched_off(const std::string& impl, const Environment& environment
 
 void throw_refusal(const Plan& plan);
 
+/// What the queries for plans return, as their schemas have it.
+extern const char* const kPlanResults;
+constexpr uint64_t kNumPlanResults = 11;
+
+/// Returns a plan, refused if one of its kernels has failed before.
+void put_plan(StableIValue* stack, Plan plan);
+
 /// Raises where the caller insisted on Metal.
 void allow_fallback(const char* op, const std::string& impl, const Environment& environment,
     const MetalError& error);

@@ -55,7 +55,7 @@ void check_operands(const Operands& operands) {
 void check_scalars(const Scoring& s, const std::string& impl) {
   check(impl == "auto" || impl == "metal" || impl == "reference", "impl");
   check(s.window_left >= -1 && s.window_right >= -1, "window");
-  check(s.key_span >= 0, "key_span");
+  check(s.key_span >= kNoBackward, "key_span");
   constexpr int64_t kMaxDiagonal = int64_t{1} << 40;
   check(s.diagonal >= -kMaxDiagonal && s.diagonal <= kMaxDiagonal, "diagonal");
   constexpr double kLargest = std::numeric_limits<float>::max();

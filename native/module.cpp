@@ -21,6 +21,12 @@ using Kind = StableLibrary::Kind;
 // Counts the changes that the schemas below do not show, in what results and arguments mean.
 constexpr int kInterface = 3;
 
+/// Arguments of a query, which writes to none of them.
+std::string read_only(std::string arguments) {
+  for (const char* alias : {"(a!)", "(b!)"}) arguments.erase(arguments.find(alias), 4);
+  return arguments;
+}
+
 /// The schemas of the ops that Python defines, without default values, and of the plan.
 std::string forward_schema() {
   return "flash_attn_fwd(" + forward_arguments() + ") -> (Tensor out, Tensor row_stats)";
@@ -37,6 +43,13 @@ std::string plan_schema() {
   return "flash_attn_plan(" + forward_arguments() + ") -> " + kPlanResults;
 }
 
+std::string decode_plan_schema() {
+  return "flash_attn_decode_plan(" + decode_arguments() + ") -> " + kPlanResults;
+}
+std::string append_plan_schema() {
+  return "flash_attn_append_plan(" + read_only(append_arguments()) + ") -> " + kPlanResults;
+}
+
 void register_ops() {
   // Never destroyed: what is registered stays until the process ends.
   static auto& libraries = *new std::array<std::unique_ptr<StableLibrary>, 3>;
@@ -45,12 +58,16 @@ void register_ops() {
   };
   auto definitions = library(Kind::FRAGMENT, nullptr);
   definitions->def(plan_schema().c_str());
+  definitions->def(decode_plan_schema().c_str());
+  definitions->def(append_plan_schema().c_str());
   definitions->def("kernel_head_dims() -> int[]");
   definitions->def("plans_computed() -> int");
   definitions->def("plans_remembered() -> int");
   definitions->def("metal_calls() -> (int forward, int backward, int decode)");
   auto queries = library(Kind::IMPL, "CompositeExplicitAutograd");
   queries->impl("flash_attn_plan", &flash_attn_plan);
+  queries->impl("flash_attn_decode_plan", &flash_attn_decode_plan);
+  queries->impl("flash_attn_append_plan", &flash_attn_append_plan);
   queries->impl("kernel_head_dims", TORCH_BOX(&kernel_head_dims));
   queries->impl("plans_computed", TORCH_BOX(&plans_computed));
   queries->impl("plans_remembered", TORCH_BOX(&plans_remembered));
@@ -71,13 +88,15 @@ void register_ops() {
 /// What the library was built for, as one line:
 ///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
 ///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...);
-///   flash_attn_append(...) -> ()
+///   flash_attn_append(...) -> (); flash_attn_decode_plan(...) -> (...);
+///   flash_attn_append_plan(...) -> (...)
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
   using namespace orchard;
   static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
                                   forward_schema() + "; " + backward_schema() + "; " +
-                                  plan_schema() + "; " + decode_schema() + "; " + append_schema();
+                                  plan_schema() + "; " + decode_schema() + "; " + append_schema() +
+                                  "; " + decode_plan_schema() + "; " + append_plan_schema();
   return line.c_str();
 }
 

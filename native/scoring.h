@@ -60,6 +60,9 @@ struct Scoring {
   ORCHARD_SCORING(ORCHARD_FIELD)
 };
 
+/// The key_span of a forward that no backward follows (NO_BACKWARD in Python).
+constexpr int64_t kNoBackward = -1;
+
 /// The arguments of orchard::flash_attn_fwd and orchard::flash_attn_plan.
 struct ForwardCall {
   Operands operands;

@@ -3,8 +3,9 @@
 // The rows of a fragment are the queries of all heads that share a key/value head: row r is head
 // r % G of the group at query r / G. The keys that the rows of a threadgroup see are divided into
 // `parts` of whole blocks, as evenly as that goes, but into no smaller ones than
-// ORCHARD_LEAST_PART. Each simdgroup takes one part and leaves its sums and their statistics, which
-// attention_decode_merge joins in the order of the parts. How the keys are divided depends on the
+// ORCHARD_LEAST_PART. Each simdgroup takes one part. Those of a threadgroup join theirs in the
+// order of the parts and leave one sum and its statistics, which attention_decode_merge joins with
+// those of the other threadgroups in the same order. How the keys are divided depends on the
 // sequence itself and on the capacity of the cache, so that no result depends on what else is in
 // the batch.
 //
@@ -13,9 +14,15 @@
 // head dim in an order of their own, Q is given the same one, and products sum over it in any
 // order. Fragments of V have columns in an order of their own, in which O has them until it is
 // stored.
+//
+// The forward of a call that has few queries and many keys runs here, too (prefers_decode in
+// native/plan/decode.h): its keys are a cache that is full.
 #pragma once
 
 #include "cache.h"
+#include "joined_row.h"
+#include "masks.h"
+#include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
 
@@ -62,15 +69,94 @@ struct DecodeRow {
     exists = row < heads * attention.q_len;
     query = row / heads;
     head = query_head(kv_index * heads + row % heads, attention);
-    // Aligned at the bottom right: the last query stands on the last key.
-    position = sequence.length - attention.q_len + query;
-    begin = max(sequence.start, position - attention.window_left);
-    end = min(sequence.length, position + attention.window_right + 1);
-    exists = exists && begin < end;
-    begin = exists ? begin : ORCHARD_WINDOW_OPEN;
-    end = exists ? end : 0;
+    // Aligned at the bottom right, where the call does not move the queries: the last one stands on
+    // the last key.
+    position = sequence.length - attention.q_len + query + attention.diagonal;
+    see(max(sequence.start, position - attention.window_left),
+        min(sequence.length, position + attention.window_right + 1));
+  }
+
+  /// Stands where its key ranges say, and sees what lies between their ends.
+  METAL_FUNC void see(VisibleKeys keys) {
+    position = keys.position;
+    see(keys.prefix > 0 ? 0 : keys.begin, max(keys.end, keys.prefix));
+  }
+
+  METAL_FUNC void see(int first, int behind) {
+    exists = exists && first < behind;
+    begin = exists ? first : ORCHARD_WINDOW_OPEN;
+    end = exists ? behind : 0;
   }
 };
+
+/// What is added to the score of a key: -inf hides it.
+METAL_FUNC float mask_addend(uchar element) { return element ? 0.0f : -INFINITY; }
+
+template <typename E>
+METAL_FUNC float mask_addend(E element) {
+  return float(element);
+}
+
+/// A mask that is the same for all heads and queries of a sequence.
+template <typename MASK>
+struct KeyMask {
+  METAL_FUNC void start(Head, const device uchar*, constant AttentionParams&) {}
+  METAL_FUNC float addend(int) const { return 0.0f; }
+};
+
+template <typename E, bool PAIRS>
+struct KeyMask<Mask<E, PAIRS>> {
+  const device E* elements;
+  int64_t stride;
+
+  METAL_FUNC void start(Head head, const device uchar* mask, constant AttentionParams& params) {
+    elements = reinterpret_cast<const device E*>(mask) + mask_offset(head, params.mask);
+    stride = params.mask.col;
+  }
+
+  METAL_FUNC float addend(int key) const { return mask_addend(elements[key * stride]); }
+};
+
+/// What hides keys from all rows of a sequence alike: a mask, and where there is one query, its key
+/// ranges (RANGES). A hidden key reaches nothing, whatever its numbers are.
+template <typename MASK, bool RANGES>
+struct SharedSight {
+  static constant constexpr const bool kAny = MASK::kAny || RANGES;
+
+  KeyMask<MASK> mask;
+  VisibleKeys ranges;
+  float own;  // addend of the key of this lane
+
+  METAL_FUNC void start(Head head, const device uchar* mask_elements, const device int* key_ranges,
+      constant AttentionParams& params) {
+    mask.start(head, mask_elements, params);
+    if (RANGES) {
+      ranges = range_rows(head, key_ranges, params).of(0);
+    }
+  }
+
+  /// Reads the block from key0 on, a key a lane; those that are not among `keys` have what one of
+  /// them has. Returns whether any of them may be seen.
+  METAL_FUNC bool read(int key0, Range keys, ushort lane) {
+    if (!kAny) {
+      return true;
+    }
+    const int key = clamp(key0 + lane % ORCHARD_CACHE_BLOCK, keys.begin, keys.end - 1);
+    own = mask.addend(key);
+    if (RANGES) {
+      own = ranges.has(key) ? own : -INFINITY;
+    }
+    return simd_any(own != -INFINITY);
+  }
+
+  /// What key i of the block adds.
+  METAL_FUNC float addend(int i) const { return simd_shuffle(own, ushort(i)); }
+};
+
+/// A score with what its key adds. What is hidden is -inf even where the score is NaN.
+METAL_FUNC float seen_score(float score, float addend) {
+  return addend == -INFINITY ? -INFINITY : score + addend;
+}
 
 /// The keys of one of `parts`, of those that any row sees.
 METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
@@ -91,17 +177,19 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
 
 // T is the tensors' type, F that of the matrix unit's operands, BD and VD the padded head dims of
 // keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
-// 16 bytes. Grid: x rows, y parts.
+// 16 bytes. Grid: x rows, y as many parts as there are simdgroups.
 template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VEC, bool PAGED,
-    bool SOFTCAP, bool ALIBI>
+    bool SOFTCAP, bool ALIBI, typename MASK, bool RANGES>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_decode(
     const device T* query [[buffer(kBufferQuery)]],        // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],            // (entries, Hkv, keys of an entry, D)
     const device T* value [[buffer(kBufferValue)]],        // (entries, Hkv, keys of an entry, Dv)
-    device float* sums [[buffer(kBufferParts)]],           // (rows of x, parts, 8 R, VD)
-    device float2* part_sums [[buffer(kBufferPartSums)]],  // (rows of x, parts, 8 R)
+    device float* sums [[buffer(kBufferParts)]],           // (x, y, 8 R, VD)
+    device float2* part_sums [[buffer(kBufferPartSums)]],  // (x, y, 8 R)
     constant DecodeParams& params [[buffer(kBufferParams)]],
+    const device uchar* mask [[buffer(kBufferMask)]],
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],
+    const device int* key_ranges [[buffer(kBufferKeyRanges)]],  // (1 or B, 1, 1, 4)
     const device int* cache_lengths [[buffer(kBufferCacheLengths)]],
     const device int* cache_starts [[buffer(kBufferCacheStarts)]],
     const device int* cache_entries [[buffer(kBufferCacheEntries)]],
@@ -116,7 +204,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kColumns = kBlock / 8;
   const int kChains = Chains<T>::kCount;
   using Pair = vec<F, 2>;
+  const int kJoined = 8;  // fragments of O at once
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
+  threadgroup float2 part_stats[SIMDGROUPS * R * 8];
+  threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
 
   constant AttentionParams& attention = params.attention;
   const LanePosition at = lane_position(lane);
@@ -127,6 +218,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   sequence.find(kv_index / attention.num_kv_heads,
       cache_buffers(cache_lengths, cache_starts, cache_entries, block_table), params.cache);
 
+  SharedSight<MASK, RANGES> sight;
+  sight.start(first_of_group(kv_index, attention), mask, key_ranges, attention);
   DecodeRow rows[R];
   HeadScore<sizeof(T) == 4, SOFTCAP, ALIBI> scores[R];
   Range seen;
@@ -135,13 +228,16 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     rows[r].find(kv_index, row0 + 8 * r + at.row, sequence, params);
+    if (RANGES) {
+      rows[r].see(sight.ranges);
+    }
     scores[r].start(rows[r].head, alibi_slopes, attention);
     seen.begin = min(seen.begin, rows[r].begin);
     seen.end = max(seen.end, rows[r].end);
   }
   seen.begin = simd_min(seen.begin);
   seen.end = simd_max(seen.end);
-  const Range keys = keys_of_part(seen, part, params.parts);
+  const Range keys = keys_of_part(seen, part, params.parts * SIMDGROUPS);
 
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
@@ -169,6 +265,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   OnlineSoftmax<R, true> softmax;
   softmax.init();
   for (int key0 = keys.begin / kBlock * kBlock; key0 < keys.end; key0 += kBlock) {
+    if (!sight.read(key0, keys, lane)) {
+      continue;
+    }
     const int64_t k_block = sequence.template row_offset<PAGED>(key0, attention.k);
     const int64_t v_block = sequence.template row_offset<PAGED>(key0, attention.v);
     Tile<float, R, kColumns> s;
@@ -204,6 +303,14 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         }
       }
     }
+    float2 addends[kColumns];
+    ORCHARD_UNROLL
+    for (int c = 0; c < kColumns; c++) {
+      addends[c] = float2(0.0f);
+      if (SharedSight<MASK, RANGES>::kAny) {
+        addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
+      }
+    }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
       const int begin = max(keys.begin, rows[r].begin);
@@ -213,8 +320,11 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         const int column = key0 + 8 * c + at.col;
         const float distance = float(rows[r].position - column);
         float2 derivative;  // not used
-        const float2 score =
+        float2 score =
             scores[r].of(s.fragments[r][c], float2(distance, distance - 1.0f), derivative);
+        if (SharedSight<MASK, RANGES>::kAny) {
+          score = float2(seen_score(score.x, addends[c].x), seen_score(score.y, addends[c].y));
+        }
         s.fragments[r][c].x = column >= begin && column < end ? score.x : -INFINITY;
         s.fragments[r][c].y = column + 1 >= begin && column + 1 < end ? score.y : -INFINITY;
       }
@@ -224,10 +334,16 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
       const int row = clamp(key0 + 8 * c + at.row, keys.begin, keys.end - 1) - key0;
+      bool hidden = false;  // its weights are zero, which its numbers may not be
+      if (SharedSight<MASK, RANGES>::kAny) {
+        hidden = sight.addend(8 * c + at.row) == -INFINITY;
+      }
       ORCHARD_UNROLL
       for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
-        const Chunk<T> a =
-            v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        Chunk<T> a = v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        if (SharedSight<MASK, RANGES>::kAny) {
+          a.bits = hidden ? uint4(0) : a.bits;
+        }
         ORCHARD_UNROLL
         for (int f = 0; f < kChunk / 2; f++) {
           const vec<F, 2> right = operand<F>(a.pair(f));
@@ -240,19 +356,40 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     }
   }
 
+  // Rows whose fragments lie in different simdgroups become one before they leave the threadgroup.
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     const float total = softmax.total(r);
-    const int64_t index = ((int64_t)group.x * params.parts + part) * 8 * R + 8 * r + at.row;
     if (at.col == 0) {
-      part_sums[index] = float2(softmax.origin[r], total);
+      part_stats[(simdgroup * R + r) * 8 + at.row] = float2(softmax.origin[r], total);
     }
-    if (rows[r].exists && total != 0.0f) {
-      ORCHARD_UNROLL
-      for (int c = 0; c < kValueDepth; c++) {
-        *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c, at)) =
-            o.fragments[r][c];
+  }
+  ORCHARD_UNROLL
+  for (int r = 0; r < R; r++) {
+    const int64_t index = ((int64_t)group.x * params.parts + group.y) * 8 * R + 8 * r + at.row;
+    JoinedRow<SIMDGROUPS> joined;
+    ORCHARD_UNROLL
+    for (int c0 = 0; c0 < kValueDepth; c0 += kJoined) {
+      if (r + c0 > 0) {  // the fragments of before have been read
+        threadgroup_barrier(mem_flags::mem_threadgroup);
       }
+      ORCHARD_UNROLL
+      for (int c = 0; c < kJoined; c++) {
+        fragments[(simdgroup * kJoined + c) * ORCHARD_SIMD_WIDTH + lane] = o.fragments[r][c0 + c];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (c0 == 0) {
+        joined.find(part_stats + r * 8 + at.row, R * 8);
+      }
+      if (rows[r].exists && joined.total != 0.0f) {
+        for (int c = simdgroup; c < kJoined; c += SIMDGROUPS) {
+          *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c0 + c, at)) =
+              joined.sum(fragments + c * ORCHARD_SIMD_WIDTH + lane, kJoined * ORCHARD_SIMD_WIDTH);
+        }
+      }
+    }
+    if (simdgroup == 0 && at.col == 0) {
+      part_sums[index] = float2(joined.top, joined.total);
     }
   }
 }

@@ -1,11 +1,92 @@
-// out and lse of attention_decode, from the sums of its parts: a simdgroup for each query of each
-// head, which takes the parts in their order. A sink is one more part, without a value.
+// out and lse of attention_decode, from the sums of its parts: a threadgroup for each query of each
+// head. Its simdgroups take a run of the parts each, in their order, and are joined in the order of
+// the simdgroups. A sink is one more part, without a value.
+//
+// A part's numbers are far away and few. So they are read for several parts at once, where they
+// would be waited for one after the other.
 #pragma once
 
 #include "decode_params.h"
+#include "joined_row.h"
 #include "softmax.h"
 
-template <typename T, int SIMDGROUPS>
+/// row_stats of a forward, from those of a row in natural units. What the origin loses on its way
+/// to powers of two is among the logarithm.
+METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
+  if (total == 0.0f) {
+    return float2(numeric_limits<float>::lowest(), -INFINITY);
+  }
+  if (!powers) {
+    return float2(top, log(total));
+  }
+  const float kPower = Exponential<true>::kPower;
+  const float kPowerRest = 1.92596303e-8f;
+  const float origin = top * kPower;
+  return float2(origin, log2(total) + (fma(top, kPower, -origin) + top * kPowerRest));
+}
+
+/// Parts whose sums a lane reads before it adds up any of them.
+#define ORCHARD_MERGED_AT_ONCE 8
+
+/// What one simdgroup's run of parts comes to. PAIRS: of columns, of each lane.
+template <int PAIRS>
+struct RunOfParts {
+  float top;    // of the run's origins
+  float total;  // this lane's part of the sum
+  float2 columns[PAIRS];
+
+  METAL_FUNC void start() {
+    top = numeric_limits<float>::lowest();
+    total = 0.0f;
+    ORCHARD_UNROLL
+    for (int c = 0; c < PAIRS; c++) {
+      columns[c] = float2(0.0f);
+    }
+  }
+
+  METAL_FUNC void find_top(const device float2* stats, int count, int stride, ushort lane) {
+    for (int part = lane; part < count; part += ORCHARD_SIMD_WIDTH) {
+      top = max(top, stats[part * stride].x);
+    }
+    top = simd_max(top);
+  }
+
+  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's first pair of each.
+  METAL_FUNC void add(const device float2* stats, const device float* sums, int count, int stride,
+      int sum_stride, ushort lane) {
+    float own = -1.0f;  // the factor of this lane's part; -1 where its sums were never written
+    if (lane < count) {
+      const float2 of_part = stats[lane * stride];
+      if (of_part.y != 0.0f) {
+        own = Exponential<true>::of(of_part.x - top);
+        total += of_part.y * own;
+      }
+    }
+    for (int i = 0; i < count; i += ORCHARD_MERGED_AT_ONCE) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < PAIRS; c++) {
+        float factors[ORCHARD_MERGED_AT_ONCE];
+        float2 pairs[ORCHARD_MERGED_AT_ONCE];
+        ORCHARD_UNROLL
+        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+          factors[n] = simd_shuffle(own, ushort(i + n));
+          pairs[n] = float2(0.0f);
+          if (factors[n] != -1.0f) {
+            pairs[n] = *reinterpret_cast<const device float2*>(
+                sums + (int64_t)(i + n) * sum_stride + c * 2 * ORCHARD_SIMD_WIDTH);
+          }
+        }
+        ORCHARD_UNROLL
+        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+          columns[c] = fma(float2(factors[n]), pairs[n], columns[c]);
+        }
+      }
+    }
+  }
+};
+
+// VD is the padded head dim of values. Grid: x rows.
+template <typename T, int VD, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_decode_merge(const device float* sums
@@ -13,53 +94,80 @@ attention_decode_merge(const device float* sums
     const device float2* part_sums [[buffer(kBufferPartSums)]],  // (origin, sum) of each
     const device float* sinks [[buffer(kBufferSinks)]],          // (Hq)
     device T* out [[buffer(kBufferOut)]],                        // (B, Hq, L, Dv)
-    device float* lse [[buffer(kBufferRowStats)]],               // (B, Hq, L)
+    device float* lse [[buffer(kBufferRowStats)]],               // (B, Hq, L), or 2 of each row
     constant DecodeParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   using Exp = Exponential<true>;
+  const int kWidth = ORCHARD_SIMD_WIDTH;
+  const int kPairs = VD / (2 * ORCHARD_SIMD_WIDTH);
+  threadgroup float2 run_stats[SIMDGROUPS];
+  threadgroup float2 run_columns[SIMDGROUPS * kPairs * ORCHARD_SIMD_WIDTH];
+
   constant AttentionParams& attention = params.attention;
-  const int index = group.x * SIMDGROUPS + simdgroup;
-  const int query = index % attention.q_len;
-  const int head_index = index / attention.q_len;
-  if (head_index >= attention.batch * attention.num_heads) {
-    return;
-  }
+  const int query = group.x % attention.q_len;
+  const int head_index = group.x / attention.q_len;
   const int heads = attention.num_heads / attention.num_kv_heads;
   const int head = head_index % attention.num_heads;
   const int row = query * heads + head % heads;
   const int64_t block = (int64_t)(head_index / heads) * params.blocks + row / params.block_rows;
   const int64_t first = block * params.parts * params.block_rows + row % params.block_rows;
 
-  float top = attention.has_sinks ? sinks[head] : numeric_limits<float>::lowest();
-  for (int part = lane; part < params.parts; part += ORCHARD_SIMD_WIDTH) {
-    top = max(top, part_sums[first + part * params.block_rows].x);
+  const int stride = params.block_rows;
+  const int longest = (params.parts + SIMDGROUPS - 1) / SIMDGROUPS;
+  const int begin = min(simdgroup * longest, params.parts);
+  const int count = min(longest, params.parts - begin);
+  const int64_t first_of_run = first + begin * stride;
+  RunOfParts<kPairs> run;
+  run.start();
+  run.find_top(part_sums + first_of_run, count, stride, lane);
+  for (int part = 0; part < count; part += kWidth) {
+    const int64_t at = first_of_run + part * stride;
+    run.add(part_sums + at, sums + at * params.part_stride + 2 * lane, min(count - part, kWidth),
+        stride, stride * params.part_stride, lane);
   }
-  top = simd_max(top);
-  float total = 0.0f;
-  for (int part = 0; part < params.parts; part++) {
-    const float2 of_part = part_sums[first + part * params.block_rows];
-    total += of_part.y != 0.0f ? of_part.y * Exp::of(of_part.x - top) : 0.0f;
+  const float total_of_run = simd_sum(run.total);
+  if (lane == 0) {
+    run_stats[simdgroup] = float2(run.top, total_of_run);
   }
-  total += attention.has_sinks ? Exp::of(sinks[head] - top) : 0.0f;
-  const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+  ORCHARD_UNROLL
+  for (int c = 0; c < kPairs; c++) {
+    run_columns[(simdgroup * kPairs + c) * kWidth + lane] = run.columns[c];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  JoinedRow<SIMDGROUPS> joined;
+  joined.find(run_stats, 1);
+  float top = joined.top;
+  float total = joined.total;
+  float weight = 1.0f;  // of the parts, from the sink's origin
+  if (attention.has_sinks) {
+    top = max(top, sinks[head]);
+    weight = Exp::of(joined.top - top);
+    total = total * weight + Exp::of(sinks[head] - top);
+  }
+  const float factor = total == 0.0f ? 0.0f : weight / total;
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;
-  for (int col = lane; col < attention.v_head_dim; col += ORCHARD_SIMD_WIDTH) {
-    float sum = 0.0f;
-    for (int part = 0; part < params.parts; part++) {
-      const int64_t at = first + part * params.block_rows;
-      const float2 of_part = part_sums[at];
-      if (of_part.y != 0.0f) {  // what others would be multiplied with was never written
-        sum = fma(Exp::of(of_part.x - top), sums[at * params.part_stride + col], sum);
-      }
+  for (int c = simdgroup; c < kPairs; c += SIMDGROUPS) {
+    const float2 sum = joined.sum(run_columns + c * kWidth + lane, kPairs * kWidth);
+    const int col = 2 * (c * kWidth + lane);
+    if (col < attention.v_head_dim) {
+      to[col] = T(sum.x * factor);
     }
-    to[col] = T(sum * factor);
+    if (col + 1 < attention.v_head_dim) {
+      to[col + 1] = T(sum.y * factor);
+    }
   }
-  if (lane == 0) {
-    lse[(int64_t)head_index * attention.q_len + query] =
-        total == 0.0f ? -INFINITY : top + log(total);
+  if (simdgroup == 0 && lane == 0) {
+    const int64_t at = (int64_t)head_index * attention.q_len + query;
+    if (params.row_stats) {
+      reinterpret_cast<device float2*>(lse)[at] =
+          forward_stats(top, total, params.powers_of_2 != 0);
+    } else {
+      lse[at] = total == 0.0f ? -INFINITY : top + log(total);
+    }
   }
 }

@@ -38,10 +38,12 @@ struct DecodeParams {
   CacheParams cache;
   int32_t block_rows;   ///< rows that share a threadgroup: queries times heads of a group
   int32_t blocks;       ///< of so many rows, of a key/value head
-  int32_t parts;        ///< simdgroups that share the keys of a sequence
+  int32_t parts;        ///< threadgroups that share the keys of a sequence
   int32_t part_stride;  ///< floats from one row of the parts' sums to the next
+  int32_t row_stats;    ///< whether row_stats of a forward are wanted, in place of lse
+  int32_t powers_of_2;  ///< whether their logarithms are to the base 2, as of plain logits
 };
 
 static_assert(sizeof(CacheParams) == 8 + 8 * 4, "host and shader must agree on CacheParams");
-static_assert(sizeof(DecodeParams) == sizeof(AttentionParams) + sizeof(CacheParams) + 4 * 4,
+static_assert(sizeof(DecodeParams) == sizeof(AttentionParams) + sizeof(CacheParams) + 6 * 4,
     "host and shader must agree on DecodeParams");

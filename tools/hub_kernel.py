@@ -30,13 +30,15 @@ LEFT_OUT = ("__main__.py", "__pycache__", "commands", "integrations", "testing",
 
 FACE = '''"""Exact attention on Apple GPUs, forward and backward, in memory linear in the lengths.
 
-`flash_attn_func` and `flash_attn_varlen_func` have the arguments of FlashAttention-2.
+`flash_attn_func`, `flash_attn_varlen_func` and `flash_attn_with_kvcache` have the arguments of
+FlashAttention-2.
 """
 
 from .{package} import (
     KeyRanges,
     __version__,
     explain,
+    explain_call,
     flash_attn,
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -45,6 +47,7 @@ from .{package} import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
     merge_attentions,
     stats,
 )
@@ -53,6 +56,7 @@ __all__ = [
     "KeyRanges",
     "__version__",
     "explain",
+    "explain_call",
     "flash_attn",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -61,6 +65,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "merge_attentions",
     "stats",
 ]

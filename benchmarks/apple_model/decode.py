@@ -84,8 +84,8 @@ def count(
         places["v"] = places["k"]
         plan = planner.decode(places, number, cache, scale=1.0, window_right=0, **fields)
         kernel = plan.kernels[0]
-        # As many parts as a threadgroup has simdgroups, so that each takes all these blocks.
-        plan.params.parts = 4
+        # One threadgroup takes all keys, so that each of its simdgroups has all these blocks.
+        plan.params.parts = 1
         source = embed_shaders.flatten("decode.h") + "\n" + kernel.instantiation
         library = engine.compile(source, check=True)
         memory = torch.zeros(4 << 20, dtype=torch.uint8)
@@ -120,11 +120,14 @@ def main() -> None:
         cycles = issue("attention_decode", counts)
         size = counts.steady["device_bytes_read"]
         rate = SCHEDULERS * size / cycles.cycles
+        # Nothing but the products of the matrix unit, of which 16 rows have twice as many.
+        bound = SCHEDULERS * size / cycles.parts["mma"]
         words = f"{dtype} D{width}, {rows} rows" + ", paged" * paged + f", {score}" * bool(score)
         parts = {k: round(v / cycles.products, 1) for k, v in cycles.parts.items() if v}
         print(
             f"{words}: {cycles.per_product:.1f} cycles a product, {size:.0f} bytes a block, "
-            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}; {parts}"
+            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}, "
+            f"{bound / fastest.rate:.2f} by its products alone; {parts}"
         )
 
 

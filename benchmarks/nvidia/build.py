@@ -5,7 +5,9 @@ PTX of all variants in one archive, and native/plan as a library. prove.py needs
 
 With --speed it writes build/nvidia/speed/ instead, for speed.py: only the kernels that are timed
 and PyTorch's own, an archive for each mode. With --features it writes build/nvidia/features/, for
-features.py: the kernels of its comparisons at equal rate.
+features.py: the kernels of its comparisons at equal rate. With --caches it writes
+build/nvidia/caches/: the kernels for caches that prove_caches.py runs, and those that
+decode_speed.py times, with PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -23,10 +26,26 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import planner
 from benchmarks.planner import compile_planner
 
-from . import cases, feature_works, peer, workloads
+from . import (
+    append_cases,
+    cache_cases,
+    caches,
+    cases,
+    decode_peer,
+    decode_works,
+    feature_works,
+    few_queries,
+    peer,
+    workloads,
+)
 from .paths import (
+    CACHES_KERNELS,
+    CACHES_PLANNER,
+    CACHES_SOURCES,
+    DECODE_KERNELS,
     FEATURES_KERNELS,
     FEATURES_PLANNER,
     FEATURES_SOURCES,
@@ -54,10 +73,10 @@ def build_planner(library: Path) -> Planner:
 @functools.cache
 def family_text(family: str) -> str:
     """The sources are read once: somebody may edit the shaders during a long build."""
-    return embed_shaders.flatten(embed_shaders.FAMILIES[family])
+    return embed_shaders.flatten((embed_shaders.FAMILIES | embed_shaders.CACHE_FAMILIES)[family])
 
 
-def source_of(kernel: Kernel) -> str:
+def source_of(kernel: Kernel | planner.Kernel) -> str:
     """The Metal text of one variant, as native/shader_library.cpp compiles it on a Mac."""
     return f"{family_text(kernel.family)}\n{kernel.instantiation}"
 
@@ -129,8 +148,54 @@ def build_feature_kernels(planner: Planner, arch: str, jobs: int) -> int:
     return len(kernels)
 
 
-def write_sources(path: Path, **more: str) -> None:
-    """A description of what the kernels are made from, for the result."""
+def cache_calls() -> Iterator[caches.Call]:
+    """All that prove_caches.py runs, without operands."""
+    problems = (*cache_cases.GROUPS.values(), append_cases.appends)
+    for case in itertools.chain.from_iterable(group() for group in problems):
+        yield case.shaped()
+    yield from map(few_queries.shaped, few_queries.forwards())
+    for case in cache_cases.small():
+        yield case.shaped()
+
+
+def decode_kernels(of: caches.CachePlanner) -> dict[str, planner.Kernel]:
+    """What decode_speed.py times, but for PyTorch's, by name."""
+    return caches.kernels_of(of, (work.shaped() for work in decode_works.works()))
+
+
+def build_cache_kernels(of: caches.CachePlanner, arch: str, jobs: int) -> int:
+    """Writes the archives of prove_caches.py and decode_speed.py; gives the number of kernels."""
+    proven, timed = caches.kernels_of(of, cache_calls()), decode_kernels(of)
+    theirs = sorted(
+        {
+            step.name
+            for work in decode_works.works()
+            if work.has_peer
+            for step in decode_peer.steps(*work.operands("meta"))
+        }
+    )
+
+    def compile_peer(name: str) -> str:
+        include = [peer.INCLUDE]
+        return ptx.compile(decode_peer.SOURCE, arch=arch, include_dirs=include, only=[name])
+
+    def compile_in_mode(kernel: planner.Kernel, tf32: bool) -> str:
+        return ptx.compile(source_of(kernel), arch=arch, tf32=tf32)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        native = functools.partial(compile_in_mode, tf32=False)
+        write_archive(CACHES_KERNELS, zip(proven, pool.map(native, proven.values())))
+        ours = zip(timed, pool.map(native, timed.values()))
+        peers = zip(theirs, pool.map(compile_peer, theirs))
+        write_archive(DECODE_KERNELS["native"], itertools.chain(ours, peers))
+        on_cores = functools.partial(compile_in_mode, tf32=True)
+        ours = zip(timed, pool.map(on_cores, timed.values()))
+        write_archive(DECODE_KERNELS["tensor-cores"], ours)
+    return len(proven) + 2 * len(timed) + len(theirs)
+
+
+def write_sources(path: Path, families: Iterable[str] = (), **more: str) -> None:
+    """A description of what the kernels of these families are made from, for the result."""
     paths = ["shaders", "native/plan"]
 
     def git(*arguments: str) -> str:
@@ -138,7 +203,7 @@ def write_sources(path: Path, **more: str) -> None:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     digest = hashlib.sha256()
-    for family in embed_shaders.FAMILIES:
+    for family in families or embed_shaders.FAMILIES:
         digest.update(family_text(family).encode())
     sources = {
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
@@ -161,6 +226,9 @@ def main() -> None:
         "--speed", action="store_true", help="for speed.py; --only forward leaves out the backward"
     )
     parser.add_argument("--features", action="store_true", help="for features.py")
+    parser.add_argument(
+        "--caches", action="store_true", help="for prove_caches.py and decode_speed.py"
+    )
     workloads.add_options(parser)
     options = parser.parse_args()
     if options.speed:
@@ -178,6 +246,15 @@ def main() -> None:
             options.jobs,
         )
         print(f"{SPEED_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+        return
+    if options.caches:
+        CACHES_PLANNER.parent.mkdir(parents=True, exist_ok=True)
+        write_sources(CACHES_SOURCES, embed_shaders.CACHE_FAMILIES, peer=decode_peer.check_header())
+        started = time.monotonic()
+        compile_planner(CACHES_PLANNER, ROOT, "-O2")
+        of = caches.CachePlanner(CACHES_PLANNER)
+        count = build_cache_kernels(of, options.arch, options.jobs)
+        print(f"{CACHES_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     if options.features:
         FEATURES_PLANNER.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.planner import DecodeParams
+
+from .append_cases import AppendCase
+from .cache_cases import CacheCase
 from .cases import Case
 from .plans import Params
 
@@ -49,3 +53,71 @@ def disturbed_parameters() -> Iterator[tuple[str, Case, Callable[[Params], None]
 def without_barriers(ptx: bytes) -> bytes:
     """A fault that racecheck must notice."""
     return re.sub(rb"bar\.sync[^;]*;", b"", ptx)
+
+
+# ---- caches
+
+
+def _scale_of_decode(params: DecodeParams) -> None:
+    params.attention.scale *= 1.0001
+
+
+def one_key_more(params: DecodeParams) -> None:
+    params.cache.added += 1
+
+
+def far_too_many_keys(params: DecodeParams) -> None:
+    params.cache.capacity += 1 << 16
+    params.cache.added += 1 << 16
+
+
+def one_key_fewer(params: DecodeParams) -> None:
+    params.cache.added -= 1
+
+
+def _window_of_decode(params: DecodeParams) -> None:
+    params.attention.window_left -= 1
+
+
+def _first_head_of_keys(params: DecodeParams) -> None:
+    params.attention.k[1] = 0
+
+
+def _no_starts(params: DecodeParams) -> None:
+    params.cache.has_starts = 0
+
+
+def _no_entries(params: DecodeParams) -> None:
+    params.cache.has_entries = 0
+
+
+def _one_table(params: DecodeParams) -> None:
+    params.cache.table_row = 0
+
+
+def _no_sinks(params: DecodeParams) -> None:
+    params.attention.has_sinks = 0
+
+
+def _room_for_one_more(params: DecodeParams) -> None:
+    params.cache.capacity += 1
+
+
+CacheFault = tuple[str, CacheCase | AppendCase, Callable[[DecodeParams], None]]
+
+
+def disturbed_parameters_of_caches() -> Iterator[CacheFault]:
+    base = CacheCase(torch.float32, window_right=0, q_len=2)
+    yield "the scale off by 0.01 %", base, _scale_of_decode
+    yield "one key too many, which is NaN", base, one_key_more
+    yield "one key too few", base.but(lengths=(0, 2049, 400)), one_key_fewer
+    yield "the window off by one", base.but(window_left=1000), _window_of_decode
+    yield "always the first key head", base, _first_head_of_keys
+    yield "no left padding", base.but(starts=(0, 100, 999, 0, 2000)), _no_starts
+    yield "no cache_batch_idx", base.but(picks=True), _no_entries
+    yield "one block table for all", base.but(page_size=64), _one_table
+    yield "no sinks", base.but(sinks=True), _no_sinks
+    fill = AppendCase(torch.float16)
+    yield "appended one slot too far", fill, one_key_more
+    yield "room for one key more than there is", fill, _room_for_one_more
+    yield "appended to other entries", fill.but(entries=(3, 0, 5, 2, 4)), _no_entries

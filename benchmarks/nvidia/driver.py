@@ -105,7 +105,8 @@ class Kernels:
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             code = self._cuda.cuLaunchKernel(function, *shape, 0, stream, pointers, None)
             self._check(code, f"launching {name}")
-            copy.record_stream(torch.cuda.current_stream())
+            if not torch.cuda.is_current_stream_capturing():
+                copy.record_stream(torch.cuda.current_stream())
 
         return Launch(name, start)
 

@@ -1,4 +1,4 @@
-"""Where build.py leaves what prove.py and speed.py need."""
+"""Where build.py leaves what the programs for the GPU need."""
 
 from pathlib import Path
 
@@ -17,5 +17,11 @@ FEATURES = BUILD / "features"
 FEATURES_KERNELS = FEATURES / "equal-rate.zip"
 FEATURES_PLANNER = FEATURES / "libplanner.so"
 FEATURES_SOURCES = FEATURES / "sources.json"
+
+CACHES = BUILD / "caches"
+CACHES_KERNELS = CACHES / "kernels.zip"
+CACHES_PLANNER = CACHES / "libplanner.so"
+CACHES_SOURCES = CACHES / "sources.json"
+DECODE_KERNELS = {mode: CACHES / f"{mode}.zip" for mode in ("native", "tensor-cores")}
 
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

@@ -80,7 +80,7 @@ def _largest_error(x: Tensor, ref: Tensor) -> float:
     return error.max().item() if error.numel() else 0.0
 
 
-def _same_bits(x: Tensor, y: Tensor) -> bool:
+def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
@@ -115,6 +115,10 @@ class Progress:
 
 
 class Prover:
+    module = "prove"
+    quiet = False
+    """Whether failures are not printed: those of planted faults."""
+
     def __init__(self, kernels: Kernels, planner: Planner, progress: Progress | None = None):
         self.kernels = kernels
         self.planner = planner
@@ -141,7 +145,7 @@ class Prover:
             torch.cuda.synchronize()
         except Exception as error:
             record.failure = f"{type(error).__name__}: {error}"
-            if group != "control":
+            if not self.quiet:
                 print(f"FAILED {group}: {case}\n{traceback.format_exc()}", flush=True)
             self._look_after_gpu()
         record.seconds = round(time.monotonic() - started, 3)
@@ -176,7 +180,7 @@ class Prover:
             if group == "under sanitizer":
                 return
             record.repeats_bitwise = all(
-                _same_bits(x, y) for x, y in zip(results, run()) if x is not None
+                same_bits(x, y) for x, y in zip(results, run()) if x is not None
             )
             if not record.repeats_bitwise:
                 raise AssertionError("a second run gives other bits")
@@ -222,7 +226,7 @@ class Prover:
                 return
             environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             command = [program, "--tool", tool, "--error-exitcode", "9"]
-            command += [sys.executable, "-m", "benchmarks.nvidia.prove", "--groups"]
+            command += [sys.executable, "-m", f"benchmarks.nvidia.{self.module}", "--groups"]
             command += ["under-sanitizer", *(["--plant", fault] if fault else [])]
             options = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
             done = subprocess.run(command, timeout=_PATIENCE, check=False, **options)
@@ -246,6 +250,7 @@ class Prover:
 
         def work(record: Record) -> None:
             inner = Prover(self.kernels, self.planner)
+            inner.quiet = True
             inner.attention.disturb = disturb
             inner.case("control", case)
             if "AssertionError" not in inner.records[0].failure:
@@ -277,19 +282,21 @@ def _json_lines(result: dict) -> str:
     )
 
 
-def _write(prover: Prover, output: Path, registers: dict[str, dict[str, int]]) -> None:
-    result = {
-        "environment": describe(SOURCES),
+def result_of(prover: Prover, sources: Path) -> dict:
+    """What is stored of a run: where it was, every problem, and every kernel that ran."""
+    ran = sorted(prover.attention.ran) if prover.usable else []
+    return {
+        "environment": describe(sources),
         "records": [asdict(record) for record in prover.records],
-        "kernels": registers,
+        "kernels": {name: prover.kernels.attributes(name) for name in ran},
     }
-    _store(result, output)
 
 
-def _store(result: dict, output: Path) -> None:
+def store(result: dict, output: Path, name: str = "proof", text: str = "") -> None:
+    """Writes both files of a result."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "proof.json").write_text(_json_lines(result))
-    (output / "proof.md").write_text(table(result))
+    (output / f"{name}.json").write_text(_json_lines(result))
+    (output / f"{name}.md").write_text(text or table(result))
 
 
 def _join(folders: Sequence[Path], output: Path) -> bool:
@@ -308,7 +315,7 @@ def _join(folders: Sequence[Path], output: Path) -> bool:
         left = sorted({Path(name).stem for name in archive.namelist()} - set(result["kernels"]))
     if left:
         raise SystemExit(f"prove: {len(left)} kernels have not run: {', '.join(left[:5])}, ...")
-    _store(result, output)
+    store(result, output)
     return any(record["failure"] for record in result["records"])
 
 
@@ -382,8 +389,7 @@ def main() -> None:
         sys.exit(prover.has_failed())
     part, parts = map(int, options.part.split("/"))
     _run_groups(prover, options.groups, options.stride, part, parts)
-    ran = sorted(prover.attention.ran) if prover.usable else []
-    _write(prover, options.output, {name: prover.kernels.attributes(name) for name in ran})
+    store(result_of(prover, SOURCES), options.output)
     print((options.output / "proof.md").read_text())
     sys.exit(prover.has_failed())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _RESULTS = ("out", "lse", "dq", "dk", "dv")
-_LISTED = (
+LISTED = (
     "exact",
     "long sequences",
     "far addresses",
@@ -22,13 +24,22 @@ def provenance(environment: dict) -> str:
     )
 
 
-def table(result: dict) -> str:
+def table(
+    result: dict,
+    title: str = "The Metal kernels on an NVIDIA GPU",
+    module: str = "prove",
+    listed: Sequence[str] = LISTED,
+) -> str:
+    """
+    Args:
+        listed: the groups of which every problem is in the table.
+    """
     environment, records = result["environment"], result["records"]
     failures = [record for record in records if record["failure"]]
     lines = [
-        "# The Metal kernels on an NVIDIA GPU",
+        f"# {title}",
         "",
-        f"{provenance(environment)}. Made by `python -m benchmarks.nvidia.prove`.",
+        f"{provenance(environment)}. Made by `python -m benchmarks.nvidia.{module}`.",
         "",
         f"{len(result['kernels'])} kernels ran in {len(records)} problems; {len(failures)} failed.",
         "",
@@ -44,7 +55,8 @@ def table(result: dict) -> str:
         cells = []
         for name in _RESULTS:
             errors = [row["errors"][name] for row in rows if name in row["errors"]]
-            cells.append(" / ".join(f"{max(e[i] for e in errors):.1e}" for i in (0, 1)))
+            largest = (f"{max(e[i] for e in errors):.1e}" for i in (0, 1)) if errors else ()
+            cells.append(" / ".join(largest))
         repeated = [r["repeats_bitwise"] for r in rows if r["repeats_bitwise"] is not None]
         again = f"{sum(repeated)} of {len(repeated)}" if repeated else "not tried"
         failed = sum(bool(row["failure"]) for row in rows)
@@ -53,7 +65,7 @@ def table(result: dict) -> str:
         )
     lines += ["", "| problem | |", "|---|---|"]
     for record in records:
-        if record["failure"] or record["group"] in _LISTED:
+        if record["failure"] or record["group"] in listed:
             failure = record["failure"].split("\n")[0][:200].replace("|", "/")
             noticed = f"noticed: {record['noticed'][:200]}" if record["noticed"] else ""
             verdict = failure or record["not_run"] or noticed or "passed"

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +183,8 @@ class Planner:
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
         for name in (
-            "new_problem", "plan", "params", "plan_decode", "plan_append", "decode_params"
+            "new_problem", "plan", "params", "plan_decode", "plan_forward_as_decode", "plan_append",
+            "decode_params",
         ):  # fmt: skip
             self._function(name).restype = ctypes.c_void_p
         for name in (
@@ -236,8 +238,26 @@ class Planner:
             mask: where attn_mask lies, if there is one.
             fields: the other fields of orchard::Problem; those left out have its defaults.
         """
+        with self._problem(layouts, dtype, tiles, mask, fields) as address:
+            out = ctypes.byref(_layout(layouts["out"]))
+            dout = ctypes.byref(_layout(layouts["dout"])) if backward else None
+            answer = ctypes.c_void_p(self._library.bridge_plan(address, out, dout))
+        try:
+            return self._read(answer)
+        finally:
+            self._library.bridge_delete_plan(answer)
+
+    @contextmanager
+    def _problem(
+        self,
+        layouts: Mapping[str, Place],
+        dtype: int,
+        tiles: str | bytes,
+        mask: MaskPlace | None,
+        fields: Mapping[str, float],
+    ) -> Iterator[ctypes.c_void_p]:
+        """The address of an orchard::Problem."""
         address = ctypes.c_void_p(self._library.bridge_new_problem())
-        answer = ctypes.c_void_p()
         try:
             problem = _Problem.from_address(address.value or 0)
             problem.dtype = dtype
@@ -252,12 +272,8 @@ class Planner:
                 setattr(problem, name, value)
             tiles = tiles.encode() if isinstance(tiles, str) else tiles
             self._library.bridge_set_tiles(address, tiles)
-            out = ctypes.byref(_layout(layouts["out"]))
-            dout = ctypes.byref(_layout(layouts["dout"])) if backward else None
-            answer = ctypes.c_void_p(self._library.bridge_plan(address, out, dout))
-            return self._read(answer)
+            yield address
         finally:
-            self._library.bridge_delete_plan(answer)
             self._library.bridge_delete_problem(address)
 
     def decode(
@@ -271,24 +287,37 @@ class Planner:
                 has_entries, 0 unless given.
             fields: the other fields of orchard::Problem, as `plan` has them.
         """
-        address = ctypes.c_void_p(self._library.bridge_new_problem())
-        answer = ctypes.c_void_p()
-        try:
-            problem = _Problem.from_address(address.value or 0)
-            problem.dtype = dtype
-            for name in ("q", "k", "v"):
-                setattr(problem, name, _layout(layouts[name]))
-            for name, value in fields.items():
-                if not hasattr(problem, name):
-                    raise AttributeError(f"orchard::Problem has no {name}")
-                setattr(problem, name, value)
-            numbers = _numbers(cache, _OF_CACHE)
+        numbers = _numbers(cache, _OF_CACHE)
+        with self._problem(layouts, dtype, "", None, fields) as address:
             out = ctypes.byref(_layout(layouts["out"]))
             answer = ctypes.c_void_p(self._library.bridge_plan_decode(address, numbers, out))
+        try:
             return self._read_cache_plan(answer)
         finally:
             self._library.bridge_delete_plan(answer)
-            self._library.bridge_delete_problem(address)
+
+    def forward_as_decode(
+        self,
+        layouts: Mapping[str, Place],
+        dtype: int,
+        tiles: str | bytes = "",
+        mask: MaskPlace | None = None,
+        **fields: float,
+    ) -> CachePlan | None:
+        """The plan of a forward that no backward follows, where it runs on the decode kernel.
+
+        Args:
+            layouts, dtype, tiles, mask, fields: as `plan` has them.
+        """
+        with self._problem(layouts, dtype, tiles, mask, fields) as address:
+            if not self._library.bridge_prefers_decode(address):
+                return None
+            out = ctypes.byref(_layout(layouts["out"]))
+            answer = ctypes.c_void_p(self._library.bridge_plan_forward_as_decode(address, out))
+        try:
+            return self._read_cache_plan(answer)
+        finally:
+            self._library.bridge_delete_plan(answer)
 
     def append(self, added: Place, into: Place, dtype: int, cache: Mapping[str, int]) -> CachePlan:
         """The plan of filling a cache.

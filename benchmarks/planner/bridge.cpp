@@ -77,6 +77,13 @@ Answer* bridge_plan_decode(const Problem* problem, const int64_t* numbers, const
   return answer_of(orchard::plan_decode(x, *out));
 }
 
+/// The plan of a forward that no backward follows, where it runs on the decode kernel.
+Answer* bridge_plan_forward_as_decode(const Problem* problem, const Layout* out) {
+  return answer_of(orchard::plan_forward_as_decode(*problem, *out));
+}
+
+int32_t bridge_prefers_decode(const Problem* problem) { return orchard::prefers_decode(*problem); }
+
 /// `numbers` are paged, pages, offset, table_row, has_lengths, has_entries.
 Answer* bridge_plan_append(
     int32_t dtype, const Layout* added, const Layout* cache, const int64_t* numbers) {

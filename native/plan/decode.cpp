@@ -1,6 +1,7 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <string>
 
 #include "join.h"
 #include "params.h"
@@ -17,13 +18,21 @@ constexpr int kWidth = 64;
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
 
-/// Simdgroups for the rows of a key/value head of a sequence: more of them would only be more to
+/// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
-constexpr int64_t kMostParts = 128;
+constexpr int64_t kMostParts = 32;
 
 int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
 
 const char* word(bool x) { return x ? "true" : "false"; }
+
+/// Queries of a sequence, at most: with more of them, a forward's blocks of keys are shared by
+/// more. MOST_QUERIES of src/orchard_ops/cache.py is the same number.
+constexpr int64_t kMostQueries = 16;
+
+/// From so many keys on, each simdgroup of a threadgroup has keys of its own. With fewer the decode
+/// kernel has nothing that it divides better than the forward, and still a second kernel to run.
+constexpr int64_t kManyKeys = ORCHARD_LEAST_PART * kSimdgroups;
 
 /// More threadgroups than that would be more threads than 31 bits count.
 constexpr int64_t kMostRows = INT32_MAX / (kSimdgroups * ORCHARD_SIMD_WIDTH);
@@ -54,6 +63,26 @@ void fill_cache_params(const CacheProblem& p, CacheParams& cache) {
   cache.page_size = static_cast<int32_t>(p.page_size);
   cache.capacity = static_cast<int32_t>(capacity_of(p));
   cache.added = static_cast<int32_t>(p.added);
+}
+
+/// The mask, as a template argument and as a kernel's name says it.
+std::array<std::string, 2> mask_of(const Problem& p) {
+  if (!p.has_mask) return {"NoMask", ""};
+  if (p.mask_dtype == DType::kBool) return {"Mask<uchar, false>", "_mask_bool"};
+  const DTypeNames dtype = names(p.mask_dtype);
+  return {join("Mask<", dtype.metal, ", false>"), join("_mask_", dtype.torch)};
+}
+
+int row_fragments(const Problem& p, int64_t rows) {
+  return rows > 8 && padded(widest_head_dim(p)) <= kWidestPair ? 2 : 1;
+}
+
+int64_t group_heads(const Problem& p) { return p.q.sizes[1] / std::max<int64_t>(p.k.sizes[1], 1); }
+
+/// Whether a mask is the same for all heads and queries of a sequence.
+bool is_of_keys(const MaskLayout& mask) {
+  return (mask.sizes[2] == 1 || mask.strides[2] == 0) &&
+         (mask.sizes[3] == 1 || mask.strides[3] == 0);
 }
 
 KernelPlan kernel_of(const std::string& family, const std::string& name,
@@ -124,15 +153,13 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   const Problem& attention = p.attention;
   const DTypeNames dtype = names(attention.dtype);
   const int bd = padded(attention.q.sizes[3]), vd = padded(attention.v.sizes[3]);
-  const int64_t heads = attention.q.sizes[1] / std::max<int64_t>(attention.k.sizes[1], 1);
-  const int64_t rows = heads * attention.q.sizes[2];
-  const int fragments = rows > 8 && std::max(bd, vd) <= kWidestPair ? 2 : 1;
+  const int64_t rows = group_heads(attention) * attention.q.sizes[2];
+  const int fragments = row_fragments(attention, rows);
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
   // Nothing here may depend on the batch: a sequence has the same bits alone and beside others.
-  const int64_t most_groups =
-      std::max<int64_t>(kMostParts / kSimdgroups / std::max<int64_t>(blocks, 1), 1);
+  const int64_t most_groups = std::max<int64_t>(kMostParts / std::max<int64_t>(blocks, 1), 1);
   const int64_t groups = std::clamp<int64_t>(
       blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, most_groups);
   DecodeParams& params = decode.params;
@@ -142,23 +169,52 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   fill_cache_params(p, params.cache);
   params.block_rows = 8 * fragments;
   params.blocks = static_cast<int32_t>(blocks);
-  params.parts = static_cast<int32_t>(groups * kSimdgroups);
+  params.parts = static_cast<int32_t>(groups);
   params.part_stride = vd;
   const int64_t row_blocks = attention.q.sizes[0] * attention.k.sizes[1] * params.blocks;
   decode.part_rows = row_blocks * params.parts * params.block_rows;
   advise_on_layout(chunks, decode.plan);
   const bool softcap = attention.softcap > 0.0, alibi = attention.has_alibi;
+  const bool ranges = attention.has_key_ranges;
+  const auto [mask, mask_name] = mask_of(attention);
   decode.plan.add(kernel_of("attention_decode",
       join("attention_decode_", dtype.torch, "_d", bd, "_v", vd, "_r", fragments,
           chunks ? "_chunks" : "_elements", p.paged ? "_paged" : "", softcap ? "_softcap" : "",
-          alibi ? "_alibi" : ""),
+          alibi ? "_alibi" : "", mask_name, ranges ? "_ranges" : ""),
       join(dtype.metal, ", ", dtype.operand, ", ", bd, ", ", vd, ", ", fragments, ", ", kSimdgroups,
-          ", ", word(chunks), ", ", word(p.paged), ", ", word(softcap), ", ", word(alibi)),
+          ", ", word(chunks), ", ", word(p.paged), ", ", word(softcap), ", ", word(alibi), ", ",
+          mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  decode.plan.add(kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch),
-      join(dtype.metal, ", ", kSimdgroups),
-      {static_cast<uint64_t>(blocks_of(out_rows, kSimdgroups)), 1}));
+  decode.plan.add(
+      kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch, "_v", vd),
+          join(dtype.metal, ", ", vd, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
+  return decode;
+}
+
+bool prefers_decode(const Problem& p) {
+  const int64_t q_len = p.q.sizes[2];
+  if (query_heads(p) == 0 || q_len == 0 || q_len > kMostQueries) return false;
+  if (p.k.sizes[2] < kManyKeys || dropout_threshold(p.dropout_p) > 0) return false;
+  if (p.has_mask && !is_of_keys(p.mask)) return false;
+  // What the ranges of several rows leave between them would be read as if it were seen.
+  if (p.has_key_ranges && (q_len > 1 || p.ranges_head != 0)) return false;
+  if (p.tiles.find("attention_forward=") != std::string::npos) return false;
+  // The forward reads the keys once for each head, this kernel once for each block of rows.
+  const int64_t rows = group_heads(p) * q_len;
+  return blocks_of(rows, 8 * row_fragments(p, rows)) <= group_heads(p);
+}
+
+DecodePlan plan_forward_as_decode(const Problem& p, const Layout& out) {
+  CacheProblem cache;
+  cache.attention = p;
+  cache.page_size = cache.added = p.k.sizes[2];
+  cache.entries = p.k.sizes[0];
+  // Queries stand where the ranges say, or as far from the last keys as the diagonal does.
+  if (!p.has_key_ranges) cache.attention.diagonal += p.q.sizes[2] - p.k.sizes[2];
+  DecodePlan decode = plan_decode(cache, out);
+  decode.params.row_stats = true;
+  decode.params.powers_of_2 = has_plain_logits(p);
   return decode;
 }
 

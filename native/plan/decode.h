@@ -27,6 +27,13 @@ struct DecodePlan {
 /// Fills params but for the strides of `out`, and for which buffers the cache has.
 DecodePlan plan_decode(const CacheProblem& problem, const Layout& out);
 
+/// Whether the forward of a call that no backward follows runs on the decode kernel rather than on
+/// its own: a call of few queries and many keys, as far as that kernel knows its arguments.
+bool prefers_decode(const Problem& problem);
+
+/// The plan of such a call, with row_stats in place of lse.
+DecodePlan plan_forward_as_decode(const Problem& problem, const Layout& out);
+
 /// New keys, or values, and the cache that they go to: both as (B or entries, Hkv, length, width).
 struct AppendProblem {
   DType dtype = DType::kOther;

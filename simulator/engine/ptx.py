@@ -37,26 +37,29 @@ def compile(
     function_constants: Mapping[str | int, object] | None = None,
     only: Sequence[str] = ("*",),
     equal_rate: bool = False,
+    tf32: bool = False,
 ) -> str:
     """Compiles a Metal source to PTX, or takes it from the cache.
 
     The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
-    matrix product are multiplied as float operands are, without tensor cores.  Raises CompileError.
+    matrix product are multiplied as float operands are, without tensor cores.  With ``tf32`` float
+    operands are rounded to 11 bits and multiplied there, too.  Raises CompileError.
     """
+    modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_TF32"] * tf32
     lint.check_characters(source)
     text = preprocess(source, tuple(str(path) for path in include_dirs), tuple(defines))
     constants = {str(key): value for key, value in (function_constants or {}).items()}
     program = prepass.rewrite(text, constants, only)
-    identity = hashlib.sha256(repr((program, arch, equal_rate)).encode()).hexdigest()[:32]
-    path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, equal_rate)))
+    identity = hashlib.sha256(repr((program, arch, modes)).encode()).hexdigest()[:32]
+    path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, modes)))
     return path.read_text()
 
 
-def _build(program: str, arch: str, equal_rate: bool) -> str:
+def _build(program: str, arch: str, modes: Sequence[str]) -> str:
     target = ["--target=nvptx64-nvidia-cuda", f"-march={arch}", "-nogpulib"]
     target += ["-Xclang", "-target-feature", "-Xclang", _PTX_VERSION]
     front = [CLANG, *LANGUAGE, *SEMANTICS, *WARNINGS, *target, "-DMSL_PTX", "-O3"]
-    front += ["-DMSL_EQUAL_RATE"] * equal_rate
+    front += [f"-D{mode}" for mode in modes]
     front += ["-Xclang", "-disable-llvm-passes"]
     front += ["-isystem", str(INCLUDE), "-include", "msl/msl.h"]
     ir = run_compiler([*front, "-S", "-emit-llvm", "-", "-o", "-"], program).stdout

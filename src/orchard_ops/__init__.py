@@ -13,7 +13,7 @@ from ._version import __version__  # noqa: E402
 from .attention import flash_attn  # noqa: E402
 from .calls import OrchardFallbackWarning, Stats, reset_stats, stats  # noqa: E402
 from .dropout import dropout_mask  # noqa: E402
-from .explain import Explanation, explain  # noqa: E402
+from .explain import Explanation, explain, explain_call  # noqa: E402
 from .flash_attention import (  # noqa: E402
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -61,6 +61,7 @@ __all__ = [
     "dropout_mask",
     "enable",
     "explain",
+    "explain_call",
     "flash_attn",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

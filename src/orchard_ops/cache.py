@@ -18,6 +18,8 @@ from .scoring import Scoring, SymInt
 MOST_QUERIES = 16
 """Queries of a sequence that the decode kernel takes: with more of them, kernels that share blocks
 of keys between queries read less."""
+PAGE_MULTIPLE = 16
+"""Keys of a block that the decode kernel reads: one page has to hold it. The plan has it, too."""
 
 _DIMENSIONS = "(entries, heads, keys of an entry, head_dim)"
 
@@ -98,11 +100,47 @@ class CacheCall(NamedTuple):
         """
         last = cache.shape[0] - 1
         if self.block_table is not None:
-            paged = cache[self.block_table.clamp(0, last)]  # (B, pages, Hkv, keys, D)
-            return paged.transpose(1, 2).flatten(2, 3)
+            return gathered(cache.transpose(1, 2), self.block_table).transpose(1, 2)
         if self.cache_batch_idx is not None:
             return cache[self.cache_batch_idx.clamp(0, last)]
         return cache
+
+    def in_rooms(self) -> CacheCall:
+        """The same problem with an entry for each sequence, in order."""
+        key, value = (self.rooms(x) for x in (self.key, self.value))
+        return self._replace(key=key, value=value, cache_batch_idx=None, block_table=None)
+
+    def without_unused_pages(self) -> CacheCall:
+        """The same problem with fewer columns of the table, where it is known without a wait that
+        they hold no keys."""
+        table, page_size = self.block_table, self.key.shape[2]
+        if table is None or self.cache_seqlens is not None or page_size == 0:
+            return self
+        pages = (self.added + page_size - 1) // page_size
+        return self._replace(block_table=table[:, :pages])
+
+    def of(self, first: int, end: int) -> CacheCall:
+        """The sequences from `first` to before `end`, of pages or entries that a tensor names."""
+        slopes = self.alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[first:end]
+        lengths, entries, starts, table = (
+            None if x is None else x[first:end]
+            for x in (
+                self.cache_seqlens,
+                self.cache_batch_idx,
+                self.cache_leftpad,
+                self.block_table,
+            )
+        )
+        return self._replace(
+            query=self.query[first:end],
+            cache_seqlens=lengths,
+            cache_batch_idx=entries,
+            cache_leftpad=starts,
+            block_table=table,
+            alibi_slopes=slopes,
+        )
 
     def as_forward(self) -> tuple[Tensor, Tensor, Tensor, Scoring]:
         """The same problem for the ops that know no caches."""
@@ -133,6 +171,14 @@ class CacheCall(NamedTuple):
         if key.shape[1] == 0:
             raise ValueError(f"{op}: key must have a head; got shape {tuple(key.shape)}")
         self.scoring.check(op, query, key)
+
+
+def gathered(cache: Tensor, table: Tensor) -> Tensor:
+    """Pages (entries, keys, heads, D) of a table (B, pages) as (B, pages x keys, heads, D): a copy.
+
+    Numbers without a page have the first or the last one.
+    """
+    return cache[table.clamp(0, cache.shape[0] - 1)].flatten(1, 2)
 
 
 class AppendCall(NamedTuple):
@@ -296,9 +342,9 @@ def _listed(arguments: type) -> str:
 
 DECODE_SCHEMA = _listed(CacheCall)
 """The arguments as they stand in the schema of flash_attn_decode."""
-APPEND_SCHEMA = (
-    _listed(AppendCall)
-    .replace("Tensor key_cache", "Tensor(a!) key_cache")
-    .replace("Tensor value_cache", "Tensor(b!) value_cache")
+APPENDED_SCHEMA = _listed(AppendCall)
+"""Those of flash_attn_append, as they stand in the schema of a query that writes to none."""
+APPEND_SCHEMA = APPENDED_SCHEMA.replace("Tensor key_cache", "Tensor(a!) key_cache").replace(
+    "Tensor value_cache", "Tensor(b!) value_cache"
 )
 """The same of flash_attn_append, which writes to the caches."""

@@ -7,6 +7,7 @@ does the same for the scoring arguments, `arguments.py` for those of `flash_attn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,13 +146,12 @@ def check_length_first(
             raise TypeError(
                 f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
             )
-    every = " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
-    if len({x.dtype for _, x in given}) > 1:
+    if any(x.dtype != given[0][1].dtype for _, x in given):
         got = ", ".join(str(x.dtype) for _, x in given)
-        raise TypeError(f"{op}: {every} must have the same dtype; got {got}")
-    if len({x.device for _, x in given}) > 1:
+        raise TypeError(f"{op}: {_listed(given)} must have the same dtype; got {got}")
+    if any(x.device != given[0][1].device for _, x in given):
         got = ", ".join(str(x.device) for _, x in given)
-        raise ValueError(f"{op}: {every} must be on the same device; got {got}")
+        raise ValueError(f"{op}: {_listed(given)} must be on the same device; got {got}")
     query, key, value = operands
     q, k, v = names
     for name, x in zip(names, operands):
@@ -180,6 +180,69 @@ def check_length_first(
         )
 
 
+def _listed(given: Sequence[tuple[str, Tensor]]) -> str:
+    return " and ".join(", ".join(name for name, _ in given).rsplit(", ", 1))
+
+
 def check_impl(op: str, impl: str) -> None:
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+
+
+def sequence_integers(
+    op: str, name: str, x: Tensor | None, batch: int, q: Tensor, columns: str = ""
+) -> Tensor | None:
+    """The numbers of `batch` sequences as the ops take them: checked, and int32."""
+    if x is None:
+        return None
+    check_tensor(op, name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64; got {x.dtype}")
+    if x.dim() != 1 + bool(columns) or x.shape[0] != batch:
+        raise ValueError(f"{op}: {name} must have shape ({batch},{columns}); got {_shape(x)}")
+    if x.device != q.device:
+        raise ValueError(f"{op}: {name} must be on the device of q, {q.device}; got {x.device}")
+    if x.dtype == torch.int64:
+        limits = torch.iinfo(torch.int32)
+        x = x.clamp(limits.min, limits.max).int()
+    return x
+
+
+def check_range(op: str, name: str, x: Tensor | None, least: int, most: int) -> None:
+    """Waits for the device, and raises where a number of x is out of bounds."""
+    if x is None or not x.numel():
+        return
+    wrong = x[(x < least) | (x > most)]
+    if wrong.numel():
+        raise ValueError(
+            f"{op}: {name} must be from {least} to {most}; got {wrong[0].item()} among "
+            f"{x.numel()} (checked because ORCHARD_DEBUG is set)"
+        )
+
+
+def check_leftpad(op: str, name: str, starts: Tensor | None, ends: Tensor | int) -> None:
+    """The same where padding is longer than the keys of its sequence."""
+    if starts is None or not starts.numel():
+        return
+    ends = torch.zeros_like(starts) + ends
+    wrong = starts > ends
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{op}: {name} must be at most the keys of its sequence, new ones included; got "
+            f"{starts[wrong][0].item()} beside {ends[wrong][0].item()} (checked because "
+            "ORCHARD_DEBUG is set)"
+        )
+
+
+def check_pages(op: str, table: Tensor | None, page_size: int, num_pages: int, ends: Any) -> None:
+    """The same where a page that holds keys, of which each sequence has `ends`, does not exist."""
+    if table is None:
+        return
+    first_keys = torch.arange(table.shape[1], device=table.device) * page_size
+    used = first_keys < (ends.unsqueeze(1) if isinstance(ends, Tensor) else ends)
+    wrong = table[used & ((table < 0) | (table >= num_pages))]
+    if wrong.numel():
+        raise ValueError(
+            f"{op}: block_table must be from 0 to {num_pages - 1} for the pages that hold keys; "
+            f"got {wrong[0].item()} (checked because ORCHARD_DEBUG is set)"
+        )

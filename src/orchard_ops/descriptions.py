@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .cache import CacheCall
-from .scoring import Scoring
+from .scoring import NO_BACKWARD, Scoring
 
 
 class Description(NamedTuple):
@@ -92,6 +92,8 @@ def _arguments(query: Tensor, scoring: Scoring) -> list[str]:
         if value is not None and value != Scoring._field_defaults[name]
         if not isinstance(value, Tensor)
     }
+    if given.get("key_span") == NO_BACKWARD:
+        del given["key_span"]  # not the caller's
     if (given.get("window_left"), given.get("window_right")) == (None, 0):
         del given["window_right"]
         words.append("causal")

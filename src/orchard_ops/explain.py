@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, get_type_hints
 
 import torch
+from torch import Tensor
 
-from . import calls, native
+from . import calls, native, watch
 from .arguments import Call, prepare
-from .plan import plan
+from .cache import AppendCall, CacheCall
+from .ops import autograd
+from .plan import Plan, append_plan, decode_plan, plan
+from .scoring import NO_BACKWARD, Scoring
 
 _BACKWARD = "attention_backward"
 _MASK_MAP = "attention_mask_map"  # which both directions run
@@ -87,17 +92,115 @@ def _of_the_arguments_of(
 def explain(call: Call) -> Explanation:
     """Says what `flash_attn` would do with the same arguments. Runs nothing.
 
-    The backward is explained for a gradient laid out like the output.
+    `explain_call` says it of the other functions, those for caches among them.
+
+    The backward is explained for a gradient laid out like the output. A call of few queries has
+    none on the decode kernel, which runs it where no operand requires a gradient or gradients are
+    switched off.
 
     Raises:
         ValueError, TypeError: as `flash_attn`, for a malformed call.
     """
-    return explain_flat(*call.flat())
+    args = call.flat()
+    return explain_flat(*(args if autograd.needs_grad(args) else autograd.without_backward(args)))
+
+
+def explain_call(function: Callable[_P, Any], *args: _P.args, **kwargs: _P.kwargs) -> Explanation:
+    """Says what a function of this package would do with these arguments.
+
+    ::
+
+        explain_call(flash_attn_with_kvcache, q, k_cache, v_cache, cache_seqlens=lengths)
+
+    No kernel runs, and nothing is written to a cache. What the function does before its attention,
+    it does: it checks the arguments, rotates queries, and copies pages that no kernel reads in
+    place. Where it attends in several calls, the first is explained, together with the append
+    before it. A backward is explained where one can follow.
+
+    Args:
+        function: `flash_attn_with_kvcache`, `flash_attn_varlen_func`, any other attention function,
+            or an op such as ``torch.ops.orchard.flash_attn_decode``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as the function, for a malformed call; also
+            where it calls no attention.
+    """
+    found: list[Explanation] = []
+
+    def answer(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(_ASKED[name](*given, **named))
+        if name != "flash_attn_append":
+            raise _Answered
+
+    said = contextlib.suppress(_Answered)
+    with torch.random.fork_rng(devices=[]), watch.answering(answer), said:
+        function(*args, **kwargs)
+    if not found:
+        raise ValueError(
+            f"orchard_ops.explain_call: {getattr(function, '__name__', function)} calls no "
+            "attention of this package with these arguments"
+        )
+    return functools.reduce(_together, found)
+
+
+class _Answered(Exception):
+    """What there is to say is said."""
+
+
+def _together(first: Explanation, then: Explanation) -> Explanation:
+    """Of two calls, the path of which is Metal if that of both is."""
+    said = first if first.path != "metal" else then
+    return Explanation(
+        said.path,
+        said.reason,
+        said.advice,
+        first.kernels + tuple(x for x in then.kernels if x not in first.kernels),
+        first.tiles | then.tiles,
+        max(first.scratch_bytes, then.scratch_bytes),
+    )
+
+
+def _explain_forward(*arguments: Any, **named: Any) -> Explanation:
+    names = ("query", "key", "value", *Scoring._fields, "impl")
+    given = dict(zip(names, arguments)) | named
+    found = explain_flat(*(given.get(name, "auto") for name in names))
+    if given["key_span"] != NO_BACKWARD:
+        return found
+    forward = found.forward_kernels
+    tiles = {name: found.tiles[name] for name in forward}
+    return replace(found, kernels=forward, tiles=tiles, scratch_bytes=0)
+
+
+def _explain_decode(*arguments: Any, **named: Any) -> Explanation:
+    return explain_cache(CacheCall(*arguments, **named))
+
+
+def _explain_append(*arguments: Any, **named: Any) -> Explanation:
+    call = AppendCall(*arguments, **named)
+    call.check("orchard::flash_attn_append")
+    return _explained(call.key_cache, call.impl, lambda: append_plan(*call))
+
+
+_ASKED: dict[str, Callable[..., Explanation]] = {
+    "flash_attn_fwd": _explain_forward,
+    "flash_attn_decode": _explain_decode,
+    "flash_attn_append": _explain_append,
+}
+
+
+def explain_cache(call: CacheCall) -> Explanation:
+    """`explain` for a call of ``orchard::flash_attn_decode``."""
+    call.check("orchard::flash_attn_decode")
+    return _explained(call.query, call.impl, lambda: decode_plan(*call))
 
 
 def explain_flat(*arguments: Any) -> Explanation:
     """`explain` for the arguments of ``orchard::flash_attn_fwd``."""
-    device, impl = arguments[0].device.type, arguments[-1]
+    return _explained(arguments[0], arguments[-1], lambda: plan(*arguments))
+
+
+def _explained(of: Tensor, impl: str, ask: Callable[[], Plan]) -> Explanation:
+    device = of.device.type
     other_path = "raises" if calls.insists_on_metal(device, impl) else "reference"
 
     def without_metal(reason: str, advice: str) -> Explanation:
@@ -108,7 +211,7 @@ def explain_flat(*arguments: Any) -> Explanation:
     missing = native.why_not()
     if missing:
         return without_metal(missing, "see docs/install.md")
-    chosen = plan(*arguments)
+    chosen = ask()
     if chosen.refusal:
         return without_metal(chosen.why_not, chosen.advice)
     tiles = {kernel.name: kernel.tile for kernel in chosen.kernels}

@@ -19,6 +19,7 @@ from . import checks
 from .arguments import prepare
 from .attention import run, run_with_lse
 from .key_ranges import check_cu_seqlens
+from .paged_varlen import PagedBatch, attend_pages, check_pages
 from .varlen import PACKED, check_longest, packed_call, unpacked, unpacked_with_lse
 
 Results = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -151,7 +152,10 @@ def flash_attn_varlen_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    block_table: None = None,
+    block_table: Tensor | None = None,
+    *,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Results:
     """Attention within sequences packed one behind another, as ``flash_attn_varlen_func``.
 
@@ -172,21 +176,29 @@ def flash_attn_varlen_func(
             make memory grow with their number (docs/packed-batches.md), and the dropout mask
             depends on the sequence's number then.
         return_attn_probs: also return lse and S_dmask.
-        block_table: None; paged keys are refused.
+        block_table: (sequences, pages) int32 or int64: k and v are pages (num_pages, page_size, Hk,
+            D or Dv) of any page_size, and a sequence has those of its row, one after another.
+            cu_seqlens_k gives its length alone. max_seqlen_q and max_seqlen_k are promises then:
+            rows of a sequence that has more are NaN. No dropout and no gradient
+            (docs/decoding.md).
+        seqused_k: (sequences) int32 or int64: how many of a sequence's keys there are, in place of
+            what cu_seqlens_k says; in the packed tensors no more than that.
+        leftpad_k: (sequences) int32 or int64: how many of these, from the first on, are padding.
 
     Returns:
         out (total_q, Hq, Dv), or (out, lse, S_dmask) with lse (Hq, total_q), as `flash_attn_func`.
 
     Raises:
-        As `flash_attn_func`; NotImplementedError for a block_table.
+        As `flash_attn_func`. NotImplementedError for a block_table beside dropout, or beside
+        operands that require grad. The numbers of the sequences are looked at with ORCHARD_DEBUG=1
+        alone, which waits for the device.
     """
     operands = _Operands("flash_attn_varlen_func", q, k, v, (("q", q), ("k", k), ("v", v)))
-    if block_table is not None:
-        raise NotImplementedError(
-            f"{operands.op}: keys in pages are not supported; got a block_table"
-        )
     options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
+    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_k, leftpad_k)
+    if block_table is not None:
+        pages = (max_seqlen_q, block_table)
+        return _paged(operands, sequences, pages, options, return_attn_probs)
     return _packed(operands, sequences, options, return_attn_probs)
 
 
@@ -294,6 +306,8 @@ class _Sequences(NamedTuple):
     of_query: Tensor
     of_key: Tensor
     longest_key: int
+    used: Tensor | None = None
+    padding: Tensor | None = None
 
 
 def _unpack(
@@ -340,10 +354,48 @@ def _packed(
     check_options(op, options, return_attn_probs, q, sequences.of_query.shape[0] - 1)
     longest = sequences.longest_key
     check_longest(op, longest)
-    call = packed_call(op, (q, k, v), cu_seqlens, longest, **by_our_names(options, longest))
+    named = by_our_names(options, longest)
+    call = packed_call(
+        op, (q, k, v), cu_seqlens, longest, sequences.used, sequences.padding, **named
+    )
     if not return_attn_probs:
         return unpacked(run(call))
     return *unpacked_with_lse(*run_with_lse(call)), q.new_empty(0)
+
+
+def _paged(
+    operands: _Operands,
+    sequences: _Sequences,
+    pages: tuple[int, Tensor],
+    options: Options,
+    return_attn_probs: bool,
+) -> Results:
+    op, q, k, v = (operands.op, *operands[1:4])
+    check_pages(op, q, k, v)
+    cu_seqlens = (sequences.of_query, sequences.of_key)
+    check_cu_seqlens(op, *cu_seqlens)
+    count = sequences.of_query.shape[0] - 1
+    check_options(op, options, return_attn_probs, q, count)
+    if options.dropout_p > 0.0:
+        raise NotImplementedError(
+            f"{op}: keys in pages know no dropout; got dropout_p {options.dropout_p} beside a "
+            "block_table: pass 0.0"
+        )
+    longest_query, table = pages
+    for longest in (longest_query, sequences.longest_key):
+        check_longest(op, longest)
+    batch = PagedBatch(
+        op,
+        *cu_seqlens,
+        longest_query,
+        sequences.longest_key,
+        checks.sequence_integers(op, "block_table", table, count, q, " pages"),  # type: ignore[arg-type]
+        checks.sequence_integers(op, "seqused_k", sequences.used, count, q),
+        checks.sequence_integers(op, "leftpad_k", sequences.padding, count, q),
+    )
+    named = by_our_names(options, sequences.longest_key)
+    out, lse = attend_pages(batch, q, k, v, named)
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
 def by_our_names(options: Options, kv_len: int) -> dict[str, Any]:

@@ -171,6 +171,8 @@ class KeyRanges:
         *,
         q_len: int,
         max_length: int | None = None,
+        seqused_k: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
     ) -> KeyRanges:
         """Sequences one behind another, in the cumulative lengths of FlashAttention's varlen calls.
 
@@ -184,6 +186,9 @@ class KeyRanges:
             cu_seqlens_k: the same of the keys; by default those of the queries (self-attention).
             q_len: the number of queries, all sequences together.
             max_length: as in `from_document_ids`; it counts only where cu_seqlens_k is not given.
+            seqused_k: (N) integers: how many of a sequence's keys there are, from its first place
+                on; the places behind them may hold anything. All by default.
+            leftpad_k: (N) integers: how many of these, from the first on, are padding.
         """
         op = f"{_OP}.from_cu_seqlens"
         reach = _reach(op, max_length)
@@ -199,14 +204,20 @@ class KeyRanges:
         outside = (n < 0) | (n >= count)
         n = n.clamp(0, count - 1)
         first, last = of_key[n], of_key[n + 1]
+        if seqused_k is not None:
+            used = _of_sequences(op, "seqused_k", seqused_k, count, device)
+            last = first + torch.minimum(used[n], last - first)
         position = i + last - of_query[n + 1]
+        if leftpad_k is not None:
+            padding = _of_sequences(op, "leftpad_k", leftpad_k, count, device)
+            first = first + torch.minimum(padding[n], last - first)
         tensor = _stack(
             first.masked_fill(outside, 0),
             last.masked_fill(outside, 0),
             position,
             torch.zeros_like(i),
         )
-        if not same:
+        if not same or seqused_k is not None:
             return KeyRanges(tensor, has_prefix=False)
         return KeyRanges(tensor, 0, has_prefix=False, reach=reach)
 
@@ -404,6 +415,17 @@ def check_cu_seqlens(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Non
             f"{op}: cu_seqlens_q and cu_seqlens_k must be on the same device; got "
             f"{cu_seqlens_q.device} and {cu_seqlens_k.device}"
         )
+
+
+def _of_sequences(op: str, name: str, x: Tensor, count: int, device: torch.device) -> Tensor:
+    """Counts of keys as int32, of which none is negative."""
+    _check_integers(op, name, x, 1, "(sequences)")
+    if x.shape[0] != count or x.device != device:
+        raise ValueError(
+            f"{op}: {name} must be of the {count} sequences of cu_seqlens_q, on {device}; got "
+            f"{x.shape[0]} on {x.device}"
+        )
+    return x.clamp(0, OPEN).to(torch.int32)
 
 
 def _check_integers(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import calls, checks
-from .cache import MOST_QUERIES, CacheCall, check_entries
+from .cache import CacheCall, check_entries
+from .cache_attention import attend
 from .flash_attention import Options, by_our_names, check_options
-from .ops.schema import APPEND, DECODE, FORWARD, public_lse
+from .ops.schema import APPEND
 from .rotary import rotate
 
 _OP = "orchard_ops.flash_attn_with_kvcache"
@@ -109,10 +110,7 @@ def flash_attn_with_kvcache(
         if rotary is not None and not one_place and q.numel():
             rotary.check_rows(int(places.begins(q).max()) + q.shape[1])
     if rotary is not None and k is not None:
-        begins = places.begins(q)
-        tokens = torch.arange(max(q.shape[1], new), device=q.device)
-        q = rotary.turn(q, begins if one_place else begins + tokens[: q.shape[1]])
-        k = rotary.turn(k, begins + tokens[:new])
+        q, k = rotary.turn_both(q, k, places.begins(q), one_place)
     caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     if k is not None and v is not None:
         added = k.transpose(1, 2), v.transpose(1, 2)
@@ -131,16 +129,8 @@ def flash_attn_with_kvcache(
         window_right=right,
         softcap=max(softcap, 0.0),
     )
-    out, lse = _attend(call)
+    out, lse = attend(call)
     return (out.transpose(1, 2), lse) if return_softmax_lse else out.transpose(1, 2)
-
-
-def _attend(call: CacheCall) -> tuple[Tensor, Tensor]:
-    if call.query.shape[2] <= MOST_QUERIES:
-        return DECODE(*call)
-    query, key, value, scoring = call.as_forward()
-    out, row_stats = FORWARD(query, key, value, *scoring, call.impl)
-    return out, public_lse(row_stats, scoring.unit)
 
 
 class _Places(NamedTuple):
@@ -162,40 +152,14 @@ class _Places(NamedTuple):
 
     def check_numbers(self, num_entries: int, new: int) -> None:
         """Waits for the device, and raises for numbers that no right program passes."""
-        room = self.capacity - new
-        for name, x, least, most in (
-            ("cache_seqlens", self.lengths, 0, room),
-            ("cache_batch_idx", self.entries, 0, num_entries - 1),
-            ("cache_leftpad", self.starts, 0, self.capacity),
-        ):
-            if x is not None and x.numel():
-                wrong = x[(x < least) | (x > most)]
-                if wrong.numel():
-                    raise ValueError(
-                        f"{_OP}: {name} must be from {least} to {most}; got {wrong[0].item()} "
-                        f"among {x.numel()} (checked because ORCHARD_DEBUG is set)"
-                    )
+        checks.check_range(_OP, "cache_seqlens", self.lengths, 0, self.capacity - new)
+        checks.check_range(_OP, "cache_batch_idx", self.entries, 0, num_entries - 1)
+        checks.check_range(_OP, "cache_leftpad", self.starts, 0, self.capacity)
         keys = (self.known if self.lengths is None else self.lengths) + new
-        if self.starts is not None and self.starts.numel():
-            keys = torch.zeros_like(self.starts) + keys
-            wrong = self.starts > keys
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"{_OP}: cache_leftpad must be at most the keys of its sequence, with the new "
-                    f"ones; got {self.starts[wrong][0].item()} beside {keys[wrong][0].item()} "
-                    "(checked because ORCHARD_DEBUG is set)"
-                )
+        checks.check_leftpad(_OP, "cache_leftpad", self.starts, keys)
         if self.table is not None:
-            lengths = self.lengths.unsqueeze(1) if self.lengths is not None else 0
             page_size = self.capacity // max(self.table.shape[1], 1)
-            pages = torch.arange(self.table.shape[1], device=self.table.device)
-            used = pages * page_size < lengths + (self.known + new)
-            wrong = self.table[used & ((self.table < 0) | (self.table >= num_entries))]
-            if wrong.numel():
-                raise ValueError(
-                    f"{_OP}: block_table must be from 0 to {num_entries - 1} for the pages that "
-                    f"hold keys; got {wrong[0].item()} (checked because ORCHARD_DEBUG is set)"
-                )
+            checks.check_pages(_OP, self.table, page_size, num_entries, keys)
 
 
 class _Rotary(NamedTuple):
@@ -214,6 +178,22 @@ class _Rotary(NamedTuple):
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, self.cos, self.sin, positions, self.interleaved)
+
+    def turn_both(
+        self, q: Tensor, k: Tensor, begins: Tensor, one_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """q and the new k, whose first token stands at `begins` (B, 1); q's all do in one place."""
+        q_len, new, heads = q.shape[1], k.shape[1], q.shape[2]
+        positions = begins
+        if max(q_len, new) > 1:
+            positions = begins + torch.arange(max(q_len, new), device=q.device)
+        if q_len == new and (new == 1 or not one_place):  # as one: half of the launches
+            both = self.turn(torch.cat((q, k), 2), positions)
+            return both[:, :, :heads], both[:, :, heads:]
+        return (
+            self.turn(q, begins if one_place else positions[:, :q_len]),
+            self.turn(k, positions[:, :new]),
+        )
 
 
 def _check_operands(
@@ -268,25 +248,6 @@ def _check_count(name: str, x: object) -> None:
         raise ValueError(f"{_OP}: {name} must be at least 0; got {x}")
 
 
-def _integers(name: str, x: Tensor | None, q: Tensor, columns: str = "") -> Tensor | None:
-    """The numbers of the sequences as the ops take them."""
-    if x is None:
-        return None
-    checks.check_tensor(_OP, name, x)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{_OP}: {name} must be int32 or int64; got {x.dtype}")
-    if x.dim() != 1 + bool(columns) or x.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{_OP}: {name} must have shape ({q.shape[0]},{columns}); got {tuple(x.shape)}"
-        )
-    if x.device != q.device:
-        raise ValueError(f"{_OP}: {name} must be on the device of q, {q.device}; got {x.device}")
-    if x.dtype == torch.int64:
-        limits = torch.iinfo(torch.int32)
-        x = x.clamp(limits.min, limits.max).int()
-    return x
-
-
 def _places(
     q: Tensor,
     k_cache: Tensor,
@@ -296,15 +257,17 @@ def _places(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
 ) -> _Places:
-    table = _integers("block_table", block_table, q, " pages")
-    entries = _integers("cache_batch_idx", cache_batch_idx, q)
-    starts = _integers("cache_leftpad", cache_leftpad, q)
+    batch = q.shape[0]
+    table = checks.sequence_integers(_OP, "block_table", block_table, batch, q, " pages")
+    entries = checks.sequence_integers(_OP, "cache_batch_idx", cache_batch_idx, batch, q)
+    starts = checks.sequence_integers(_OP, "cache_leftpad", cache_leftpad, batch, q)
     check_entries(_OP, entries, table, ("q", q), ("k_cache", k_cache))
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     new = 0 if k is None else k.shape[1]
     lengths, count = None, capacity
     if isinstance(cache_seqlens, Tensor):
-        lengths, count = _integers("cache_seqlens", cache_seqlens, q), 0
+        lengths = checks.sequence_integers(_OP, "cache_seqlens", cache_seqlens, batch, q)
+        count = 0
     elif cache_seqlens is not None:
         _check_count("cache_seqlens", cache_seqlens)
         count = cache_seqlens

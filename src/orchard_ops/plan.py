@@ -56,9 +56,21 @@ def head_dims() -> tuple[int, ...]:
 
 def plan(*arguments: Any) -> Plan:
     """The native plan for the arguments of ``orchard::flash_attn_fwd``. Runs nothing."""
-    refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = OPS.flash_attn_plan(
-        *arguments
-    )
+    return _read(OPS.flash_attn_plan(*arguments))
+
+
+def decode_plan(*arguments: Any) -> Plan:
+    """The same for those of ``orchard::flash_attn_decode``."""
+    return _read(OPS.flash_attn_decode_plan(*arguments))
+
+
+def append_plan(*arguments: Any) -> Plan:
+    """The same for those of ``orchard::flash_attn_append``."""
+    return _read(OPS.flash_attn_append_plan(*arguments))
+
+
+def _read(results: Any) -> Plan:
+    refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = results
     kernels = tuple(
         Kernel._make((*texts, tuple(names.split(",")) if names else ()))
         for *texts, names in zip(*columns, alternatives, strict=True)

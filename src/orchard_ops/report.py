@@ -14,8 +14,9 @@ from torch import Tensor
 from . import watch
 from .cache import CacheCall
 from .descriptions import Description, describe, describe_cache, describe_sdpa
-from .explain import explain_flat
+from .explain import explain_cache, explain_flat
 from .ops.schema import BackwardArgs, ForwardArgs
+from .scoring import NO_BACKWARD
 from .training_memory import score_matrix_bytes
 
 _DIRECTIONS = {"flash_attn_fwd": "forward", "flash_attn_bwd": "backward"}
@@ -46,8 +47,7 @@ class ReportedCall:
     path: str
     """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
-    """The Metal kernels by the plan, but for those of a decode, and those that only the gradient of
-    a mask needs."""
+    """The Metal kernels by the plan, but for those that only the gradient of a mask needs."""
     reason: str
     """The reason for another path; empty on Metal."""
     advice: str
@@ -140,11 +140,12 @@ class _Collector:
         problem = describe(call.query, call.key, call.value, call.scoring)
         tensors = (call.query, call.key, call.value, *call.scoring)
         layouts = tuple(_layout(x) for x in tensors if isinstance(x, Tensor))
+        alone = call.scoring.key_span == NO_BACKWARD  # which may run on other kernels
         with self._lock:
-            entry = self._entries.get((op, problem, layouts, reference))
+            entry = self._entries.get((op, problem, layouts, alone, reference))
             if entry is None:
                 entry = self._new(op, problem, call, reference)
-                self._entries[op, problem, layouts, reference] = entry
+                self._entries[op, problem, layouts, alone, reference] = entry
             entry.count += 1
             if entry.direction == "backward":
                 batch, num_heads, q_len, _ = problem.query
@@ -154,7 +155,8 @@ class _Collector:
     def _decode(self, call: CacheCall, reference: str | None) -> None:
         path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
         with self._lock:
-            listed = ReportedCall("decode", *describe_cache(call), path, (), reason, "")
+            kernels = explain_cache(call).kernels if reference is None else ()
+            listed = ReportedCall("decode", *describe_cache(call), path, kernels, reason, "")
             self._listed(listed).count += 1
 
     def _left_to_pytorch(self, args: tuple[Any, ...], reason: str) -> None:

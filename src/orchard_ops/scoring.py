@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .key_ranges import check_ranges
 
+NO_BACKWARD = -1
+"""A key_span: no backward follows the forward."""
 MAX_DIAGONAL = 1 << 40
 """This is far beyond any length, and sums with it are far from overflowing int64."""
 _FLOAT32 = torch.finfo(torch.float32)
@@ -51,7 +53,8 @@ class Scoring(NamedTuple):
     key_span: int = 0
     """The keys that any 8 queries in a row see lie within so many, by key_ranges and windows; 0 is
     not known. It decides how much memory a backward takes, never a result: queries for which it
-    does not hold cost more."""
+    does not hold cost more. NO_BACKWARD lets the forward run on kernels whose numbers a backward
+    would have to round again in another way."""
     key_ranges: Tensor | None = None
     """int32 (1 or B, 1 or Hq, L, 4): a query's (begin, end, position, prefix), see `KeyRanges`.
 
@@ -105,8 +108,11 @@ class Scoring(NamedTuple):
         ):
             if window < -1:
                 raise ValueError(f"{op}: {name} must be -1 (open) or at least 0; got {window}")
-        if self.key_span < 0:
-            raise ValueError(f"{op}: key_span must be 0 (not known) or more; got {self.key_span}")
+        if self.key_span < NO_BACKWARD:
+            raise ValueError(
+                f"{op}: key_span must be 0 (not known) or more, or -1 where no backward follows; "
+                f"got {self.key_span}"
+            )
         if abs(self.diagonal) > MAX_DIAGONAL:
             raise ValueError(f"{op}: diagonal must be within +-2^40; got {self.diagonal}")
         if self.attn_mask is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import calls, checks
 from .arguments import Call, prepare
 from .attention import run, run_with_lse
-from .key_ranges import INTEGERS, KeyRanges, check_cu_seqlens
+from .key_ranges import INTEGERS, OPEN, KeyRanges, check_cu_seqlens
 
 _OP = "orchard_ops.flash_attn_varlen"
 PACKED = "(total, heads, head_dim)"
@@ -34,6 +35,8 @@ def flash_attn_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,6 +70,10 @@ def flash_attn_varlen(
             for slopes that differ between sequences: memory and launches grow with the number of
             sequences then (docs/packed-batches.md). No gradient.
         sinks: (Hq); a logit per head that takes probability and has no value. May require grad.
+        seqused_k: (sequences) int32 or int64: how many of a sequence's keys there are, from its
+            first place on; the last query stands at the last of them. Places behind them may hold
+            anything, and get no gradient. All by default.
+        leftpad_k: (sequences): how many of these, from the first on, are padding.
         return_lse: also return the logarithm of the softmax's denominator.
         impl: as in `flash_attn`.
 
@@ -76,7 +83,8 @@ def flash_attn_varlen(
         head's sink where there are sinks. Differentiable.
 
     Raises:
-        ValueError, TypeError: a malformed call. The numbers in cu_seqlens are not looked at.
+        ValueError, TypeError: a malformed call. The numbers in cu_seqlens, seqused_k and leftpad_k
+            are looked at with ORCHARD_DEBUG=1 alone, which waits for the device.
         NotImplementedError: alibi_slopes that require grad.
         RuntimeError: as `flash_attn`.
 
@@ -99,6 +107,8 @@ def flash_attn_varlen(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            seqused_k=seqused_k,
+            leftpad_k=leftpad_k,
             impl=impl,
         )
     except (ValueError, TypeError) as error:
@@ -121,6 +131,8 @@ def packed_call(
     operands: Sequence[Tensor],
     cu_seqlens: tuple[Tensor, Tensor],
     max_seqlen: int | Tensor | None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     **options: object,
 ) -> Call:
     """The call of the op for packed operands (total, H, D), as one batch of views."""
@@ -136,19 +148,63 @@ def packed_call(
             f"{op}: cu_seqlens must be on the device of the operands, {query.device}; got "
             f"{of_query.device}"
         )
+    count = of_query.shape[0] - 1
+    used = checks.sequence_integers(op, "seqused_k", seqused_k, count, query)
+    padding = checks.sequence_integers(op, "leftpad_k", leftpad_k, count, query)
+    if calls.debug_enabled():
+        check_numbers(op, cu_seqlens, (query.shape[2], key.shape[2]), used, padding)
     ranges = KeyRanges.from_cu_seqlens(
         of_query,
         None if of_key is of_query else of_key,
         q_len=query.shape[2],
         max_length=max_seqlen,
+        seqused_k=used,
+        leftpad_k=padding,
     )
-    count = of_query.shape[0] - 1
     if count == 0:
         options["alibi_slopes"] = None  # of no sequence
     if _differ_by_sequence(options["alibi_slopes"]):
         query, key, value = (x.expand(count, -1, -1, -1) for x in (query, key, value))
         ranges = replace(ranges, tensor=_of_one_sequence_each(ranges.tensor, of_query))
     return prepare(query, key, value, enable_gqa=True, key_ranges=ranges, **options)  # type: ignore[arg-type]
+
+
+def check_numbers(
+    op: str,
+    cu_seqlens: tuple[Tensor, Tensor],
+    totals: tuple[int, int | None],
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+) -> None:
+    """Waits for the device, and raises for numbers that no right program passes.
+
+    `totals` are the queries and keys of the packed tensors; None where the keys are in pages.
+    """
+    for name, x, total in zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, totals):
+        numbers = x.tolist()
+        if any(end < begin for begin, end in itertools.pairwise((0, *numbers))):
+            raise ValueError(
+                f"{op}: {name} must be at least 0 and not fall; got {numbers} (checked because "
+                "ORCHARD_DEBUG is set)"
+            )
+        if total is not None and numbers[-1] > total:
+            raise ValueError(
+                f"{op}: {name} must end within the {total} tokens of its tensor; got "
+                f"{numbers[-1]} (checked because ORCHARD_DEBUG is set)"
+            )
+    lengths = cu_seqlens[1].diff()
+    if seqused_k is not None:
+        if totals[1] is not None and seqused_k.numel():
+            wrong = (seqused_k < 0) | (seqused_k > lengths)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"{op}: seqused_k must be from 0 to the length that cu_seqlens_k gives its "
+                    f"sequence; got {seqused_k[wrong][0].item()} beside {lengths[wrong][0].item()} "
+                    "(checked because ORCHARD_DEBUG is set)"
+                )
+        lengths = seqused_k
+    checks.check_range(op, "leftpad_k", leftpad_k, 0, OPEN)
+    checks.check_leftpad(op, "leftpad_k", leftpad_k, lengths)
 
 
 def _differ_by_sequence(alibi_slopes: object) -> bool:

@@ -199,12 +199,31 @@ def test_a_cache_is_read_once():
     call = on("mps", problem.call(impl="metal"))
     with simulator.checking(), simulator.recording() as launches:
         decode(call)
-    assert [x.kernel.rsplit("_", 1)[0] for x in launches][1] == "attention_decode_merge"
+    assert launches[1].kernel.startswith("attention_decode_merge")
     cache_bytes = length * kv_heads * width * 2 * 2
     of_query = launches[0].threads[1] * 8 * width * 2
     read = launches[0].counters.device_bytes_read - of_query
     assert cache_bytes <= read <= 1.02 * cache_bytes
-    assert launches[0].counters.threadgroup_barriers == launches[0].counters.threads
+    assert launches[0].counters.threadgroup_barriers == 4 * launches[0].counters.threads
+
+
+@pytest.mark.parametrize("length", (256, 4096))
+@pytest.mark.parametrize(("heads", "width"), ((8, 128), (1, 64), (8, 256)))
+def test_what_joining_reads(heads: int, width: int, length: int):
+    """docs/decoding.md: the sums of each row once, and their statistics twice."""
+    import simulator
+
+    problem = Cached(
+        (length,), heads=(heads, 1), widths=(width, width), dtype=torch.float16, capacity=length
+    )
+    call = on("mps", problem.call(impl="metal"))
+    with simulator.checking(), simulator.recording() as launches:
+        decode(call)
+    parts = min(length // 256, 32)
+    read = launches[1].counters.device_bytes_read
+    assert read == heads * parts * 4 * (width + 2 * 2)
+    of_a_row = read / heads / (2 * length * width * 2)
+    assert of_a_row <= (1 + 4 / width) / 256
 
 
 @pytest.mark.parametrize("q_len", (1, 16))
@@ -224,8 +243,8 @@ def test_sums_take_as_much_as_documented(slots: int, q_len: int):
     decode(call)
     results = batch * 8 * kv_heads * q_len * (width * 2 + 4)
     block = 8 if q_len == 1 else 16
-    simdgroups = min(128, 8 * q_len // block * 4 * -(-slots // 256))
-    sums = batch * kv_heads * simdgroups * block * (width + 2) * 4
+    threadgroups = min(32, 8 * q_len // block * -(-slots // 256))
+    sums = batch * kv_heads * threadgroups * block * (width + 2) * 4
     taken = simulator.memory().peak - before - results
     assert sums <= taken <= sums + 4096
 

@@ -10,9 +10,10 @@ from bottom_right import mathematics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchard_ops
-from orchard_ops import flash_attn_with_kvcache
+from orchard_ops import cache_attention, flash_attn_with_kvcache
 
 NAN = float("nan")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -249,6 +250,9 @@ ON_METAL = {
     "more new keys than queries": {"q_len": 2, "new": 9},
     "no new keys": {"new": 0, "causal": False},
     "pages": {"page_size": 16, "new": 20, "q_len": 2, "rotated": 16},
+    "odd pages": {"page_size": 7, "slots": 63, "new": 3, "q_len": 2, "rotated": 16},
+    "odd pages, many queries": {"page_size": 21, "slots": 63, "q_len": 20, "starts": (3, 7)},
+    "pages of one key": {"page_size": 1, "new": 3, "alibi": "batch"},
     "wide pages": {"page_size": 48, "slots": 96, "lengths": (90, 47), "new": 3},
     "other entries": {"entries": True, "new": 3},
     "left padding": {"starts": (21, 7), "new": 3, "q_len": 3, "rotated": 16},
@@ -265,6 +269,58 @@ ON_METAL = {
 def test_on_metal(dtype: torch.dtype, name: str, checked: None, fresh_stats: None):
     Problem(**ON_METAL[name], dtype=dtype).check("mps")
     assert orchard_ops.stats().fallbacks == 0
+
+
+@pytest.mark.parametrize("q_len", (1, 20))
+def test_wide_heads_run_on_the_reference(q_len: int, fresh_stats: None):
+    problem = Problem(widths=(257, 16), q_len=q_len, dtype=torch.float32)
+    with pytest.warns(orchard_ops.OrchardFallbackWarning, match="head_dim is above 256"):
+        problem.check("mps")
+
+
+SLICED = {
+    "few queries, odd pages": {"page_size": 8, "q_len": 2},
+    "many queries, pages": {"page_size": 16, "q_len": 20, "alibi": "batch"},
+    "many queries, entries": {"entries": True, "q_len": 20},
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_pages_are_copied_for_some_sequences_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch):
+    """The results have the same bits, and no more rooms are there at once than the limit holds."""
+    lengths, starts = (40, 7, 63, 0, 16), (3, 0, 7, 0, 16)
+    problem = Problem(lengths=lengths, starts=starts, dtype=torch.float16, **SLICED[name])
+    whole = flash_attn_with_kvcache(**problem.arguments("mps"))
+    room = 64 * 2 * 32 * 2
+    for held, most in ((0, 1), (2 * room + 1, 2)):
+        monkeypatch.setattr(cache_attention, "GATHERED_BYTES", held)
+        with Keys() as keys:
+            assert torch.equal(flash_attn_with_kvcache(**problem.arguments("mps")), whole)
+        assert {shape[0] for shape in keys.shapes} <= {most, 1}
+
+
+def test_pages_that_surely_hold_no_key_are_not_copied():
+    """As where an int says how many there are; of other lengths nobody knows without a wait."""
+    problem = Problem(lengths=(9, 9), page_size=16, q_len=20, new=20, dtype=torch.float32)
+    expected = flash_attn_with_kvcache(**problem.arguments())
+    with Keys() as keys:
+        found = flash_attn_with_kvcache(**problem.arguments() | {"cache_seqlens": 9})
+    torch.testing.assert_close(found, expected)
+    assert [shape[2] for shape in keys.shapes] == [32]  # of 64
+
+
+class Keys(TorchDispatchMode):
+    """The shapes of the keys that the ops get."""
+
+    def __enter__(self) -> Keys:
+        self.shapes: list[tuple[int, ...]] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ops = torch.ops.orchard
+        if func in (ops.flash_attn_fwd.default, ops.flash_attn_decode.default):
+            self.shapes.append(tuple(args[1].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def test_nothing_is_waited_for():
@@ -517,4 +573,8 @@ def test_is_reported():
     )
     assert metal.query == (2, 4, 2, 16) and metal.arguments == (
         "causal, added 20, cache_seqlens (2,) int32, block_table (2, 4) int32"
+    )
+    assert metal.kernels == (
+        "attention_decode_float16_d64_v64_r1_chunks_paged",
+        "attention_decode_merge_float16",
     )

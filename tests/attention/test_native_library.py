@@ -37,6 +37,8 @@ def interface() -> str:
         "flash_attn_plan",
         "flash_attn_decode",
         "flash_attn_append",
+        "flash_attn_decode_plan",
+        "flash_attn_append_plan",
     ),
 )
 def test_the_library_states_the_schemas_that_are_registered(op: str):

@@ -25,6 +25,18 @@ def test_its_tests_exist(feature: support_matrix.Feature):
     assert all((TESTS / f"test_{name}.py").exists() for name in feature.tests)
 
 
+@pytest.mark.parametrize("feature", support_matrix.CACHE_FEATURES, ids=lambda x: x.name)
+def test_the_tests_of_caches_exist(feature: support_matrix.CacheFeature):
+    assert feature.tests and all((TESTS / f"test_{name}.py").exists() for name in feature.tests)
+
+
+def test_every_reason_of_the_plan_for_caches_is_listed():
+    text = (ROOT / "native" / "plan" / "decode.cpp").read_text()
+    found = text[text.index("void refuse_cache(") : text.index("void fill_cache_params(")]
+    reasons = {x.split('"')[1] for x in found.splitlines() if "plan.refusal = " in x}
+    assert reasons and reasons == {ask().refusal for ask in support_matrix.CACHE_LIMITS}
+
+
 def test_every_reason_of_the_plan_is_listed():
     """But for those of dtypes that flash_attn casts."""
     text = (ROOT / "native" / "plan" / "refusals.cpp").read_text()

@@ -378,7 +378,9 @@ OURS = {
 THEIRS = {
     "slopes": ({"alibi_slopes": torch.ones(3, 2)}, r"must have shape \(2,\) or \(2, 2\)"),
     "slopes_shape": ({"alibi_slopes": torch.ones(3)}, r"must have shape \(2,\) or \(2, 2\)"),
-    "pages": ({"block_table": CU}, "keys in pages are not supported; got a block_table"),
+    "pages": ({"block_table": CU}, r"k must be \(pages, .* beside a block_table; got shape"),
+    "used": ({"seqused_k": torch.ones(3).int()}, r"seqused_k must have shape \(2,\); got \(3,\)"),
+    "padding": ({"leftpad_k": CU.float()}, "leftpad_k must be int32 or int64; got torch.float32"),
     "window": ({"window_size": 3}, "window_size must be two integers"),
     "longest": ({"max_seqlen_k": 7.0}, "longest sequence must be an integer; got 7.0"),
     "cu": ({"cu_seqlens_k": CU[:2]}, "must have the same length, sequences . 1; got 3 and 2"),

@@ -148,6 +148,51 @@ print(json.dumps({{
     }
 
 
+GENERATED = f"""
+from kernels import get_kernel
+kernel = get_kernel("{REPOSITORY}", version=1)
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 24, heads, 16, device="mps") for heads in (4, 2, 2))
+whole = kernel.flash_attn_func(q, k, v, causal=True)
+pages = [torch.full((8, 16, 2, 16), float("nan"), device="mps") for _ in range(2)]
+table = torch.tensor([[5, 2], [0, 7]], dtype=torch.int32, device="mps")
+lengths = torch.zeros(2, dtype=torch.int32, device="mps")
+parts = []
+for begin, end in ((0, 20), (20, 21), (21, 24)):
+    part = slice(begin, end)
+    parts.append(kernel.flash_attn_with_kvcache(
+        q[:, part], *pages, k[:, part], v[:, part], cache_seqlens=lengths, block_table=table,
+        causal=True,
+    ))
+    lengths += end - begin
+stats = kernel.stats()
+explained = kernel.explain_call(
+    kernel.flash_attn_with_kvcache, q[:, :1], *pages, cache_seqlens=lengths, block_table=table
+)
+print(json.dumps({{
+    "error": (torch.cat(parts, 1) - whole).abs().max().item(),
+    "metal": stats.metal,
+    "reference": stats.reference,
+    "path": explained.path,
+    "listed": "flash_attn_with_kvcache" in kernel.__all__,
+    "installed": "orchard_ops" in sys.modules,
+}}))
+"""
+
+
+def test_generation_from_a_cache(repository: Path):
+    """By FlashAttention-2's name, with the kernels of the repository: none is installed there."""
+    found = run(GENERATED, orchard_ops=repository)
+    assert found.pop("error") < 1e-5
+    assert found == {
+        "metal": {"flash_attn_fwd": 2, "flash_attn_bwd": 0, "flash_attn_decode": 2},
+        "reference": {},
+        "path": "metal",
+        "listed": True,
+        "installed": False,
+    }
+
+
 TRAINED = f"""
 # transformers 5.24 asks for kernels 0.18.2. What it calls of it has been there before, so that an
 # older release serves here where the index has no newer one.

@@ -28,6 +28,20 @@ def test_eight_rows_ask_for_twice_what_memory_gives(
     assert rate >= 2 * max(mac.rate for mac in decode.MACS)
 
 
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_sixteen_rows_are_bound_by_their_products(planner: decode.Planner, dtype: str):
+    """docs/decoding.md: nothing can ask for twice what the fastest memory for a core gives, since
+    the products alone take too long; what is asked for is more than any memory gives."""
+    counts = decode.count(planner, dtype, 128, 16)
+    cycles = issue("attention_decode", counts)
+    size = counts.steady["device_bytes_read"]
+    fastest = max(mac.rate for mac in decode.MACS)
+    by_products = SCHEDULERS * size / cycles.parts["mma"] / fastest
+    rate = SCHEDULERS * size / cycles.cycles / fastest
+    assert by_products < 1.5
+    assert rate >= 0.84 * by_products and rate > 1.2
+
+
 def test_pages_cost_their_numbers(planner: decode.Planner):
     plain, paged = (decode.count(planner, "float16", 128, 8, paged=x) for x in (False, True))
     more = paged.steady["device_bytes_read"] - plain.steady["device_bytes_read"]

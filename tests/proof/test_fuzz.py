@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fuzz.examples import Example, check, examples, is_known
+from fuzz.caches import CacheExample
+from fuzz.examples import Example
+from fuzz.pages import PagesExample
+from fuzz.problems import PROBLEMS, AnyExample, check_any, from_json, is_known
 from hypothesis import HealthCheck, given, settings
 
 REGRESSIONS = sorted((Path(__file__).parent / "fuzz" / "regressions").glob("*.json"))
@@ -17,25 +20,46 @@ NOT_MENDED = ("43f6271889da",)
 
 @pytest.mark.parametrize("path", REGRESSIONS, ids=lambda p: p.stem)
 def test_regression(path: Path, request: pytest.FixtureRequest):
-    example = Example.from_json(path.read_text())
+    example = from_json(path.read_text())
     if path.stem not in NOT_MENDED:
-        check(example)
+        check_any(example)
         return
     request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason="not mended"))
     try:
-        check(example)
+        check_any(example)
     except AssertionError as error:
         if is_known(example, error):
             raise
         pytest.fail(f"not what is known: {error}", pytrace=False)
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(example=examples())
+SLICE = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+
+
+def check_as_kept(example: AnyExample) -> None:
+    """A failing example can be kept and read again."""
+    read = from_json(example.to_json())
+    assert read == example
+    assert check_any(read) in ("metal", "reference", "refused")
+
+
+@settings(max_examples=100, **SLICE)
+@given(example=PROBLEMS["attention"].examples())
 def test_every_argument(example: Example):
-    assert check(Example.from_json(example.to_json())) in ("metal", "reference")
+    check_as_kept(example)
+
+
+@settings(max_examples=10, **SLICE)
+@given(example=PROBLEMS["cache"].examples())
+def test_every_argument_of_a_cache(example: CacheExample):
+    check_as_kept(example)
+
+
+@settings(max_examples=10, **SLICE)
+@given(example=PROBLEMS["pages"].examples())
+def test_every_argument_with_pages(example: PagesExample):
+    check_as_kept(example)

@@ -13,13 +13,14 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
-from ..scoring import TENSORS, Scoring
+from ..scoring import NO_BACKWARD, TENSORS, Scoring
 from . import eager
 from .schema import BACKWARD, FORWARD, ForwardArgs, library
 
 _FIRST_TENSORS = 3 + len(TENSORS) - 1
 """Of the forward's arguments, those before the numbers; key_ranges stands behind them."""
 assert (*Scoring._fields[: len(TENSORS) - 1], Scoring._fields[-1]) == TENSORS
+_KEY_SPAN = 3 + Scoring._fields.index("key_span")
 
 
 def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -55,12 +56,19 @@ def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
             )
 
 
-def _needs_grad(args: Sequence[Any]) -> bool:
+def needs_grad(args: Sequence[Any]) -> bool:
+    """Whether autograd would record an op with these arguments."""
     if torch.is_grad_enabled():
         for x in args:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def without_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The forward's arguments, saying that no backward will use its results: the plan may then
+    choose another kernel (prefers_decode in native/plan/decode.h)."""
+    return (*args[:_KEY_SPAN], NO_BACKWARD, *args[_KEY_SPAN + 1 :])
 
 
 def _operands_need_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -196,8 +204,12 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     call = ForwardArgs.read(args)
     _refuse_trainable_slopes(call.scoring.alibi_slopes)
     args = call.flat()
+    recorded = needs_grad(args)
+    span = call.scoring.key_span
+    if recorded and type(span) is int and span == NO_BACKWARD:  # an inner transform has said so
+        args = (*args[:_KEY_SPAN], 0, *args[_KEY_SPAN + 1 :])
     *tensors, rest = _split(args)
-    if _needs_grad(args):
+    if recorded:
         return _FlashAttention.record(*tensors, rest)
     return _compute(tuple(tensors), rest)
 
@@ -205,7 +217,7 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
     _refuse_tangents("flash_attn_bwd", args)
     function = _FlashAttentionBackward
-    return (function.record if _needs_grad(args) else function.forward)(*args)
+    return (function.record if needs_grad(args) else function.forward)(*args)
 
 
 library.impl("flash_attn_fwd", _forward_kernel, "Autograd")
@@ -221,12 +233,14 @@ def attend(args: tuple[Any, ...], record: Callable[..., Any] = record) -> tuple[
     parts = _split(args)
     tensors = parts[:-1]
     alibi_slopes = parts[4]
-    if alibi_slopes is not None or not eager.nothing_between(tensors):
-        return FORWARD(*args)
-    if _needs_grad(tensors):
+    short = eager.nothing_between(tensors)
+    if alibi_slopes is not None or not short:
+        alone = not (needs_grad(tensors) if short else torch.is_grad_enabled())
+        return FORWARD(*without_backward(args) if alone else args)
+    if needs_grad(tensors):
         return record(*parts)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*args)
+        return _forward(*without_backward(args))
 
 
 def attend_operands(
@@ -234,11 +248,11 @@ def attend_operands(
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, in less time: for plain operands, with no other tensor than a seed."""
     if not eager.no_layer_between():
-        return FORWARD(*args)
+        return FORWARD(*args if torch.is_grad_enabled() else without_backward(args))
     if _operands_need_grad(*args[:3]):
         return record(*args[:_FIRST_TENSORS], None, args[_FIRST_TENSORS:])
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*args)
+        return _forward(*without_backward(args))
 
 
 def differentiate(

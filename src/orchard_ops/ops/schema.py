@@ -33,7 +33,9 @@ INTERFACE = (
     f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
     f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}; "
     f"flash_attn_decode({cache.DECODE_SCHEMA}) -> {_DECODED}; "
-    f"flash_attn_append({cache.APPEND_SCHEMA}) -> ()"
+    f"flash_attn_append({cache.APPEND_SCHEMA}) -> (); "
+    f"flash_attn_decode_plan({cache.DECODE_SCHEMA}) -> {_PLAN}; "
+    f"flash_attn_append_plan({cache.APPENDED_SCHEMA}) -> {_PLAN}"
 )
 """What ``native/module.cpp`` must answer to be the library of this package."""
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import CacheCall
 from ..namespace import NAME
 from ..scoring import Scoring
-from .schema import BACKWARD, FORWARD, BackwardArgs, ForwardArgs, library
+from .schema import BACKWARD, DECODE, FORWARD, BackwardArgs, ForwardArgs, library
 
 
 def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -59,11 +60,7 @@ def _fold_ranges(ranges: Tensor | None, dim: int | None, size: int, batch: int) 
 
 
 def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Scoring:
-    if scoring.sinks is not None and dims.sinks is not None:
-        raise NotImplementedError(
-            "orchard::flash_attn: vmap over sinks is not implemented; got sinks that differ "
-            "between samples: call flash_attn for each sample in a loop"
-        )
+    _no_mapped_sinks(None if scoring.sinks is None else dims.sinks)  # type: ignore[arg-type]
     seed = scoring.dropout_seed
     if seed is not None and dims.dropout_seed is not None:
         # One seed serves all samples, whose masks differ by the batch index.
@@ -74,6 +71,14 @@ def _fold_scoring(scoring: Scoring, dims: Scoring, size: int, batch: int) -> Sco
         dropout_seed=seed,
         key_ranges=_fold_ranges(scoring.key_ranges, dims.key_ranges, size, batch),  # type: ignore[arg-type]
     )
+
+
+def _no_mapped_sinks(sinks_dim: int | None) -> None:
+    if sinks_dim is not None:
+        raise NotImplementedError(
+            "orchard::flash_attn: vmap over sinks is not implemented; got sinks that differ "
+            "between samples: call flash_attn for each sample in a loop"
+        )
 
 
 @torch.library.register_vmap(f"{NAME}::flash_attn_fwd", lib=library)
@@ -118,3 +123,52 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     *grads, dmask, dsinks = BACKWARD(*operands, *scoring, call.mask_grad, call.impl)
     grads = [x.unflatten(0, (size, batch)) for x in grads]
     return (*grads, dmask, dsinks), (0, 0, 0, None, None)
+
+
+# ---- caches -------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap(f"{NAME}::flash_attn_decode", lib=library)
+def _decode_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """A cache that all samples share stays one; caches of their own lie one behind another."""
+    size, call, dims = info.batch_size, CacheCall(*args), CacheCall(*in_dims)
+    _no_mapped_sinks(None if call.sinks is None else dims.sinks)  # type: ignore[arg-type]
+    batch = _batch(call.query, dims.query)  # type: ignore[arg-type]
+
+    def of_sequences(name: str) -> Tensor | None:
+        return _fold(getattr(call, name), getattr(dims, name), size)
+
+    entries, table = of_sequences("cache_batch_idx"), of_sequences("block_table")
+    key, value = call.key, call.value
+    if dims.key is None and dims.value is None:
+        if entries is None and table is None:
+            own = torch.arange(batch, dtype=torch.int32, device=key.device)
+            entries = own.repeat(size)
+    else:
+        count = key.shape[0 if dims.key is None or dims.key > 0 else 1]
+        key, value = (_fold(x, d, size) for x, d in ((key, dims.key), (value, dims.value)))  # type: ignore[arg-type,assignment]
+        first = torch.arange(size, device=key.device).repeat_interleave(batch) * count
+        if entries is not None:
+            entries = (entries.clamp(0, count - 1) + first).int()
+        if table is not None:
+            table = (table.clamp(0, count - 1) + first.unsqueeze(1)).int()
+    folded = call._replace(
+        query=_fold(call.query, dims.query, size),  # type: ignore[arg-type]
+        key=key,
+        value=value,
+        cache_seqlens=of_sequences("cache_seqlens"),
+        cache_batch_idx=entries,
+        cache_leftpad=of_sequences("cache_leftpad"),
+        block_table=table,
+        alibi_slopes=_fold_slopes(call.alibi_slopes, dims.alibi_slopes, size, batch),  # type: ignore[arg-type]
+    )
+    return tuple(x.unflatten(0, (size, batch)) for x in DECODE(*folded)), (0, 0)
+
+
+@torch.library.register_vmap(f"{NAME}::flash_attn_append", lib=library)
+def _append_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    raise NotImplementedError(
+        "orchard::flash_attn_append: vmap over a change of a cache in place is not implemented; "
+        f"got {info.batch_size} samples: make the samples part of the batch, or append the keys "
+        "of each in a loop"
+    )

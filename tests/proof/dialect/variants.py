@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import torch
 from mutation.harness import (
@@ -17,7 +18,10 @@ from mutation.harness import (
     request,
 )
 
+from benchmarks.planner import Kernel
+
 _LENGTH = 64
+_MANY = 256
 
 
 @functools.cache
@@ -71,9 +75,31 @@ def _of_caches(sources: Sources) -> dict[str, list[dict]]:
         cache = {"page_size": _LENGTH, "entries": 2, "paged": paged, "pages": 1, "table_row": 1}
         plan = sources.decode(layouts, dtype, cache, softcap=softcap, has_alibi=alibi)
         append = sources.append(layouts["k"], layouts["k"], dtype, {})
-        for kernel in (*plan.kernels, *append.kernels):
+        kernels = [*plan.kernels, *append.kernels]
+        if width == value and width in (63, 64, 256) and not paged:
+            kernels += _of_few_queries(sources, layouts, dtype, softcap=softcap, has_alibi=alibi)
+        for kernel in kernels:
             found[kernel.family][kernel.name] = vars(kernel)
     return {family: list(kernels.values()) for family, kernels in found.items()}
+
+
+def _of_few_queries(
+    sources: Sources, layouts: dict[str, tuple], dtype: int, **score: float
+) -> Iterator[Kernel]:
+    """Of forwards on the decode kernel: every kind of mask, with and without key ranges."""
+    many = dict(layouts)
+    for name in ("k", "v"):
+        batch, heads, _, width = layouts[name][0]
+        shape = (batch, heads, _MANY, width)
+        many[name] = (shape, torch.empty(shape, device="meta").stride(), 0)
+    masks: list[dict] = [{}]
+    for of_mask in sorted({BOOL, dtype, DTYPE_NUMBERS[torch.float32]}):
+        sizes, strides = (1, 1, 1, 1, _MANY), (_MANY,) * 4 + (1,)
+        masks.append({"mask": MaskPlace(sizes, strides, 0, 1, of_mask)})
+    for ranges, mask in itertools.product((False, True), masks):
+        plan = sources.forward_as_decode(many, dtype, has_key_ranges=ranges, **score, **mask)
+        assert plan is not None
+        yield from plan.kernels
 
 
 def scores_of(dtype: int) -> tuple[dict, ...]:

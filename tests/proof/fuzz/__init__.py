@@ -1,1 +1,1 @@
-"""Random calls of the public op, every argument, against float64: `make fuzz`."""
+"""Random calls of the public functions, every argument, against float64: `make fuzz`."""

@@ -1,4 +1,4 @@
-"""`python -m fuzz --minutes N`: draws calls until the time is up; keeps what fails."""
+"""`python -m fuzz --minutes N [--of PROBLEM ...]`: draws calls for so long; keeps what fails."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as hypothesis_seed
 from rich.console import Console
 
-from .examples import KNOWN, Example, check, examples, is_known
+from .examples import KNOWN
+from .problems import PROBLEMS, AnyExample, check_any, is_known, name_of
 
 REGRESSIONS = Path(__file__).parent / "regressions"
-_BATCH = 100  # examples between two looks at the clock
+_BATCH = 100  # examples between two looks at the clock, of one kind of problem
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--of", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS), metavar="PROBLEM",
+        help="in turns: %(choices)s; default: all",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="in the simulator's check mode")
     parser.add_argument("--json", metavar="FILE", help="add this run to the list in FILE")
     args = parser.parse_args()
@@ -39,38 +44,44 @@ def main() -> int:
         simulator.check(args.check)
     console = Console()
     paths: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
     started, failure, batches = time.monotonic(), None, 0
-    last: list[Example] = []
+    last: list[AnyExample] = []
 
     while failure is None and time.monotonic() - started < args.minutes * 60:
+        of = args.of[batches % len(args.of)]
 
         @hypothesis_seed(args.seed * 1_000_003 + batches)
         @settings(
             max_examples=_BATCH, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        @given(example=examples())
-        def run(example: Example) -> None:
+        @given(example=PROBLEMS[of].examples())
+        def run(example: AnyExample) -> None:
             last[:] = [example]
             try:
-                path = check(example)
+                path = check_any(example)
             except AssertionError as error:
                 if not is_known(example, error):
                     raise
                 path = KNOWN
             paths[path] += 1
+            problems[name_of(example)] += 1
 
         try:
             run()
         except Exception as error:
+            if not last:  # nothing was drawn
+                raise
             failure = error
         batches += 1
         minutes = (time.monotonic() - started) / 60
-        console.print(f"{minutes:5.1f} min: {dict(paths)}", highlight=False)
+        console.print(f"{minutes:5.1f} min: {dict(problems)}, {dict(paths)}", highlight=False)
 
     result = {
         "examples": sum(paths.values()),
         "by_path": dict(paths),
+        "by_problem": dict(problems),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "seed": args.seed,
         "check_mode": args.check,

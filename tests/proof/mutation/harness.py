@@ -178,6 +178,15 @@ class Sources:
     ) -> CachePlan:
         return self._observed(self._planner.decode(layouts, dtype, cache, **fields))
 
+    def forward_as_decode(
+        self, layouts: dict[str, Place], dtype: int, **fields: Any
+    ) -> CachePlan | None:
+        plan = self._planner.forward_as_decode(layouts, dtype, **fields)
+        if plan is None:
+            self.observe(plan)
+            return None
+        return self._observed(plan)
+
     def append(self, added: Place, into: Place, dtype: int, cache: dict[str, int]) -> CachePlan:
         return self._observed(self._planner.append(added, into, dtype, cache))
 

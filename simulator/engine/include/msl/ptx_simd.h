@@ -109,6 +109,26 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
       "f"(c1), "r"(h));
 }
 
+// float operands in a mode of their own: the tensor cores' product of TF32 numbers.  It pairs
+// column t of A with row t of B and t + 4 with t + 4, where a lane has columns 2 t and 2 t + 1 of
+// A: the sum over k is in another order.  The words of B are transposed in two halves.
+MSL_INLINE MSL_CONVERGENT inline uint tf32(float v) {
+  uint r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+MSL_INLINE MSL_CONVERGENT inline void tf32_product(float& c0, float& c1, float2 a, float2 b) {
+  uint x = tf32(b.x), y = tf32(b.y);
+  uint low = transpose((x & 0xffffu) | y << 16), high = transpose(x >> 16 | (y & 0xffff0000u));
+  float unused0 = 0.0f, unused1 = 0.0f;
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
+      : "r"(tf32(a.x)), "r"(0u), "r"(tf32(a.y)), "r"((low & 0xffffu) | high << 16),
+      "r"(low >> 16 | (high & 0xffff0000u)));
+}
+
 // Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
 // tensor cores: they then cost what float operands cost, as on an Apple GPU.
 template <class D, class A, class B, class C>
@@ -124,7 +144,11 @@ MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
     tensor_core_product(c0, c1, a, b);
   } else {
     float2 left = {(float)a[0], (float)a[1]}, right = {(float)b[0], (float)b[1]};
+#ifdef MSL_TF32
+    tf32_product(c0, c1, left, right);
+#else
     float_product(c0, c1, left, right);
+#endif
   }
   vec<D, 2> r;
   r[0] = (D)c0;

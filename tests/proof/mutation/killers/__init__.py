@@ -14,6 +14,7 @@ from . import (
     backward,
     caches,
     far_masks,
+    few_queries,
     forward,
     long_sums,
     mask_sums,
@@ -50,17 +51,17 @@ _of_caches = False
 
 
 def use_those_of_caches() -> None:
-    """From here on `killers` are those of the ops for caches."""
+    """From here on `killers` are those of the ops for caches, and of forwards on their kernels."""
     global _of_caches
     _of_caches = True
     killers.cache_clear()
 
 
 @functools.cache
-def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled, ...]:
+def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled | few_queries.Few, ...]:
     """All of them; for a kernel, in order of cost."""
     if _of_caches:
-        return caches.killers()
+        return (*caches.killers(), *few_queries.killers())
     return (
         *plan.properties(),
         *plan_scores.properties(),

@@ -27,7 +27,7 @@ from .attention import BF16, F16, F32, dense
 from .compiled import compile_kernel
 from .properties import Property
 
-BLOCK, LEAST_PART, MOST_PARTS = 16, 64, 128
+BLOCK, LEAST_PART, MOST_GROUPS = 16, 64, 32
 FAR = 2**31 - 1
 
 
@@ -82,14 +82,14 @@ def decode_plan(call: CacheCall, x: dict[str, Guarded], sources: Sources) -> Any
 
 
 def work_of(call: CacheCall) -> tuple[int, Tensor]:
-    """Products of fragments of keys, for every 8 of a head dim; and which parts have any: (rows of
-    the grid, parts).
+    """Products of fragments of keys, for every 8 of a head dim; and which threadgroups have any, as
+    the grid has them.
     """
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     rows = heads // kv_heads * call.query.shape[2]
     widest = max(-(-call.query.shape[3] // 64), -(-call.value.shape[3] // 64)) * 64
     block_rows = 16 if rows > 8 and widest <= 128 else 8
-    most = max(MOST_PARTS // 4 // max(-(-rows // block_rows), 1), 1)
+    most = max(MOST_GROUPS // max(-(-rows // block_rows), 1), 1)
     parts = 4 * min(max(-(-call.capacity // (4 * LEAST_PART)), 1), most)
     total, used = 0, []
     begins, ends = (x.tolist() for x in call.bounds())
@@ -114,7 +114,7 @@ def work_of(call: CacheCall) -> tuple[int, Tensor]:
             begin, end = max(start + part * size, first), min(start + (part + 1) * size, last)
             of_parts[part] = begin < end
             total += len(range(begin // BLOCK * BLOCK, end, BLOCK)) if begin < end else 0
-    return total * block_rows // 8 * 2, torch.tensor(used)
+    return total * block_rows // 8 * 2, torch.tensor(used).unflatten(1, (-1, 4)).any(-1)
 
 
 @dataclass(frozen=True)
@@ -313,15 +313,15 @@ def decode_variants(sources: Sources) -> None:
             words = [torch_name, f"d{bd}", f"v{vd}", "r1", "chunks" if chunks else "elements"]
             words += ["paged"] * paged + ["softcap"] * softcap + ["alibi"] * alibi
             flags = [str(bool(n)).lower() for n in (chunks, paged, softcap, alibi)]
-            arguments = [metal, operand, str(bd), str(vd), "1", "4", *flags]
+            arguments = [metal, operand, str(bd), str(vd), "1", "4", *flags, "NoMask", "false"]
             groups = (4, 1 if paged else 2)
-            rows = 4 * 4 * groups[1] * 8
+            rows = 4 * groups[1] * 8
             _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
             assert plan.params.part_stride == vd
             merge = plan.kernels[1]
-            assert merge.name == f"attention_decode_merge_{torch_name}"
-            assert f"decltype(attention_decode_merge<{metal}, 4>)" in merge.instantiation
-            assert merge.groups == (4, 1) and merge.threads == 128
+            assert merge.name == f"attention_decode_merge_{torch_name}_v{vd}"
+            assert f"decltype(attention_decode_merge<{metal}, {vd}, 4>)" in merge.instantiation
+            assert merge.groups == (16, 1) and merge.threads == 128
 
 
 def decode_rows(sources: Sources) -> None:
@@ -334,16 +334,16 @@ def decode_rows(sources: Sources) -> None:
     ):  # fmt: skip
         plan = _plan(sources, heads=heads, q_len=q_len, widths=widths, keys=200)
         x = plan.params
-        assert (x.block_rows, x.blocks, x.parts) == (block_rows, blocks, 4), (heads, q_len)
+        assert (x.block_rows, x.blocks, x.parts) == (block_rows, blocks, 1), (heads, q_len)
         assert plan.kernels[0].groups == (2 * heads[1] * blocks, 1)
         assert f"_r{block_rows // 8}_" in plan.kernels[0].name
-        assert plan.part_rows == 2 * heads[1] * blocks * 4 * block_rows
+        assert plan.part_rows == 2 * heads[1] * blocks * block_rows
         out_rows = 2 * heads[0] * q_len
-        assert plan.kernels[1].groups == (-(-out_rows // 4), 1)
+        assert plan.kernels[1].groups == (out_rows, 1)
 
 
 def decode_parts(sources: Sources) -> None:
-    """By the capacity, at most 128 for all rows of a head, but 4 for each block of them."""
+    """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block."""
     for keys, groups in (
         (0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (7936, 31), (7937, 32),
         (8192, 32), (8193, 32), (1 << 28, 32),
@@ -351,7 +351,7 @@ def decode_parts(sources: Sources) -> None:
         for batch, heads in ((1, (1, 1)), (5, (8, 4))):
             plan = _plan(sources, keys=keys, batch=batch, heads=heads)
             assert plan.kernels[0].groups == (batch * heads[1], groups), keys
-            assert plan.params.parts == 4 * groups
+            assert plan.params.parts == groups
             assert plan.params.cache.capacity == plan.params.attention.kv_len == keys
     for rows, groups in ((17, 16), (33, 10), (48, 10), (49, 8), (257, 1), (512, 1), (513, 1)):
         for batch, kv_heads in ((1, 1), (3, 2)):
@@ -359,11 +359,11 @@ def decode_parts(sources: Sources) -> None:
             plan = _plan(sources, keys=8192, batch=batch, heads=heads)
             blocks = -(-rows // 16)
             assert plan.kernels[0].groups == (batch * kv_heads * blocks, groups), rows
-            assert plan.part_rows == batch * kv_heads * blocks * groups * 4 * 16
+            assert plan.part_rows == batch * kv_heads * blocks * groups * 16
             short = _plan(sources, keys=300, batch=batch, heads=heads)
             assert short.kernels[0].groups[1] == min(groups, 2)
-    many = _plan(sources, keys=8192, batch=1 << 12, heads=(1 << 10, 1 << 10))
-    assert many.part_rows == (1 << 22) * 128 * 8
+    many = _plan(sources, keys=8192, batch=3 << 12, heads=(1 << 10, 1 << 10))
+    assert many.part_rows == (3 << 22) * 32 * 8
     plan = _plan(sources, keys=48, entries=3, cache={"paged": 1, "pages": 6, "table_row": 6})
     assert plan.params.cache.capacity == 288 and plan.kernels[0].groups == (4, 2)
 
@@ -386,6 +386,7 @@ def decode_params(sources: Sources) -> None:
     for name, value in numbers.items():
         assert getattr(cache, name) == value, name
     assert (cache.capacity, cache.paged) == (300, 0)
+    assert not (plan.params.row_stats or plan.params.powers_of_2 or x.diagonal)
     none = _plan(sources).params.cache
     assert not (none.has_lengths or none.has_starts or none.has_entries or none.added)
     paged = _plan(sources, keys=16, entries=5, cache={"paged": 1, "pages": 4, "table_row": 4})

@@ -1,0 +1,48 @@
+"""The kinds of calls that are drawn, and how an example that was kept is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from hypothesis import strategies as st
+
+from .caches import CacheExample, cache_examples, check_cache
+from .examples import Example, check, examples, is_known
+from .pages import PagesExample, check_pages, pages_examples
+
+AnyExample = Example | CacheExample | PagesExample
+
+
+class Problem(NamedTuple):
+    examples: Callable[[], st.SearchStrategy[Any]]
+    check: Callable[[Any], str]
+    """Runs a call and judges it; which path it took."""
+
+
+PROBLEMS = {
+    "attention": Problem(examples, check),
+    "cache": Problem(cache_examples, check_cache),
+    "pages": Problem(pages_examples, check_pages),
+}
+"""flash_attn with its gradients, flash_attn_with_kvcache, and flash_attn_varlen_func with pages."""
+
+
+def name_of(example: AnyExample) -> str:
+    return {CacheExample: "cache", PagesExample: "pages"}.get(type(example), "attention")
+
+
+def from_json(text: str) -> AnyExample:
+    fields = json.loads(text)
+    name = fields.pop("problem", "attention")
+    if name == "attention":
+        return Example.from_json(text)
+    return {"cache": CacheExample, "pages": PagesExample}[name].from_fields(fields)
+
+
+def check_any(example: AnyExample) -> str:
+    return PROBLEMS[name_of(example)].check(example)
+
+
+__all__ = ["PROBLEMS", "AnyExample", "check_any", "from_json", "is_known", "name_of"]
