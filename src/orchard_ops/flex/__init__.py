@@ -1,0 +1,11 @@
+"""FlexAttention: attention whose scores and mask are the user's Python functions.
+
+attention: the public function; arguments: its checks; closure: what a mod reads, so that it is
+traced once; route: which kernels take a call; graph: the same under torch.compile; switch: PyTorch's
+own flex_attention taken over.
+"""
+
+from .attention import flex_attention
+from .switch import flex
+
+__all__ = ["flex", "flex_attention"]

@@ -1,0 +1,164 @@
+"""Which kernels take a call of `flex_attention`: the fixed ones, those with the mods' text, or the
+reference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import attention, calls, native, plan
+from ..arguments import prepare
+from ..descriptions import Description, describe
+from ..environment import switched_on
+from ..ops import flex as op
+from ..ops.kernels import no_autocast
+from ..scoring import Scoring
+from . import known, reference
+from .arguments import OP, Blocks
+from .block_mask import block_states
+from .mod import MAX_CAPTURES, NotLowered
+from .traces import Use
+
+_NAME = "flex_attention"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_GRADIENT = (
+    "a tensor that score_mod captures requires grad: Metal has the gradient of a table that is "
+    "added to the score, such as table[h, q_idx, kv_idx]; detach() a tensor that is not trained"
+)
+
+
+class _Texts(NamedTuple):
+    score: str
+    mask: str
+    captures: tuple[Tensor, ...]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    blocks: Blocks | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a call that has been checked."""
+    for use in (score, mask):
+        if use is not None:
+            _check_captures(use, query)
+    states, q_block, kv_block = None, 0, 0
+    if blocks is not None:
+        q_block, kv_block = blocks.q_block, blocks.kv_block
+        states = _states(blocks, query.shape[2], key.shape[2])
+    reason = why_not_metal(query, value)
+    if reason is None:
+        trained = _is_trained(score)
+        texts = _texts(score, mask)
+        if trained:
+            reason = _GRADIENT
+        elif isinstance(texts, str):
+            reason = texts
+        else:
+            return op.attend(
+                query,
+                key,
+                value,
+                texts.captures,
+                states,
+                q_block,
+                kv_block,
+                texts.score,
+                texts.mask,
+                scale,
+            )
+    described = _describe(query, key, value, score, mask, scale)
+    calls.record_reference(_NAME, reason, described, "auto")
+    with no_autocast(query):
+        return reference.attend(
+            query,
+            key,
+            value,
+            None if score is None else score.function,
+            None if mask is None else mask.function,
+            states,
+            q_block,
+            kv_block,
+            scale,
+        )
+
+
+def why_not_metal(query: Tensor, value: Tensor) -> str | None:
+    """The reason why no Metal kernel takes a call with such operands, if there is one."""
+    if query.device.type != "mps":
+        return f"{calls.NOT_MPS}{query.device.type}, not on mps"
+    if native.why_not() is not None:
+        return native.why_not()
+    if switched_on("ORCHARD_DISABLE_METAL"):
+        return "ORCHARD_DISABLE_METAL is set"
+    if query.dtype not in _DTYPES:
+        return "the dtype is not float16, bfloat16 or float32"
+    if query.shape[-1] > plan.WIDEST_HEAD_DIM or value.shape[-1] > plan.WIDEST_HEAD_DIM:
+        return f"head_dim is above {plan.WIDEST_HEAD_DIM}"
+    return None
+
+
+def _check_captures(use: Use, query: Tensor) -> None:
+    for x in use.captures:
+        if x.device != query.device and not (x.dim() == 0 and x.device.type == "cpu"):
+            raise ValueError(
+                f"{OP}: tensors that {use.kind}_mod captures must be on query's device "
+                f"{query.device}; got one of shape {tuple(x.shape)} on {x.device}: move it before "
+                "the mod is made"
+            )
+
+
+def _is_trained(score: Use | None) -> bool:
+    return (
+        score is not None
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in score.captures)
+    )
+
+
+def _states(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
+    """What each block of the scores is: 0 hidden, 1 for mask_mod to say, 2 seen."""
+    return block_states(
+        blocks.kv_num_blocks,
+        blocks.kv_indices,
+        blocks.full_kv_num_blocks,
+        blocks.full_kv_indices,
+        (q_len + blocks.q_block - 1) // blocks.q_block,
+        (kv_len + blocks.kv_block - 1) // blocks.kv_block,
+    )
+
+
+def _texts(score: Use | None, mask: Use | None) -> _Texts | str:
+    """The mods' Metal text, or why they have none."""
+    texts, captures = [], ()
+    for use in (score, mask):
+        if use is None:
+            texts.append("")
+            continue
+        try:
+            text, own = use.text(len(captures))
+        except NotLowered as error:
+            return f"{use.kind}_mod: {error}"
+        texts.append(text)
+        captures += own
+    if len(captures) > MAX_CAPTURES:
+        return f"the mods capture {len(captures)} tensors, more than {MAX_CAPTURES}"
+    device = next((use.device for use in (score, mask) if use is not None), None)
+    return _Texts(texts[0], texts[1], tuple(x.to(device) for x in captures))
+
+
+def _describe(
+    query: Tensor, key: Tensor, value: Tensor, score: Use | None, mask: Use | None, scale: float
+) -> Description:
+    described = describe(query, key, value, Scoring(scale=scale))
+    words = [described.arguments] if described.arguments else []
+    for use in (score, mask):
+        if use is not None:
+            words.append(f"{use.kind}_mod")
+    return described._replace(arguments=", ".join(words))
