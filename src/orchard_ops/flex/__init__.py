@@ -1,0 +1,1 @@
+"""FlexAttention: attention whose scores and masks are functions of the caller's."""
