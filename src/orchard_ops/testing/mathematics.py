@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -155,13 +156,15 @@ def math_attention(
     sinks: Tensor | None = None,
     key_span: int = 0,  # changes no result
     key_ranges: Tensor | None = None,
+    score_mod: Callable[[Tensor], Tensor] | None = None,
 ) -> MathResult:
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
 
     Operands are (B, H, length, D) tensors of any device and dtype, copied to the CPU; the further
-    arguments are those of ``orchard::flash_attn_fwd``. With dtype
-    float64 it is the reference; with the operands' own dtype it does as PyTorch's math path does
-    (half precision is computed in float32 and the output rounded).
+    arguments are those of ``orchard::flash_attn_fwd``, and `score_mod`, which makes scores
+    (B, Hq, L, S) of the scaled products, each of its own. With dtype float64 it is the reference;
+    with the operands' own dtype it does as PyTorch's math path does (half precision is computed in
+    float32 and the output rounded).
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -177,6 +180,12 @@ def math_attention(
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
         derivative = 1.0 - (scores.detach() / softcap) ** 2
+    if score_mod is not None:
+        products = scores.detach().requires_grad_()
+        of_products = score_mod(products)
+        if of_products.requires_grad:
+            derivative = torch.autograd.grad(of_products.sum(), products)[0]
+        scores = score_mod(scores)
     place = torch.arange(q_len) + diagonal
     if key_ranges is not None:
         place = key_ranges.cpu().long()[..., 2]
