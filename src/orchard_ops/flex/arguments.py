@@ -22,17 +22,6 @@ _NO_BLOCKS = pytorch._LARGE_SPARSE_BLOCK_SIZE
 """The block size of masks that have one block for everything."""
 
 
-class Blocks(NamedTuple):
-    """The lists of a BlockMask: which key blocks each block of queries sees."""
-
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    full_kv_num_blocks: Tensor | None
-    full_kv_indices: Tensor | None
-    q_block: int
-    kv_block: int
-
-
 class FlexCall(NamedTuple):
     """A call that has been checked."""
 
@@ -41,7 +30,8 @@ class FlexCall(NamedTuple):
     value: Tensor
     score_mod: Callable[..., Any] | None
     mask_mod: Callable[..., Any] | None
-    blocks: Blocks | None
+    block_mask: BlockMask | None
+    """None also where the mask has one block for everything."""
     scale: float
 
 
@@ -70,9 +60,9 @@ def check(
             f"{OP}: scale must be a number or None; got a tensor: multiply query by it and pass "
             "scale=1.0"
         )
-    mask_mod, blocks = None, None
+    mask_mod = None
     if block_mask is not None:
-        mask_mod, blocks = _check_mask(query, key, block_mask)
+        mask_mod = _check_mask(query, key, block_mask)
     if key.shape[0] != query.shape[0]:
         if key.shape[0] != 1 or block_mask is None:
             raise ValueError(
@@ -84,6 +74,8 @@ def check(
         value = value.expand(query.shape[0], -1, -1, -1)
     if score_mod is pytorch._identity:
         score_mod = None
+    has_blocks = block_mask is not None and block_mask.BLOCK_SIZE != (_NO_BLOCKS, _NO_BLOCKS)
+    blocks = block_mask if has_blocks else None
     return FlexCall(query, key, value, score_mod, mask_mod, blocks, scale)
 
 
@@ -147,9 +139,7 @@ def _check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
             )
 
 
-def _check_mask(
-    query: Tensor, key: Tensor, block_mask: BlockMask
-) -> tuple[Callable[..., Any] | None, Blocks | None]:
+def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[..., Any] | None:
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"{OP}: block_mask must be a torch.nn.attention.flex_attention.BlockMask or None; got "
@@ -169,9 +159,8 @@ def _check_mask(
             f"{OP}: block_mask must be on query's device {query.device}; got {numbers.device}: "
             f'move it with block_mask.to("{query.device}")'
         )
-    q_block, kv_block = block_mask.BLOCK_SIZE
-    if q_block == _NO_BLOCKS and kv_block == _NO_BLOCKS:
-        return mask_mod, None
+    if block_mask.BLOCK_SIZE == (_NO_BLOCKS, _NO_BLOCKS):
+        return mask_mod  # type: ignore[no-any-return]
     q_len, kv_len = block_mask.seq_lengths
     if q_len != query.shape[2] or kv_len != key.shape[2]:
         raise ValueError(
@@ -185,15 +174,7 @@ def _check_mask(
                 f"{OP}: the {what} of block_mask must be 1 or query's {query.shape[n]}; got "
                 f"{numbers.shape[n]}"
             )
-    blocks = Blocks(
-        numbers,
-        block_mask.kv_indices,
-        block_mask.full_kv_num_blocks,
-        block_mask.full_kv_indices,
-        q_block,
-        kv_block,
-    )
-    return mask_mod, blocks
+    return mask_mod  # type: ignore[no-any-return]
 
 
 def check_results(return_lse: bool, return_aux: Any) -> bool:

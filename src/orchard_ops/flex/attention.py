@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from . import arguments, graph, route
+from .block_mask import states_of
 from .traces import of_function
 
 
@@ -70,7 +71,11 @@ def flex_attention(
 
 
 def _attend(call: arguments.FlexCall) -> tuple[Tensor, Tensor]:
-    query, key, value, score_mod, mask_mod, blocks, scale = call
+    query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
-    return route.attend(query, key, value, score, mask, blocks, scale)
+    states = None
+    if block_mask is not None:
+        found = states_of(block_mask, query.shape[2], key.shape[2])
+        states = route.States(found, *block_mask.BLOCK_SIZE)
+    return route.attend(query, key, value, score, mask, states, scale)

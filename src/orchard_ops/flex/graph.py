@@ -18,7 +18,8 @@ from torch.nn.attention import flex_attention as pytorch
 
 from ..namespace import NAME
 from . import route
-from .arguments import Blocks, FlexCall
+from .arguments import FlexCall
+from .block_mask import block_states
 from .traces import of_graph
 
 
@@ -39,11 +40,19 @@ class _FlexAttention(HigherOrderOperator):
         score_captures: tuple[Any, ...] = (),
         mask_captures: tuple[Any, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        *lists, mask_mod = block_mask
+        *blocks, mask_mod = block_mask
         score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
         mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
-        blocks = Blocks(*lists) if given["blocks"] else None
-        return route.attend(query, key, value, score, mask, blocks, scale)
+        states = _states(query, key, *blocks) if blocks else None
+        return route.attend(query, key, value, score, mask, states, scale)
+
+
+def _states(
+    query: Tensor, key: Tensor, lists: tuple[Tensor | None, ...], q_block: int, kv_block: int
+) -> route.States:
+    q_blocks = (query.shape[2] + q_block - 1) // q_block
+    kv_blocks = (key.shape[2] + kv_block - 1) // kv_block
+    return route.States(block_states(*lists, q_blocks, kv_blocks), q_block, kv_block)  # type: ignore[arg-type]
 
 
 _operator = _FlexAttention()
@@ -57,11 +66,18 @@ def attend(call: FlexCall) -> tuple[Tensor, Tensor]:
     given = {
         "score": call.score_mod is not None,
         "mask": call.mask_mod is not None,
-        "blocks": call.blocks is not None,
     }
     score_mod = pytorch._identity if call.score_mod is None else call.score_mod
     mask_mod = pytorch.noop_mask if call.mask_mod is None else call.mask_mod
-    lists = () if call.blocks is None else tuple(call.blocks)
+    blocks: tuple[Any, ...] = ()
+    if call.block_mask is not None:
+        lists = (
+            call.block_mask.kv_num_blocks,
+            call.block_mask.kv_indices,
+            call.block_mask.full_kv_num_blocks,
+            call.block_mask.full_kv_indices,
+        )
+        blocks = (lists, *call.block_mask.BLOCK_SIZE)
     return _operator(  # type: ignore[no-any-return]
-        call.query, call.key, call.value, score_mod, (*lists, mask_mod), call.scale, given
+        call.query, call.key, call.value, score_mod, (*blocks, mask_mod), call.scale, given
     )

@@ -1,5 +1,4 @@
-"""Which kernels take a call of `flex_attention`: the fixed ones, those with the mods' text, or the
-reference."""
+"""Which kernels take a call of `flex_attention`: those with the mods' text, or the reference."""
 
 from __future__ import annotations
 
@@ -7,17 +6,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .. import attention, calls, native, plan
-from ..arguments import prepare
+from .. import calls, native, plan
 from ..descriptions import Description, describe
 from ..environment import switched_on
 from ..ops import flex as op
 from ..ops.kernels import no_autocast
 from ..scoring import Scoring
-from . import known, reference
-from .arguments import OP, Blocks
-from .block_mask import block_states
+from . import reference
+from .arguments import OP
 from .mod import MAX_CAPTURES, NotLowered
 from .traces import Use
 
@@ -27,6 +26,14 @@ _GRADIENT = (
     "a tensor that score_mod captures requires grad: Metal has the gradient of a table that is "
     "added to the score, such as table[h, q_idx, kv_idx]; detach() a tensor that is not trained"
 )
+
+
+class States(NamedTuple):
+    """What each block of the scores is, and the sizes of a block."""
+
+    states: Tensor
+    q_block: int
+    kv_block: int
 
 
 class _Texts(NamedTuple):
@@ -41,38 +48,29 @@ def attend(
     value: Tensor,
     score: Use | None,
     mask: Use | None,
-    blocks: Blocks | None,
+    blocks: States | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of a call that has been checked."""
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
-    states, q_block, kv_block = None, 0, 0
-    if blocks is not None:
-        q_block, kv_block = blocks.q_block, blocks.kv_block
-        states = _states(blocks, query.shape[2], key.shape[2])
+    score, mask = (None if use is None or use.is_nothing else use for use in (score, mask))
+    states, q_block, kv_block = blocks or (None, 1, 1)
     reason = why_not_metal(query, value)
+    if reason is None and _is_trained(score):
+        reason = _GRADIENT
     if reason is None:
-        trained = _is_trained(score)
-        texts = _texts(score, mask)
-        if trained:
-            reason = _GRADIENT
-        elif isinstance(texts, str):
+        texts = _texts(score, mask, query)
+        if isinstance(texts, str):
             reason = texts
         else:
-            return op.attend(
-                query,
-                key,
-                value,
-                texts.captures,
-                states,
-                q_block,
-                kv_block,
-                texts.score,
-                texts.mask,
-                scale,
-            )
+            numbers = (states, q_block, kv_block, texts.score, texts.mask, scale)
+            arguments = (query, key, value, texts.captures, *numbers)
+            refused = "" if is_traced(query) else op.why_not_metal(*arguments)
+            if not refused:
+                return op.attend(*arguments)
+            reason = refused
     described = _describe(query, key, value, score, mask, scale)
     calls.record_reference(_NAME, reason, described, "auto")
     with no_autocast(query):
@@ -87,6 +85,11 @@ def attend(
             kv_block,
             scale,
         )
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler asks, with tensors that have no memory."""
+    return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def why_not_metal(query: Tensor, value: Tensor) -> str | None:
@@ -122,21 +125,10 @@ def _is_trained(score: Use | None) -> bool:
     )
 
 
-def _states(blocks: Blocks, q_len: int, kv_len: int) -> Tensor:
-    """What each block of the scores is: 0 hidden, 1 for mask_mod to say, 2 seen."""
-    return block_states(
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.full_kv_num_blocks,
-        blocks.full_kv_indices,
-        (q_len + blocks.q_block - 1) // blocks.q_block,
-        (kv_len + blocks.kv_block - 1) // blocks.kv_block,
-    )
-
-
-def _texts(score: Use | None, mask: Use | None) -> _Texts | str:
+def _texts(score: Use | None, mask: Use | None, query: Tensor) -> _Texts | str:
     """The mods' Metal text, or why they have none."""
-    texts, captures = [], ()
+    texts: list[str] = []
+    captures: tuple[Tensor, ...] = ()
     for use in (score, mask):
         if use is None:
             texts.append("")
@@ -149,8 +141,9 @@ def _texts(score: Use | None, mask: Use | None) -> _Texts | str:
         captures += own
     if len(captures) > MAX_CAPTURES:
         return f"the mods capture {len(captures)} tensors, more than {MAX_CAPTURES}"
-    device = next((use.device for use in (score, mask) if use is not None), None)
-    return _Texts(texts[0], texts[1], tuple(x.to(device) for x in captures))
+    if any(0 in x.shape for x in captures):
+        return "a tensor that the mods capture has no elements"
+    return _Texts(texts[0], texts[1], tuple(x.to(query.device) for x in captures))
 
 
 def _describe(

@@ -6,6 +6,7 @@ those of the present call.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,9 +22,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import closure
 from .metal import lower
 from .mod import NotLowered
-from .trace import Traced, trace
+from .trace import SCORE, Traced, trace
 
 _MOST_KEPT = 256
+_FULL = torch.ops.aten.full.default
+_SAME = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 @dataclass
@@ -37,6 +40,16 @@ class Kept:
     texts: dict[int, tuple[str, tuple[int, ...]] | NotLowered] = field(default_factory=dict)
     """By the number of the first capture: the text, and the places of what it reads among the
     captures of the trace."""
+
+    @functools.cached_property
+    def is_nothing(self) -> bool:
+        (result,) = self.traced.graph.graph.output_node().args[0:1]
+        node = result[0] if isinstance(result, (tuple, list)) else result
+        if self.traced.kind == SCORE:
+            while node.op == "call_function" and node.target in _SAME:
+                node = node.args[0]
+            return node.op == "placeholder" and node.prev.op == "root"
+        return node.op == "call_function" and node.target == _FULL and node.args[1] is True
 
     def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
         found = self.texts.get(first_capture)
@@ -66,7 +79,11 @@ class Use:
     """([score,] b, h, q_idx, kv_idx) -> result, with everything captured."""
     kept: Kept
     captures: tuple[Tensor, ...]
-    device: torch.device
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the mod gives every score back as it was, or sees every key."""
+        return self.kept.is_nothing
 
     def text(self, first_capture: int) -> tuple[str, tuple[Tensor, ...]]:
         """Metal, and what it reads.
@@ -95,7 +112,7 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     snapshot = closure.snapshot(mod)
     if snapshot is None:
         traced = _trace(mod, kind, query)
-        return Use(kind, mod, Kept(traced, ()), traced.captures, query.device)
+        return Use(kind, mod, Kept(traced, ()), traced.captures)
     key = (kind, query.dtype, query.device, snapshot.key)
     kept = _of_functions.get(key)
     if kept is None:
@@ -104,7 +121,7 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
         _remember(_of_functions, key, kept)
     captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
-    return Use(kind, mod, kept, captures, query.device)  # type: ignore[arg-type]
+    return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
 
 
 def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[Any]) -> Use:
@@ -132,7 +149,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
         return graph(*indices, *arguments)
 
     used = tuple(tensors[x] if type(x) is int else x for x in kept.sources)
-    return Use(kind, function, kept, used, query.device)  # type: ignore[arg-type]
+    return Use(kind, function, kept, used)  # type: ignore[arg-type]
 
 
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
