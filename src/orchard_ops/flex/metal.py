@@ -260,12 +260,12 @@ def _body(text: _Text, *results: str) -> tuple[list[str], list[str]]:
 def _score_struct(text: _Text, score: Scalar, slope: Scalar) -> str:
     score = convert(text, score, torch.float32)
     slope = text.slope_where_seen(score, slope)
-    is_unit = slope.number == 1.0
+    is_unit = "true" if slope.number == 1.0 else "false"
     lines, (score_text, slope_text) = _body(text, score.text, slope.text)
     return "\n".join(
         [
             "struct ScoreMod {",
-            f"  static constant constexpr const bool kUnitSlope = {'true' if is_unit else 'false'};",
+            f"  static constant constexpr const bool kUnitSlope = {is_unit};",
             "  FlexCaptures captures;",
             "",
             "  METAL_FUNC float score(",

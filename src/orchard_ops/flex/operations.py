@@ -58,6 +58,10 @@ def _form(text: Any, node: Node, form: str, operands: Sequence[Any], dtype: Any 
     return text.emit(_result(node), form.format(*parts))
 
 
+def _name_of(node: Node) -> str:
+    return node.target.overloadpacket.__name__  # type: ignore[union-attr]
+
+
 # ---- arithmetic ---------------------------------------------------------------------------------
 
 _UNSIGNED = {torch.int32: "uint", torch.int64: "ulong"}
@@ -94,7 +98,7 @@ def _sum(text: Any, node: Node, operands: list[Any]) -> Scalar:
         held = torch.float32 if dtype in FLOATS else dtype
         parts = _as(text, b, dtype).text, _as(text, alpha, dtype).text
         b = text.emit(held, product.format(*parts))
-    is_sum = node.target.overloadpacket is _aten.add  # type: ignore[union-attr]
+    is_sum = _name_of(node) == "add"
     if _is(b, 0) and (not is_sum or dtype not in FLOATS):
         return _as(text, a, dtype)
     if _is(a, 0) and is_sum and dtype not in FLOATS:
@@ -114,7 +118,7 @@ def _product(text: Any, node: Node, operands: list[Any]) -> Scalar:
 def _quotient(text: Any, node: Node, operands: list[Any]) -> Scalar:
     dtype = _result(node)
     mode = node.kwargs.get("rounding_mode", operands[2] if len(operands) > 2 else None)
-    if node.target.overloadpacket is _aten.floor_divide:  # type: ignore[union-attr]
+    if _name_of(node) == "floor_divide":
         mode = "floor"
     if mode == "floor":
         return _form(text, node, "flex_floor_divide({0}, {1})", operands[:2])
@@ -302,12 +306,12 @@ for _name, _conditions in _CHOICES.items():
 
 @_pointwise("clamp", "clamp_min", "clamp_max", "hardtanh")
 def _clamp(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    name = _name_of(node)
     low = node.kwargs.get("min", operands[1] if len(operands) > 1 else None)
     high = node.kwargs.get("max", operands[2] if len(operands) > 2 else None)
-    if packet is _aten.clamp_max:
+    if name == "clamp_max":
         low, high = None, node.kwargs.get("max", low)
-    if packet is _aten.hardtanh:
+    if name == "hardtanh":
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     low, high = (text.scalar(x) if isinstance(x, Node) else x for x in (low, high))
     x = _as(text, operands[0], _result(node))
@@ -429,6 +433,22 @@ def _same_number(text: Any, node: Node, operands: list[Any]) -> Scalar:
     return convert(text, operands[0], _result(node))
 
 
+@_pointwise("copy")
+def _copied(text: Any, node: Node, operands: list[Any]) -> Scalar:
+    return convert(text, operands[1], _result(node))
+
+
+# What PyTorch takes operations apart into besides.
+for _name in (
+    *("add", "sub", "mul", "neg", "abs", "sign", "maximum", "minimum", "fmax", "fmin", "where"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor"),
+    *("bitwise_not", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt"),
+    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh"),
+    *("atanh", "erf", "floor", "ceil", "round", "trunc", "reciprocal", "pow", "fmod", "remainder"),
+    *("atan2",),
+):
+    if hasattr(torch.ops.prims, _name):
+        POINTWISE[getattr(torch.ops.prims, _name)] = POINTWISE[getattr(_aten, _name)]
 POINTWISE[torch.ops.prims.convert_element_type] = _same_number
 
 
@@ -454,8 +474,8 @@ for _name, _number in _FILLED.items():
 
 @_lazy("full", "full_like", "new_full", "scalar_tensor")
 def _full(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
-    at = 0 if packet is _aten.scalar_tensor else 2 if packet is _aten.new_full else 1
+    name = _name_of(node)
+    at = 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1
     fill = node.args[at]
     return text.scalar(fill) if isinstance(fill, Node) else literal(fill, _result(node))
 
@@ -513,11 +533,11 @@ def _expand(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
 @_lazy("permute", "transpose", "t")
 def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     dims = list(range(len(index)))
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
-    if packet is _aten.permute:
+    name = _name_of(node)
+    if name == "permute":
         dims = [_dim(node, d) for d in node.args[1]]  # type: ignore[union-attr]
     elif len(index) > 1:
-        a, b = (0, 1) if packet is _aten.t else (_dim(node, d) for d in node.args[1:3])
+        a, b = (0, 1) if name == "t" else (_dim(node, d) for d in node.args[1:3])
         dims[a], dims[b] = dims[b], dims[a]
     found = [_ZERO] * len(index)
     for at, d in enumerate(dims):

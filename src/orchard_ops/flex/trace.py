@@ -6,6 +6,7 @@ calls it. What it reads from elsewhere stays in the graph as the tensor itself, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import sys
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx.traceback as node_meta
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from .mod import Function, NotLowered
+from .operations import LAZY, POINTWISE
 
 _aten = torch.ops.aten
 SCORE, MASK = "score", "mask"
@@ -33,8 +35,8 @@ class Traced(NamedTuple):
     kind: str
     """SCORE or MASK."""
     graph: GraphModule
-    """([score,] b, h, q_idx, kv_idx, *captures) -> result, as the graphs that torch.compile makes of
-    such functions."""
+    """([score,] b, h, q_idx, kv_idx, *captures) -> result, as torch.compile's own graphs of such
+    functions."""
     joint: GraphModule
     """The same arguments -> (result, its derivative by the score); of a mask_mod (result,)."""
     captures: tuple[Tensor, ...]
@@ -129,7 +131,7 @@ def _result(kind: str, result: Any, like: Tensor) -> Tensor:
 
 
 def _lift_captures(graph: GraphModule) -> list[Tensor]:
-    """Makes arguments of the tensors in a graph. Numbers written as torch.tensor(...) stay in it."""
+    """Makes arguments of the tensors in a graph. Numbers written as torch.tensor(...) stay."""
     nodes = list(graph.graph.nodes)
     last = [n for n in nodes if n.op == "placeholder"][-1]
     made: dict[int, Node] = {}
@@ -170,10 +172,22 @@ def _forward(joint: GraphModule) -> GraphModule:
 def _make_graph(function: Callable[..., Any], arguments: Sequence[Any]) -> GraphModule:
     return make_fx(
         function,
-        decomposition_table=core_aten_decompositions(),
+        decomposition_table=_decompositions(),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )(*arguments)
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    """PyTorch's ways to take an operation apart, of all that have no text of their own."""
+    known = POINTWISE.keys() | LAZY.keys()
+    every = {**decomposition_table, **core_aten_decompositions()}
+    return {
+        operation: function
+        for operation, function in every.items()
+        if getattr(operation, "overloadpacket", None) not in known
+    }
 
 
 def _fake_mode(captures: Sequence[Tensor]) -> FakeTensorMode:
@@ -279,7 +293,7 @@ def _refuse_changed_captures(kind: str, graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             captured.add(node)
-        elif node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args):
             alias = argument.alias_info
