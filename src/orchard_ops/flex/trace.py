@@ -72,7 +72,7 @@ def trace(
 
     def joint(score: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         score = score.detach().requires_grad_()
-        with torch.enable_grad(), _Indexing():
+        with torch.enable_grad(), Indexing():
             result = _result(kind, mod(score.clone(), *rest), score)
             slope = None
             if result.requires_grad:
@@ -82,7 +82,7 @@ def trace(
         return result.detach(), torch.zeros_like(score) if slope is None else slope
 
     def seen(*arguments: Any) -> tuple[Tensor]:
-        with torch.no_grad(), _Indexing():
+        with torch.no_grad(), Indexing():
             return (_result(kind, mod(*arguments), arguments[0]),)
 
     score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -201,10 +201,10 @@ def _fake_mode(captures: Sequence[Tensor]) -> FakeTensorMode:
 # ---- what user code does with the indices -------------------------------------------------------
 
 
-class _Indexing(TorchFunctionMode):
+class Indexing(TorchFunctionMode):
     """Indexing with 0-dim tensors, which PyTorch would ask for their numbers, as `aten.index`.
 
-    It also notes the line of the user's code in the nodes that the line makes.
+    While a function is traced it also notes the line of the user's code in the nodes that the line makes.
     """
 
     def __torch_function__(
