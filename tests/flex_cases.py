@@ -73,8 +73,7 @@ SCORES = {
     ),
     "alibi": Mod(
         lambda s, b, h, q, kv: s - SLOPES.to(s.dtype)[h] * (q - kv).abs(),
-        "    derivative = 1.0f;\n"
-        "    return s - captures.at<float>($0, h) * float(abs(q - kv));",
+        "    derivative = 1.0f;\n    return s - captures.at<float>($0, h) * float(abs(q - kv));",
         (SLOPES,),
         unit_slope=True,
     ),
@@ -118,9 +117,7 @@ MASKS = {
         "captures.at<long>($0, b, q) == captures.at<long>($0, b, kv)",
         (DOCUMENTS,),
     ),
-    "pairs": Mod(
-        lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)
-    ),
+    "pairs": Mod(lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)),
     "heads": Mod(lambda b, h, q, kv: (q + kv) % (h + 2) == 0, "(q + kv) % (h + 2) == 0"),
     "hidden": Mod(
         lambda b, h, q, kv: (kv > 40) & (q != 17) & (kv < 80 + 0 * q),
