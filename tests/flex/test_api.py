@@ -161,7 +161,7 @@ def test_what_metal_does_not_run_is_said_once_with_the_operation_and_the_line():
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return torch.special.i1(score)
 
-    with pytest.warns(OrchardFallbackWarning, match=r"flex_attention.*score_mod.*special_i1"):
+    with pytest.warns(OrchardFallbackWarning, match=r"flex_attention.*score_mod: .*bessel_i1"):
         out = orchard_ops.flex_attention(q, q, q, score_mod)
     again = orchard_ops.flex_attention(q, q, q, score_mod)  # pytest turns a warning into an error
     assert torch.equal(out, again)
@@ -418,3 +418,19 @@ def test_a_captured_tensor_on_another_device():
     q, table = some("mps"), torch.zeros(2)
     with pytest.raises(ValueError, match="score_mod captures must be on query's device mps"):
         attend(lambda score, b, h, q_idx, kv_idx: score + table[h], q)
+
+
+def test_report_lists_the_calls(quiet_fallback: None):
+    q = some("mps").requires_grad_()
+    with orchard_ops.report(show=False) as report:
+        for _ in range(2):
+            attend(lambda score, *_: 2.0 * score, q).sum().backward()
+        attend(lambda score, *_: torch.special.i1(score), q)
+    found = [(call.count, call.direction, call.path, call.arguments) for call in report.calls]
+    assert found == [
+        (2, "forward", "metal", "flex_attention, score_mod"),
+        (2, "backward", "metal", "flex_attention, score_mod"),
+        (1, "forward", "reference", "flex_attention, score_mod"),
+    ]
+    assert "bessel_i1" in report.calls[2].reason
+    assert report.bytes_not_allocated == 2 * (2 * 20 * 20 * 4)

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .. import calls, native, plan
-from ..descriptions import Description, describe
+from .. import calls, native, plan, watch
+from ..descriptions import describe_flex
 from ..environment import switched_on
 from ..ops import flex as op
 from ..ops.kernels import no_autocast
-from ..scoring import Scoring
 from . import reference
 from .arguments import OP
 from .mod import MAX_CAPTURES, NotLowered
@@ -71,8 +70,10 @@ def attend(
             if not refused:
                 return op.attend(*arguments)
             reason = refused
-    described = _describe(query, key, value, score, mask, scale)
+    described = describe_flex(query, key, value, score is not None, mask is not None, scale)
     calls.record_reference(_NAME, reason, described, "auto")
+    if not is_traced(query):
+        watch.tell(_NAME, (described,), reason)
     with no_autocast(query):
         return reference.attend(
             query,
@@ -144,14 +145,3 @@ def _texts(score: Use | None, mask: Use | None, query: Tensor) -> _Texts | str:
     if any(0 in x.shape for x in captures):
         return "a tensor that the mods capture has no elements"
     return _Texts(texts[0], texts[1], tuple(x.to(query.device) for x in captures))
-
-
-def _describe(
-    query: Tensor, key: Tensor, value: Tensor, score: Use | None, mask: Use | None, scale: float
-) -> Description:
-    described = describe(query, key, value, Scoring(scale=scale))
-    words = [described.arguments] if described.arguments else []
-    for use in (score, mask):
-        if use is not None:
-            words.append(f"{use.kind}_mod")
-    return described._replace(arguments=", ".join(words))
