@@ -27,6 +27,8 @@ class _FlexAttention(HigherOrderOperator):
     def __init__(self) -> None:
         super().__init__(f"{NAME}_flex_attention")
         self.__name__ = "flex_attention"
+        # As one of PyTorch's modules, the code of a graph would name PyTorch's own operator.
+        self.__module__ = __name__
 
     def __call__(
         self,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
@@ -62,7 +64,7 @@ class Kept:
 
     def _lower(self, first_capture: int) -> tuple[str, tuple[int, ...]] | NotLowered:
         try:
-            with _disable_current_modes():
+            with _apart():
                 mod = lower(self.traced, first_capture)
         except NotLowered as error:
             return error
@@ -107,6 +109,13 @@ def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
             kept.popitem(last=False)
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Whatever is being traced or compiled does not see what the block does."""
+    with _disable_current_modes(), tracing(None):
+        yield
+
+
 def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     """A mod of eager code."""
     snapshot = closure.snapshot(mod)
@@ -132,12 +141,12 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     key = (kind, id(graph), query.dtype, query.device, sizes)
     found = _of_graphs.get(key)
     if found is None:
-        with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+        with _apart(), FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for x, (_, shape) in zip(tensors, sizes)
             ]
-        with _disable_current_modes():
+        with _apart():
             traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         made = traced.captures[len(stand_ins) :]
         found = graph, Kept(traced, (*range(len(stand_ins)), *made))
@@ -153,7 +162,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
 
 
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
-    with _disable_current_modes():
+    with _apart():
         return trace(mod, kind, query.device, query.dtype)
 
 
@@ -164,7 +173,7 @@ def _lightened(traced: Traced) -> Traced:
         for names in (vars(module), module._buffers, module._parameters):
             for name in [n for n, x in names.items() if isinstance(x, Tensor) and id(x) in held]:
                 del names[name]
-    with _disable_current_modes():
+    with _apart():
         empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in traced.captures)
         return traced._replace(captures=tuple(empty))
 
