@@ -123,6 +123,22 @@ def test_a_number_that_the_compiler_has_not_fixed():
     assert counter.frame_count <= 2
 
 
+def test_a_table_that_is_trained():
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    table = torch.randn(2, 39).to("mps").requires_grad_()
+
+    def call(q: Tensor) -> Tensor:
+        return orchard_ops.flex_attention(
+            q, q, q, lambda score, b, h, i, j: score + table[h, i - j + 19]
+        )
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled, eager = (torch.autograd.grad(f(q).sin().sum(), table) for f in (function, call))
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert orchard_ops.stats().metal["flash_attn_bwd"] == 2
+    assert orchard_ops.stats().reference == {}
+
+
 def test_a_captured_tensor_that_is_trained(quiet_fallback: None):
     q = torch.randn(1, 2, 20, 8).to("mps")
     gain = torch.tensor([0.5, 2.0]).to("mps").requires_grad_()

@@ -160,9 +160,7 @@ class _Reader:
             if owner is not None and not isinstance(owner, (types.ModuleType, type)):
                 raise _NotFollowed  # a method of something that may change, such as a list's
             self.key.append(_ById(x))
-        elif isinstance(x, type) and _is_constant(x):
-            self.key.append(_ById(x))
-        elif isinstance(x, types.MethodDescriptorType):
+        elif (isinstance(x, type) and _is_constant(x)) or isinstance(x, types.MethodDescriptorType):
             self.key.append(_ById(x))
         elif _is_mask_wrapper(x):
             self.key.append(kind)
@@ -236,7 +234,7 @@ def snapshot(mod: Callable[..., Any]) -> Snapshot | None:
     """What `mod` is and reads now, or None where that is not known."""
     reader = _Reader()
     try:
-        own = getattr(type(mod), "__call__", None)
+        own = vars(type(mod)).get("__call__")
         if type(own) is types.FunctionType and not isinstance(mod, torch.nn.Module):
             mod = types.MethodType(own, mod)
         reader.value(mod)

@@ -14,7 +14,7 @@ from ..descriptions import describe_flex
 from ..environment import switched_on
 from ..ops import flex as op
 from ..ops.kernels import no_autocast
-from . import reference
+from . import additive, reference
 from .arguments import OP
 from .mod import MAX_CAPTURES, NotLowered
 from .traces import Use
@@ -22,8 +22,8 @@ from .traces import Use
 _NAME = "flex_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _GRADIENT = (
-    "a tensor that score_mod captures requires grad: Metal has the gradient of a table that is "
-    "added to the score, such as table[h, q_idx, kv_idx]; detach() a tensor that is not trained"
+    "a tensor that score_mod captures requires grad, and Metal has the gradient of what is added "
+    "to the score alone, as in score + table[h, q_idx, kv_idx]; detach() what is not trained"
 )
 
 
@@ -57,7 +57,9 @@ def attend(
     score, mask = (None if use is None or use.is_nothing else use for use in (score, mask))
     states, q_block, kv_block = blocks or (None, 1, 1)
     reason = why_not_metal(query, value)
-    if reason is None and _is_trained(score):
+    if reason is None and score is not None and _is_trained(score):
+        if additive.takes(score):
+            return additive.attend(query, key, value, score, mask, states, q_block, kv_block, scale)
         reason = _GRADIENT
     if reason is None:
         texts = _texts(score, mask, query)
@@ -118,12 +120,8 @@ def _check_captures(use: Use, query: Tensor) -> None:
             )
 
 
-def _is_trained(score: Use | None) -> bool:
-    return (
-        score is not None
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in score.captures)
-    )
+def _is_trained(score: Use) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in score.captures)
 
 
 def _texts(score: Use | None, mask: Use | None, query: Tensor) -> _Texts | str:
