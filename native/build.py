@@ -39,12 +39,12 @@ SOURCES = (
             "checks",
             "environment",
             "flex",
+            "flex_plan",
             "shader_library",
         )
     ),
     *PLAN_SOURCES,
     NATIVE / "plan" / "plan_cache.cpp",
-    NATIVE / "plan" / "mods.cpp",
 )
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest supported
 

@@ -11,7 +11,7 @@
 
 #include "call.h"
 #include "checks.h"
-#include "plan/mods.h"
+#include "flex_plan.h"
 #include "plan/join.h"
 #include "shader_library.h"
 

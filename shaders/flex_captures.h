@@ -8,6 +8,7 @@
 /// that it does not read are not bound.
 struct FlexCaptures {
   const device uchar* tensors[ORCHARD_MOST_CAPTURES];
+  CaptureShape shapes[ORCHARD_MOST_CAPTURES];  // no longer in memory, which loops would read again
   constant FlexParams* params;
 
   /// An element of tensor n, of type T. Negative indices count from the end, and nothing is read
@@ -44,9 +45,9 @@ struct FlexCaptures {
 
   /// What an index of dimension d adds to the place of an element.
   METAL_FUNC int place(int n, int d, int index) const {
-    const int size = params->captures[n].sizes[d];
+    const int size = shapes[n].sizes[d];
     const int counted = index < 0 ? index + size : index;
-    return clamp(counted, 0, size - 1) * params->captures[n].strides[d];
+    return clamp(counted, 0, size - 1) * shapes[n].strides[d];
   }
 };
 
@@ -63,6 +64,14 @@ METAL_FUNC FlexCaptures flex_captures(const device uchar* capture0, const device
   captures.tensors[5] = capture5;
   captures.tensors[6] = capture6;
   captures.tensors[7] = capture7;
+  ORCHARD_UNROLL
+  for (int n = 0; n < ORCHARD_MOST_CAPTURES; n++) {
+    ORCHARD_UNROLL
+    for (int d = 0; d < ORCHARD_CAPTURE_DIMS; d++) {
+      captures.shapes[n].sizes[d] = params.captures[n].sizes[d];
+      captures.shapes[n].strides[d] = params.captures[n].strides[d];
+    }
+  }
   captures.params = &params;
   return captures;
 }

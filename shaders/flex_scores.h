@@ -12,8 +12,10 @@
 //     METAL_FUNC bool sees(int b, int h, int q, int kv) const;
 //   };
 //
-// Behind the includes of a kernel's text the embedder gives ScoreBuffers its captures, and the
-// kernel the buffers for them (native/embed_shaders.py).
+// and before them flex_tanh, which is flex_tanh_of as right as the operands' type asks. Indices may
+// lie beyond the ends, by less than a block of a kernel: what the functions say of pairs that there
+// are not is dropped. The embedder gives ScoreBuffers its captures, and the kernels the buffers for
+// them (native/embed_shaders.py).
 #pragma once
 
 #include "flex_captures.h"
@@ -36,6 +38,17 @@ struct NoMaskMod {
 
   METAL_FUNC bool sees(int, int, int, int) const { return true; }
 };
+
+/// tanh_of (scores.h) for one number.
+template <bool EXACT>
+METAL_FUNC float flex_tanh_of(float x) {
+  if (EXACT) {
+    return precise::tanh(x);
+  }
+  const float e = fast::exp2(-2.88539008f * abs(x));
+  const float t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
+}
 
 template <typename MOD>
 struct IsGiven {
@@ -91,10 +104,6 @@ struct HeadMods {
 
   METAL_FUNC bool hides() const { return state != kStateEverything; }
 
-  /// What the kernel computes beyond the ends has the last row's and the last key's score.
-  METAL_FUNC int row(int row) const { return min(row, last_row); }
-  METAL_FUNC int key(int key) const { return min(key, last_key); }
-
   METAL_FUNC float2 scores(float2 products, int2 rows, int2 keys, thread float2& slopes) const {
     float first;
     float second;
@@ -138,11 +147,11 @@ struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
     }
   }
 
-  METAL_FUNC int2 rows(int r) const { return int2(mods.row(row0 + 8 * r)); }
+  METAL_FUNC int2 rows(int r) const { return int2(row0 + 8 * r); }
 
   METAL_FUNC int2 keys(int key0, int c) const {
-    const int key = key0 + 8 * c + col;
-    return int2(mods.key(key), mods.key(key + 1));
+    const int key = key0 + col;
+    return int2(key + 8 * c, key + (8 * c + 1));
   }
 
   METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s, int key0, bool masked,
@@ -211,14 +220,14 @@ struct ScoresTransposed<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
   }
 
   METAL_FUNC int2 rows(int row0, int c) const {
-    const int first = row0 + 8 * c + row;
-    return int2(mods.row(first), mods.row(first + 1));
+    const int first = row0 + row;
+    return int2(first + 8 * c, first + (8 * c + 1));
   }
 
   template <typename Ranges>
   METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
       thread const Ranges&, int row0, bool, constant AttentionParams&) const {
-    const int2 keys = int2(mods.key(key));
+    const int2 keys = int2(key);
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       s.fragments[0][c] =

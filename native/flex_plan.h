@@ -4,8 +4,8 @@
 
 #include <memory>
 
-#include "../../shaders/flex_params.h"
-#include "plan.h"
+#include "../shaders/flex_params.h"
+#include "plan/plan.h"
 
 namespace orchard {
 
