@@ -147,7 +147,7 @@ def torch_scores(score_mod: Callable, at: Points, dtype: torch.dtype = torch.flo
     """PyTorch's (score, derivative) at each point, by vmap as its FlexAttention does."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    score = at.score.to(dtype).requires_grad_()
+    score = at.score.detach().clone().to(dtype).requires_grad_()
     with TransformGetItemToIndex():
         found = torch.vmap(score_mod)(score, *at.indices)
     slope = None
@@ -166,10 +166,37 @@ def torch_seen(mask_mod: Callable, at: Points) -> Tensor:
 # ---- how far float32 arithmetic may be from the exact result ------------------------------------
 
 _EXACT = frozenset(
-    "where index neg abs maximum minimum fmax fmin clamp full full_like scalar_tensor clone alias "
-    "_to_copy detach relu floor ceil round trunc sign zeros_like ones_like view expand copy".split()
+    [
+        "where",
+        "index",
+        "neg",
+        "abs",
+        "maximum",
+        "minimum",
+        "fmax",
+        "fmin",
+        "clamp",
+        "full",
+        "full_like",
+        "scalar_tensor",
+        "clone",
+        "alias",
+        "_to_copy",
+        "detach",
+        "relu",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "sign",
+        "zeros_like",
+        "ones_like",
+        "view",
+        "expand",
+        "copy",
+    ]
 )
-_ARITHMETIC = frozenset("add sub mul div reciprocal".split())
+_ARITHMETIC = frozenset(["add", "sub", "mul", "div", "reciprocal"])
 _RUNS, _MARGIN, _ULPS = 6, 8.0, 8.0
 _LARGEST = 1e35
 
@@ -178,9 +205,9 @@ class _Noisy(torch.fx.Interpreter):
     """A graph in float64, each float made wrong by about what float32 would: one rounding of
     arithmetic, _ULPS of a function. It remembers which points leave float32's range."""
 
-    def __init__(self, graph: torch.fx.GraphModule, noise: float) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, like: Tensor) -> None:
         super().__init__(graph)
-        self.noise, self.left_range = noise, None
+        self.left_range = torch.zeros_like(like, dtype=torch.bool)
 
     def run_node(self, n: torch.fx.Node) -> object:
         found = super().run_node(n)
@@ -190,9 +217,10 @@ class _Noisy(torch.fx.Interpreter):
             return found
         name = n.target.overloadpacket.__name__
         size = 0.0 if name in _EXACT else 1.0 if name in _ARITHMETIC else _ULPS
-        left = (found.abs() > _LARGEST) | ((found != 0) & (found.abs() < 1 / _LARGEST))
-        self.left_range = left if self.left_range is None else self.left_range | left
-        return found * (1 + self.noise * size * 2**-24 * (2 * torch.rand_like(found) - 1))
+        if found.shape == self.left_range.shape:
+            far = (found.abs() > _LARGEST) & ~found.isinf()
+            self.left_range |= far | ((found != 0) & (found.abs() < 1 / _LARGEST))
+        return found * (1 + size * 2**-24 * (2 * torch.rand_like(found) - 1))
 
     def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
         wide = {torch.float32: torch.float64}
@@ -219,14 +247,13 @@ def exact(score_mod: Callable, at: Points) -> Exact:
     """
     value, slope = torch_scores(score_mod, at)
     traced = trace(score_mod, SCORE)
-    captures = [x.double() if x.is_floating_point() else x for x in traced.captures]
+    captures = [x.double() if x.dtype == torch.float32 else x for x in traced.captures]
     bounds = [torch.zeros_like(value), torch.zeros_like(value)]
     counts = value.isfinite() & slope.isfinite()
     for _ in range(_RUNS):
-        run = _Noisy(traced.joint, 1.0)
+        run = _Noisy(traced.joint, value)
         found = run.run(at.score.double(), *at.indices, *captures)
-        if run.left_range is not None:
-            counts = counts & ~run.left_range
+        counts = counts & ~run.left_range
         for n, (x, true) in enumerate(zip(found, (value, slope))):
             bounds[n] = torch.maximum(bounds[n], (x - true).abs().nan_to_num(torch.inf))
     ulps = [_MARGIN * b + 2**-23 * x.abs() for b, x in zip(bounds, (value, slope))]

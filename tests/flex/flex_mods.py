@@ -109,13 +109,6 @@ def bucketed_bias(score, b, h, q_idx, kv_idx):
     return score + BUCKET_BIAS[BUCKETS[(q_idx - kv_idx).clamp(-20, 19) + 20], h]
 
 
-def logarithmic_buckets(score, b, h, q_idx, kv_idx):
-    distance = (q_idx - kv_idx).abs()
-    far = 2 + (torch.log(distance.clamp(min=1).float() / 2) / 3.0 * 6).to(torch.int64)
-    bucket = torch.where(distance < 2, distance, torch.minimum(far, torch.full_like(far, 7)))
-    return score + F.embedding(bucket, BUCKET_BIAS)[h]
-
-
 def per_batch_temperature(score, b, h, q_idx, kv_idx):
     return score / TEMPERATURE[b]
 
@@ -134,7 +127,9 @@ def counted(score, b, h, q_idx, kv_idx):
 
 
 def gated(score, b, h, q_idx, kv_idx):
-    return torch.where(q_idx >= kv_idx, score * torch.sigmoid(score) + OF_QUERIES[q_idx], 0.5 * score)
+    return torch.where(
+        q_idx >= kv_idx, score * torch.sigmoid(score) + OF_QUERIES[q_idx], 0.5 * score
+    )
 
 
 def hashed_noise(score, b, h, q_idx, kv_idx):
@@ -179,14 +174,32 @@ SCORES = {
         *(nothing, causal_scores, windowed_scores, alibi, alibi_computed, softcap),
         *(softcap_by_exponentials, softcap_rational, softcap_in_place, full_bias, bias_by_steps),
         *(bias_of_keys, relative_bias, relative_bias_from_the_end, bucketed_bias),
-        *(logarithmic_buckets, per_batch_temperature, doubled_table, reshaped_table, counted),
+        *(per_batch_temperature, doubled_table, reshaped_table, counted),
         *(gated, hashed_noise, in_half, without_derivative, straight_through),
     )
 }
 
+
+def _logarithmic_bucket(q_idx, kv_idx):
+    distance = (q_idx - kv_idx).abs()
+    far = 2 + (torch.log(distance.clamp(min=1).float() / 2) / 3.0 * 6).to(torch.int64)
+    return torch.where(distance < 2, distance, torch.minimum(far, torch.full_like(far, 7)))
+
+
+def logarithmic_buckets(score, b, h, q_idx, kv_idx):
+    return score + F.embedding(_logarithmic_bucket(q_idx, kv_idx), BUCKET_BIAS)[h]
+
+
+SCORES["logarithmic_buckets"] = logarithmic_buckets
 PURE = {
-    # The same without changes in place, which PyTorch's autograd does not take.
+    # The same with whole indices, and without changes in place: as a graph of all places at once.
     "softcap_in_place": lambda score, *_: torch.tanh(score / 5 + 0.125) * 5,
+    "bias_by_steps": lambda score, b, h, q, kv: (
+        score + BIAS[b, h, q, kv] - BIAS[-1, h, 2, kv] + BIAS[0, 1, q, 3]
+    ),
+    "logarithmic_buckets": lambda score, b, h, q, kv: (
+        score + BUCKET_BIAS[_logarithmic_bucket(q, kv), h]
+    ),
 }
 
 # ---- masks --------------------------------------------------------------------------------------

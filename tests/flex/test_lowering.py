@@ -65,7 +65,7 @@ def test_scores_that_people_write(name: str):
 def test_masks_that_people_write(name: str):
     seen = torch_seen(flex_mods.MASKS[name], AT)
     assert torch.equal(_masks()[name][0].bool(), seen)
-    assert name == "everything" or seen.any() and not seen.all()
+    assert name == "everything" or (seen.any() and not seen.all())
 
 
 def test_results_in_float16_are_rounded_as_pytorch_rounds():
@@ -115,8 +115,17 @@ _UNARY |= {
     "masked_fill": lambda x: x.masked_fill(x < 0.5, 0.25) + torch.where(x > 1, x, 2 * x),
     "addcmul": lambda x: torch.addcmul(x, x, x, value=0.5) + torch.lerp(x, x * x, 0.25),
     "isnan": lambda x: torch.where(torch.isnan(x) | torch.isinf(x) | ~torch.isfinite(x), 0.0, x),
-    "full": lambda x: x + torch.full((), 2.0) + torch.ones(()) - torch.zeros_like(x) + x.new_ones(()),
+    "full": lambda x: (
+        x + torch.full((), 2.0) + torch.ones(()) - torch.zeros_like(x) + x.new_ones(())
+    ),
     "stack_of_scalars": lambda x: x + float("1e-3") - 7 + True,
+}
+_APART = {
+    # In one piece, the rounding of its inner sum would not be seen.
+    "gelu": lambda score, *_: 0.5 * score * (1 + torch.erf(score * 0.5**0.5)),
+    "gelu_tanh": lambda score, *_: (
+        0.5 * score * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (score + 0.044715 * score**3)))
+    ),
 }
 _POSITIVE = ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "acosh", "pow_tensor", "pow_half")
 _BINARY = {
@@ -142,10 +151,10 @@ _BINARY = {
     "pow_whole": lambda x, y: x**2 + x**3 - x**4 + x**5,
     "pow_negative": lambda x, y: x**-1 + x**-2 + x**0 + x**1,
     "pow_of_number": lambda x, y: 2**x + 2.5**y,
-    "compare": lambda x, y: torch.where(x < y, x, y) + (x <= 1) * (x > y) - (x >= 0.5) * (y != x),
+    "compare": lambda x, y: torch.where(x < y, x, y) + (x <= 1) * (x > y) * (x >= 0.5) + (y != x),
     "logic": lambda x, y: torch.where(torch.logical_xor(x > 0, y > 0) & ~(x == y), x, 0.5 * x),
     "hypot": lambda x, y: torch.sqrt(x * x + y * y),
-    "heaviside": lambda x, y: x * torch.heaviside(x.detach(), y),
+    "heaviside": lambda x, y: x * torch.heaviside(x.detach(), y.to(x.dtype)),
 }
 
 
@@ -182,7 +191,8 @@ def _operations() -> dict:
 
 @pytest.mark.parametrize("name", _OPERATIONS)
 def test_operations_and_their_derivatives(name: str):
-    check(name, _operations()[name], exact(_OPERATIONS[name], _place(name)))
+    pure = _APART.get(name, _OPERATIONS[name])
+    check(name, _operations()[name], exact(pure, _place(name)))
 
 
 _SPECIAL = torch.tensor(
@@ -193,7 +203,7 @@ _SPECIAL = torch.tensor(
 )
 _UNCERTAIN = {
     # PyTorch's own results at these numbers differ between its devices.
-    *("to", "remainder", "fmod", "div_floor", "div_trunc", "sinc", "tan", "sin", "cos"),
+    *("gelu", "to", "remainder", "fmod", "div_floor", "div_trunc", "sinc", "tan", "sin", "cos"),
 }
 
 
@@ -240,13 +250,13 @@ _INTEGERS = {
     "byte": lambda x, y: BYTES[x % 4] + BYTES[1] * 2 + (BYTES[2] >> 1 if False else BYTES[2]),
     "short": lambda x, y: (x.to(torch.int16) * 1000 * y.to(torch.int16)) + x.to(torch.int8) * 9,
     "bool": lambda x, y: ((x > y) | (x == 3)).int() + ((x < y) ^ (y >= 5)) + ~(x != y),
-    "compare_mixed": lambda x, y: (x > 2.5).int() + (LONGS[1] > x) + (y <= 3.0) + (x == True),  # noqa: E712
+    "compare_mixed": lambda x, y: (x > 2.5).int() + (LONGS[x % 5] > y) + (y <= 3.0) + (x == True),  # noqa: E712
     "rounding": lambda x, y: torch.floor(x) + torch.round(y) + x.trunc() + y.ceil(),
     "relu": lambda x, y: torch.relu(x - y) + (x - y).masked_fill(x < y, 4),
     "where": lambda x, y: torch.where(x > y, x, y) + torch.where(x > 3, 1, LONGS[2]),
     "logical": lambda x, y: torch.logical_and(x, y).int() + torch.logical_not(x) * 2,
     "square": lambda x, y: torch.square(x - y) + torch.clamp_min(x, 4) - torch.clamp_max(y, 3),
-    "max": lambda x, y: torch.max(x, y) - torch.min(x, y) + x.max(),
+    "max": lambda x, y: torch.max(x, y) - torch.min(x, y),
     "isnan": lambda x, y: torch.isnan(x).int() + x,
 }
 
@@ -288,7 +298,15 @@ def test_texts_speak_the_dialect(group: str):
         "operations": lambda: [score_text(f) for f in _OPERATIONS.values()],
         "integers": lambda: [score_text(f) for f in _PARTS.values()],
     }[group]()
-    assert not [str(f) for f in dialect_findings(source(texts))]
+    found = {f.message for f in dialect_findings(source(texts))}
+    assert not found - OF_THE_SPECIFICATION
+
+
+OF_THE_SPECIFICATION = {
+    # Functions of the Metal specification that PyTorch does not happen to call.
+    f"'{name}' is not in PyTorch's Metal sources"
+    for name in ("asinh", "acosh", "log10")
+}
 
 
 def test_the_same_function_has_the_same_text():
@@ -347,7 +365,7 @@ def test_numbers_keep_their_float32():
     numbers = (0.1, 1e-45, 3.4028234e38, 1e39, -1e39, 16777217.0, -0.0, 1 / 3, 2**-126)
     mods = [score_text(lambda s, b, h, q, kv, x=x: s * 0 + torch.full((), x)) for x in numbers]
     for x, (value, _) in zip(numbers, evaluate(mods, AT)):
-        assert torch.equal(value, torch.full_like(value, x))
+        assert torch.equal(value, torch.tensor(x).expand_as(value))
 
 
 # ---- what has no text ---------------------------------------------------------------------------

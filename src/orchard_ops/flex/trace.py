@@ -218,7 +218,7 @@ def _fake_mode(captures: Sequence[Tensor]) -> FakeTensorMode:
 class Indexing(TorchFunctionMode):
     """Indexing with 0-dim tensors, which PyTorch would ask for their numbers, as `aten.index`.
 
-    While a function is traced it also notes the line of the user's code in the nodes that the line makes.
+    While a function is traced it also notes in each node which line of the user's code made it.
     """
 
     def __torch_function__(
