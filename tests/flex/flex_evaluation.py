@@ -55,7 +55,7 @@ struct FlexCaptures {
 };
 """
 KERNEL = """
-kernel void evaluate(device float* values [[buffer(0)]], device float* slopes [[buffer(1)]],
+kernel void evaluate_NUMBER(device float* values [[buffer(0)]], device float* slopes [[buffer(1)]],
     const device float* s [[buffer(2)]], const device int* places [[buffer(3)]],
     const device int* shapes [[buffer(4)]], CAPTURES
     uint gid [[thread_position_in_grid]]) {
@@ -96,19 +96,31 @@ def points(batch: int, heads: int, q_len: int, kv_len: int, scale: float = 3.0) 
     return Points(*(x.flatten() for x in (score, *indices)))
 
 
-def source(text: str, captures: Sequence[Tensor] = ()) -> str:
-    """A Metal source with the text and the kernel that evaluates it."""
-    kind = re.match(r"struct (\w+)", text)[1]
-    names = [f"const device uchar* c{n} [[buffer({10 + n})]]," for n in range(len(captures))]
-    assignments = [f"mod.captures.tensors[{n}] = c{n};" for n in range(len(captures))]
-    kernel = KERNEL.replace("CAPTURES", " ".join(names)).replace("MOD", kind)
-    kernel = kernel.replace("ASSIGNMENTS", "\n  ".join(assignments)).replace("CALL", _CALLS[kind])
-    arithmetic = (SHADERS / "flex_arithmetic.h").read_text()
-    return f"{arithmetic}{CAPTURES}{text}{kernel}"
+def source(mods: Sequence[Mod]) -> str:
+    """A Metal source with the texts and a kernel for each that evaluates it."""
+    parts = [(SHADERS / "flex_arithmetic.h").read_text(), CAPTURES]
+    for number, mod in enumerate(mods):
+        kind = re.match(r"struct (\w+)", mod.text)[1]
+        count = range(len(mod.captures))
+        names = [f"const device uchar* c{n} [[buffer({10 + n})]]," for n in count]
+        assignments = [f"mod.captures.tensors[{n}] = c{n};" for n in count]
+        kernel = KERNEL.replace("CAPTURES", " ".join(names)).replace("MOD", f"{kind}{number}")
+        kernel = kernel.replace("ASSIGNMENTS", "\n  ".join(assignments))
+        kernel = kernel.replace("CALL", _CALLS[kind]).replace("NUMBER", str(number))
+        parts += [mod.text.replace(f"struct {kind}", f"struct {kind}{number}"), kernel]
+    return "".join(parts)
 
 
-def evaluate(mod: Mod, at: Points) -> tuple[Tensor, Tensor]:
-    """What the text gives at each point: (score, derivative), of a mask_mod (1 or 0, nothing)."""
+def evaluate(mods: Sequence[Mod], at: Points) -> list[tuple[Tensor, Tensor]]:
+    """What each text gives at each point: (score, derivative), of a mask_mod (1 or 0, nothing).
+
+    One compilation serves all texts.
+    """
+    library = engine.compile(source(mods), check=True)
+    return [_launch(library, number, mod, at) for number, mod in enumerate(mods)]
+
+
+def _launch(library: engine.Library, number: int, mod: Mod, at: Points) -> tuple[Tensor, Tensor]:
     count = len(at.score)
     values, slopes = np.zeros(count, np.float32), np.zeros(count, np.float32)
     places = torch.stack(at.indices, -1).contiguous().numpy()
@@ -117,10 +129,9 @@ def evaluate(mod: Mod, at: Points) -> tuple[Tensor, Tensor]:
     for n, x in enumerate(mod.captures):
         shapes[n, : x.dim()], shapes[n, 4 : 4 + x.dim()] = x.shape, x.stride()
         flat = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage())
-        begin = x.storage_offset()
-        arguments[10 + n] = flat[begin:].view(torch.uint8).numpy()
-    library = engine.compile(source(mod.text, mod.captures), check=True)
-    arrays.launch(library, "evaluate", (count, 1, 1), (min(count, 64), 1, 1), arguments)
+        arguments[10 + n] = flat[x.storage_offset() :].view(torch.uint8).numpy()
+    group = (min(count, 64), 1, 1)
+    arrays.launch(library, f"evaluate_{number}", (count, 1, 1), group, arguments)
     return torch.from_numpy(values), torch.from_numpy(slopes)
 
 
@@ -136,7 +147,7 @@ def torch_scores(score_mod: Callable, at: Points, dtype: torch.dtype = torch.flo
     """PyTorch's (score, derivative) at each point, by vmap as its FlexAttention does."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    score = at.score.to(dtype).requires_grad_()
+    score = at.score.detach().clone().to(dtype).requires_grad_()
     with TransformGetItemToIndex():
         found = torch.vmap(score_mod)(score, *at.indices)
     slope = None
@@ -150,3 +161,115 @@ def torch_seen(mask_mod: Callable, at: Points) -> Tensor:
 
     with TransformGetItemToIndex():
         return torch.vmap(mask_mod)(*at.indices)
+
+
+# ---- how far float32 arithmetic may be from the exact result ------------------------------------
+
+_EXACT = frozenset(
+    [
+        "where",
+        "index",
+        "neg",
+        "abs",
+        "maximum",
+        "minimum",
+        "fmax",
+        "fmin",
+        "clamp",
+        "full",
+        "full_like",
+        "scalar_tensor",
+        "clone",
+        "alias",
+        "_to_copy",
+        "detach",
+        "relu",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "sign",
+        "zeros_like",
+        "ones_like",
+        "view",
+        "expand",
+        "copy",
+    ]
+)
+_ARITHMETIC = frozenset(["add", "sub", "mul", "div", "reciprocal"])
+_RUNS, _MARGIN, _ULPS = 6, 8.0, 8.0
+_LARGEST = 1e35
+
+
+class _Noisy(torch.fx.Interpreter):
+    """A graph in float64, each float made wrong by about what float32 would: one rounding of
+    arithmetic, _ULPS of a function. It remembers which points leave float32's range."""
+
+    def __init__(self, graph: torch.fx.GraphModule, like: Tensor) -> None:
+        super().__init__(graph)
+        self.left_range = torch.zeros_like(like, dtype=torch.bool)
+
+    def run_node(self, n: torch.fx.Node) -> object:
+        found = super().run_node(n)
+        if n.op != "call_function" or not isinstance(found, Tensor):
+            return found
+        if not found.is_floating_point():
+            return found
+        name = n.target.overloadpacket.__name__
+        size = 0.0 if name in _EXACT else 1.0 if name in _ARITHMETIC else _ULPS
+        if found.shape == self.left_range.shape:
+            far = (found.abs() > _LARGEST) & ~found.isinf()
+            self.left_range |= far | ((found != 0) & (found.abs() < 1 / _LARGEST))
+        return found * (1 + size * 2**-24 * (2 * torch.rand_like(found) - 1))
+
+    def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
+        wide = {torch.float32: torch.float64}
+        args = tuple(wide.get(x, x) if isinstance(x, torch.dtype) else x for x in args)
+        kwargs = {k: wide.get(x, x) if k == "dtype" else x for k, x in kwargs.items()}
+        return super().call_function(target, args, kwargs)
+
+
+class Exact(NamedTuple):
+    value: Tensor
+    slope: Tensor
+    value_bound: Tensor
+    """How far float32 arithmetic may be from it. Where rounding decides between two branches, the
+    difference between them is in it."""
+    slope_bound: Tensor
+    counts: Tensor
+    """Where every intermediate number is in float32's range."""
+
+
+def exact(score_mod: Callable, at: Points) -> Exact:
+    """float64 autograd of the function itself, and bounds from its graph, made noisy a few times.
+
+    A random walk of n roundings is shorter than their sum by up to sqrt(3 n): hence the margin.
+    """
+    value, slope = torch_scores(score_mod, at)
+    traced = trace(score_mod, SCORE)
+    captures = [x.double() if x.dtype == torch.float32 else x for x in traced.captures]
+    bounds = [torch.zeros_like(value), torch.zeros_like(value)]
+    counts = value.isfinite() & slope.isfinite()
+    for _ in range(_RUNS):
+        run = _Noisy(traced.joint, value)
+        found = run.run(at.score.double(), *at.indices, *captures)
+        counts = counts & ~run.left_range
+        for n, (x, true) in enumerate(zip(found, (value, slope))):
+            bounds[n] = torch.maximum(bounds[n], (x - true).abs().nan_to_num(torch.inf))
+    ulps = [_MARGIN * b + 2**-23 * x.abs() for b, x in zip(bounds, (value, slope))]
+    return Exact(value, slope, *ulps, counts)
+
+
+def check(name: str, found: tuple[Tensor, Tensor], true: Exact) -> None:
+    """That a text's results are float64's, as far as float32 can."""
+    assert true.counts.any(), f"{name}: no point counts"
+    for what, x, y, bound in (
+        ("score", found[0], true.value, true.value_bound),
+        ("derivative", found[1], true.slope, true.slope_bound),
+    ):
+        error = torch.where(true.counts, (x.double() - y).abs(), 0.0)
+        worst = (error - bound).argmax()
+        assert error[worst] <= bound[worst], (
+            f"{name}: {what} {x[worst].item()!r}, exactly {y[worst].item()!r}, "
+            f"allowed {bound[worst].item():.3g}"
+        )

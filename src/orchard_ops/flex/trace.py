@@ -96,6 +96,10 @@ def trace(
     except NotLowered:
         raise
     except Exception as error:
+        if "modified by an inplace operation" in str(error):
+            return trace(_functional(mod, arguments), kind, device, dtype, captures)
+        if "derivative for" in str(error):
+            raise NotLowered(f"{error}{_of(error)}") from error
         if _asks_for_value(error):
             raise TypeError(
                 f"flex_attention: {name} must not read the value of a tensor in Python (if, while, "
@@ -108,6 +112,16 @@ def trace(
         graph = _make_graph(torch.func.functionalize(graph), arguments)
     found = _lift_captures(graph)
     return Traced(kind, _forward(graph), graph, (*captures, *found))
+
+
+def _functional(mod: Function, arguments: Sequence[Any]) -> Function:
+    """The same function without changes in place, which autograd may not be able to undo."""
+
+    def forward(score: Tensor, *rest: Any) -> Any:
+        with torch.no_grad(), Indexing():
+            return mod(score.clone(), *rest)
+
+    return _make_graph(torch.func.functionalize(forward), arguments)
 
 
 def _result(kind: str, result: Any, like: Tensor) -> Tensor:
@@ -204,7 +218,7 @@ def _fake_mode(captures: Sequence[Tensor]) -> FakeTensorMode:
 class Indexing(TorchFunctionMode):
     """Indexing with 0-dim tensors, which PyTorch would ask for their numbers, as `aten.index`.
 
-    While a function is traced it also notes the line of the user's code in the nodes that the line makes.
+    While a function is traced it also notes in each node which line of the user's code made it.
     """
 
     def __torch_function__(
