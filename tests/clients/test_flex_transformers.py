@@ -48,7 +48,7 @@ def _nothing_compiled_before() -> Iterator[None]:
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """The model with its own attention in float64 on the CPU, and with FlexAttention on mps."""
+    """The model with its own attention on the CPU, and with FlexAttention on mps."""
     kind, config = MODELS[name]
     torch.manual_seed(0)
     model = kind(copy.deepcopy(config))
@@ -56,7 +56,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
     flex = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     flex.set_attn_implementation("flex_attention")
-    return model.double(), flex.to("mps")
+    return model, flex.to("mps")
 
 
 def batch(padded: bool) -> dict[str, Tensor]:
@@ -81,13 +81,13 @@ def test_a_training_step(name: str, padded: bool):
         actual = flex(**moved, labels=labels.to("mps"))
         actual.loss.backward()
     torch.testing.assert_close(
-        actual.logits.cpu()[shown].double(), right.logits[shown], rtol=2e-4, atol=2e-4
+        actual.logits.cpu()[shown], right.logits[shown], rtol=2e-4, atol=2e-4
     )
     grads = dict(flex.named_parameters())
     for parameter, x in model.named_parameters():
         scale = x.grad.abs().max().item()
         torch.testing.assert_close(
-            grads[parameter].grad.cpu().double(),
+            grads[parameter].grad.cpu(),
             x.grad,
             rtol=1e-3,
             atol=1e-4 * max(scale, 1e-2),
@@ -104,5 +104,5 @@ def test_evaluation_without_gradients():
     with torch.no_grad(), orchard_ops.flex():
         right = model(**given).logits
         actual = flex(**{key: x.to("mps") for key, x in given.items()}).logits
-    torch.testing.assert_close(actual.cpu().double(), right, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(actual.cpu(), right, rtol=2e-4, atol=2e-4)
     assert sum(orchard_ops.stats().metal.values()) == 2
