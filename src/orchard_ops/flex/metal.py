@@ -26,11 +26,15 @@ from .trace import SCORE, Traced, is_literal, place, trace
 
 _INF = float("inf")
 _ALIASES = (torch.ops.aten.alias, torch.ops.aten.detach, torch.ops.aten.clone)
+_MAX_LENGTH = 1 << 28
+"""Batches, heads, queries and keys are fewer (shaders/params.h)."""
 _INDICES = ("b", "h", "q", "kv")
 
 
 def lower(traced: Traced, first_capture: int = 0) -> Mod:
     """The text of a traced function, whose captures are numbered from `first_capture` on.
+
+    The text of a score_mod that changes no score, and of a mask_mod that hides nothing, is empty.
 
     Raises:
         NotLowered: an operation, a dtype or the number of captures has no text.
@@ -39,6 +43,10 @@ def lower(traced: Traced, first_capture: int = 0) -> Mod:
     results = traced.joint.graph.output_node().args[0]
     assert isinstance(results, tuple | list)
     scalars = [text.scalar(x) for x in results]
+    if scalars[0].text == ("s" if traced.kind == SCORE else "true") and (
+        traced.kind != SCORE or scalars[1].number == 1
+    ):
+        return Mod("", ())
     if traced.kind == SCORE:
         return Mod(_score_struct(text, *scalars), tuple(text.captures))
     return Mod(_mask_struct(text, scalars[0]), tuple(text.captures))
@@ -85,6 +93,10 @@ class _Text:
         self._made: dict[tuple[str, str], str] = {}
         self.selects: dict[str, tuple[Scalar, Scalar, Scalar]] = {}
         """The name of a choice -> the condition, and what it is where that holds and elsewhere."""
+        self.limits: dict[str, int] = dict.fromkeys(_INDICES, _MAX_LENGTH)
+        """How far from 0 an integer may be, where that is known."""
+        self.sizes: dict[str, Scalar] = {}
+        """The name of an integer that is another's absolute value -> the other."""
         self._known: dict[tuple[Any, ...], Scalar] = {}
         self._graph = traced.joint
         placeholders = [n for n in traced.joint.graph.nodes if n.op == "placeholder"]
@@ -205,6 +217,12 @@ class _Text:
             else:
                 return slope
         return slope if found.number is None or not math.isfinite(found.number) else found
+
+    def largest(self, x: Scalar) -> int:
+        """How far from 0 an integer may be."""
+        if x.number is not None:
+            return abs(int(x.number))
+        return self.limits.get(x.text, 1 << 63)
 
     def fail(self, node: Node, why: str) -> NotLowered:
         return NotLowered(f"{node.target} {why}{place(node)}")

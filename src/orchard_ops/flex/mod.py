@@ -19,7 +19,8 @@ class Mod(NamedTuple):
     """A user's function as Metal text."""
 
     text: str
-    """The struct ScoreMod or MaskMod. The same graph always gives the same text."""
+    """The struct ScoreMod or MaskMod, empty where the function does nothing. The same graph always
+    gives the same text."""
     captures: tuple[Tensor, ...]
     """The tensors that the text reads, in the order of its numbers; the user's own objects."""
 

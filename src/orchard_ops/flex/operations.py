@@ -78,6 +78,14 @@ def _integer_form(dtype: torch.dtype, sign: str) -> str:
 
 def _arithmetic(text: Any, node: Node, operands: Sequence[Any], sign: str) -> Scalar:
     dtype = _result(node)
+    if dtype == torch.int32:
+        a, b = (_as(text, x, dtype) for x in operands)
+        largest = [text.largest(x) for x in (a, b)]
+        limit = largest[0] * largest[1] if sign == "*" else sum(largest)
+        if limit < 1 << 31:  # no such integers wrap round
+            result = text.emit(dtype, f"{a.text} {sign} {b.text}")
+            text.limits[result.text] = limit
+            return result
     if dtype == torch.bool:
         return _form(text, node, "{0} && {1}" if sign == "*" else "{0} || {1}", operands)
     form = f"{{0}} {sign} {{1}}" if dtype in FLOATS else _integer_form(dtype, sign)
@@ -144,8 +152,7 @@ def _fmod(text: Any, node: Node, operands: list[Any]) -> Scalar:
 
 @_pointwise("neg")
 def _negative(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    dtype = _result(node)
-    if dtype in FLOATS:
+    if _result(node) in FLOATS:
         return _form(text, node, "-{0}", operands)
     return _arithmetic(text, node, (0, *operands), "-")
 
@@ -158,6 +165,11 @@ def _absolute(text: Any, node: Node, operands: list[Any]) -> Scalar:
     if dtype in (torch.bool, torch.uint8):
         return operands[0]
     x = operands[0]
+    if text.largest(x) < 1 << 31:
+        found = text.emit(dtype, f"abs({x.text})")
+        text.limits[found.text] = text.largest(x)
+        text.sizes[found.text] = x
+        return found
     negative = _arithmetic(text, node, (0, x), "-")
     return text.emit(dtype, f"{x.text} < 0 ? {negative.text} : {x.text}")
 
@@ -211,9 +223,10 @@ _FUNCTIONS = {
         name: f"precise::{name}({{0}})"
         for name in (
             *("exp", "exp2", "log", "log2", "log10", "sqrt", "sin", "cos", "tan", "asin", "acos"),
-            *("atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+            *("atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
         )
     },
+    "tanh": "flex_tanh({0})",
     "rsqrt": "1.0f / precise::sqrt({0})",
     "reciprocal": "1.0f / {0}",
     "expm1": "flex_expm1({0})",

@@ -101,6 +101,8 @@ def convert(text: Any, x: Scalar, dtype: torch.dtype) -> Scalar:
     if dtype in FLOATS:
         if x.dtype in FLOATS and dtype == torch.float32:
             return Scalar(x.text, dtype, x.number)  # it is held as float
+        if x.text in text.sizes:  # an instruction less than the absolute integer
+            return text.emit(dtype, f"fabs(float({text.sizes[x.text].text}))")
         return text.emit(dtype, x.text if x.dtype in FLOATS else f"float({x.text})")
     if x.dtype in FLOATS:
         low, high = _LIMITS.get(dtype, _LIMITS[torch.int32])
