@@ -155,6 +155,34 @@ def test_a_mod_that_does_nothing_is_none(fresh_stats: None):
     assert orchard_ops.stats().reference == {}
 
 
+def test_mods_that_flash_attn_knows_take_its_kernels():
+    q = some("mps")
+    slopes = torch.tensor([0.5, 0.25]).to("mps")
+    known = (
+        (lambda score, *_: 5.0 * torch.tanh(score / 5.0), {"softcap": 5.0}),
+        (
+            lambda score, b, h, i, j: score - slopes[h] * (i - j).abs(),
+            {"alibi_slopes": slopes},
+        ),
+        (lambda score, b, h, i, j: torch.where(i >= j, score, -torch.inf), {"is_causal": True}),
+    )
+    for score_mod, arguments in known:
+        right = orchard_ops.flash_attn(q, q, q, **arguments)
+        assert torch.equal(attend(score_mod, q), right)
+    assert metal() == {"flash_attn_fwd": 6}
+
+
+def test_a_score_that_is_detached_has_no_gradient(quiet_fallback: None):
+    """Only what is added to the score itself is an additive mask."""
+    q, k, v = some("mps").requires_grad_(), some("mps"), some("mps")
+    table = torch.randn(20, 20).to("mps").requires_grad_()
+    out = orchard_ops.flex_attention(
+        q, k, v, lambda score, b, h, i, j: score.detach() + table[i, j]
+    )
+    out.sin().sum().backward()
+    assert (q.grad == 0).all() and table.grad.abs().max() > 0
+
+
 def test_what_metal_does_not_run_is_said_once_with_the_operation_and_the_line():
     q = some("mps").requires_grad_()
 

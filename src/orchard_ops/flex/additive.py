@@ -17,16 +17,25 @@ from torch.fx import Node
 from ..arguments import prepare
 from ..attention import run_with_lse
 from .block_mask import ASK, HIDDEN
+from .mod import NotLowered
 from .reference import _over_places
 from .trace import Indexing
 from .traces import Use
 
 _aten = torch.ops.aten
+_UNIT_SLOPE = "kUnitSlope = true"
 _SAME = (_aten.clone.default, _aten.detach.default, _aten.alias.default)
 
 
 def takes(score: Use) -> bool:
-    """Whether the mod is the score plus something that does not depend on it."""
+    """Whether the mod is the score plus something that does not depend on it, with that derivative:
+    code may detach the score."""
+    try:
+        text, _ = score.text(0)
+    except NotLowered:
+        return False
+    if _UNIT_SLOPE not in text:
+        return False
     graph = score.kept.traced.graph.graph
     first = next(n for n in graph.nodes if n.op == "placeholder")
     dependent = {first}

@@ -1,4 +1,8 @@
-"""Which kernels take a call of `flex_attention`: those with the mods' text, or the reference."""
+"""Which kernels take a call of `flex_attention`: the fixed ones of `flash_attn`, those with the text
+of the mods, or the reference.
+
+Where a BlockMask has blocks, its lists decide what is seen, and the fixed kernels do not read them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import calls, native, plan, watch
+from ..arguments import prepare
+from ..attention import run_with_lse
 from ..descriptions import describe_flex
 from ..environment import switched_on
 from ..ops import flex as op
@@ -17,7 +23,7 @@ from ..ops.kernels import no_autocast
 from . import additive, reference
 from .arguments import OP
 from .mod import MAX_CAPTURES, NotLowered
-from .traces import Use
+from .traces import Use, known_call
 
 _NAME = "flex_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,9 +60,12 @@ def attend(
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
-    score, mask = (None if use is None or use.is_nothing else use for use in (score, mask))
     states, q_block, kv_block = blocks or (None, 1, 1)
     reason = why_not_metal(query, value)
+    if reason is None and blocks is None:
+        found = _by_fixed_kernels(query, key, value, score, mask, scale)
+        if found is not None:
+            return found
     if reason is None and score is not None and _is_trained(score):
         if additive.takes(score):
             return additive.attend(query, key, value, score, mask, states, q_block, kv_block, scale)
@@ -88,6 +97,26 @@ def attend(
             kv_block,
             scale,
         )
+
+
+def _by_fixed_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse by `flash_attn`, where its arguments say the same as the mods."""
+    known = known_call(score, mask)
+    if known is None:
+        return None
+    captures = (() if use is None else use.captures for use in (score, mask))
+    arguments = known.arguments(*captures, query, key)
+    if arguments is None:
+        return None
+    enable_gqa = query.shape[1] != key.shape[1]
+    return run_with_lse(prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments))
 
 
 def is_traced(x: Tensor) -> bool:

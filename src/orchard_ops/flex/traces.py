@@ -6,7 +6,6 @@ those of the present call.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +21,15 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import closure
+from .known import Known, recognise
 from .metal import lower
 from .mod import NotLowered
-from .trace import SCORE, Traced, trace
+from .trace import Traced, trace
 
 _MOST_KEPT = 256
-_FULL = torch.ops.aten.full.default
-_SAME = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """A trace, and what has been made of it."""
 
@@ -43,15 +41,9 @@ class Kept:
     """By the number of the first capture: the text, and the places of what it reads among the
     captures of the trace."""
 
-    @functools.cached_property
-    def is_nothing(self) -> bool:
-        (result,) = self.traced.graph.graph.output_node().args[0:1]
-        node = result[0] if isinstance(result, (tuple, list)) else result
-        if self.traced.kind == SCORE:
-            while node.op == "call_function" and node.target in _SAME:
-                node = node.args[0]
-            return node.op == "placeholder" and node.prev.op == "root"
-        return node.op == "call_function" and node.target == _FULL and node.args[1] is True
+    known: dict[Kept | None, Known | None] = field(default_factory=dict)
+    """With each mask_mod, or None: the call of `flash_attn` that computes the same, if there is
+    one."""
 
     def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
         found = self.texts.get(first_capture)
@@ -82,11 +74,6 @@ class Use:
     kept: Kept
     captures: tuple[Tensor, ...]
 
-    @property
-    def is_nothing(self) -> bool:
-        """Whether the mod gives every score back as it was, or sees every key."""
-        return self.kept.is_nothing
-
     def text(self, first_capture: int) -> tuple[str, tuple[Tensor, ...]]:
         """Metal, and what it reads.
 
@@ -95,6 +82,23 @@ class Use:
         """
         text, places = self.kept.text(first_capture)
         return text, tuple(self.captures[n] for n in places)
+
+
+_NOTHING = object()
+
+
+def known_call(score: Use | None, mask: Use | None) -> Known | None:
+    """What `flash_attn` has to be told to compute the same, see `known.recognise`."""
+    one, other = (None if use is None else use.kept for use in (score, mask))
+    if one is None and other is None:
+        return Known()
+    memory = (one or other).known  # type: ignore[union-attr]
+    found = memory.get(other, _NOTHING)
+    if found is _NOTHING:
+        with _apart():
+            found = recognise(one and one.traced, other and other.traced)
+        memory[other] = found
+    return found
 
 
 _lock = threading.Lock()
