@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -115,8 +116,8 @@ def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Whatever is being traced or compiled does not see what the block does."""
-    with _disable_current_modes(), tracing(None):
+    """Whatever is being traced, compiled or transformed does not see what the block does."""
+    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
         yield
 
 
