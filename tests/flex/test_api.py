@@ -138,6 +138,42 @@ def test_autocast_casts_the_operands():
     assert metal() == {"flex_attn_fwd": 1}
 
 
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_transforms_of_torch_func(device: str, quiet_fallback: None):
+    q, gain = some(device), torch.tensor([0.5, 2.0]).to(device)
+
+    def loss(q: Tensor) -> Tensor:
+        out = orchard_ops.flex_attention(q, q, q, lambda score, b, h, *_: score * gain[h])
+        return out.sin().sum()
+
+    leaf = q.clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(q), right)
+    assert ("flex_attn_bwd" in metal()) == (device == "mps")
+    each = torch.vmap(loss)(torch.stack([q, 2.0 * q]))
+    torch.testing.assert_close(each, torch.stack([loss(q), loss(2.0 * q)]), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_are_refused():
+    q = some("mps").requires_grad_()
+    out = attend(lambda score, *_: 2.0 * score, q)
+    (grad,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_nothing_to_attend_to(device: str):
+    none, q = some(device, 1, 2, 0, 8), some(device, 1, 2, 3, 8)
+
+    def mod(score: Tensor, *_: Tensor) -> Tensor:
+        return score * 0.75
+
+    assert orchard_ops.flex_attention(none, q, q, mod).shape == (1, 2, 0, 8)
+    out, lse = orchard_ops.flex_attention(q, none, none, mod, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 # ---- which kernels ------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-"""Which kernels take a call of `flex_attention`: the fixed ones of `flash_attn`, those with the text
-of the mods, or the reference.
+"""Which kernels take a call of `flex_attention`: the fixed ones of `flash_attn`, those with the
+text of the mods, or the reference.
 
 Where a BlockMask has blocks, its lists decide what is seen, and the fixed kernels do not read them.
 """
@@ -26,6 +26,7 @@ from .mod import MAX_CAPTURES, NotLowered
 from .traces import Use, known_call
 
 _NAME = "flex_attention"
+_functorch = torch._C._functorch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _GRADIENT = (
     "a tensor that score_mod captures requires grad, and Metal has the gradient of what is added "
@@ -62,6 +63,11 @@ def attend(
             _check_captures(use, query)
     states, q_block, kv_block = blocks or (None, 1, 1)
     reason = why_not_metal(query, value)
+    if reason is None and _is_mapped(query, key, value, score, mask):
+        reason = (
+            "torch.vmap is active, and the kernels have no rule for it: make what is mapped a part "
+            "of query's batch"
+        )
     if reason is None and blocks is None:
         found = _by_fixed_kernels(query, key, value, score, mask, scale)
         if found is not None:
@@ -120,8 +126,10 @@ def _by_fixed_kernels(
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether a compiler asks, with tensors that have no memory."""
-    return isinstance(x, (FakeTensor, FunctionalTensor))
+    """Whether a compiler or a transform asks, with tensors that have no memory of their own."""
+    return isinstance(x, (FakeTensor, FunctionalTensor)) or _functorch.is_functorch_wrapped_tensor(
+        x
+    )
 
 
 def why_not_metal(query: Tensor, value: Tensor) -> str | None:
@@ -137,6 +145,21 @@ def why_not_metal(query: Tensor, value: Tensor) -> str | None:
     if query.shape[-1] > plan.WIDEST_HEAD_DIM or value.shape[-1] > plan.WIDEST_HEAD_DIM:
         return f"head_dim is above {plan.WIDEST_HEAD_DIM}"
     return None
+
+
+def _is_mapped(
+    query: Tensor, key: Tensor, value: Tensor, score: Use | None, mask: Use | None
+) -> bool:
+    """Whether torch.vmap maps one of the tensors."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    uses = (use for use in (score, mask) if use is not None)
+    for x in (query, key, value, *(x for use in uses for x in use.captures)):
+        while _functorch.is_functorch_wrapped_tensor(x):
+            if _functorch.is_batchedtensor(x):
+                return True
+            x = _functorch.get_unwrapped(x)
+    return False
 
 
 def _check_captures(use: Use, query: Tensor) -> None:
