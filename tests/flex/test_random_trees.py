@@ -45,9 +45,7 @@ def _agree_as_masks(trees: list[Tree]) -> None:
 def _agree_as_integers(trees: list[Tree]) -> None:
     """All bits, by 16."""
     for shift in (0, 16):
-        functions = [
-            lambda *at, t=t, shift=shift: (t(*at).long() >> shift) & 0xFFFF for t in trees
-        ]
+        functions = [lambda *at, t=t, shift=shift: (t(*at).long() >> shift) & 0xFFFF for t in trees]
         for tree, function, (value, _) in zip(
             trees, functions, evaluate([score_text(f) for f in functions], AT)
         ):

@@ -11,7 +11,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -522,7 +522,20 @@ def _ascends(ids: Tensor) -> bool:
 
 # ---- the lists of a BlockMask -------------------------------------------------------------------
 
-_followed: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+
+class _Followed(NamedTuple):
+    """What was found for a BlockMask, and for which tensors."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    numbers: tuple[Any, ...]
+    verdict: bool
+
+    def has(self, tensors: Sequence[Tensor]) -> bool:
+        same = [known() is x for known, x in zip(self.tensors, tensors)]
+        return len(self.tensors) == len(tensors) and all(same)
+
+
+_followed: weakref.WeakKeyDictionary[Any, _Followed] = weakref.WeakKeyDictionary()
 
 
 def lists_follow(block_mask: Any, mask: Traced, captures: Sequence[Tensor], query: Tensor) -> bool:
@@ -536,16 +549,18 @@ def lists_follow(block_mask: Any, mask: Traced, captures: Sequence[Tensor], quer
     for node, lists, present in zip((b, h), block_mask.kv_num_blocks.shape, query.shape):
         if node.users and lists != present:
             return False
-    key = (
-        tuple((id(x), x._version) for x in (*_lists(block_mask), *captures)),
+    tensors = (*_lists(block_mask), *captures)
+    numbers = (
+        tuple(x._version for x in tensors),
         tuple(block_mask.seq_lengths),
         tuple(block_mask.BLOCK_SIZE),
     )
     known = _followed.get(block_mask)
-    if known is None or known[0] != key:
-        known = (key, _follow(block_mask))
+    if known is None or known.numbers != numbers or not known.has(tensors):
+        verdict = _follow(block_mask)
+        known = _Followed(tuple(map(weakref.ref, tensors)), numbers, verdict)
         _followed[block_mask] = known
-    return known[1]
+    return known.verdict
 
 
 def _lists(block_mask: Any) -> Iterator[Tensor]:
