@@ -11,13 +11,13 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..integrations.mask_symbols import _ALWAYS, _UNKNOWN, Symbol
+from ..integrations.mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol
 from ..key_ranges import KeyRanges
 from .metal import lower, lower_graph
 from .mod import NotLowered
@@ -25,7 +25,8 @@ from .trace import SCORE, Traced
 
 _aten = torch.ops.aten
 _FAR = 1 << 30
-_PASSED = (_aten.clone, _aten.alias, _aten.detach)
+_PASSED = (_aten.clone, _aten.alias)
+"""What changes nothing. detach() changes gradients."""
 _AXES = ("b", "h", "q", "kv")
 
 
@@ -113,7 +114,7 @@ def _output(traced: Traced) -> Node:
 
 
 def _has_own_derivative(score: Traced) -> bool:
-    """Whether the derivative is that of the graph: code may detach, or have a backward of its own."""
+    """Whether the derivative is that of the graph: a mod may detach, or have its own backward."""
     try:
         anew = lower_graph(score.graph, score.captures, SCORE)
         return anew.text == lower(score).text
@@ -337,7 +338,9 @@ class _Conditions:
             a, b = map(self.value, node.args[:2])
             return a == b if type(a) is Symbol else _UNKNOWN
         found = _constant(node)
-        return _ALWAYS if found is not None and bool(found) != negated else _UNKNOWN
+        if found is None:
+            return _UNKNOWN
+        return _ALWAYS if bool(found) != negated else _NEVER
 
     def _compared(self, name: str, a: Any, b: Any) -> Symbol:
         if type(a) is not Symbol or (a.kind == "entry" and type(b) is Symbol):
@@ -432,6 +435,8 @@ def _constant(node: Any) -> Any:
         return node.args[1]
     if packet in (_aten.new_ones, _aten.ones, _aten.ones_like):
         return 1
+    if packet in (_aten.new_zeros, _aten.zeros, _aten.zeros_like):
+        return 0
     return None
 
 
@@ -517,7 +522,20 @@ def _ascends(ids: Tensor) -> bool:
 
 # ---- the lists of a BlockMask -------------------------------------------------------------------
 
-_followed: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+
+class _Followed(NamedTuple):
+    """What was found for a BlockMask, and for which tensors."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    numbers: tuple[Any, ...]
+    verdict: bool
+
+    def has(self, tensors: Sequence[Tensor]) -> bool:
+        same = [known() is x for known, x in zip(self.tensors, tensors)]
+        return len(self.tensors) == len(tensors) and all(same)
+
+
+_followed: weakref.WeakKeyDictionary[Any, _Followed] = weakref.WeakKeyDictionary()
 
 
 def lists_follow(block_mask: Any, mask: Traced, captures: Sequence[Tensor], query: Tensor) -> bool:
@@ -531,16 +549,18 @@ def lists_follow(block_mask: Any, mask: Traced, captures: Sequence[Tensor], quer
     for node, lists, present in zip((b, h), block_mask.kv_num_blocks.shape, query.shape):
         if node.users and lists != present:
             return False
-    key = (
-        tuple((id(x), x._version) for x in (*_lists(block_mask), *captures)),
+    tensors = (*_lists(block_mask), *captures)
+    numbers = (
+        tuple(x._version for x in tensors),
         tuple(block_mask.seq_lengths),
         tuple(block_mask.BLOCK_SIZE),
     )
     known = _followed.get(block_mask)
-    if known is None or known[0] != key:
-        known = (key, _follow(block_mask))
+    if known is None or known.numbers != numbers or not known.has(tensors):
+        verdict = _follow(block_mask)
+        known = _Followed(tuple(map(weakref.ref, tensors)), numbers, verdict)
         _followed[block_mask] = known
-    return known[1]
+    return known.verdict
 
 
 def _lists(block_mask: Any) -> Iterator[Tensor]:

@@ -63,17 +63,14 @@ def attend(
             out, lse = call.block(*arguments)
         outs.append(out.to(query.dtype))
         sums.append(lse)
-    if not outs:
-        return (
-            query.new_empty((*query.shape[:3], value.shape[3])),
-            torch.empty(query.shape[:3], dtype=dtype, device=query.device),
-        )
     return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
 def _blocks(q_len: int, block_q: int | None) -> Iterator[tuple[int, int]]:
     """Rows of one block lie in one block of a BlockMask."""
     first = 0
+    if q_len == 0:
+        yield 0, 0  # for its derivatives
     while first < q_len:
         end = min(first + _ROWS, q_len)
         if block_q is not None:
@@ -132,7 +129,7 @@ class _Call:
 
     def _states(self, first: int, kv_len: int) -> Tensor | None:
         """(1 or B, 1 or Hq, 1, S) of the block that query `first` is in."""
-        if self.states is None:
+        if self.states is None or 0 in self.states.shape:
             return None
         row = self.states[:, :, min(first // self.block_q, self.states.shape[2] - 1)]
         keys = torch.arange(kv_len, device=row.device) // self.block_kv
@@ -154,7 +151,9 @@ def _grouped_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of (B, Hq, m, n) and (B, Hkv, n, p), without copies of b for the heads of a group."""
     batch, num_heads, m, n = a.shape
     groups = b.shape[1]
-    return (a.reshape(batch, groups, -1, n) @ b).view(batch, num_heads, m, b.shape[3])
+    return (a.reshape(batch, groups, num_heads // groups * m, n) @ b).view(
+        batch, num_heads, m, b.shape[3]
+    )
 
 
 def _over_places(mod: Function, scores: int) -> Callable[..., Any]:

@@ -110,6 +110,8 @@ def trace(
     if any(_changes(n) for n in graph.graph.nodes):
         _refuse_changed_captures(kind, graph)
         graph = _make_graph(torch.func.functionalize(graph), arguments)
+    if kind == SCORE:
+        _drop_own_detach(graph)
     found = _lift_captures(graph)
     return Traced(kind, _forward(graph), graph, (*captures, *found))
 
@@ -142,6 +144,17 @@ def _result(kind: str, result: Any, like: Tensor) -> Tensor:
     if not is_right:
         raise TypeError(f"flex_attention: {name} must return {wanted}; got {result.dtype}")
     return result
+
+
+def _drop_own_detach(graph: GraphModule) -> None:
+    """Takes the detach() out that `trace` puts round a function. Those in user code stay."""
+    score = next(iter(graph.graph.nodes))
+    results = graph.graph.output_node().args[0]
+    assert isinstance(results, tuple | list) and isinstance(results[0], Node)
+    for node in (*score.users, results[0]):
+        if node.target in (_aten.detach.default, _aten.alias.default):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.graph.erase_node(node)
 
 
 def _lift_captures(graph: GraphModule) -> list[Tensor]:
