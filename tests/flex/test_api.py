@@ -216,7 +216,8 @@ def test_a_score_that_is_detached_has_no_gradient(quiet_fallback: None):
         q, k, v, lambda score, b, h, i, j: score.detach() + table[i, j]
     )
     out.sin().sum().backward()
-    assert (q.grad == 0).all() and table.grad.abs().max() > 0
+    assert q.grad is None or (q.grad == 0).all()
+    assert table.grad.abs().max() > 0
 
 
 def test_what_metal_does_not_run_is_said_once_with_the_operation_and_the_line():
