@@ -1,1 +1,1 @@
-"""FlexAttention: attention whose scores and masks are functions of the caller's."""
+"""FlexAttention: scores that a function of the user's changes, and masks that one describes."""
