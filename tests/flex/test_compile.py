@@ -40,7 +40,7 @@ def test_one_graph_gives_the_results_of_pytorch(
     function = torch.compile(orchard_ops.flex_attention, fullgraph=True, backend="aot_eager")
     actual = run(function, case, given, captured, device, torch.float32)
     assert_same(actual, right, torch.float32)
-    if device == "mps":
+    if device != "cpu":
         assert sum(orchard_ops.stats().metal.values()) == 2
         assert orchard_ops.stats().reference == {}
 
