@@ -22,8 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from .elements import LAZY
 from .mod import Function, NotLowered
-from .operations import LAZY, POINTWISE
+from .operations import POINTWISE
 
 _aten = torch.ops.aten
 SCORE, MASK = "score", "mask"
