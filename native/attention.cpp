@@ -15,6 +15,7 @@
 #include "call.h"
 #include "checks.h"
 #include "environment.h"
+#include "flex.h"
 #include "plan/join.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
@@ -105,19 +106,9 @@ Tensor empty_like_mask(const Tensor& mask) {
   return empty_strided(mask, sizes, strides, dtype_code(mask));
 }
 
-/// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
-Tensor empty_row_stats(const Tensor& q) {
-  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
-  return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
-}
-
 void set_seed(AttentionParams& params, uint64_t seed) {
   params.dropout_seed[0] = static_cast<uint32_t>(seed);
   params.dropout_seed[1] = static_cast<uint32_t>(seed >> 32);
-}
-
-TensorStrides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 /// What scores read besides q and k, for the kernels that form them.
@@ -172,11 +163,7 @@ std::array<Tensor, 2> run_forward(
   throw_refusal(*plan);
   if (out.numel() == 0) return {out, row_stats};
   if (k.size(2) == 0 && !s.sinks.has_value()) {  // no keys: nothing to launch
-    torch::stable::zero_(out);
-    Tensor origin = torch::stable::select(row_stats, 3, 0);
-    Tensor log_sum = torch::stable::select(row_stats, 3, 1);
-    torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
-    torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
+    see_no_key(out, row_stats);
     return {out, row_stats};
   }
   AttentionParams params = plan->params;
@@ -361,71 +348,29 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
   run_reference("flash_attn_bwd_reference", call, reason, stack, num_results);
 }
 
-const char* const kPlanResults =
-    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
-    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
-
 void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
-  check_counts(num_arguments == kNumForwardArguments && num_results == 11);
+  check_counts(num_arguments == kNumForwardArguments && num_results == kNumPlanResults);
   const auto call = Arguments(stack).take<ForwardCall>();
   check_operands(call.operands);
   check_scalars(call.scoring, call.impl);
-  Plan plan;
+  Plan forward, backward;
   const Environment environment;
-  plan.refusal = switched_off(call.impl, environment);
-  if (plan.refusal.empty()) {
+  forward.refusal = switched_off(call.impl, environment);
+  if (forward.refusal.empty()) {
     const Problem problem = make_problem(call.operands, call.scoring, environment);
-    Layout out = problem.q;  // as the forward allocates it; dout is taken to be like it
-    out.sizes[3] = problem.v.sizes[3];
-    out.strides = strides_in_order_of(problem.q.strides, out.sizes);
-    out.offset = 0;
-    plan = plan_forward(problem, out);
-    Plan backward = plan_backward(problem, out, out);
-    for (KernelLaunch launch : backward.launches) {
-      launch.kernel += plan.kernels.size();
-      plan.launches.push_back(launch);
-    }
-    for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
-    plan.ds_elements = backward.ds_elements;
-    for (const KernelPlan& kernel : plan.kernels) {
-      if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
-    }
+    const Layout out = layout_of_out(problem);
+    forward = plan_forward(problem, out);
+    backward = plan_backward(problem, out, out);
   }
-  std::vector<std::string> families, names, instantiations, tiles, tile_names, alternatives;
-  for (const KernelPlan& kernel : plan.kernels) {
-    families.push_back(kernel.family);
-    names.push_back(kernel.name);
-    instantiations.push_back(kernel.instantiation);
-    tiles.push_back(kernel.tile);
-    tile_names.push_back(kernel.tile_name);
-    std::string joined;  // the stable ABI has no list of lists
-    for (const std::string& name : kernel.alternatives)
-      joined += (joined.empty() ? "" : ",") + name;
-    alternatives.push_back(joined);
-  }
-  std::vector<int64_t> launches;  // six numbers each
-  for (const KernelLaunch& x : plan.launches) {
-    for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
-             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
-             int64_t{x.key_end}}) {
-      launches.push_back(n);
-    }
-  }
-  const int64_t bytes = plan.ds_elements * static_cast<int64_t>(sizeof(float));
-  using torch::stable::detail::from;
-  for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
-  for (const auto* texts :
-      {&families, &names, &instantiations, &tiles, &tile_names, &alternatives}) {
-    *stack++ = from(*texts);
-  }
-  *stack++ = from(launches);
-  *stack++ = from(bytes);
+  put_plan(stack, std::move(forward), std::move(backward));
 }
 
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(forward_calls.load());
   stack[1] = torch::stable::detail::from(backward_calls.load());
   stack[2] = torch::stable::detail::from(metal_decodes());
+  stack[3] = torch::stable::detail::from(metal_flex_forwards());
+  stack[4] = torch::stable::detail::from(metal_flex_backwards());
 }
 
 }  // namespace orchard

@@ -1,8 +1,12 @@
 #include "call.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdio>
+#include <limits>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "checks.h"
 #include "plan/join.h"
@@ -72,6 +76,31 @@ Tensor empty_rows(const Tensor& q) {
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
 }
 
+Tensor empty_row_stats(const Tensor& q) {
+  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
+  return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
+}
+
+void see_no_key(Tensor& out, const Tensor& row_stats) {
+  torch::stable::zero_(out);
+  Tensor origin = torch::stable::select(row_stats, 3, 0);
+  Tensor log_sum = torch::stable::select(row_stats, 3, 1);
+  torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
+  torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
+}
+
+TensorStrides strides_of(const Tensor& x) {
+  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+Layout layout_of_out(const Problem& problem) {
+  Layout out = problem.q;
+  out.sizes[3] = problem.v.sizes[3];
+  out.strides = strides_in_order_of(problem.q.strides, out.sizes);
+  out.offset = 0;
+  return out;
+}
+
 Tensor empty_floats(const Tensor& like, int64_t elements) {
   return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
@@ -82,6 +111,50 @@ void log_metal(const char* op, const Plan& plan, const Environment& environment)
     std::fprintf(
         stderr, "[orchard] %s: metal %s (%s)\n", op, kernel.name.c_str(), kernel.tile.c_str());
   }
+}
+
+const char* const kPlanResults =
+    "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
+    "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
+
+void put_plan(StableIValue* stack, Plan plan, Plan backward) {
+  for (KernelLaunch launch : backward.launches) {
+    launch.kernel += plan.kernels.size();
+    plan.launches.push_back(launch);
+  }
+  for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
+  for (const KernelPlan& kernel : plan.kernels) {
+    if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
+  }
+  std::vector<std::string> families, names, instantiations, tiles, tile_names, alternatives;
+  for (const KernelPlan& kernel : plan.kernels) {
+    families.push_back(kernel.family);
+    names.push_back(kernel.name);
+    instantiations.push_back(kernel.instantiation);
+    tiles.push_back(kernel.tile);
+    tile_names.push_back(kernel.tile_name);
+    std::string joined;  // the stable ABI has no list of lists
+    for (const std::string& name : kernel.alternatives)
+      joined += (joined.empty() ? "" : ",") + name;
+    alternatives.push_back(joined);
+  }
+  std::vector<int64_t> launches;  // six numbers each
+  for (const KernelLaunch& x : plan.launches) {
+    for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
+             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
+             int64_t{x.key_end}}) {
+      launches.push_back(n);
+    }
+  }
+  const int64_t bytes = backward.ds_elements * static_cast<int64_t>(sizeof(float));
+  using torch::stable::detail::from;
+  for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
+  for (const auto* texts :
+      {&families, &names, &instantiations, &tiles, &tile_names, &alternatives}) {
+    *stack++ = from(*texts);
+  }
+  *stack++ = from(launches);
+  *stack++ = from(bytes);
 }
 
 const char* switched_off(const std::string& impl, const Environment& environment) {

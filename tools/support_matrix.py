@@ -170,6 +170,12 @@ def page() -> str:
     for call in LIMITS:
         answer = plan_of(*call())
         lines.append(f"| {answer.refusal} | {answer.advice} |")
+    lines += [
+        "",
+        "`orchard_ops.flex_attention` takes Python functions for scores and masks: what of it runs",
+        "where is in [its own table](flex-attention.md#what-runs-where), tested by",
+        "[flex](../tests/flex/test_api.py).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -54,7 +54,8 @@ def attend(
     outs, sums = [], []
     for first, end in _blocks(query.shape[2], None if block_states is None else block_q):
         arguments = (query[:, :, first:end].to(dtype), k, v, first)
-        if torch.is_grad_enabled():
+        # torch.func's transforms know no hooks of saved tensors.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             out, lse = checkpoint(
                 call.block, *arguments, use_reentrant=False, preserve_rng_state=False
             )
