@@ -351,7 +351,7 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 
 def _comparison(sign: str) -> Pointwise:
     def compared(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        sides = [x.meta["val"] if isinstance(x, Node) else x for x in node.args[:2]]
+        sides: list[Any] = [x.meta["val"] if isinstance(x, Node) else x for x in node.args[:2]]
         dtype = torch.result_type(*sides)
         if dtype not in MEMORY:
             raise text.fail(node, f"of {dtype} has no Metal text")
