@@ -18,6 +18,7 @@
 // them (native/embed_shaders.py).
 #pragma once
 
+#include "flex_arithmetic.h"
 #include "flex_captures.h"
 #include "scores.h"
 

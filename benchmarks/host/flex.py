@@ -31,7 +31,7 @@ from .measure import percentiles
 RESULT = Path(__file__).resolve().parents[1] / "results" / "flex_host_cost.json"
 SHAPE = (1, 2, 256, 64)
 REPEATS, BATCHES = 100, 20
-WAYS = ("first forward", "forward, no grad", "forward", "backward")
+WAYS = ("forward, no grad", "forward", "backward")
 PEER = "flash_attn"
 
 
@@ -58,18 +58,8 @@ def attentions() -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def first_calls(todo: dict[str, Callable[..., Tensor]], leaves: list[Tensor]) -> dict[str, float]:
-    """Milliseconds of the first forward: tracing, the text and, in clang, its compilation."""
-    found = {}
-    for name, attention in todo.items():
-        started = time.perf_counter()
-        attention(*leaves)
-        found[name] = round((time.perf_counter() - started) * 1e3, 1)
-    return found
-
-
 def time_calls(todo: dict[str, Callable[..., Tensor]], leaves: list[Tensor], repeats: int) -> Any:
-    times: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WAYS[1:]} for n in todo}
+    times: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WAYS} for n in todo}
     dout = torch.ones(SHAPE, device="mps", dtype=torch.float16)
     for repeat in range(-repeats // 10, repeats):  # the first ones warm up
         for name, attention in todo.items():
@@ -83,9 +73,18 @@ def time_calls(todo: dict[str, Callable[..., Tensor]], leaves: list[Tensor], rep
             backward = time.perf_counter_ns()
             if repeat >= 0:
                 parts = (no_grad - begin, forward - no_grad, backward - forward)
-                for way, nanoseconds in zip(WAYS[1:], parts):
+                for way, nanoseconds in zip(WAYS, parts):
                     times[name][way].append(nanoseconds)
     return {n: {w: percentiles(x) for w, x in ways.items()} for n, ways in times.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """As docs/flex-attention.md shows it."""
+    lines = [f"| | {' | '.join(WAYS)} |", f"|---|{'---|' * len(WAYS)}"]
+    for name, ways in result["microseconds"].items():
+        cells = [f"{x['median']:.0f} ({x['p20']:.0f} to {x['p80']:.0f})" for x in ways.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -99,7 +98,6 @@ def main() -> None:
     ]
     todo = attentions()
     with simulator.recording(execute=False):
-        first = first_calls(todo, leaves)
         batches = [time_calls(todo, leaves, options.repeats) for _ in range(options.batches)]
     best = min(batches, key=lambda b: sum(b[PEER][w]["median"] for w in ("forward", "backward")))
     result = {
@@ -107,14 +105,10 @@ def main() -> None:
         "shape": SHAPE,
         "repeats": options.repeats,
         "batches": options.batches,
-        "first_forward_ms": first,
         "microseconds": best,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"| | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
-    for name, ways in best.items():
-        cells = [f"{x['median']:.0f} ({x['p20']:.0f} to {x['p80']:.0f})" for x in ways.values()]
-        print(f"| {name} | {first[name]:.0f} ms | {' | '.join(cells)} |")
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def flex_attention(
     if torch.compiler.is_dynamo_compiling():
         out, lse = graph.attend(call)
     else:
-        out, lse = _attend(call)
+        out, lse = _attend(call, wants_lse)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if wants_lse else None, max_scores=None)
     return (out, lse) if wants_lse else out
 
 
-def _attend(call: arguments.FlexCall) -> tuple[Tensor, Tensor]:
+def _attend(call: arguments.FlexCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
@@ -78,4 +78,4 @@ def _attend(call: arguments.FlexCall) -> tuple[Tensor, Tensor]:
     if block_mask is not None:
         found = states_of(block_mask, query.shape[2], key.shape[2])
         states = route.States(found, *block_mask.BLOCK_SIZE)
-    return route.attend(query, key, value, score, mask, states, scale)
+    return route.attend(query, key, value, score, mask, states, scale, wants_lse)

@@ -15,11 +15,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import calls, native, plan, watch
 from ..arguments import prepare
-from ..attention import run_with_lse
+from ..attention import run, run_with_lse
 from ..descriptions import describe_flex
 from ..environment import switched_on
 from ..ops import flex as op
 from ..ops.kernels import no_autocast
+from ..ops.schema import FLEX_FORWARD
 from . import additive, reference
 from .arguments import OP
 from .mod import MAX_CAPTURES, NotLowered
@@ -56,8 +57,9 @@ def attend(
     mask: Use | None,
     blocks: States | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of a call that has been checked."""
+    wants_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """out and lse of a call that has been checked. An lse that is not wanted may be None."""
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
@@ -69,7 +71,7 @@ def attend(
             "of query's batch"
         )
     if reason is None and blocks is None:
-        found = _by_fixed_kernels(query, key, value, score, mask, scale)
+        found = _by_fixed_kernels(query, key, value, score, mask, scale, wants_lse)
         if found is not None:
             return found
     if reason is None and score is not None and _is_trained(score):
@@ -84,8 +86,11 @@ def attend(
             numbers = (states, q_block, kv_block, texts.score, texts.mask, scale)
             arguments = (query, key, value, texts.captures, *numbers)
             refused = "" if is_traced(query) else op.why_not_metal(*arguments)
-            if not refused:
+            if not refused and wants_lse:
                 return op.attend(*arguments)
+            if not refused:  # lse is work of its own
+                scoring = op.FlexScoring(texts.captures, *numbers)
+                return FLEX_FORWARD(query, key, value, *scoring, "auto")[0], None
             reason = refused
     described = describe_flex(query, key, value, score is not None, mask is not None, scale)
     calls.record_reference(_NAME, reason, described, "auto")
@@ -112,7 +117,8 @@ def _by_fixed_kernels(
     score: Use | None,
     mask: Use | None,
     scale: float,
-) -> tuple[Tensor, Tensor] | None:
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None:
     """out and lse by `flash_attn`, where its arguments say the same as the mods."""
     known = known_call(score, mask)
     if known is None:
@@ -122,7 +128,8 @@ def _by_fixed_kernels(
     if arguments is None:
         return None
     enable_gqa = query.shape[1] != key.shape[1]
-    return run_with_lse(prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments))
+    call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
+    return run_with_lse(call) if wants_lse else (run(call), None)
 
 
 def is_traced(x: Tensor) -> bool:
