@@ -7,15 +7,23 @@ using namespace metal;
 
 // ---- integers: quotients towards zero and down, remainders with the sign of either ------------
 
+/// Whether b is the -1 by which the most negative integer has no quotient.
+template <typename T>
+METAL_FUNC bool flex_negates(T b) {
+  return T(-1) < T(0) && b == T(-1);
+}
+
 template <typename T>
 METAL_FUNC T flex_divide(T a, T b) {
-  // The most negative integer has no positive counterpart: it wraps round, as in PyTorch.
-  return b == T(0) ? T(0) : b == T(-1) ? T(T(0) - a) : T(a / b);
+  if (flex_negates(b)) {
+    return T(T(0) - a);  // it wraps round, as in PyTorch
+  }
+  return b == T(0) ? T(0) : T(a / b);
 }
 
 template <typename T>
 METAL_FUNC T flex_fmod(T a, T b) {
-  return b == T(0) || b == T(-1) ? T(0) : T(a % b);
+  return b == T(0) || flex_negates(b) ? T(0) : T(a % b);
 }
 
 template <typename T>

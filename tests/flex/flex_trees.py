@@ -58,8 +58,7 @@ _INTEGER_LEAVES = [
     _leaf("PAGES[b, -h]", lambda s, b, h, q, kv: mods.PAGES[b, -h]),
 ]
 _FLOAT_LEAVES = [
-    _leaf("score", lambda s, b, h, q, kv: s),
-    _leaf("score", lambda s, b, h, q, kv: s),
+    *[_leaf("score", lambda s, b, h, q, kv: s)] * 5,
     _leaf("SLOPES[h]", lambda s, b, h, q, kv: mods.SLOPES[h]),
     _leaf("RELATIVE[h, q - kv]", lambda s, b, h, q, kv: mods.RELATIVE[h, q - kv]),
     _leaf("BIAS[b, h, q, kv]", lambda s, b, h, q, kv: mods.BIAS[b, h, q, kv]),

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
 
 from orchard_ops import flash_attn
-from orchard_ops.flex.known import Known, lists_follow, recognise
+from orchard_ops.flex.block_lists import lists_follow
+from orchard_ops.flex.known import Known, recognise
 from orchard_ops.flex.reference import attend
 from orchard_ops.flex.trace import MASK, SCORE, trace
 

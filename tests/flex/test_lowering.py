@@ -256,8 +256,15 @@ _INTEGERS = {
     "pow": lambda x, y: x**2 + y**3 + (x - y) ** 5 + x ** (y % 4) + INTS[0] ** 11,
     "long": lambda x, y: (LONGS[0] + x) // (LONGS[2] + y) - LONGS[1] * y + (LONGS[4] + x),
     "long_remainder": lambda x, y: (LONGS[0] - x) % (LONGS[2] + y) + torch.fmod(LONGS[1], y + 1),
-    "byte": lambda x, y: BYTES[x % 4] + BYTES[1] * 2 + (BYTES[2] >> 1 if False else BYTES[2]),
+    "byte": lambda x, y: BYTES[x % 4] + BYTES[1] * 2 + BYTES[2] - ~BYTES[x % 4],
+    "byte_quotient": lambda x, y: BYTES[x % 4] // 255 + BYTES[x % 4] // 7 + BYTES[y % 4] % 255,
     "short": lambda x, y: (x.to(torch.int16) * 1000 * y.to(torch.int16)) + x.to(torch.int8) * 9,
+    "short_quotient": lambda x, y: (
+        (x - y).to(torch.int16) // -3 + (x - y).to(torch.int8) % -5 + torch.fmod(-x.short(), 4)
+    ),
+    "short_choice": lambda x, y: (
+        (x - y).to(torch.int8).clamp(-3, 4) + abs((x - y).short()) ** 2 + torch.sign(y.char() - 3)
+    ),
     "bool": lambda x, y: ((x > y) | (x == 3)).int() + ((x < y) ^ (y >= 5)) + ~(x != y),
     "compare_mixed": lambda x, y: (x > 2.5).int() + (LONGS[x % 5] > y) + (y <= 3.0) + (x == True),  # noqa: E712
     "rounding": lambda x, y: torch.floor(x) + torch.round(y) + x.trunc() + y.ceil(),
@@ -413,6 +420,16 @@ def test_what_is_not_lowered():
     _fails(lambda s, b, h, q, kv: s + WEIGHTS[h > 1].sum(), Exception)
     _fails(lambda s, b, h, q, kv: s + torch.rand(()), NotLowered, "rand")
     _fails(writes, NotLowered, "changes a tensor")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_derivatives_do_not_depend_on_the_mode_of_the_call(mode):
+    with mode():
+        inside = score_text(flex_mods.softcap)
+        table = torch.ones(3)
+        of_table = score_text(lambda s, b, h, q, kv: s * table[h])
+    assert inside == score_text(flex_mods.softcap)
+    assert "derivative = v0;" in of_table.text
 
 
 def test_python_branches_are_refused_with_the_line():

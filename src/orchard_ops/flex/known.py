@@ -7,26 +7,23 @@ Conditions on q_idx and kv_idx are read with the symbols that read the masks of 
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..integrations.mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol
+from ..integrations.mask_symbols import _ALWAYS, Symbol
 from ..key_ranges import KeyRanges
+from .conditions import FAR, Conditions, arguments_of, constant, packet_of, passed
 from .metal import lower, lower_graph
 from .mod import NotLowered
 from .trace import SCORE, Traced
 
 _aten = torch.ops.aten
-_FAR = 1 << 30
-_PASSED = (_aten.clone, _aten.alias)
-"""What changes nothing. detach() changes gradients."""
 _AXES = ("b", "h", "q", "kv")
 
 
@@ -100,7 +97,7 @@ def recognise(score: Traced | None, mask: Traced | None) -> Known | None:
         seen = read
     if mask is not None:
         offset = 0 if score is None else len(score.captures)
-        reader = _Conditions(mask, offset)
+        reader = Conditions(mask, offset)
         seen = seen & reader.condition(_output(mask))
     if not _put_mask(seen, known) or (known.causal_only and known.window_right != 0):
         return None
@@ -127,14 +124,14 @@ def _has_own_derivative(score: Traced) -> bool:
 
 def _read_score(score: Traced, known: Known) -> Symbol | None:
     """Fills in what a score_mod is, and gives the condition where it is not -inf."""
-    conditions = _Conditions(score, 0)
-    node, seen = _passed(_output(score)), _ALWAYS
-    while _packet(node) is _aten.where:
+    conditions = Conditions(score, 0)
+    node, seen = passed(_output(score)), _ALWAYS
+    while packet_of(node) is _aten.where:
         condition, a, b = node.args
-        if _constant(b) == -torch.inf:
-            seen, node = seen & conditions.condition(condition), _passed(a)
-        elif _constant(a) == -torch.inf:
-            seen, node = seen & conditions.condition(condition, negated=True), _passed(b)
+        if constant(b) == -torch.inf:
+            seen, node = seen & conditions.condition(condition), passed(a)
+        elif constant(a) == -torch.inf:
+            seen, node = seen & conditions.condition(condition, negated=True), passed(b)
         else:
             return None
     terms, node = _terms(node, conditions.arguments[0])
@@ -157,44 +154,44 @@ def _terms(node: Any, score: Node) -> tuple[list[tuple[int, Node]], Any]:
         if any(x in dependent for x in other.all_input_nodes):
             dependent.add(other)
     terms = []
-    while _packet(node) in (_aten.add, _aten.sub) and node.kwargs.get("alpha", 1) == 1:
+    while packet_of(node) in (_aten.add, _aten.sub) and node.kwargs.get("alpha", 1) == 1:
         a, b = node.args[:2]
         if not (isinstance(a, Node) and isinstance(b, Node)) or (a in dependent) == (
             b in dependent
         ):
             break
-        sign = 1 if _packet(node) is _aten.add else -1
+        sign = 1 if packet_of(node) is _aten.add else -1
         if b in dependent:
             if sign == -1:
                 break
             a, b = b, a
         terms.append((sign, b))
-        node = _passed(a)
+        node = passed(a)
     return terms, node
 
 
 def _cap(node: Any, score: Node) -> float:
     """c of c * tanh(s / c), else 0."""
-    if _packet(node) is not _aten.mul:
+    if packet_of(node) is not _aten.mul:
         return 0.0
     for inner, c in (node.args[:2], node.args[1::-1]):
-        inner, c = _passed(inner), _constant(c)
+        inner, c = passed(inner), constant(c)
         if (
-            _packet(inner) is not _aten.tanh
+            packet_of(inner) is not _aten.tanh
             or not isinstance(c, int | float)
             or not 1e-30 < c < 1e30
         ):
             continue
-        quotient = _passed(inner.args[0])
-        is_it = _packet(quotient) is _aten.div and len(quotient.args) == 2
-        if is_it and _passed(quotient.args[0]) is score and _constant(quotient.args[1]) == c:
+        quotient = passed(inner.args[0])
+        is_it = packet_of(quotient) is _aten.div and len(quotient.args) == 2
+        if is_it and passed(quotient.args[0]) is score and constant(quotient.args[1]) == c:
             return float(c)
     return 0.0
 
 
-def _read_alibi(sign: int, term: Node, conditions: _Conditions, known: Known) -> bool:
+def _read_alibi(sign: int, term: Node, conditions: Conditions, known: Known) -> bool:
     """Whether a term is -slope * |q_idx - kv_idx|, or that where q_idx >= kv_idx."""
-    if _packet(term) is not _aten.mul or known.slopes is not None:
+    if packet_of(term) is not _aten.mul or known.slopes is not None:
         return False
     for slope, distance in (term.args[:2], term.args[1::-1]):
         found = conditions.value(distance)
@@ -237,13 +234,13 @@ def _of_heads(node: Node, arguments: list[Node]) -> GraphModule | None:
 
 def _read_table(sign: int, term: Node, score: Traced, known: Known) -> bool:
     """Whether a term is captured[some of b, h, q_idx, kv_idx]."""
-    term = _passed(term)
-    if _packet(term) is _aten._to_copy and term.meta["val"].dtype == torch.float32:
-        term = _passed(term.args[0])
-    if _packet(term) is not _aten.index or sign != 1 or known.table is not None:
+    term = passed(term)
+    if packet_of(term) is _aten._to_copy and term.meta["val"].dtype == torch.float32:
+        term = passed(term.args[0])
+    if packet_of(term) is not _aten.index or sign != 1 or known.table is not None:
         return False
-    arguments = _arguments(score)
-    source, places = _passed(term.args[0]), [_passed(x) for x in term.args[1]]  # type: ignore
+    arguments = arguments_of(score)
+    source, places = passed(term.args[0]), [passed(x) for x in term.args[1]]  # type: ignore
     if source not in arguments[5:] or any(x not in arguments[1:5] for x in places):
         return False
     axes = tuple(arguments.index(x) - 1 for x in places)
@@ -254,118 +251,7 @@ def _read_table(sign: int, term: Node, score: Traced, known: Known) -> bool:
     return True
 
 
-# ---- conditions ---------------------------------------------------------------------------------
-
-_COMPARISONS: dict[Any, tuple[str, str]] = {
-    _aten.lt: ("lt", "ge"),
-    _aten.le: ("le", "gt"),
-    _aten.gt: ("gt", "le"),
-    _aten.ge: ("ge", "lt"),
-}
-_SWAPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
-_AND = (_aten.bitwise_and, _aten.logical_and, _aten.__and__)
-_OR = (_aten.bitwise_or, _aten.logical_or, _aten.__or__)
-_NOT = (_aten.bitwise_not, _aten.logical_not)
-
-
-class _Conditions:
-    """Reads numbers and conditions of a graph as symbols. What it does not know is unknown."""
-
-    def __init__(self, traced: Traced, first_capture: int) -> None:
-        self.traced = traced
-        self.arguments = _arguments(traced)
-        b, _, q, kv, *captures = self.arguments[traced.inputs - 4 :]
-        self._batch, self._captures = b, captures
-        self._numbers = {x: ("of", first_capture + n) for n, x in enumerate(captures)}
-        self._places = {
-            q: Symbol("place", 1, 0, 0, None),
-            kv: Symbol("place", 0, 1, 0, None),
-        }
-
-    def value(self, node: Any) -> Any:
-        """A number, a symbol of one, or unknown."""
-        if not isinstance(node, Node):
-            return node
-        node = _passed(node)
-        if node in self._places:
-            return self._places[node]
-        packet = _packet(node)
-        if packet is _aten._to_copy and node.meta["val"].dtype in (torch.int32, torch.int64):
-            return self.value(node.args[0])
-        if packet is _aten.abs:
-            return _within(abs(self._symbol(node.args[0])))
-        if packet in (_aten.add, _aten.sub) and node.kwargs.get("alpha", 1) == 1:
-            a, b = map(self.value, node.args[:2])
-            return _within(a + b if packet is _aten.add else a - b)
-        if packet is _aten.neg:
-            return _within(-self._symbol(node.args[0]))
-        if packet is _aten.index:
-            return self._read(node)
-        found = _constant(node)
-        return _UNKNOWN if found is None else found
-
-    def _symbol(self, node: Any) -> Symbol:
-        found = self.value(node)
-        return found if type(found) is Symbol else _UNKNOWN
-
-    def _read(self, node: Node) -> Symbol:
-        source, places = _passed(node.args[0]), [_passed(x) for x in node.args[1]]  # type: ignore
-        if source not in self._numbers or source.meta["val"].dtype not in _INTEGERS:
-            return _UNKNOWN
-        table = self._numbers[source]
-        if source.meta["val"].dim() != len(places):
-            return _UNKNOWN
-        if places == [self._batch]:
-            return Symbol("entry", table)
-        place = self.value(places[-1])
-        if len(places) > 2 or (len(places) == 2 and places[0] is not self._batch):
-            return _UNKNOWN
-        if type(place) is not Symbol or place.parts not in ((1, 0, 0, None), (0, 1, 0, None)):
-            return _UNKNOWN
-        return Symbol("number", table, *place.parts[:2])
-
-    def condition(self, node: Any, negated: bool = False) -> Symbol:
-        node = _passed(node)
-        packet = _packet(node)
-        if packet in _NOT:
-            return self.condition(node.args[0], not negated)
-        if packet in _AND + _OR:
-            a, b = (self.condition(x, negated) for x in node.args[:2])
-            return a & b if (packet in _AND) != negated else a | b
-        if packet in _COMPARISONS:
-            return self._compared(_COMPARISONS[packet][negated], *map(self.value, node.args[:2]))
-        if packet is _aten.eq and not negated:
-            a, b = map(self.value, node.args[:2])
-            return a == b if type(a) is Symbol else _UNKNOWN
-        found = _constant(node)
-        if found is None:
-            return _UNKNOWN
-        return _ALWAYS if bool(found) != negated else _NEVER
-
-    def _compared(self, name: str, a: Any, b: Any) -> Symbol:
-        if type(a) is not Symbol or (a.kind == "entry" and type(b) is Symbol):
-            if type(b) is not Symbol:
-                return _UNKNOWN
-            a, b, name = b, a, _SWAPPED[name]
-        if type(b) is float:
-            return _UNKNOWN
-        is_key = a.kind == "place" and a.parts[:2] == (0, 1) and a.parts[3] is None
-        if is_key and name in ("lt", "le"):
-            length = b.parts[0] if type(b) is Symbol and b.kind == "entry" else b
-            if type(length) is not Symbol:  # keys before a length
-                return Symbol("keys", length, (name == "le") - a.parts[2])
-        return getattr(operator, name)(a, b)
-
-
-_INTEGERS = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8)
-
-
-def _within(x: Any) -> Any:
-    """x, where int32 holds it for every length."""
-    if type(x) is not Symbol or x.kind != "place":
-        return x
-    a, b, c, _ = x.parts
-    return x if abs(a) + abs(b) <= 2 and abs(c) < _FAR else _UNKNOWN
+# ---- masks --------------------------------------------------------------------------------------
 
 
 def _put_mask(seen: Symbol, known: Known) -> bool:
@@ -394,7 +280,7 @@ def _put_mask(seen: Symbol, known: Known) -> bool:
         else:
             return False
     for bound in (low, high):
-        if bound is not None and abs(bound) >= _FAR:
+        if bound is not None and abs(bound) >= FAR:
             return False
     if (low is not None and low > 0) or (high is not None and high < 0):
         return False
@@ -404,40 +290,6 @@ def _put_mask(seen: Symbol, known: Known) -> bool:
 
 
 _PREFIX = ["keys", "band"]
-
-
-# ---- graphs -------------------------------------------------------------------------------------
-
-
-def _arguments(traced: Traced) -> list[Node]:
-    return [n for n in traced.graph.graph.nodes if n.op == "placeholder"]
-
-
-def _packet(node: Any) -> Any:
-    return getattr(getattr(node, "target", None), "overloadpacket", None)
-
-
-def _passed(node: Any) -> Any:
-    while _packet(node) in _PASSED:
-        node = node.args[0]
-    return node
-
-
-def _constant(node: Any) -> Any:
-    """The number that a node is, or None."""
-    if not isinstance(node, Node):
-        return node
-    node = _passed(node)
-    packet = _packet(node)
-    if packet is _aten.scalar_tensor:
-        return node.args[0]
-    if packet in (_aten.full, _aten.full_like) and not isinstance(node.args[1], Node):
-        return node.args[1]
-    if packet in (_aten.new_ones, _aten.ones, _aten.ones_like):
-        return 1
-    if packet in (_aten.new_zeros, _aten.zeros, _aten.zeros_like):
-        return 0
-    return None
 
 
 # ---- the tensors of a call ----------------------------------------------------------------------
@@ -518,87 +370,3 @@ def _ascends(ids: Tensor) -> bool:
         known = (key, bool((ids[..., 1:] >= ids[..., :-1]).all()))
         _ascending[storage] = known
     return known[1]
-
-
-# ---- the lists of a BlockMask -------------------------------------------------------------------
-
-
-class _Followed(NamedTuple):
-    """What was found for a BlockMask, and for which tensors."""
-
-    tensors: tuple[weakref.ref[Tensor], ...]
-    numbers: tuple[Any, ...]
-    verdict: bool
-
-    def has(self, tensors: Sequence[Tensor]) -> bool:
-        same = [known() is x for known, x in zip(self.tensors, tensors)]
-        return len(self.tensors) == len(tensors) and all(same)
-
-
-_followed: weakref.WeakKeyDictionary[Any, _Followed] = weakref.WeakKeyDictionary()
-
-
-def lists_follow(block_mask: Any, mask: Traced, captures: Sequence[Tensor], query: Tensor) -> bool:
-    """Whether a BlockMask sees what its mask_mod says, for each of the query's batches and heads.
-
-    Its lists are made anew and compared, once for each object, the present numbers of the lists and
-    of what the mask_mod captured: that waits for the device. A BlockMask of other lists than
-    `create_block_mask` makes means what they say.
-    """
-    b, h = _arguments(mask)[:2]
-    for node, lists, present in zip((b, h), block_mask.kv_num_blocks.shape, query.shape):
-        if node.users and lists != present:
-            return False
-    tensors = (*_lists(block_mask), *captures)
-    numbers = (
-        tuple(x._version for x in tensors),
-        tuple(block_mask.seq_lengths),
-        tuple(block_mask.BLOCK_SIZE),
-    )
-    known = _followed.get(block_mask)
-    if known is None or known.numbers != numbers or not known.has(tensors):
-        verdict = _follow(block_mask)
-        known = _Followed(tuple(map(weakref.ref, tensors)), numbers, verdict)
-        _followed[block_mask] = known
-    return known.verdict
-
-
-def _lists(block_mask: Any) -> Iterator[Tensor]:
-    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-        found = getattr(block_mask, name)
-        if found is not None:
-            yield found
-
-
-def _follow(block_mask: Any) -> bool:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, heads = block_mask.kv_num_blocks.shape[:2]
-    q_len, kv_len = block_mask.seq_lengths
-    anew = create_block_mask(
-        block_mask.mask_mod,
-        *(batch, heads, q_len, kv_len),
-        device=block_mask.kv_num_blocks.device,
-        BLOCK_SIZE=tuple(block_mask.BLOCK_SIZE),
-    )
-    for own, other in zip(_listed(block_mask), _listed(anew)):
-        if own.shape != other.shape or not torch.equal(own, other):
-            return False
-    return True
-
-
-def _listed(block_mask: Any) -> tuple[Tensor, Tensor]:
-    """Which blocks are listed, and which as full: (B, H, blocks of queries, blocks of keys)."""
-    partial = _dense(block_mask.kv_num_blocks, block_mask.kv_indices)
-    if block_mask.full_kv_num_blocks is None:
-        return partial, torch.zeros_like(partial)
-    full = _dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    return partial | full, full
-
-
-def _dense(counts: Tensor, indices: Tensor) -> Tensor:
-    blocks = indices.shape[-1]
-    is_listed = torch.arange(blocks, device=indices.device) < counts.unsqueeze(-1)
-    places = torch.where(is_listed, indices.long(), blocks)
-    dense = torch.zeros((*indices.shape[:-1], blocks + 1), dtype=torch.bool, device=indices.device)
-    return dense.scatter_(-1, places, True)[..., :blocks]

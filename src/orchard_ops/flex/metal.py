@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from .elements import LAZY
 from .mod import MAX_CAPTURE_DIM, MAX_CAPTURES, Mod, NotLowered
-from .operations import LAZY, POINTWISE
+from .operations import POINTWISE
 from .scalars import MEMORY, Scalar, Unprintable, convert, literal
 from .trace import SCORE, Traced, is_literal, place, trace
 

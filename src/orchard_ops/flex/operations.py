@@ -1,7 +1,6 @@
-"""The operations that have Metal text: a closed table of texts, and what a tensor's indices become.
+"""The pointwise operations that have Metal text: a closed table of texts by operands' scalars.
 
-`POINTWISE` has an operation's text by its operands' scalars, `LAZY` what an element of a result is,
-for operations that move, make or read elements.
+What an element is of operations that make, move and read tensors is in elements.py.
 """
 
 from __future__ import annotations
@@ -17,20 +16,14 @@ from .scalars import FLOATS, MEMORY, Scalar, convert, literal
 _aten = torch.ops.aten
 _INF = float("inf")
 Pointwise = Callable[[Any, Node, list[Any]], Scalar]
-Lazy = Callable[[Any, Node, tuple[Scalar, ...]], Scalar]
 POINTWISE: dict[Any, Pointwise] = {}
-LAZY: dict[Any, Lazy] = {}
 
 
 def _pointwise(*names: str) -> Callable[[Pointwise], Pointwise]:
-    return _enter(POINTWISE, names)
+    return enter(POINTWISE, names)
 
 
-def _lazy(*names: str) -> Callable[[Lazy], Lazy]:
-    return _enter(LAZY, names)
-
-
-def _enter(table: dict[Any, Any], names: Sequence[str]) -> Callable[[Any], Any]:
+def enter(table: dict[Any, Any], names: Sequence[str]) -> Callable[[Any], Any]:
     def enter(function: Any) -> Any:
         for name in names:
             table[getattr(_aten, name)] = function
@@ -39,7 +32,7 @@ def _enter(table: dict[Any, Any], names: Sequence[str]) -> Callable[[Any], Any]:
     return enter
 
 
-def _result(node: Node) -> torch.dtype:
+def result_dtype(node: Node) -> torch.dtype:
     return node.meta["val"].dtype
 
 
@@ -51,14 +44,16 @@ def _as(text: Any, x: Any, dtype: torch.dtype) -> Scalar:
     return literal(x, torch.float32 if dtype in FLOATS else dtype)
 
 
-def _form(text: Any, node: Node, form: str, operands: Sequence[Any], dtype: Any = None) -> Scalar:
+def apply_form(
+    text: Any, node: Node, form: str, operands: Sequence[Any], dtype: Any = None
+) -> Scalar:
     """The result from a form with {0}, {1}, ... for the operands, in the result's dtype."""
-    dtype = _result(node) if dtype is None else dtype
+    dtype = result_dtype(node) if dtype is None else dtype
     parts = [_as(text, x, dtype).text for x in operands]
-    return text.emit(_result(node), form.format(*parts))
+    return text.emit(result_dtype(node), form.format(*parts))
 
 
-def _name_of(node: Node) -> str:
+def name_of(node: Node) -> str:
     return node.target.overloadpacket.__name__  # type: ignore[union-attr]
 
 
@@ -67,7 +62,7 @@ def _name_of(node: Node) -> str:
 _UNSIGNED = {torch.int32: "uint", torch.int64: "ulong"}
 
 
-def _integer_form(dtype: torch.dtype, sign: str) -> str:
+def integer_form(dtype: torch.dtype, sign: str) -> str:
     """Integers wrap round, which signed ones of C++ must not."""
     kind = MEMORY[dtype]
     if dtype in _UNSIGNED:
@@ -77,7 +72,7 @@ def _integer_form(dtype: torch.dtype, sign: str) -> str:
 
 
 def _arithmetic(text: Any, node: Node, operands: Sequence[Any], sign: str) -> Scalar:
-    dtype = _result(node)
+    dtype = result_dtype(node)
     if dtype == torch.int32:
         a, b = (_as(text, x, dtype) for x in operands)
         largest = [text.largest(x) for x in (a, b)]
@@ -87,9 +82,9 @@ def _arithmetic(text: Any, node: Node, operands: Sequence[Any], sign: str) -> Sc
             text.limits[result.text] = limit
             return result
     if dtype == torch.bool:
-        return _form(text, node, "{0} && {1}" if sign == "*" else "{0} || {1}", operands)
-    form = f"{{0}} {sign} {{1}}" if dtype in FLOATS else _integer_form(dtype, sign)
-    return _form(text, node, form, operands)
+        return apply_form(text, node, "{0} && {1}" if sign == "*" else "{0} || {1}", operands)
+    form = f"{{0}} {sign} {{1}}" if dtype in FLOATS else integer_form(dtype, sign)
+    return apply_form(text, node, form, operands)
 
 
 def _is(x: Any, number: int) -> bool:
@@ -99,14 +94,14 @@ def _is(x: Any, number: int) -> bool:
 @_pointwise("add", "sub")
 def _sum(text: Any, node: Node, operands: list[Any]) -> Scalar:
     a, b = operands[:2]
-    dtype = _result(node)
+    dtype = result_dtype(node)
     alpha = node.kwargs.get("alpha", operands[2] if len(operands) > 2 else 1)
     if alpha != 1:
-        product = "{0} * {1}" if dtype in FLOATS else _integer_form(dtype, "*")
+        product = "{0} * {1}" if dtype in FLOATS else integer_form(dtype, "*")
         held = torch.float32 if dtype in FLOATS else dtype
         parts = _as(text, b, dtype).text, _as(text, alpha, dtype).text
         b = text.emit(held, product.format(*parts))
-    is_sum = _name_of(node) == "add"
+    is_sum = name_of(node) == "add"
     if _is(b, 0) and (not is_sum or dtype not in FLOATS):
         return _as(text, a, dtype)
     if _is(a, 0) and is_sum and dtype not in FLOATS:
@@ -118,50 +113,50 @@ def _sum(text: Any, node: Node, operands: list[Any]) -> Scalar:
 def _product(text: Any, node: Node, operands: list[Any]) -> Scalar:
     for x, other in (operands, operands[::-1]):
         if _is(x, 1) and isinstance(other, Scalar):
-            return convert(text, other, _result(node))
+            return convert(text, other, result_dtype(node))
     return _arithmetic(text, node, operands, "*")
 
 
 @_pointwise("div", "true_divide", "floor_divide")
 def _quotient(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    dtype = _result(node)
+    dtype = result_dtype(node)
     mode = node.kwargs.get("rounding_mode", operands[2] if len(operands) > 2 else None)
-    if _name_of(node) == "floor_divide":
+    if name_of(node) == "floor_divide":
         mode = "floor"
     if mode == "floor":
-        return _form(text, node, "flex_floor_divide({0}, {1})", operands[:2])
+        return apply_form(text, node, "flex_floor_divide({0}, {1})", operands[:2])
     if mode == "trunc":
         form = "trunc({0} / {1})" if dtype in FLOATS else "flex_divide({0}, {1})"
-        return _form(text, node, form, operands[:2])
+        return apply_form(text, node, form, operands[:2])
     if _is(operands[1], 1):
         return _as(text, operands[0], dtype)
-    return _form(text, node, "{0} / {1}", operands[:2])
+    return apply_form(text, node, "{0} / {1}", operands[:2])
 
 
 @_pointwise("remainder")
 def _remainder(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return _form(text, node, "flex_remainder({0}, {1})", operands)
+    return apply_form(text, node, "flex_remainder({0}, {1})", operands)
 
 
 @_pointwise("fmod")
 def _fmod(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    is_float = _result(node) in FLOATS
+    is_float = result_dtype(node) in FLOATS
     form = "precise::fmod({0}, {1})" if is_float else "flex_fmod({0}, {1})"
-    return _form(text, node, form, operands)
+    return apply_form(text, node, form, operands)
 
 
 @_pointwise("neg")
 def _negative(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    if _result(node) in FLOATS:
-        return _form(text, node, "-{0}", operands)
+    if result_dtype(node) in FLOATS:
+        return apply_form(text, node, "-{0}", operands)
     return _arithmetic(text, node, (0, *operands), "-")
 
 
 @_pointwise("abs")
 def _absolute(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    dtype = _result(node)
+    dtype = result_dtype(node)
     if dtype in FLOATS:
-        return _form(text, node, "fabs({0})", operands)
+        return apply_form(text, node, "fabs({0})", operands)
     if dtype in (torch.bool, torch.uint8):
         return operands[0]
     x = operands[0]
@@ -176,17 +171,17 @@ def _absolute(text: Any, node: Node, operands: list[Any]) -> Scalar:
 
 @_pointwise("sign", "sgn")
 def _sign(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    dtype = _result(node)
+    dtype = result_dtype(node)
     zero = "0.0f" if dtype in FLOATS else "0"
     if dtype == torch.bool:
         return operands[0]
     kind = "float" if dtype in FLOATS else MEMORY[dtype]
-    return _form(text, node, f"{kind}(int({{0}} > {zero}) - int({{0}} < {zero}))", operands)
+    return apply_form(text, node, f"{kind}(int({{0}} > {zero}) - int({{0}} < {zero}))", operands)
 
 
 @_pointwise("pow")
 def _power(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    dtype = _result(node)
+    dtype = result_dtype(node)
     base, exponent = operands[:2]
     if isinstance(exponent, Scalar) and exponent.number is not None:
         exponent = exponent.number
@@ -200,7 +195,7 @@ def _power(text: Any, node: Node, operands: list[Any]) -> Scalar:
             for _ in range(int(exponent) - 1):
                 result = _arithmetic(text, node, (result, x), "*")
             return result
-        return _form(text, node, form, operands)
+        return apply_form(text, node, form, operands)
     forms = {
         0: "1.0f",
         1: "{0}",
@@ -212,8 +207,8 @@ def _power(text: Any, node: Node, operands: list[Any]) -> Scalar:
         -2: "1.0f / ({0} * {0})",
     }
     if not isinstance(exponent, Scalar) and exponent in forms:
-        return _form(text, node, forms[exponent], (base,))
-    return _form(text, node, "flex_power({0}, {1})", (base, exponent))
+        return apply_form(text, node, forms[exponent], (base,))
+    return apply_form(text, node, "flex_power({0}, {1})", (base, exponent))
 
 
 # ---- functions of one float ---------------------------------------------------------------------
@@ -239,7 +234,7 @@ _FUNCTIONS = {
 
 def _function(form: str) -> Pointwise:
     def function(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        return _form(text, node, form, operands[:1])
+        return apply_form(text, node, form, operands[:1])
 
     return function
 
@@ -252,7 +247,7 @@ for _name, _text in _FUNCTIONS.items():
 def _gelu(text: Any, node: Node, operands: list[Any]) -> Scalar:
     approximate = node.kwargs.get("approximate", operands[1] if len(operands) > 1 else "none")
     form = "flex_gelu_tanh({0})" if approximate == "tanh" else "flex_gelu({0})"
-    return _form(text, node, form, operands[:1])
+    return apply_form(text, node, form, operands[:1])
 
 
 _ROUNDINGS = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "rint", "fix": "trunc"}
@@ -262,9 +257,9 @@ def _rounding(function: str) -> Pointwise:
     def rounded(text: Any, node: Node, operands: list[Any]) -> Scalar:
         if node.kwargs.get("decimals", 0) != 0:
             raise text.fail(node, "with decimals has no Metal text")
-        if _result(node) not in FLOATS:
+        if result_dtype(node) not in FLOATS:
             return operands[0]
-        return _form(text, node, f"{function}({{0}})", operands[:1])
+        return apply_form(text, node, f"{function}({{0}})", operands[:1])
 
     return rounded
 
@@ -275,23 +270,23 @@ for _name, _text in _ROUNDINGS.items():
 
 @_pointwise("frac")
 def _fraction(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return _form(text, node, "{0} - trunc({0})", operands)
+    return apply_form(text, node, "{0} - trunc({0})", operands)
 
 
 @_pointwise("relu")
 def _relu(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    zero = "0.0f" if _result(node) in FLOATS else "0"
-    return _form(text, node, f"{{0}} < {zero} ? {zero} : {{0}}", operands)
+    zero = "0.0f" if result_dtype(node) in FLOATS else "0"
+    return apply_form(text, node, f"{{0}} < {zero} ? {zero} : {{0}}", operands)
 
 
 @_pointwise("atan2")
 def _angle(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return _form(text, node, "precise::atan2({0}, {1})", operands)
+    return apply_form(text, node, "precise::atan2({0}, {1})", operands)
 
 
 @_pointwise("copysign")
 def _copysign(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return _form(text, node, "copysign({0}, {1})", operands)
+    return apply_form(text, node, "copysign({0}, {1})", operands)
 
 
 # ---- choices ------------------------------------------------------------------------------------
@@ -307,8 +302,8 @@ _CHOICES = {
 
 def _choice(compared: str, is_nan: str) -> Pointwise:
     def choice(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        condition = f"{compared} || {is_nan}" if _result(node) in FLOATS else compared
-        return _form(text, node, f"{condition} ? {{1}} : {{0}}", operands[:2])
+        condition = f"{compared} || {is_nan}" if result_dtype(node) in FLOATS else compared
+        return apply_form(text, node, f"{condition} ? {{1}} : {{0}}", operands[:2])
 
     return choice
 
@@ -319,7 +314,7 @@ for _name, _conditions in _CHOICES.items():
 
 @_pointwise("clamp", "clamp_min", "clamp_max", "hardtanh")
 def _clamp(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    name = _name_of(node)
+    name = name_of(node)
     low = node.kwargs.get("min", operands[1] if len(operands) > 1 else None)
     high = node.kwargs.get("max", operands[2] if len(operands) > 2 else None)
     if name == "clamp_max":
@@ -327,7 +322,7 @@ def _clamp(text: Any, node: Node, operands: list[Any]) -> Scalar:
     if name == "hardtanh":
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     low, high = (text.scalar(x) if isinstance(x, Node) else x for x in (low, high))
-    x = _as(text, operands[0], _result(node))
+    x = _as(text, operands[0], result_dtype(node))
     for bound, compared in ((low, "maximum"), (high, "minimum")):
         if bound is not None:
             x = _choice(*_CHOICES[compared])(text, node, [x, bound])
@@ -337,7 +332,7 @@ def _clamp(text: Any, node: Node, operands: list[Any]) -> Scalar:
 @_pointwise("where")
 def _where(text: Any, node: Node, operands: list[Any]) -> Scalar:
     condition, a, b = operands
-    dtype = _result(node)
+    dtype = result_dtype(node)
     condition = convert(text, condition, torch.bool)
     a, b = _as(text, a, dtype), _as(text, b, dtype)
     if condition.number is not None:
@@ -356,11 +351,11 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 
 def _comparison(sign: str) -> Pointwise:
     def compared(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        sides = [x.meta["val"] if isinstance(x, Node) else x for x in node.args[:2]]
+        sides: list[Any] = [x.meta["val"] if isinstance(x, Node) else x for x in node.args[:2]]
         dtype = torch.result_type(*sides)
         if dtype not in MEMORY:
             raise text.fail(node, f"of {dtype} has no Metal text")
-        return _form(text, node, f"{{0}} {sign} {{1}}", operands[:2], dtype)
+        return apply_form(text, node, f"{{0}} {sign} {{1}}", operands[:2], dtype)
 
     return compared
 
@@ -374,7 +369,7 @@ _LOGIC["logical_not"] = "!{0}"
 
 def _logic(form: str) -> Pointwise:
     def logical(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        return _form(text, node, form, operands, torch.bool)
+        return apply_form(text, node, form, operands, torch.bool)
 
     return logical
 
@@ -395,9 +390,9 @@ _BITS = {
 
 def _bits(of_bools: str, of_integers: str) -> Pointwise:
     def bits(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        dtype = _result(node)
+        dtype = result_dtype(node)
         form = of_bools if dtype == torch.bool else f"{MEMORY[dtype]}({of_integers})"
-        return _form(text, node, form, operands)
+        return apply_form(text, node, form, operands)
 
     return bits
 
@@ -415,9 +410,9 @@ _SHIFTS = {
 
 def _shift(function: str) -> Pointwise:
     def shifted(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        if _result(node) not in (torch.int32, torch.int64):
-            raise text.fail(node, f"of {_result(node)} has no Metal text")
-        return _form(text, node, f"{function}({{0}}, {{1}})", operands)
+        if result_dtype(node) not in (torch.int32, torch.int64):
+            raise text.fail(node, f"of {result_dtype(node)} has no Metal text")
+        return apply_form(text, node, f"{function}({{0}}, {{1}})", operands)
 
     return shifted
 
@@ -432,7 +427,7 @@ def _is_kind(form: str) -> Pointwise:
     def is_kind(text: Any, node: Node, operands: list[Any]) -> Scalar:
         if operands[0].dtype not in FLOATS:
             return literal(False, torch.bool)
-        return _form(text, node, form, operands, torch.float32)
+        return apply_form(text, node, form, operands, torch.float32)
 
     return is_kind
 
@@ -443,12 +438,12 @@ for _name, _text in _KINDS.items():
 
 @_pointwise("_to_copy", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive")
 def _same_number(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return convert(text, operands[0], _result(node))
+    return convert(text, operands[0], result_dtype(node))
 
 
 @_pointwise("copy")
 def _copied(text: Any, node: Node, operands: list[Any]) -> Scalar:
-    return convert(text, operands[1], _result(node))
+    return convert(text, operands[1], result_dtype(node))
 
 
 # What PyTorch takes operations apart into besides.
@@ -463,162 +458,3 @@ for _name in (
     if hasattr(torch.ops.prims, _name):
         POINTWISE[getattr(torch.ops.prims, _name)] = POINTWISE[getattr(_aten, _name)]
 POINTWISE[torch.ops.prims.convert_element_type] = _same_number
-
-
-# ---- tensors that are made, moved and read ------------------------------------------------------
-
-_FILLED = {
-    "zeros": 0,
-    "zeros_like": 0,
-    "new_zeros": 0,
-    "_efficientzerotensor": 0,
-    "empty": 0,
-    "empty_like": 0,
-    "empty_permuted": 0,
-    "ones": 1,
-    "ones_like": 1,
-    "new_ones": 1,
-}
-
-
-def _filled(number: int) -> Lazy:
-    return lambda text, node, index: literal(number, _result(node))
-
-
-for _name, _number in _FILLED.items():
-    LAZY[getattr(_aten, _name)] = _filled(_number)
-
-
-@_lazy("full", "full_like", "new_full", "scalar_tensor")
-def _full(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    name = _name_of(node)
-    at = 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1
-    fill = node.args[at]
-    return text.scalar(fill) if isinstance(fill, Node) else literal(fill, _result(node))
-
-
-@_lazy("arange")
-def _count(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    start, step = 0, 1
-    overload = node.target._overloadname  # type: ignore[union-attr]
-    if overload != "default":
-        start = node.args[0]  # type: ignore[assignment]
-        step = node.args[2] if len(node.args) > 2 else 1  # type: ignore[assignment]
-    dtype = _result(node)
-    product = _form(text, node, *_plain(dtype, "*"), (index[0], step))  # type: ignore[misc]
-    return _form(text, node, *_plain(dtype, "+"), (product, start))  # type: ignore[misc]
-
-
-def _plain(dtype: torch.dtype, sign: str) -> tuple[str]:
-    return (f"{{0}} {sign} {{1}}" if dtype in FLOATS else _integer_form(dtype, sign),)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-def _dim(node: Node, dim: Any) -> int:
-    return int(dim) % max(len(_shape(node)), 1)
-
-
-_ZERO = literal(0, torch.int32)
-
-
-@_lazy("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten")
-def _reshape(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    source = node.args[0]
-    before, after = _shape(source), _shape(node)
-    kept = [i for i, n in zip(index, after) if n != 1]
-    if [n for n in before if n != 1] == [n for n in after if n != 1]:
-        rest = iter(kept)
-        return text.element(source, tuple(_ZERO if n == 1 else next(rest) for n in before))
-    flat: Any = _ZERO
-    for i, n in zip(index, after):
-        flat = text.emit(torch.int32, f"{flat.text} * {n} + {convert(text, i, torch.int32).text}")
-    found: list[Scalar] = []
-    for n in reversed(before):
-        found.insert(0, text.emit(torch.int32, f"{flat.text} % {n}"))
-        flat = text.emit(torch.int32, f"{flat.text} / {n}")
-    return text.element(source, tuple(found))
-
-
-@_lazy("expand")
-def _expand(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    return text.operand(node.args[0], index)
-
-
-@_lazy("permute", "transpose", "t")
-def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    dims = list(range(len(index)))
-    name = _name_of(node)
-    if name == "permute":
-        dims = [_dim(node, d) for d in node.args[1]]  # type: ignore[union-attr]
-    elif len(index) > 1:
-        a, b = (0, 1) if name == "t" else (_dim(node, d) for d in node.args[1:3])
-        dims[a], dims[b] = dims[b], dims[a]
-    found = [_ZERO] * len(index)
-    for at, d in enumerate(dims):
-        found[d] = index[at]
-    return text.element(node.args[0], tuple(found))
-
-
-@_lazy("select")
-def _select(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    source: Any = node.args[0]
-    dim = _dim(source, node.args[1])
-    at = literal(int(node.args[2]) % _shape(source)[dim], torch.int32)  # type: ignore[call-overload]
-    return text.element(source, (*index[:dim], at, *index[dim:]))
-
-
-@_lazy("slice")
-def _slice(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    source, dim, first, last, step = (*node.args, None, None, None, None)[:5]
-    dim = 0 if dim is None else _dim(source, dim)  # type: ignore[arg-type]
-    start, _, stride = slice(first, last, step).indices(_shape(source)[dim])
-    moved = convert(text, index[dim], torch.int32)
-    if stride != 1:
-        moved = text.emit(torch.int32, f"{moved.text} * {stride}")
-    if start != 0:
-        moved = text.emit(torch.int32, f"{moved.text} + {start}")
-    return text.element(source, (*index[:dim], moved, *index[dim + 1 :]))
-
-
-@_lazy("index")
-def _index(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    source: Any = node.args[0]
-    given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-    shape = _shape(source)
-    given += [None] * (len(shape) - len(given))
-    tensors = [x for x in given if x is not None]
-    if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in tensors):
-        raise text.fail(node, "by a condition has no Metal text")
-    own = max(len(_shape(x)) for x in tensors)
-    places = [d for d, x in enumerate(given) if x is not None]
-    first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
-    shared, rest = index[first : first + own], iter((*index[:first], *index[first + own :]))
-    found = []
-    for size, x in zip(shape, given):
-        if x is None:
-            found.append(next(rest))
-            continue
-        place = text.operand(x, shared)
-        is_wrapped = text.reads_whole(source)
-        found.append(place if is_wrapped else _from_the_end(text, place, size))
-    return text.element(source, tuple(found))
-
-
-@_lazy("embedding")
-def _embedding(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    table, places = node.args[:2]
-    place = text.element(places, index[:-1])
-    return text.element(table, (place, index[-1]))
-
-
-def _from_the_end(text: Any, x: Scalar, size: int) -> Scalar:
-    """An index that may be negative, of a tensor that the text computes."""
-    if x.text in ("b", "h", "q", "kv"):
-        return x
-    if x.number is not None:
-        return literal(x.number % size, torch.int32)
-    x = convert(text, x, torch.int32)
-    return text.emit(torch.int32, f"{x.text} < 0 ? {x.text} + {size} : {x.text}")

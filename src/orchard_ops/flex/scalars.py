@@ -75,6 +75,8 @@ def _integer_text(number: int, dtype: torch.dtype) -> str:
         if number == -(1 << 63):
             return "(-long(9223372036854775807) - 1)"
         return f"long({number})"
+    if dtype != torch.int32:
+        return f"{MEMORY[dtype]}({number})"
     if number == -(1 << 31):
         return "(-2147483647 - 1)"
     return f"({number})" if number < 0 else str(number)

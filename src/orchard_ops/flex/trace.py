@@ -22,8 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from .elements import LAZY
 from .mod import Function, NotLowered
-from .operations import LAZY, POINTWISE
+from .operations import POINTWISE
 
 _aten = torch.ops.aten
 SCORE, MASK = "score", "mask"
@@ -86,12 +87,12 @@ def trace(
             return (_result(kind, mod(*arguments), arguments[0]),)
 
     score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    with _fake_mode(captures):
+    with torch.inference_mode(False), _fake_mode(captures):
         indices = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
         score = [torch.zeros((), dtype=score_dtype, device=device)] if kind == SCORE else []
     arguments = (*score, *indices, *captures)
     try:
-        with node_meta.preserve_node_meta():
+        with torch.inference_mode(False), node_meta.preserve_node_meta():
             graph = _make_graph(joint if kind == SCORE else seen, arguments)
     except NotLowered:
         raise
