@@ -62,6 +62,16 @@ OF_ROW = _table(2 * LONGEST, seed=2, dtype=torch.bfloat16)[::2]
 STEPS = torch.arange(LONGEST)[:, None].expand(LONGEST, 3)  # a stride of 0, int64
 DOCUMENTS = (torch.arange(LONGEST) // 37).repeat(2, 1).add(torch.tensor([[0], [3]]))
 PAIRS = torch.rand(LONGEST, LONGEST, generator=torch.Generator().manual_seed(3)) < 0.3
+EIGHT = (
+    torch.tensor(0.5),
+    _table(HEADS, seed=4),
+    _table(2, HEADS, seed=5),
+    _table(2, HEADS, 5, seed=6),
+    _table(3, 5, HEADS, 2, seed=7).permute(3, 2, 1, 0),
+    _table(LONGEST, seed=8, dtype=torch.float16),
+    torch.arange(7, dtype=torch.int32).flip(0),
+    torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool),
+)
 
 SCORES = {
     "none": None,
@@ -73,8 +83,7 @@ SCORES = {
     ),
     "alibi": Mod(
         lambda s, b, h, q, kv: s - SLOPES.to(s.dtype)[h] * (q - kv).abs(),
-        "    derivative = 1.0f;\n"
-        "    return s - captures.at<float>($0, h) * float(abs(q - kv));",
+        "    derivative = 1.0f;\n    return s - captures.at<float>($0, h) * float(abs(q - kv));",
         (SLOPES,),
         unit_slope=True,
     ),
@@ -102,6 +111,28 @@ SCORES = {
         (STEPS,),
         unit_slope=True,
     ),
+    "eight": Mod(  # of no, one, two, three and four dimensions
+        lambda s, b, h, q, kv: (
+            s
+            + EIGHT[0]
+            + EIGHT[1][h]
+            + EIGHT[2][b, -1 - h]
+            + EIGHT[3][b, h, q % 5]
+            + EIGHT[4][b, h, q % 5, kv % 3]
+            + EIGHT[5][q]
+            + 0.25 * EIGHT[6][kv % 7]
+            + 0.5 * EIGHT[7][kv % 2, q % 3]
+        ),
+        "    derivative = 1.0f;\n"
+        "    return s + captures.at<float>($0) + captures.at<float>($1, h) +\n"
+        "           captures.at<float>($2, b, -1 - h) + captures.at<float>($3, b, h, q % 5) +\n"
+        "           captures.at<float>($4, b, h, q % 5, kv % 3) +\n"
+        "           float(captures.at<half>($5, q)) +\n"
+        "           0.25f * float(captures.at<int>($6, kv % 7)) +\n"
+        "           0.5f * float(captures.at<uchar>($7, kv % 2, q % 3));",
+        EIGHT,
+        unit_slope=True,
+    ),
     "beyond": Mod(  # no derivative at 0, which is what there is beyond the ends
         lambda s, *_: (s.abs() + 1e-30).sqrt(),
         "    const float root = precise::sqrt(abs(s) + 1e-30f);\n"
@@ -118,9 +149,7 @@ MASKS = {
         "captures.at<long>($0, b, q) == captures.at<long>($0, b, kv)",
         (DOCUMENTS,),
     ),
-    "pairs": Mod(
-        lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)
-    ),
+    "pairs": Mod(lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)),
     "heads": Mod(lambda b, h, q, kv: (q + kv) % (h + 2) == 0, "(q + kv) % (h + 2) == 0"),
     "hidden": Mod(
         lambda b, h, q, kv: (kv > 40) & (q != 17) & (kv < 80 + 0 * q),

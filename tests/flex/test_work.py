@@ -17,6 +17,7 @@ if sys.platform != "linux":
     pytest.skip("products are counted on the simulated device", allow_module_level=True)
 
 import simulator
+
 from benchmarks.apple_model import counts
 from benchmarks.apple_model import flex as model
 
@@ -101,9 +102,7 @@ def test_functions_cost_little_more_than_the_fixed_kernels(kernel: tuple[str, st
 
 
 @pytest.mark.parametrize("family", (counts.FORWARD, counts.DKV, counts.DQ))
-def test_the_model_counts_the_kernels_of_the_plan(
-    family: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_model_counts_the_kernels_of_the_plan(family: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     mod = model.MODS["ALiBi"]
     x = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device="mps")

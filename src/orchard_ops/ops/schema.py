@@ -1,7 +1,6 @@
 """The ops' schemas and handles, and their arguments by name.
 
-``native/module.cpp`` adds the MPS kernels of flash_attn_fwd, flash_attn_bwd and the others; ``attention.py``
-adds flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
+``native/module.cpp`` adds the MPS kernels, ``attention.py`` flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
 ABI handle keyword-only arguments unevenly.
 """
 
