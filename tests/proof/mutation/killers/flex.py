@@ -35,6 +35,8 @@ FORWARD, DKV, DKV_PAIRS, DQ = (f"{family}_flex" for family in ORDINARY)
 MASKED, MAP = "Score<false, false, Mask<uchar, false>>", "Mask<uchar, false>"
 FIRST_CAPTURE = 23  # shaders/flex_params.h
 TOLERANCE = {F32: 1e-5, F16: 5e-3}
+STEEP = 1e-2
+"""Beside a derivative that grows without bound, which rounding errors grow by."""
 
 
 def _guarded(x: Tensor) -> Guarded:
@@ -198,7 +200,8 @@ class Flexed:
                 assert torch.equal(x < -1e30, y == -torch.inf), "rows that see nothing"
                 x, y = (t.masked_fill(y == -torch.inf, 0.0) for t in (x, y))
             error = (x.double() - y).abs().max() / y.abs().max()
-            assert error <= TOLERANCE[case.dtype], f"{n}: {error:.1e}"
+            allowed = STEEP if case.score == "beyond" else TOLERANCE[case.dtype]
+            assert error <= allowed, f"{n}: {error:.1e}"
 
 
 def _random_states(rows: int, cols: int, batches: int, heads: int) -> Tensor:
