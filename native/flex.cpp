@@ -121,8 +121,7 @@ void refuse_captures(const FlexScoring& s) {
   }
   for (const Tensor& capture : s.captures) {
     if (capture.dim() > ORCHARD_CAPTURE_DIMS) {
-      throw MetalError(
-          "a captured tensor has more than 4 dimensions", join("got ", capture.dim()));
+      throw MetalError("a captured tensor has more than 4 dimensions", join("got ", capture.dim()));
     }
   }
 }
@@ -316,8 +315,8 @@ std::string flex_backward_arguments() {
 void flex_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == 3 + kNumScoring && num_results == 2);
   const FlexForward call = take_forward(stack);
-  run_or_explain("orchard::flex_attn_fwd", call.scoring, call.operands,
-      [&](const Environment& environment) {
+  run_or_explain(
+      "orchard::flex_attn_fwd", call.scoring, call.operands, [&](const Environment& environment) {
         put_results(stack, run_forward(call, environment));
         forwards++;
       });
@@ -326,8 +325,8 @@ void flex_attn_fwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_res
 void flex_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   check_counts(num_arguments == 7 + kNumScoring && num_results == 3);
   const FlexBackward call = take_backward(stack);
-  run_or_explain("orchard::flex_attn_bwd", call.scoring, call.operands,
-      [&](const Environment& environment) {
+  run_or_explain(
+      "orchard::flex_attn_bwd", call.scoring, call.operands, [&](const Environment& environment) {
         check_like_out(call.dout, call.operands);
         check_like_out(call.out, call.operands);
         put_results(stack, run_backward(call, environment));

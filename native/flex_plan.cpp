@@ -70,8 +70,8 @@ void replace(std::string& text, const std::string& before, const std::string& af
 
 /// What stands before the functions (flex_scores.h).
 std::string before_mods(bool exact) {
-  return join("METAL_FUNC float flex_tanh(float x) { return flex_tanh_of<", exact ? "true" : "false",
-      ">(x); }\n");
+  return join("METAL_FUNC float flex_tanh(float x) { return flex_tanh_of<",
+      exact ? "true" : "false", ">(x); }\n");
 }
 
 /// What an ordinary kernel becomes. Those that form no score stay as they are. `exact`: as for
@@ -88,8 +88,8 @@ void give(const Mods& mods, bool exact, const std::string& name, KernelPlan& ker
     kernel.family = "attention_flex_map";
     kernel.name = join(kernel.family, "_", name);
     const std::string type = join(kernel.family, "<", mask_mod, ", ", kSimdgroups, ">");
-    kernel.instantiation = join(before_mods(exact), mods.mask, "\ntemplate [[host_name(\"", kernel.name,
-        "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
+    kernel.instantiation = join(before_mods(exact), mods.mask, "\ntemplate [[host_name(\"",
+        kernel.name, "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
     return;
   }
   if (mods.has_map()) replace(kernel.name, "_mask_bool", "");

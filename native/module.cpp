@@ -92,11 +92,10 @@ void register_ops() {
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
   using namespace orchard;
-  static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
-                                  forward_schema() + "; " + backward_schema() + "; " +
-                                  plan_schema() + "; " + decode_schema() + "; " + append_schema() +
-                                  "; " + flex_forward_schema() + "; " + flex_backward_schema() +
-                                  "; " + flex_plan_schema();
+  static const std::string line =
+      "orchard_ops interface " + std::to_string(kInterface) + ": " + forward_schema() + "; " +
+      backward_schema() + "; " + plan_schema() + "; " + decode_schema() + "; " + append_schema() +
+      "; " + flex_forward_schema() + "; " + flex_backward_schema() + "; " + flex_plan_schema();
   return line.c_str();
 }
 

@@ -38,8 +38,8 @@ template <typename MASK_MOD, int SIMDGROUPS>
   BlockStates states;
   states.start(batch, head, block_states, flex);
   MASK_MOD mask_mod;
-  mask_mod.captures = flex_captures(capture0, capture1, capture2, capture3, capture4, capture5,
-      capture6, capture7, flex);
+  mask_mod.captures = flex_captures(
+      capture0, capture1, capture2, capture3, capture4, capture5, capture6, capture7, flex);
   const int key = col * ORCHARD_MAP_BLOCK + lane;
   const int row0 = row * ORCHARD_MAP_BLOCK;
   const int row_end = min(row0 + ORCHARD_MAP_BLOCK, params.q_len);

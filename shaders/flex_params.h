@@ -55,8 +55,8 @@ struct FlexParams {
 };
 
 static_assert(sizeof(CaptureShape) == 8 * 4, "host and shader must agree on CaptureShape");
-static_assert(sizeof(BlockStateParams) == 3 * 8 + 6 * 4,
-    "host and shader must agree on BlockStateParams");
+static_assert(
+    sizeof(BlockStateParams) == 3 * 8 + 6 * 4, "host and shader must agree on BlockStateParams");
 static_assert(sizeof(FlexParams) ==
                   sizeof(AttentionParams) + 8 * sizeof(CaptureShape) + sizeof(BlockStateParams),
     "host and shader must agree on FlexParams");

@@ -121,8 +121,7 @@ struct HeadMods {
   }
 
   METAL_FUNC float2 hide(float2 s, int2 rows, int2 keys) const {
-    return float2(
-        sees(rows.x, keys.x) ? s.x : -INFINITY, sees(rows.y, keys.y) ? s.y : -INFINITY);
+    return float2(sees(rows.x, keys.x) ? s.x : -INFINITY, sees(rows.y, keys.y) ? s.y : -INFINITY);
   }
 };
 
@@ -168,8 +167,8 @@ struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
     for (int r = 0; r < ROWS; r++) {
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
-        s.fragments[r][c] = mods.scores(
-            s.fragments[r][c], rows(r), keys(key0, c), derivatives.fragments[r][c]);
+        s.fragments[r][c] =
+            mods.scores(s.fragments[r][c], rows(r), keys(key0, c), derivatives.fragments[r][c]);
       }
     }
     if (MAP::kAny && mods.hides()) {
@@ -181,7 +180,8 @@ struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
         }
       }
     }
-    const bool whole = first_row + 8 * ROWS - 1 <= mods.last_row && key0 + 8 * COLS - 1 <= mods.last_key;
+    const bool whole =
+        first_row + 8 * ROWS - 1 <= mods.last_row && key0 + 8 * COLS - 1 <= mods.last_key;
     if (!SCORE_MOD::kUnitSlope && !whole) {
       // There a product is 0, where the function may have no derivative.
       ORCHARD_UNROLL

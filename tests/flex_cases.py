@@ -62,6 +62,16 @@ OF_ROW = _table(2 * LONGEST, seed=2, dtype=torch.bfloat16)[::2]
 STEPS = torch.arange(LONGEST)[:, None].expand(LONGEST, 3)  # a stride of 0, int64
 DOCUMENTS = (torch.arange(LONGEST) // 37).repeat(2, 1).add(torch.tensor([[0], [3]]))
 PAIRS = torch.rand(LONGEST, LONGEST, generator=torch.Generator().manual_seed(3)) < 0.3
+EIGHT = (
+    torch.tensor(0.5),
+    _table(HEADS, seed=4),
+    _table(2, HEADS, seed=5),
+    _table(2, HEADS, 5, seed=6),
+    _table(3, 5, HEADS, 2, seed=7).permute(3, 2, 1, 0),
+    _table(LONGEST, seed=8, dtype=torch.float16),
+    torch.arange(7, dtype=torch.int32).flip(0),
+    torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool),
+)
 
 SCORES = {
     "none": None,
@@ -99,6 +109,28 @@ SCORES = {
         "    return s + 0.01f * float(captures.at<long>($0, q, 2)) -\n"
         "           0.01f * float(captures.at<long>($0, kv, -3));",
         (STEPS,),
+        unit_slope=True,
+    ),
+    "eight": Mod(  # of no, one, two, three and four dimensions
+        lambda s, b, h, q, kv: (
+            s
+            + EIGHT[0]
+            + EIGHT[1][h]
+            + EIGHT[2][b, -1 - h]
+            + EIGHT[3][b, h, q % 5]
+            + EIGHT[4][b, h, q % 5, kv % 3]
+            + EIGHT[5][q]
+            + 0.25 * EIGHT[6][kv % 7]
+            + 0.5 * EIGHT[7][kv % 2, q % 3]
+        ),
+        "    derivative = 1.0f;\n"
+        "    return s + captures.at<float>($0) + captures.at<float>($1, h) +\n"
+        "           captures.at<float>($2, b, -1 - h) + captures.at<float>($3, b, h, q % 5) +\n"
+        "           captures.at<float>($4, b, h, q % 5, kv % 3) +\n"
+        "           float(captures.at<half>($5, q)) +\n"
+        "           0.25f * float(captures.at<int>($6, kv % 7)) +\n"
+        "           0.5f * float(captures.at<uchar>($7, kv % 2, q % 3));",
+        EIGHT,
         unit_slope=True,
     ),
     "beyond": Mod(  # no derivative at 0, which is what there is beyond the ends

@@ -1,4 +1,4 @@
-"""python -m benchmarks.apple_model.flex: what scores given as functions add to a product, by model A.
+"""python -m benchmarks.apple_model.flex: what functions as scores add to a product, by model A.
 
 Cycles of a scheduler for an 8x8x8 product in float16, above the kernel with plain scores, of the
 functions in `MODS` and of the fixed kernels for the same scores. Counted anew at each run.
@@ -103,9 +103,7 @@ def count(family: str, dtype: str, head_dim: int, mod: Mod) -> Counts:
     tile = counts.variant(family, dtype, head_dim)
     for blocks in (counts.SHORT, counts.LONG):
         along_queries = tile.family in counts.STORING
-        lengths = (
-            (tile.bq * blocks, tile.bk) if along_queries else (tile.bq, tile.bk * blocks)
-        )
+        lengths = (tile.bq * blocks, tile.bk) if along_queries else (tile.bq, tile.bk * blocks)
         v = variant(family, dtype, head_dim, mod, *lengths)
         launched = counts._launch(
             v, dtype, head_dim, *lengths, "", 1, 0, more={FIRST_CAPTURE: table}

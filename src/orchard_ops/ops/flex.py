@@ -194,9 +194,7 @@ class _FlexAttention(_Formula):
         rest: tuple[Any, ...],
         *captures: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        results = _below_autograd(
-            FLEX_FORWARD, (query, key, value, list(captures), states, *rest)
-        )
+        results = _below_autograd(FLEX_FORWARD, (query, key, value, list(captures), states, *rest))
         ctx.save_for_backward(query, key, value, *results, states, *captures)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -216,9 +214,7 @@ class _FlexAttention(_Formula):
             dlse = drow_stats[..., 1] / scoring.unit
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = FLEX_BACKWARD(
-            dout, dlse, query, key, value, out, row_stats, *scoring, ctx.rest[-1]
-        )
+        grads = FLEX_BACKWARD(dout, dlse, query, key, value, out, row_stats, *scoring, ctx.rest[-1])
         wanted = ctx.needs_input_grad[:3]
         own = tuple(x if needs else None for x, needs in zip(grads, wanted, strict=True))
         return (*own, *(None,) * (len(ctx.needs_input_grad) - 3))

@@ -1,8 +1,8 @@
 """The ops' schemas and handles, and their arguments by name.
 
-``native/module.cpp`` adds the MPS kernels of flash_attn_fwd, flash_attn_bwd and the others; ``attention.py``
-adds flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
-ABI handle keyword-only arguments unevenly.
+``native/module.cpp`` adds the MPS kernels, ``attention.py`` flash_attn itself. Arguments are
+positional throughout: torch.library's helpers and the stable ABI handle keyword-only arguments
+unevenly.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from . import (
     backward,
     caches,
     far_masks,
+    flex,
     forward,
     long_sums,
     mask_sums,
@@ -43,10 +44,12 @@ __all__ = [
     "machine_code",
     "prepare",
     "use_those_of_caches",
+    "use_those_of_flex",
     "used_kernels",
     "used_libraries",
 ]
 _of_caches = False
+_of_flex = False
 
 
 def use_those_of_caches() -> None:
@@ -56,9 +59,18 @@ def use_those_of_caches() -> None:
     killers.cache_clear()
 
 
+def use_those_of_flex() -> None:
+    """From here on `killers` are those of scores that are functions."""
+    global _of_flex
+    _of_flex = True
+    killers.cache_clear()
+
+
 @functools.cache
-def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled, ...]:
+def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled | flex.Flexed, ...]:
     """All of them; for a kernel, in order of cost."""
+    if _of_flex:
+        return flex.killers()
     if _of_caches:
         return caches.killers()
     return (
@@ -82,7 +94,7 @@ def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled, ...
 
 def prepare() -> None:
     """Computes all references, so that processes forked later share them."""
-    if _of_caches:
+    if _of_caches or _of_flex:
         return
     for killer in killers():
         if isinstance(killer, Attention):
