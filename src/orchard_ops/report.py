@@ -48,8 +48,8 @@ class ReportedCall:
     path: str
     """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
-    """The Metal kernels by the plan, but for those of a decode and of flex_attention, and those that
-    only the gradient of a mask needs."""
+    """The Metal kernels by the plan, but for those of a decode, those of flex_attention, and those
+    that only the gradient of a mask needs."""
     reason: str
     """The reason for another path; empty on Metal."""
     advice: str
