@@ -15,12 +15,14 @@ from torch import Tensor
 from . import calls, native, watch
 from .arguments import Call, prepare
 from .cache import AppendCall, CacheCall
+from .descriptions import Description
 from .ops import autograd
-from .plan import Plan, append_plan, decode_plan, plan
+from .ops.flex import FlexCall
+from .plan import Plan, append_plan, decode_plan, flex_plan, plan
 from .scoring import NO_BACKWARD, Scoring
 
 _BACKWARD = "attention_backward"
-_MASK_MAP = "attention_mask_map"  # which both directions run
+_MAPS = ("attention_mask_map", "attention_flex_map")  # which both directions run
 """How the names of kernels begin."""
 
 
@@ -47,7 +49,7 @@ class Explanation:
 
     @property
     def backward_kernels(self) -> tuple[str, ...]:
-        return tuple(name for name in self.kernels if name.startswith((_BACKWARD, _MASK_MAP)))
+        return tuple(name for name in self.kernels if name.startswith((_BACKWARD, *_MAPS)))
 
     def __str__(self) -> str:
         lines = [f"path: {self.path}", f"reason: {self.reason}"]
@@ -118,8 +120,8 @@ def explain_call(function: Callable[_P, Any], *args: _P.args, **kwargs: _P.kwarg
     before it. A backward is explained where one can follow.
 
     Args:
-        function: `flash_attn_with_kvcache`, `flash_attn_varlen_func`, any other attention function,
-            or an op such as ``torch.ops.orchard.flash_attn_decode``.
+        function: `flash_attn_with_kvcache`, `flash_attn_varlen_func`, `flex_attention`, any other
+            attention function, or an op such as ``torch.ops.orchard.flash_attn_decode``.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as the function, for a malformed call; also
@@ -181,10 +183,28 @@ def _explain_append(*arguments: Any, **named: Any) -> Explanation:
     return _explained(call.key_cache, call.impl, lambda: append_plan(*call))
 
 
+def _explain_flex(*arguments: Any, **named: Any) -> Explanation:
+    call = FlexCall.read((*arguments, *named.values()))
+    found = explain_flex(call)
+    if autograd.needs_grad(call[:3]):
+        return found
+    forward = found.forward_kernels
+    return replace(found, kernels=forward, tiles={name: found.tiles[name] for name in forward})
+
+
+def _explain_flex_reference(call: Description, reason: str) -> Explanation:
+    if call.device != "mps":
+        return _without_metal(call.device, "auto", reason, _MOVE)
+    advice = _INSTALL if native.why_not() else "docs/flex-attention.md says what runs on Metal"
+    return _without_metal(call.device, "auto", reason, advice)
+
+
 _ASKED: dict[str, Callable[..., Explanation]] = {
     "flash_attn_fwd": _explain_forward,
     "flash_attn_decode": _explain_decode,
     "flash_attn_append": _explain_append,
+    "flex_attn_fwd": _explain_flex,
+    "flex_attention": _explain_flex_reference,
 }
 
 
@@ -194,26 +214,36 @@ def explain_cache(call: CacheCall) -> Explanation:
     return _explained(call.query, call.impl, lambda: decode_plan(*call))
 
 
+def explain_flex(call: FlexCall) -> Explanation:
+    """`explain` for a call of ``orchard::flex_attn_fwd``, and for the backward that follows."""
+    call.check("orchard::flex_attn_fwd")
+    arguments = (*call[:3], *call.scoring, call.impl)
+    return _explained(call.query, call.impl, lambda: flex_plan(*arguments))
+
+
 def explain_flat(*arguments: Any) -> Explanation:
     """`explain` for the arguments of ``orchard::flash_attn_fwd``."""
     return _explained(arguments[0], arguments[-1], lambda: plan(*arguments))
 
 
+_MOVE, _INSTALL = 'move them to "mps"', "see docs/install.md"
+
+
+def _without_metal(device: str, impl: str, reason: str, advice: str) -> Explanation:
+    path = "raises" if calls.insists_on_metal(device, impl) else "reference"
+    return Explanation(path, reason, advice, (), {})
+
+
 def _explained(of: Tensor, impl: str, ask: Callable[[], Plan]) -> Explanation:
     device = of.device.type
-    other_path = "raises" if calls.insists_on_metal(device, impl) else "reference"
-
-    def without_metal(reason: str, advice: str) -> Explanation:
-        return Explanation(other_path, reason, advice, (), {})
-
     if device != "mps":
-        return without_metal(f"{calls.NOT_MPS}{device}, not on mps", 'move them to "mps"')
+        return _without_metal(device, impl, f"{calls.NOT_MPS}{device}, not on mps", _MOVE)
     missing = native.why_not()
     if missing:
-        return without_metal(missing, "see docs/install.md")
+        return _without_metal(device, impl, missing, _INSTALL)
     chosen = ask()
     if chosen.refusal:
-        return without_metal(chosen.why_not, chosen.advice)
+        return _without_metal(device, impl, chosen.why_not, chosen.advice)
     tiles = {kernel.name: kernel.tile for kernel in chosen.kernels}
     reason = "the Metal kernels cover every argument of this call"
     return Explanation("metal", reason, chosen.advice, tuple(tiles), tiles, chosen.scratch_bytes)

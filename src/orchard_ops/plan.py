@@ -69,6 +69,11 @@ def append_plan(*arguments: Any) -> Plan:
     return _read(OPS.flash_attn_append_plan(*arguments))
 
 
+def flex_plan(*arguments: Any) -> Plan:
+    """The same for those of ``orchard::flex_attn_fwd``."""
+    return _read(OPS.flex_attn_plan(*arguments))
+
+
 def _read(results: Any) -> Plan:
     refusal, detail, advice, *columns, alternatives, launches, scratch_bytes = results
     kernels = tuple(

@@ -14,7 +14,8 @@ from torch import Tensor
 from . import watch
 from .cache import CacheCall
 from .descriptions import Description, describe, describe_cache, describe_flex, describe_sdpa
-from .explain import explain_cache, explain_flat
+from .explain import explain_cache, explain_flat, explain_flex
+from .ops.flex import FlexCall, FlexGradientCall
 from .ops.schema import BackwardArgs, ForwardArgs
 from .scoring import NO_BACKWARD
 from .training_memory import score_matrix_bytes
@@ -49,8 +50,7 @@ class ReportedCall:
     path: str
     """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
-    """The Metal kernels by the plan, but for those of flex_attention, and those that only the
-    gradient of a mask needs."""
+    """The Metal kernels by the plan, but for those that only the gradient of a mask needs."""
     reason: str
     """The reason for another path; empty on Metal."""
     advice: str
@@ -137,9 +137,11 @@ class _Collector:
         if op == _DECODE:
             self._decode(CacheCall(*args), reference)
         if op in _FLEX:
-            self._flex(_FLEX[op], _described_flex(op, args), None)
+            self._flex(_FLEX[op], args)
         if op == _FLEX_REFERENCE:
-            self._flex("forward", args[0], reference)
+            described: Description = args[0]
+            reason = str(reference)
+            self._count(ReportedCall("forward", *described, REFERENCE, (), reason, ""))
         if op not in _DIRECTIONS:
             return
         reader: Any = BackwardArgs if op == "flash_attn_bwd" else ForwardArgs
@@ -166,14 +168,25 @@ class _Collector:
             listed = ReportedCall("decode", *describe_cache(call), path, kernels, reason, "")
             self._listed(listed).count += 1
 
-    def _flex(self, direction: str, problem: Description, reference: str | None) -> None:
-        path = METAL if reference is None else REFERENCE
+    def _flex(self, direction: str, args: tuple[Any, ...]) -> None:
+        if direction == "backward":
+            gradient = FlexGradientCall.read(args)
+            call = FlexCall(*gradient[2:5], gradient.scoring, gradient.impl)
+        else:
+            call = FlexCall.read(args)
+        found, scoring = explain_flex(call), call.scoring
+        mods = bool(scoring.score), bool(scoring.mask)
+        problem = describe_flex(call.query, call.key, call.value, *mods, scoring.scale)
+        kernels = found.forward_kernels if direction == "forward" else found.backward_kernels
+        self._count(ReportedCall(direction, *problem, METAL, kernels, "", found.advice))
+
+    def _count(self, listed: ReportedCall) -> None:
         with self._lock:
-            entry = self._listed(ReportedCall(direction, *problem, path, (), reference or "", ""))
+            entry = self._listed(listed)
             entry.count += 1
-            if direction == "backward":
-                batch, num_heads, q_len, _ = problem.query
-                scores = score_matrix_bytes(batch, num_heads, q_len, problem.key[2])
+            if entry.direction == "backward":
+                batch, num_heads, q_len, _ = entry.query
+                scores = score_matrix_bytes(batch, num_heads, q_len, entry.key[2])
                 entry.bytes_not_allocated += scores
 
     def _left_to_pytorch(self, args: tuple[Any, ...], reason: str) -> None:
@@ -199,12 +212,6 @@ class _Collector:
         advice = found.advice if (reference is None) == (found.path == "metal") else ""
         path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
         return self._listed(ReportedCall(direction, *problem, path, kernels, reason, advice))
-
-
-def _described_flex(op: str, args: tuple[Any, ...]) -> Description:
-    operands, results = (args[2:5], 2) if op == "flex_attn_bwd" else (args[:3], 0)
-    *_, score, mask, scale = args[: 3 + 2 * results + 7]
-    return describe_flex(*operands, bool(score), bool(mask), scale)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -73,6 +73,12 @@ def _ignore(name: str, args: tuple[Any, ...], reason: str | None) -> None:
     """Of calls on other threads."""
 
 
+def ask(name: str, *args: Any) -> None:
+    """Tells of a call that goes to no op, before it runs. Whoever asks on this thread raises."""
+    if _thread.asked is not None:
+        _thread.asked(name, args, {})
+
+
 def note_reference(reason: str) -> None:
     """Called by the reference kernels, inside the call of the op that they serve."""
     if _thread.frame is not None:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import flex_mods
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
+from torch.nn.attention.flex_attention import and_masks, or_masks
 
 from orchard_ops import flash_attn
-from orchard_ops.flex.block_lists import lists_follow
 from orchard_ops.flex.known import Known, recognise
 from orchard_ops.flex.reference import attend
 from orchard_ops.flex.trace import MASK, SCORE, trace
@@ -215,47 +214,3 @@ def test_tables_that_are_too_small():
     known, *captures = _recognised(SCORES["table"])
     q = torch.randn(1, HEADS, LENGTH + 1, 4)
     assert known is not None and known.arguments(*captures, q, q) is None
-
-
-# ---- the lists of a BlockMask -------------------------------------------------------------------
-
-
-def _follows(block_mask, mask_mod, batch: int = BATCH, heads: int = HEADS) -> bool:
-    traced = trace(mask_mod, MASK)
-    query = torch.empty(batch, heads, LENGTH, WIDTH)
-    return lists_follow(block_mask, traced, traced.captures, query)
-
-
-def _made(mask_mod, batch=None, heads=None) -> BlockMask:
-    return create_block_mask(mask_mod, batch, heads, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=16)
-
-
-def test_lists_of_create_block_mask_follow():
-    assert _follows(_made(causal), causal)
-    assert _follows(_made(prefix, BATCH), prefix)
-    assert _follows(_made(documents), documents)
-
-
-def test_other_lists_do_not():
-    made = _made(near)
-    lists = (made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices)
-    options = {"BLOCK_SIZE": 16, "mask_mod": near, "seq_lengths": (LENGTH, LENGTH)}
-    assert _follows(BlockMask.from_kv_blocks(*lists, **options), near)
-    fewer = ((lists[0] - 1).clamp(min=0), *lists[1:])
-    assert not _follows(BlockMask.from_kv_blocks(*fewer, **options), near)
-    as_full = (torch.zeros_like(lists[0]), lists[1], *lists[:2])
-    assert not _follows(BlockMask.from_kv_blocks(*as_full, **options), near)
-
-
-def test_lists_of_one_row_do_not_follow_a_mask_of_each_row():
-    assert not _follows(_made(prefix), prefix)
-    assert _follows(_made(prefix), prefix, batch=1)
-
-
-def test_lists_are_compared_again_when_numbers_change():
-    ids = torch.arange(LENGTH) // 9
-    mask_mod = lambda b, h, q, kv: ids[q] == ids[kv]  # noqa: E731
-    made = _made(mask_mod)
-    assert _follows(made, mask_mod)
-    ids.copy_(torch.arange(LENGTH) // 20)
-    assert not _follows(made, mask_mod)

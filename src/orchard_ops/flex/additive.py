@@ -17,6 +17,7 @@ from torch.fx import Node
 from ..arguments import prepare
 from ..attention import run_with_lse
 from .block_mask import ASK, HIDDEN
+from .conditions import is_read
 from .mod import NotLowered
 from .reference import _over_places
 from .trace import Indexing
@@ -110,5 +111,5 @@ def _places(use: Use, sizes: tuple[int, ...], query: Tensor) -> list[Tensor]:
     does not look at them."""
     placeholders = [n for n in use.kept.traced.graph.graph.nodes if n.op == "placeholder"]
     indices = placeholders[use.kept.traced.inputs - 4 :][:4]
-    wanted = [n if x.users or at > 1 else 1 for at, (n, x) in enumerate(zip(sizes, indices))]
+    wanted = [n if is_read(x) or at > 1 else 1 for at, (n, x) in enumerate(zip(sizes, indices))]
     return [torch.arange(n, dtype=torch.int32, device=query.device) for n in wanted]

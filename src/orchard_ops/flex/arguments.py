@@ -144,7 +144,7 @@ def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[.
             f"{OP}: block_mask must be a torch.nn.attention.flex_attention.BlockMask or None; got "
             f"a {type(block_mask).__name__}: create_block_mask makes one of a mask_mod"
         )
-    mask_mod = block_mask.mask_mod
+    mask_mod: Callable[..., Any] | None = block_mask.mask_mod
     if mask_mod is pytorch._sliced_mask_mod_error:
         raise ValueError(
             f"{OP}: block_mask was sliced, and its mask_mod does not know the new positions: set "
@@ -159,7 +159,7 @@ def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[.
             f'move it with block_mask.to("{query.device}")'
         )
     if block_mask.BLOCK_SIZE == (_NO_BLOCKS, _NO_BLOCKS):
-        return mask_mod  # type: ignore[no-any-return]
+        return mask_mod
     q_len, kv_len = block_mask.seq_lengths
     if q_len != query.shape[2] or kv_len != key.shape[2]:
         raise ValueError(
@@ -173,7 +173,7 @@ def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[.
                 f"{OP}: the {what} of block_mask must be 1 or query's {query.shape[n]}; got "
                 f"{numbers.shape[n]}"
             )
-    return mask_mod  # type: ignore[no-any-return]
+    return mask_mod
 
 
 def check_results(return_lse: bool, return_aux: Any) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from . import arguments, graph, route
-from .block_mask import states_of
 from .traces import of_function
 
 
@@ -67,15 +66,14 @@ def flex_attention(
         out, lse = _attend(call, wants_lse)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if wants_lse else None, max_scores=None)
-    return (out, lse) if wants_lse else out
+    if not wants_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _attend(call: arguments.FlexCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
-    states = None
-    if block_mask is not None:
-        found = states_of(block_mask, query.shape[2], key.shape[2])
-        states = route.States(found, *block_mask.BLOCK_SIZE)
-    return route.attend(query, key, value, score, mask, states, scale, wants_lse)
+    return route.attend(query, key, value, score, mask, block_mask, scale, wants_lse)

@@ -7,10 +7,11 @@ whatever mask_mod says, and mask_mod is asked in the others alone.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 HIDDEN, ASK, SEEN = 0, 1, 2
 """The states: no pair of the block is seen, mask_mod says which are, all are."""
@@ -54,13 +55,14 @@ def block_states(
     return states[..., :kv_blocks].to(torch.uint8)
 
 
-_Lists = tuple["Tensor | None", ...]
-_known: weakref.WeakKeyDictionary[Any, tuple[_Lists, tuple[int, ...], Tensor]] = (
+Lists = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_known: weakref.WeakKeyDictionary[BlockMask, tuple[Lists, tuple[int, ...], Tensor]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _lists(block_mask: Any) -> _Lists:
+def lists_of(block_mask: BlockMask) -> Lists:
+    """The partial blocks of each row of blocks, their number and which, and the full ones."""
     return (
         block_mask.kv_num_blocks,
         block_mask.kv_indices,
@@ -69,31 +71,32 @@ def _lists(block_mask: Any) -> _Lists:
     )
 
 
-def _versions(lists: _Lists) -> tuple[int, ...] | None:
-    """What changes when a list is written to; None where nothing tells."""
-    given = [x for x in lists if x is not None]
-    if any(type(x) is not Tensor or x.is_inference() for x in given):
+def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """What changes when a tensor is written to; None where nothing tells."""
+    given = tuple(tensors)
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in given):
         return None
     return tuple(x._version for x in given)
 
 
-def states_of(block_mask: Any, q_len: int, kv_len: int) -> Tensor:
-    """`block_states` of a torch.nn.attention.flex_attention.BlockMask for these lengths.
+def states_of(block_mask: BlockMask, q_len: int, kv_len: int) -> Tensor:
+    """`block_states` of a BlockMask for these lengths.
 
     They are kept with the object, and made anew when it has other lists or these have changed.
     """
     block_q, block_kv = block_mask.BLOCK_SIZE
-    sizes = (-(-q_len // block_q), -(-kv_len // block_kv))
-    lists = _lists(block_mask)
-    versions = None if torch.compiler.is_compiling() else _versions(lists)
+    q_blocks, kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
+    lists = lists_of(block_mask)
+    given = (x for x in lists if x is not None)
+    versions = None if torch.compiler.is_compiling() else versions_of(given)
     if versions is None:
-        return block_states(*lists, *sizes)
-    key = (*sizes, *versions)
+        return block_states(*lists, q_blocks, kv_blocks)
+    key = (q_blocks, kv_blocks, *versions)
     known = _known.get(block_mask)
     if known is not None:
         their_lists, their_key, states = known
         if their_key == key and all(x is y for x, y in zip(lists, their_lists, strict=True)):
             return states
-    states = block_states(*lists, *sizes)
+    states = block_states(*lists, q_blocks, kv_blocks)
     _known[block_mask] = (lists, key, states)
     return states

@@ -26,6 +26,14 @@ def packet_of(node: Any) -> Any:
     return getattr(getattr(node, "target", None), "overloadpacket", None)
 
 
+_OF_A_KIND = (_aten.new_ones, _aten.ones_like, _aten.new_zeros, _aten.zeros_like)
+
+
+def is_read(argument: Node) -> bool:
+    """Whether a mod depends on an argument: `and_masks` begins with a constant of b's kind."""
+    return any(packet_of(x) not in _OF_A_KIND for x in argument.users)
+
+
 def passed(node: Any) -> Any:
     while packet_of(node) in PASSED:
         node = node.args[0]

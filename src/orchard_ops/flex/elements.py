@@ -56,14 +56,15 @@ def _full(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
 
 @_lazy("arange")
 def _count(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    start, step = 0, 1
+    start: Any = 0
+    step: Any = 1
     overload = node.target._overloadname  # type: ignore[union-attr]
     if overload != "default":
-        start = node.args[0]  # type: ignore[assignment]
-        step = node.args[2] if len(node.args) > 2 else 1  # type: ignore[assignment]
+        start = node.args[0]
+        step = node.args[2] if len(node.args) > 2 else 1
     dtype = result_dtype(node)
-    product = apply_form(text, node, *_plain(dtype, "*"), (index[0], step))  # type: ignore[misc]
-    return apply_form(text, node, *_plain(dtype, "+"), (product, start))  # type: ignore[misc]
+    product = apply_form(text, node, *_plain(dtype, "*"), (index[0], step))
+    return apply_form(text, node, *_plain(dtype, "+"), (product, start))
 
 
 def _plain(dtype: torch.dtype, sign: str) -> tuple[str]:
@@ -122,8 +123,9 @@ def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
 @_lazy("select")
 def _select(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     source: Any = node.args[0]
+    number: Any = node.args[2]
     dim = _dim(source, node.args[1])
-    at = literal(int(node.args[2]) % _shape(source)[dim], torch.int32)  # type: ignore[call-overload]
+    at = literal(int(number) % _shape(source)[dim], torch.int32)
     return text.element(source, (*index[:dim], at, *index[dim:]))
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention as pytorch
 from ..namespace import NAME
 from . import route
 from .arguments import FlexCall
-from .block_mask import block_states
+from .block_mask import Lists, block_states, lists_of
 from .traces import of_graph
 
 
@@ -41,7 +41,7 @@ class _FlexAttention(HigherOrderOperator):
         given: dict[str, bool],
         score_captures: tuple[Any, ...] = (),
         mask_captures: tuple[Any, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         *blocks, mask_mod = block_mask
         score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
         mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
@@ -49,18 +49,16 @@ class _FlexAttention(HigherOrderOperator):
         return route.attend(query, key, value, score, mask, states, scale)
 
 
-def _states(
-    query: Tensor, key: Tensor, lists: tuple[Tensor | None, ...], q_block: int, kv_block: int
-) -> route.States:
+def _states(query: Tensor, key: Tensor, lists: Lists, q_block: int, kv_block: int) -> route.States:
     q_blocks = (query.shape[2] + q_block - 1) // q_block
     kv_blocks = (key.shape[2] + kv_block - 1) // kv_block
-    return route.States(block_states(*lists, q_blocks, kv_blocks), q_block, kv_block)  # type: ignore[arg-type]
+    return route.States(block_states(*lists, q_blocks, kv_blocks), q_block, kv_block)
 
 
 _operator = _FlexAttention()
 
 
-def attend(call: FlexCall) -> tuple[Tensor, Tensor]:
+def attend(call: FlexCall) -> tuple[Tensor, Tensor | None]:
     """out and lse of a call that Dynamo is tracing."""
     for x in (call.query, call.key, call.value):
         torch._dynamo.mark_static(x, 1)
@@ -73,13 +71,7 @@ def attend(call: FlexCall) -> tuple[Tensor, Tensor]:
     mask_mod = pytorch.noop_mask if call.mask_mod is None else call.mask_mod
     blocks: tuple[Any, ...] = ()
     if call.block_mask is not None:
-        lists = (
-            call.block_mask.kv_num_blocks,
-            call.block_mask.kv_indices,
-            call.block_mask.full_kv_num_blocks,
-            call.block_mask.full_kv_indices,
-        )
-        blocks = (lists, *call.block_mask.BLOCK_SIZE)
-    return _operator(  # type: ignore[no-any-return]
+        blocks = (lists_of(call.block_mask), *call.block_mask.BLOCK_SIZE)
+    return _operator(
         call.query, call.key, call.value, score_mod, (*blocks, mask_mod), call.scale, given
     )

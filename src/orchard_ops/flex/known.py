@@ -85,8 +85,8 @@ class Known:
 def recognise(score: Traced | None, mask: Traced | None) -> Known | None:
     """What `flash_attn` has to be told to compute the same, or None where it cannot.
 
-    Where there is a BlockMask, its lists decide what is seen: then `mask` counts only if they are
-    those that `create_block_mask` makes of it, see `lists_follow`.
+    Where there is a BlockMask, its lists decide what is seen: then this counts only if they say
+    what `mask` says, see `lists_follow`.
     """
     known = Known()
     seen = _ALWAYS

@@ -131,7 +131,7 @@ class _Text:
         if node in self._tensors:
             return self._capture(node, index)
         if node.op == "get_attr":
-            assert is_literal(node)
+            assert is_literal(node) and isinstance(node.target, str)
             number = getattr(self._graph, node.target).item()
             return literal(number, value.dtype)
         operation = getattr(node.target, "overloadpacket", None)

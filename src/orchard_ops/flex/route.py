@@ -1,7 +1,8 @@
 """Which kernels take a call of `flex_attention`: the fixed ones of `flash_attn`, those with the
 text of the mods, or the reference.
 
-Where a BlockMask has blocks, its lists decide what is seen, and the fixed kernels do not read them.
+Where a BlockMask has blocks, its lists decide what is seen. The fixed kernels do not read them and
+take the call where they say what the mask_mod says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from .. import calls, native, plan, watch
 from ..arguments import prepare
@@ -23,6 +25,8 @@ from ..ops.kernels import no_autocast
 from ..ops.schema import FLEX_FORWARD
 from . import additive, reference
 from .arguments import OP
+from .block_lists import lists_follow
+from .block_mask import states_of
 from .mod import MAX_CAPTURES, NotLowered
 from .traces import Use, known_call
 
@@ -55,25 +59,28 @@ def attend(
     value: Tensor,
     score: Use | None,
     mask: Use | None,
-    blocks: States | None,
+    blocks: BlockMask | States | None,
     scale: float,
     wants_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """out and lse of a call that has been checked. An lse that is not wanted may be None."""
+    """out and lse of a call that has been checked. An lse that is not wanted may be None.
+
+    `blocks` is the user's object in eager code, and what was made of it in a graph.
+    """
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
-    states, q_block, kv_block = blocks or (None, 1, 1)
     reason = why_not_metal(query, value)
     if reason is None and _is_mapped(query, key, value, score, mask):
         reason = (
             "torch.vmap is active, and the kernels have no rule for it: make what is mapped a part "
             "of query's batch"
         )
-    if reason is None and blocks is None:
-        found = _by_fixed_kernels(query, key, value, score, mask, scale, wants_lse)
+    if reason is None and not isinstance(blocks, States):
+        found = _by_fixed_kernels(query, key, value, score, mask, blocks, scale, wants_lse)
         if found is not None:
             return found
+    states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
     if reason is None and score is not None and _is_trained(score):
         if additive.takes(score):
             return additive.attend(query, key, value, score, mask, states, q_block, kv_block, scale)
@@ -93,6 +100,7 @@ def attend(
                 return FLEX_FORWARD(query, key, value, *scoring, "auto")[0], None
             reason = refused
     described = describe_flex(query, key, value, score is not None, mask is not None, scale)
+    watch.ask(_NAME, described, reason)
     calls.record_reference(_NAME, reason, described, "auto")
     if not is_traced(query):
         watch.tell(_NAME, (described,), reason)
@@ -116,20 +124,31 @@ def _by_fixed_kernels(
     value: Tensor,
     score: Use | None,
     mask: Use | None,
+    block_mask: BlockMask | None,
     scale: float,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """out and lse by `flash_attn`, where its arguments say the same as the mods."""
+    """out and lse by `flash_attn`, where its arguments say the same as the mods and the blocks."""
     known = known_call(score, mask)
-    if known is None:
+    if known is None or (block_mask is not None and is_traced(query)):
         return None
-    captures = (() if use is None else use.captures for use in (score, mask))
-    arguments = known.arguments(*captures, query, key)
+    of_score = () if score is None else score.captures
+    of_mask = () if mask is None else mask.captures
+    arguments = known.arguments(of_score, of_mask, query, key)
     if arguments is None:
+        return None
+    if block_mask is not None and not lists_follow(block_mask, mask, query):
         return None
     enable_gqa = query.shape[1] != key.shape[1]
     call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
     return run_with_lse(call) if wants_lse else (run(call), None)
+
+
+def _states(blocks: BlockMask | States | None, query: Tensor, key: Tensor) -> States | None:
+    if not isinstance(blocks, BlockMask):
+        return blocks
+    found = states_of(blocks, query.shape[2], key.shape[2])
+    return States(found, *blocks.BLOCK_SIZE)
 
 
 def is_traced(x: Tensor) -> bool:

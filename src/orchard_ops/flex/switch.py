@@ -62,7 +62,7 @@ def _entrance(
     kernel_options=None,
     *,
     return_aux=None,
-):  # type: ignore[no-untyped-def]
+):
     """Its code is that of PyTorch's function while that is taken over: it runs among the globals of
     PyTorch's module."""
     return _orchard_flex_attention(  # type: ignore[name-defined] # noqa: F821
@@ -91,7 +91,7 @@ def _begin() -> None:
             "orchard_ops.flex_attention"
         )
     setattr(pytorch, _ENTRANCE, _answer)
-    _TAKEN_OVER.__code__ = _entrance.__code__  # type: ignore[attr-defined]
+    _TAKEN_OVER.__code__ = _entrance.__code__
 
 
 def hold() -> None:
@@ -108,7 +108,7 @@ def release() -> None:
         _holders -= 1
         if _holders == 0:
             # A call of another thread may be about to look _ENTRANCE up, so that the name stays.
-            _TAKEN_OVER.__code__ = _original_code  # type: ignore[attr-defined]
+            _TAKEN_OVER.__code__ = _original_code
 
 
 def active() -> bool:

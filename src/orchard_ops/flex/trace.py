@@ -154,7 +154,7 @@ def _drop_own_detach(graph: GraphModule) -> None:
     assert isinstance(results, tuple | list) and isinstance(results[0], Node)
     for node in (*score.users, results[0]):
         if node.target in (_aten.detach.default, _aten.alias.default):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
 
 
@@ -163,7 +163,7 @@ def _lift_captures(graph: GraphModule) -> list[Tensor]:
     nodes = list(graph.graph.nodes)
     last = [n for n in nodes if n.op == "placeholder"][-1]
     made: dict[int, Node] = {}
-    found = []
+    found: list[Tensor] = []
     for node in nodes:
         if node.op != "get_attr" or is_literal(node):
             continue

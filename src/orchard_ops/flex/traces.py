@@ -30,6 +30,13 @@ from .trace import Traced, trace
 _MOST_KEPT = 256
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Whatever is being traced, compiled or transformed does not see what the block does."""
+    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
+        yield
+
+
 @dataclass(eq=False)
 class Kept:
     """A trace, and what has been made of it."""
@@ -45,6 +52,8 @@ class Kept:
     known: dict[Kept | None, Known | None] = field(default_factory=dict)
     """With each mask_mod, or None: the call of `flash_attn` that computes the same, if there is
     one."""
+    lasts: bool = True
+    """Whether other calls find it. Else not all of what the mod reads is known."""
 
     def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
         found = self.texts.get(first_capture)
@@ -57,7 +66,7 @@ class Kept:
 
     def _lower(self, first_capture: int) -> tuple[str, tuple[int, ...]] | NotLowered:
         try:
-            with _apart():
+            with apart():
                 mod = lower(self.traced, first_capture)
         except NotLowered as error:
             return error
@@ -85,21 +94,17 @@ class Use:
         return text, tuple(self.captures[n] for n in places)
 
 
-_NOTHING = object()
-
-
 def known_call(score: Use | None, mask: Use | None) -> Known | None:
     """What `flash_attn` has to be told to compute the same, see `known.recognise`."""
     one, other = (None if use is None else use.kept for use in (score, mask))
     if one is None and other is None:
         return Known()
     memory = (one or other).known  # type: ignore[union-attr]
-    found = memory.get(other, _NOTHING)
-    if found is _NOTHING:
-        with _apart():
-            found = recognise(one and one.traced, other and other.traced)
-        memory[other] = found
-    return found
+    if other not in memory:
+        traced = (None if kept is None else kept.traced for kept in (one, other))
+        with apart():
+            memory[other] = recognise(*traced)
+    return memory[other]
 
 
 _lock = threading.Lock()
@@ -114,19 +119,12 @@ def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
             kept.popitem(last=False)
 
 
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Whatever is being traced, compiled or transformed does not see what the block does."""
-    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
-        yield
-
-
 def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     """A mod of eager code."""
     snapshot = closure.snapshot(mod)
     if snapshot is None:
         traced = _trace(mod, kind, query)
-        return Use(kind, mod, Kept(traced, ()), traced.captures)
+        return Use(kind, mod, Kept(traced, (), lasts=False), traced.captures)
     key = (kind, query.dtype, query.device, snapshot.key)
     kept = _of_functions.get(key)
     if kept is None:
@@ -146,12 +144,12 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     key = (kind, id(graph), query.dtype, query.device, sizes)
     found = _of_graphs.get(key)
     if found is None:
-        with _apart(), FakeTensorMode(allow_non_fake_inputs=True):
+        with apart(), FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for x, (_, shape) in zip(tensors, sizes)
             ]
-        with _apart():
+        with apart():
             traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         made = traced.captures[len(stand_ins) :]
         found = graph, Kept(traced, (*range(len(stand_ins)), *made))
@@ -167,7 +165,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
 
 
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
-    with _apart():
+    with apart():
         return trace(mod, kind, query.device, query.dtype)
 
 
@@ -178,7 +176,7 @@ def _lightened(traced: Traced) -> Traced:
         for names in (vars(module), module._buffers, module._parameters):
             for name in [n for n, x in names.items() if isinstance(x, Tensor) and id(x) in held]:
                 del names[name]
-    with _apart():
+    with apart():
         empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in traced.captures)
         return traced._replace(captures=tuple(empty))
 
