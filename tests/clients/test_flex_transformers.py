@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers as hf
+from representative import product
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from weights import stir
@@ -67,8 +68,7 @@ def batch(padded: bool) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("padded", (False, True))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "padded"), product(tuple(MODELS), (False, True)))
 def test_a_training_step(name: str, padded: bool):
     model, flex = pair(name)
     given = batch(padded)

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from flex_calls import CASES, assert_same, expected, operands, run
+from representative import product
 from torch import Tensor
 from torch.nn.attention import flex_attention as pytorch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
 
 import orchard_ops
 from orchard_ops import OrchardFallbackWarning
+from orchard_ops.testing import DTYPES
 
 pytestmark = pytest.mark.usefixtures("fresh_stats")
 
@@ -32,8 +34,7 @@ def metal() -> dict[str, int]:
 # ---- results ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), product(tuple(CASES), DTYPES), ids=str)
 def test_metal_gives_the_results_of_pytorch(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
@@ -325,6 +326,56 @@ def test_report_lists_the_calls(quiet_fallback: None):
     ]
     assert "bessel_i1" in report.calls[2].reason
     assert report.bytes_not_allocated == 2 * (2 * 20 * 20 * 4)
+
+
+def _twice(score: Tensor, *_: Tensor) -> Tensor:
+    return 2.0 * score
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_the_kernels_that_are_said_are_launched(masked: bool, recording: Any):
+    q = some("mps").requires_grad_()
+    strictly = create_block_mask(
+        lambda b, h, i, j: i > j, None, None, 20, 20, device="mps", BLOCK_SIZE=8
+    )
+    given = (q, q, q, _twice, strictly if masked else None)
+    said = orchard_ops.explain_call(orchard_ops.flex_attention, *given)
+    assert metal() == {} and said.path == "metal" and said.advice == ""
+    with orchard_ops.report(show=False) as report, recording() as launches:
+        orchard_ops.flex_attention(*given).sin().sum().backward()
+    forward, backward = (call.kernels for call in report.calls)
+    assert (forward, backward) == (said.forward_kernels, said.backward_kernels)
+    assert any("dq" in name and "flex" in name for name in backward)
+    if launches is not None:
+        names = list(dict.fromkeys(x.kernel for x in launches))
+        assert names == list(dict.fromkeys((*forward, *backward)))
+    with torch.no_grad():
+        alone = orchard_ops.explain_call(orchard_ops.flex_attention, *given)
+    assert alone.kernels == forward
+
+
+def test_explain_call_of_a_known_mod_names_the_fixed_kernels():
+    q = some("mps").requires_grad_()
+    mask = create_block_mask(causal, None, None, 20, 20, device="mps")
+    said = orchard_ops.explain_call(orchard_ops.flex_attention, q, q, q, None, mask)
+    assert said == orchard_ops.explain_call(orchard_ops.flash_attn, q, q, q, is_causal=True)
+    assert said.path == "metal" and said.backward_kernels
+
+
+def test_explain_call_says_why_the_reference_runs(monkeypatch: pytest.MonkeyPatch):
+    q, on_cpu = some("mps"), some("cpu")
+
+    def asked(q: Tensor, mod: Any) -> Any:
+        return orchard_ops.explain_call(orchard_ops.flex_attention, q, q, q, mod)
+
+    elsewhere = asked(on_cpu, _twice)
+    assert (elsewhere.path, elsewhere.advice) == ("reference", 'move them to "mps"')
+    said = asked(q, lambda score, *_: torch.special.i1(score))
+    assert said.path == "reference" and "torch.special.i1(score)" in said.reason
+    assert "docs/flex-attention.md" in said.advice and said.kernels == ()
+    monkeypatch.setenv("ORCHARD_STRICT", "1")
+    assert asked(q, lambda score, *_: torch.special.i1(score)).path == "raises"
+    assert orchard_ops.stats().reference == {} and metal() == {}
 
 
 # ---- captured tensors that are trained ----------------------------------------------------------

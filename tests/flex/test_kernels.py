@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flex_cases import HEADS, LONGEST, MASKS, SCORES, FlexCase, check_case, run
+from representative import product
 from torch import Tensor
 
 from orchard_ops.testing import DTYPES, assert_attention_close
@@ -34,9 +35,8 @@ def test_scores_and_masks(score: str, mask: str):
     check_case(FlexCase(75, 90, 64, score, mask))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", (24, 96, 128, 256))
-def test_dtypes_and_head_dims(dtype: torch.dtype, head_dim: int):
+@pytest.mark.parametrize(("head_dim", "dtype"), product((24, 96, 128, 256), tuple(DTYPES)), ids=str)
+def test_dtypes_and_head_dims(head_dim: int, dtype: torch.dtype):
     """One simdgroup or a pair for the key's side, loads in chunks and by elements."""
     check_case(FlexCase(70, 67, head_dim, "relative", "document", dtype))
     check_case(FlexCase(37, 70, head_dim - 1, "alibi", "none", dtype, num_kv_heads=4))
@@ -97,9 +97,10 @@ def states(rows: int, cols: int, batches: int, heads: int) -> Tensor:
 BLOCKS = ((128, 128), (64, 32), (32, 96), (1, 1), (48, 20), (1000, 40))
 
 
-@pytest.mark.parametrize("mask", ("none", "pairs"))
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-@pytest.mark.parametrize("of", ((1, 1), (2, 1), (1, HEADS), (2, HEADS)), ids=str)
+OF = ((1, 1), (2, 1), (1, HEADS), (2, HEADS))
+
+
+@pytest.mark.parametrize(("of", "blocks", "mask"), product(OF, BLOCKS, ("none", "pairs")), ids=str)
 def test_block_states(of: tuple[int, int], blocks: tuple[int, int], mask: str):
     """What they say holds, whatever the mask says of blocks that are hidden, or seen."""
     rows, cols = (-(-n // block) for n, block in zip((150, 170), blocks))

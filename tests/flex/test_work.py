@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +96,17 @@ def test_blocks_that_the_lists_have_whole_ask_no_mask():
     assert read[1] - read[0] == pairs
 
 
-@pytest.mark.parametrize("kernel", model.KERNELS, ids=lambda x: f"{x[1]} {x[2]}")
+def _kernels() -> Iterator[Any]:
+    """Each family once, at its smallest head_dim; the wider ones are slow."""
+    seen: set[str] = set()
+    for kernel in sorted(model.KERNELS, key=lambda x: x[2]):
+        _, family, head_dim = kernel
+        late = family in seen
+        seen.add(family)
+        yield pytest.param(kernel, id=f"{family} {head_dim}", marks=[pytest.mark.slow] * late)
+
+
+@pytest.mark.parametrize("kernel", list(_kernels()))
 def test_functions_cost_little_more_than_the_fixed_kernels(kernel: tuple[str, str, int]):
     """By model A: nothing where there is none, and 0.3 cycles a product for ALiBi and for tanh."""
     _, family, head_dim = kernel
