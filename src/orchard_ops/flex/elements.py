@@ -131,8 +131,9 @@ def _select(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
 
 @_lazy("slice")
 def _slice(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
-    source, dim, first, last, step = (*node.args, None, None, None, None)[:5]
-    dim = 0 if dim is None else _dim(source, dim)  # type: ignore[arg-type]
+    given: tuple[Any, ...] = (*node.args, None, None, None, None)
+    source, dim, first, last, step = given[:5]
+    dim = 0 if dim is None else _dim(source, dim)
     start, _, stride = slice(first, last, step).indices(_shape(source)[dim])
     moved = convert(text, index[dim], torch.int32)
     if stride != 1:
