@@ -126,8 +126,8 @@ def record_reference(op: str, reason: str, call: Description, impl: str) -> None
     if unasked and reason not in _warned:
         warnings.warn(
             f"orchard::{op} runs on the reference kernels: {reason}. Results are the same, slower. "
-            "orchard_ops.explain(...) shows the path of a call, orchard_ops.report() that of every "
-            "call; ORCHARD_STRICT=1 turns this into an error.",
+            "orchard_ops.explain_call(function, ...) shows the path of a call, "
+            "orchard_ops.report() that of every call; ORCHARD_STRICT=1 turns this into an error.",
             OrchardFallbackWarning,
             stacklevel=_users_level(),
         )
