@@ -108,7 +108,7 @@ def flash_attn_with_kvcache(
     one_place = left < 0 and right < 0  # FlashAttention-2 rotates all queries alike then
     if rotary is not None and not one_place:
         rotary.check_rows(places.known + q.shape[1])
-    if calls.debug_enabled():
+    if calls.looks_at_numbers(places.lengths, places.entries, places.starts, places.table):
         places.check_numbers(k_cache.shape[0], new)
         if rotary is not None and not one_place and q.numel():
             rotary.check_rows(int(places.begins(q).max()) + q.shape[1])

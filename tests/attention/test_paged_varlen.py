@@ -303,6 +303,13 @@ def test_compiles_whole(name: str):
     )
 
 
+@pytest.mark.parametrize("name", ("few queries", "many queries", "packed"))
+def test_compiles_whole_while_debugged(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What a compiler traces has no numbers yet to look at."""
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    test_compiles_whole(name)
+
+
 @pytest.mark.parametrize("q_len", (2, 20))
 @pytest.mark.parametrize("broken", ({"max_seqlen_q": 1}, {"max_seqlen_k": 39}), ids=str)
 def test_a_broken_promise_is_nan(broken: dict[str, int], q_len: int):
