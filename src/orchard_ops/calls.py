@@ -37,7 +37,7 @@ _warned: set[str] = set()
 _logged: set[tuple[str, str, Description]] = set()
 _MOST_LOGGED = 1000
 """Distinct calls that are logged: a program whose lengths never repeat must not fill the memory."""
-_metal_before_reset = {"flash_attn_fwd": 0, "flash_attn_bwd": 0, "flash_attn_decode": 0}
+_metal_before_reset = dict.fromkeys(native.COUNTED, 0)
 _ALWAYS_SAID = ("flash_attn_fwd", "flash_attn_bwd")
 """The ops whose counter `stats` has even at 0."""
 
