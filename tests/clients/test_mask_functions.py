@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as theirs
 
-from orchard_ops.integrations.mask_symbols import Unsayable, said_by
 from orchard_ops.integrations.patterns import interval_of
 from orchard_ops.integrations.transformers import attention_mask
+from orchard_ops.mask_symbols import Unsayable, said_by
 
 L = 12
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7])

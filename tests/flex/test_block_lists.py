@@ -248,7 +248,6 @@ def test_lists_of_the_users_mean_what_they_say():
     torch.testing.assert_close(found[0].cpu(), right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not SIMULATED, reason="the simulated device counts what waits")
 @pytest.mark.parametrize("name", ("causal", "sliding window", "documents"))
 def test_only_the_first_call_waits(name: str, monkeypatch: pytest.MonkeyPatch):
     mask_mod = _on_mps(name, monkeypatch)

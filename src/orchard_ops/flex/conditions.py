@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..integrations.mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol
+from ..mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol
 from .trace import Traced
 
 _aten = torch.ops.aten

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..integrations.mask_symbols import _ALWAYS, Symbol
 from ..key_ranges import KeyRanges
+from ..mask_symbols import _ALWAYS, Symbol
 from .conditions import FAR, Conditions, arguments_of, constant, packet_of, passed
 from .metal import lower, lower_graph
 from .mod import NotLowered

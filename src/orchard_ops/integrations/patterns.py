@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from .mask_symbols import MaskFunction, Symbol, Unsayable, said_by
+from ..mask_symbols import MaskFunction, Symbol, Unsayable, said_by
 
 NUMBER_EACH_BLOCK = frozenset(
     ("gemma3_text", "gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")

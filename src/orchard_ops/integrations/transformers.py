@@ -18,8 +18,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ..arguments import prepare
 from ..attention import flash_attn, run, run_with_lse
 from ..key_ranges import OPEN, KeyRanges
+from ..mask_symbols import Unsayable
 from . import class_tables
-from .mask_symbols import Unsayable
 from .patterns import NUMBER_EACH_BLOCK, Interval, interval_of
 from .visibility import LazyMask, TracedMask, Visibility
 

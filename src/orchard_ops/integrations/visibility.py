@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..key_ranges import visible
-from .mask_symbols import changes
+from ..mask_symbols import changes
 
 
 @dataclass
