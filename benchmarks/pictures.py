@@ -159,6 +159,7 @@ def reference_cost(result: dict[str, Any]) -> Figure:
                     if (r["dtype"], r["threads"], r["head_dim"], r["causal"])
                     == ("float32", 1, head_dim, causal)
                     and r["passes"] != "forward"
+                    and r.get("mask") is None
                 ),
                 key=lambda r: r["length"],
             )

@@ -27,9 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchard_ops
+from orchard_ops import reference as kernels
 from orchard_ops.commands import machine
+from orchard_ops.scoring import Scoring
 
 RESULT = Path(__file__).resolve().parent / "results" / "reference_cost.json"
 BATCH, HEADS = 1, 8
@@ -39,21 +42,62 @@ HEAD_DIMS = (64, 128)
 MEMORY_LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONG = 4096  # runs of many seconds: once, without warm-up
 LIMIT = 1.3
-IDENTITY = ("length", "head_dim", "dtype", "causal", "passes", "threads")
+IDENTITY = ("length", "head_dim", "dtype", "causal", "passes", "threads", "mask", "heads")
+
+MASKS: dict[str, Callable[[int], Tensor]] = {
+    "bool": lambda n: torch.ones(1, 1, n, n, dtype=torch.bool).tril(),
+    "padding": lambda n: (torch.arange(n) < n - n // 8).view(1, 1, 1, n),
+    "additive": lambda n: torch.randn(1, 1, n, n),
+}
+MASKED_LENGTHS = (256, 512, 1024, 2048)
+COUNTED = (16, 1024)
+"""Heads and length of the step whose operators are counted, and timed too."""
 
 
-def math_path(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def math_path(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None = None
+) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    return orchard_ops.flash_attn(q, k, v, is_causal=is_causal)
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None = None
+) -> Tensor:
+    return orchard_ops.flash_attn(q, k, v, mask, is_causal=is_causal)
 
 
-def operands(length: int, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """q, k, v that require grad, and dout, all (1, 8, length, head_dim)."""
-    shape = (BATCH, HEADS, length, head_dim)
+class Operators(TorchDispatchMode):
+    """How many operators ran, but for views of an argument."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(name: str) -> dict:
+    """The operators of a forward and a backward of the reference, on the CPU and for a device on
+    which each is a launch, for which meta tensors stand in."""
+    heads, length = COUNTED
+    found: dict = {"mask": name, "heads": heads, "length": length}
+    for device in ("cpu", "meta"):
+        q, k, v, dout = (torch.zeros(1, heads, length, 4, device=device) for _ in range(4))
+        scoring = Scoring(attn_mask=MASKS[name](length).to(device), scale=0.5)
+        with Operators() as operators:
+            out, stats = kernels.forward(q, k, v, scoring)
+            given = (dout, None, q, k, v, out, stats)
+            kernels.backward(*given, scoring=scoring, mask_grad=False)
+        found[device] = operators.count
+    return found
+
+
+def operands(
+    length: int, head_dim: int, dtype: torch.dtype, heads: int = HEADS
+) -> tuple[list[Tensor], Tensor]:
+    """q, k, v that require grad, and dout, all (1, heads, length, head_dim)."""
+    shape = (BATCH, heads, length, head_dim)
     q, k, v, dout = (torch.randn(shape).to(dtype) for _ in range(4))
     return [x.requires_grad_() for x in (q, k, v)], dout
 
@@ -65,16 +109,23 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def compare(
-    length: int, head_dim: int, dtype: torch.dtype, is_causal: bool, budget_s: float
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    is_causal: bool,
+    budget_s: float,
+    mask: str | None = None,
+    heads: int = HEADS,
 ) -> list[dict]:
     """A record for the forward and one for the forward and backward."""
-    leaves, dout = operands(length, head_dim, dtype)
+    leaves, dout = operands(length, head_dim, dtype, heads)
     inputs = [x.detach() for x in leaves]
+    given = (is_causal, MASKS[mask](length) if mask else None)
 
     def calls(attention: Callable[..., Tensor]) -> tuple[Callable[[], object], ...]:
         return (
-            lambda: attention(*inputs, is_causal),
-            lambda: torch.autograd.grad(attention(*leaves, is_causal), leaves, dout),
+            lambda: attention(*inputs, *given),
+            lambda: torch.autograd.grad(attention(*leaves, *given), leaves, dout),
         )
 
     records = []
@@ -96,6 +147,8 @@ def compare(
                 "head_dim": head_dim,
                 "dtype": str(dtype).removeprefix("torch."),
                 "causal": is_causal,
+                "mask": mask,
+                "heads": heads,
                 "passes": passes,
                 "repeats": len(times),
                 "reference_ms": round(fastest[0] * 1e3, 2),
@@ -160,10 +213,33 @@ def speed_table(records: list[dict], threads: int, dtype: str) -> str:
                 for r in records
                 if (r["length"], r["head_dim"], r["threads"], r["dtype"])
                 == (length, head_dim, threads, dtype)
+                and r.get("mask") is None
             }
             if row:
                 cells = " | ".join(row.get(column, "not run") for column in columns)
                 lines.append(f"| {length} | {head_dim} | {cells} |")
+    return "\n".join(lines)
+
+
+def masked_table(result: dict) -> str:
+    """Steps with a mask: times by math path's, and operators."""
+    lines = [
+        "| H | L | mask | forward | forward + backward | operators, CPU | on a GPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    masked = [r for r in result["speed"] if r.get("mask") is not None]
+    operators = {(r["heads"], r["length"], r["mask"]): r for r in result["operators"]}
+    steps = dict.fromkeys((r["heads"], r["length"], r["mask"]) for r in masked)
+    for heads, length, mask in sorted(steps):
+        ratios = {
+            r["passes"]: f"{r['ratio']:.2f} ({r['median_ratio']:.2f})"
+            for r in masked
+            if (r["heads"], r["length"], r["mask"]) == (heads, length, mask)
+        }
+        counted = operators.get((heads, length, mask), {})
+        cells = [ratios.get(passes, "") for passes in ("forward", "forward + backward")]
+        cells += [str(counted.get(device, "")) for device in ("cpu", "meta")]
+        lines.append(f"| {heads} | {length} | {mask} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,6 +269,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--again", action="store_true", help="only replace these in the result")
+    parser.add_argument("--masked", action="store_true", help="only steps with a mask")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -212,38 +289,53 @@ def main() -> None:
     }
     if arguments.again:
         kept = json.loads(arguments.output.read_text())
-        result |= {"memory": kept["memory"], "speed": kept["speed"]}
+        result = kept | {name: kept.get(name) or [] for name in ("memory", "speed")}
+        for record in result["speed"]:
+            record.setdefault("mask", None)
+            record.setdefault("heads", HEADS)
+            record.setdefault("cpu", kept["environment"]["cpu"])
     else:
         result["memory"] = measure_memory()
+    result["operators"] = [count_operators(name) for name in MASKS]
     speed: list[dict] = result["speed"]
+
+    def keep(records: list[dict], threads: int) -> None:
+        for record in records:
+            record |= {"threads": threads, "cpu": machine.chip()}
+            record["load"] = round(os.getloadavg()[0], 1)
+            speed[:] = [r for r in speed if any(r[k] != record[k] for k in IDENTITY)]
+            speed.append(record)
+            print(record, file=sys.stderr, flush=True)
+        result["worst_ratio"] = max(record["ratio"] for record in speed)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    torch.set_num_threads(1)
+    for heads, length in (COUNTED, *((HEADS, length) for length in MASKED_LENGTHS)):
+        for mask in MASKS:
+            keep(compare(length, 64, torch.float32, False, arguments.budget, mask, heads), 1)
     todo = [
         (length, threads, dtype)
         for length in arguments.lengths
         for threads in arguments.threads
         for dtype in arguments.dtypes
-        if dtype == "float32" or length in HALF_LENGTHS
+        if not arguments.masked and (dtype == "float32" or length in HALF_LENGTHS)
     ]
     for length, threads, dtype in todo:
         torch.set_num_threads(threads)
         for head_dim in HEAD_DIMS:
             for is_causal in (False, True):
-                compared = compare(
-                    length, head_dim, getattr(torch, dtype), is_causal, arguments.budget
-                )
-                for record in compared:
-                    record |= {"threads": threads, "load": round(os.getloadavg()[0], 1)}
-                    speed[:] = [r for r in speed if any(r[k] != record[k] for k in IDENTITY)]
-                    speed.append(record)
-                    print(record, file=sys.stderr, flush=True)
-                result["worst_ratio"] = max(record["ratio"] for record in speed)
-                arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+                dtype_ = getattr(torch, dtype)
+                keep(compare(length, head_dim, dtype_, is_causal, arguments.budget), threads)
     print(tables(result))
 
 
 def tables(result: dict) -> str:
-    """Markdown: memory, then speed by dtype and threads."""
+    """Markdown: memory, steps with a mask, then speed by dtype and threads."""
     parts = [memory_table(result["memory"])]
-    measured = dict.fromkeys((r["dtype"], r["threads"]) for r in result["speed"])
+    parts.append(masked_table(result))
+    measured = dict.fromkeys(
+        (r["dtype"], r["threads"]) for r in result["speed"] if r.get("mask") is None
+    )
     parts += [speed_table(result["speed"], threads, dtype) for dtype, threads in sorted(measured)]
     return "\n\n".join(parts)
 

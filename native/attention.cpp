@@ -15,6 +15,7 @@
 #include "call.h"
 #include "checks.h"
 #include "environment.h"
+#include "flex.h"
 #include "plan/decode.h"
 #include "plan/join.h"
 #include "plan/plan_cache.h"
@@ -106,19 +107,9 @@ Tensor empty_like_mask(const Tensor& mask) {
   return empty_strided(mask, sizes, strides, dtype_code(mask));
 }
 
-/// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
-Tensor empty_row_stats(const Tensor& q) {
-  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
-  return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
-}
-
 void set_seed(AttentionParams& params, uint64_t seed) {
   params.dropout_seed[0] = static_cast<uint32_t>(seed);
   params.dropout_seed[1] = static_cast<uint32_t>(seed >> 32);
-}
-
-TensorStrides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 /// What scores read besides q and k, for the kernels that form them.
@@ -164,7 +155,9 @@ struct ScoreTensors {
 /// the plan leaves the call to the forward's own kernel. Throws MetalError.
 std::optional<std::array<Tensor, 2>> run_forward_as_decode(
     const Problem& problem, const Operands& x, const Scoring& s, const Environment& environment) {
-  if (s.key_span != kNoBackward || !prefers_decode(problem)) return std::nullopt;
+  if (s.key_span != kNoBackward) return std::nullopt;
+  checked_seed(s);  // no plan is asked about a dropout_p that is no probability
+  if (!prefers_decode(problem)) return std::nullopt;
   const Tensor& q = x.query;
   Tensor out = empty_in_order_of(q, x.value.size(3));
   const auto decode = cached_plan_forward_as_decode(problem, layout_of(out));
@@ -195,11 +188,7 @@ std::array<Tensor, 2> run_forward(
   throw_refusal(*plan);
   if (out.numel() == 0) return {out, row_stats};
   if (k.size(2) == 0 && !s.sinks.has_value()) {  // no keys: nothing to launch
-    torch::stable::zero_(out);
-    Tensor origin = torch::stable::select(row_stats, 3, 0);
-    Tensor log_sum = torch::stable::select(row_stats, 3, 1);
-    torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
-    torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
+    see_no_key(out, row_stats);
     return {out, row_stats};
   }
   AttentionParams params = plan->params;
@@ -395,35 +384,30 @@ void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_r
   const auto call = Arguments(stack).take<ForwardCall>();
   check_operands(call.operands);
   check_scalars(call.scoring, call.impl);
-  Plan plan;
+  Plan forward, backward;
   const Environment environment;
-  plan.refusal = switched_off(call.impl, environment);
-  if (plan.refusal.empty()) {
+  forward.refusal = switched_off(call.impl, environment);
+  if (forward.refusal.empty()) {
     const Problem problem = make_problem(call.operands, call.scoring, environment);
-    Layout out = problem.q;  // as the forward allocates it; dout is taken to be like it
-    out.sizes[3] = problem.v.sizes[3];
-    out.strides = strides_in_order_of(problem.q.strides, out.sizes);
-    out.offset = 0;
+    const Layout out = layout_of_out(problem);
     if (call.scoring.key_span == kNoBackward && prefers_decode(problem)) {
-      plan = plan_forward_as_decode(problem, out).plan;
+      forward = plan_forward_as_decode(problem, out).plan;
     }
-    const bool decodes = plan.refusal.empty() && !plan.kernels.empty();
-    if (!decodes) plan = plan_forward(problem, out);
-    Plan backward = decodes ? Plan{} : plan_backward(problem, out, out);
-    for (KernelLaunch launch : backward.launches) {
-      launch.kernel += plan.kernels.size();
-      plan.launches.push_back(launch);
+    const bool decodes = forward.refusal.empty() && !forward.kernels.empty();
+    if (!decodes) {
+      forward = plan_forward(problem, out);
+      backward = plan_backward(problem, out, out);
     }
-    for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
-    plan.ds_elements = backward.ds_elements;
   }
-  put_plan(stack, plan);
+  put_plan(stack, std::move(forward), std::move(backward));
 }
 
 void metal_calls(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(forward_calls.load());
   stack[1] = torch::stable::detail::from(backward_calls.load());
   stack[2] = torch::stable::detail::from(metal_decodes());
+  stack[3] = torch::stable::detail::from(metal_flex_forwards());
+  stack[4] = torch::stable::detail::from(metal_flex_backwards());
 }
 
 }  // namespace orchard

@@ -12,7 +12,7 @@ void flash_attn_bwd(StableIValue* stack, uint64_t num_arguments, uint64_t num_re
 /// The plan of a forward and its backward, for explain(): runs nothing, reads no data.
 void flash_attn_plan(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
-/// Calls that have run as Metal kernels: forward, backward, decode.
+/// Calls that have run as Metal kernels: forward, backward, decode, and those of flex.
 void metal_calls(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 }  // namespace orchard

@@ -38,6 +38,8 @@ SOURCES = (
             "cache",
             "checks",
             "environment",
+            "flex",
+            "flex_plan",
             "shader_library",
         )
     ),

@@ -359,11 +359,7 @@ void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_
   plan.refusal = switched_off(call.impl, Environment());
   if (plan.refusal.empty()) {
     const CacheProblem problem = make_cache_problem(call, cache);
-    Layout out = problem.attention.q;  // as run_decode allocates it
-    out.sizes[3] = problem.attention.v.sizes[3];
-    out.strides = strides_in_order_of(out.strides, out.sizes);
-    out.offset = 0;
-    plan = plan_decode(problem, out).plan;
+    plan = plan_decode(problem, layout_of_out(problem.attention)).plan;
   }
   put_plan(stack, std::move(plan));
 }

@@ -1,8 +1,12 @@
 #include "call.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdio>
+#include <limits>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "checks.h"
 #include "plan/join.h"
@@ -72,6 +76,31 @@ Tensor empty_rows(const Tensor& q) {
   return empty_strided(q, {b, h, l}, {h * l, l, 1}, aoti_torch_dtype_float32());
 }
 
+Tensor empty_row_stats(const Tensor& q) {
+  const int64_t b = q.size(0), h = q.size(1), l = q.size(2);
+  return empty_strided(q, {b, h, l, 2}, {2 * h * l, 2 * l, 2, 1}, aoti_torch_dtype_float32());
+}
+
+void see_no_key(Tensor& out, const Tensor& row_stats) {
+  torch::stable::zero_(out);
+  Tensor origin = torch::stable::select(row_stats, 3, 0);
+  Tensor log_sum = torch::stable::select(row_stats, 3, 1);
+  torch::stable::fill_(origin, std::numeric_limits<float>::lowest());
+  torch::stable::fill_(log_sum, -std::numeric_limits<double>::infinity());
+}
+
+TensorStrides strides_of(const Tensor& x) {
+  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+Layout layout_of_out(const Problem& problem) {
+  Layout out = problem.q;
+  out.sizes[3] = problem.v.sizes[3];
+  out.strides = strides_in_order_of(problem.q.strides, out.sizes);
+  out.offset = 0;
+  return out;
+}
+
 Tensor empty_floats(const Tensor& like, int64_t elements) {
   return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
@@ -84,25 +113,16 @@ void log_metal(const char* op, const Plan& plan, const Environment& environment)
   }
 }
 
-const char* switched_off(const std::string& impl, const Environment& environment) {
-  if (impl == "reference") return "impl=\"reference\" was asked for";
-  if (environment.metal_disabled()) return "ORCHARD_DISABLE_METAL is set";
-  if (environment.torch_fast_math()) {
-    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
-           "need";
-  }
-  return "";
-}
-
-void throw_refusal(const Plan& plan) {
-  if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
-}
-
 const char* const kPlanResults =
     "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
     "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)";
 
-void put_plan(StableIValue* stack, Plan plan) {
+void put_plan(StableIValue* stack, Plan plan, Plan backward) {
+  for (KernelLaunch launch : backward.launches) {
+    launch.kernel += plan.kernels.size();
+    plan.launches.push_back(launch);
+  }
+  for (KernelPlan& kernel : backward.kernels) plan.kernels.push_back(std::move(kernel));
   for (const KernelPlan& kernel : plan.kernels) {
     if (plan.refusal.empty()) plan.refusal = known_failure(kernel);
   }
@@ -126,7 +146,8 @@ void put_plan(StableIValue* stack, Plan plan) {
       launches.push_back(n);
     }
   }
-  const int64_t bytes = plan.ds_elements * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes =
+      (plan.ds_elements + backward.ds_elements) * static_cast<int64_t>(sizeof(float));
   using torch::stable::detail::from;
   for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
   for (const auto* texts :
@@ -135,6 +156,20 @@ void put_plan(StableIValue* stack, Plan plan) {
   }
   *stack++ = from(launches);
   *stack++ = from(bytes);
+}
+
+const char* switched_off(const std::string& impl, const Environment& environment) {
+  if (impl == "reference") return "impl=\"reference\" was asked for";
+  if (environment.metal_disabled()) return "ORCHARD_DISABLE_METAL is set";
+  if (environment.torch_fast_math()) {
+    return "PYTORCH_MPS_FAST_MATH is set: shaders then compile without infinities, which masks "
+           "need";
+  }
+  return "";
+}
+
+void throw_refusal(const Plan& plan) {
+  if (!plan.refusal.empty()) throw MetalError(plan.refusal, plan.detail);
 }
 
 void allow_fallback(const char* op, const std::string& impl, const Environment& environment,

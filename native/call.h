@@ -35,22 +35,33 @@ Tensor empty_in_order_of(const Tensor& like, int64_t last);
 /// (B, H, L) float32
 Tensor empty_rows(const Tensor& q);
 
+/// (B, H, L, 2) float32: the origin of a row's exponentials, and the logarithm of their sum.
+Tensor empty_row_stats(const Tensor& q);
+
+/// The results of rows that see no key.
+void see_no_key(Tensor& out, const Tensor& row_stats);
+
+TensorStrides strides_of(const Tensor& x);
+
+/// Where a forward's out lies, as it is allocated; dout is taken to be like it.
+Layout layout_of_out(const Problem& problem);
+
 /// float32 scratch and results of the kernels.
 Tensor empty_floats(const Tensor& like, int64_t elements);
 
 void log_metal(const char* op, const Plan& plan, const Environment& environment);
 
+extern const char* const kPlanResults;  ///< of an op that says a plan, as its schema has them
+constexpr uint64_t kNumPlanResults = 11;
+
+/// The results of such an op: a forward's plan, and its backward's behind it. Refused if one of the
+/// kernels has failed before.
+void put_plan(StableIValue* stack, Plan forward, Plan backward = {});
+
 /// The reason why a call does not reach the plan; empty if it does.
 const char* switched_off(const std::string& impl, const Environment& environment);
 
 void throw_refusal(const Plan& plan);
-
-/// What the queries for plans return, as their schemas have it.
-extern const char* const kPlanResults;
-constexpr uint64_t kNumPlanResults = 11;
-
-/// Returns a plan, refused if one of its kernels has failed before.
-void put_plan(StableIValue* stack, Plan plan);
 
 /// Raises where the caller insisted on Metal.
 void allow_fallback(const char* op, const std::string& impl, const Environment& environment,

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "cache.h"
 #include "call.h"
+#include "flex.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
 #include "shader_library.h"
@@ -39,6 +40,15 @@ std::string decode_schema() {
   return "flash_attn_decode(" + decode_arguments() + ") -> (Tensor out, Tensor lse)";
 }
 std::string append_schema() { return "flash_attn_append(" + append_arguments() + ") -> ()"; }
+std::string flex_forward_schema() {
+  return "flex_attn_fwd(" + flex_forward_arguments() + ") -> (Tensor out, Tensor row_stats)";
+}
+std::string flex_backward_schema() {
+  return "flex_attn_bwd(" + flex_backward_arguments() + ") -> (Tensor dq, Tensor dk, Tensor dv)";
+}
+std::string flex_plan_schema() {
+  return "flex_attn_plan(" + flex_forward_arguments() + ") -> " + kPlanResults;
+}
 std::string plan_schema() {
   return "flash_attn_plan(" + forward_arguments() + ") -> " + kPlanResults;
 }
@@ -60,14 +70,18 @@ void register_ops() {
   definitions->def(plan_schema().c_str());
   definitions->def(decode_plan_schema().c_str());
   definitions->def(append_plan_schema().c_str());
+  definitions->def(flex_plan_schema().c_str());
   definitions->def("kernel_head_dims() -> int[]");
   definitions->def("plans_computed() -> int");
   definitions->def("plans_remembered() -> int");
-  definitions->def("metal_calls() -> (int forward, int backward, int decode)");
+  definitions->def(
+      "metal_calls() -> (int forward, int backward, int decode, int flex_forward, int "
+      "flex_backward)");
   auto queries = library(Kind::IMPL, "CompositeExplicitAutograd");
   queries->impl("flash_attn_plan", &flash_attn_plan);
   queries->impl("flash_attn_decode_plan", &flash_attn_decode_plan);
   queries->impl("flash_attn_append_plan", &flash_attn_append_plan);
+  queries->impl("flex_attn_plan", &flex_attn_plan);
   queries->impl("kernel_head_dims", TORCH_BOX(&kernel_head_dims));
   queries->impl("plans_computed", TORCH_BOX(&plans_computed));
   queries->impl("plans_remembered", TORCH_BOX(&plans_remembered));
@@ -77,6 +91,8 @@ void register_ops() {
   kernels->impl("flash_attn_bwd", &flash_attn_bwd);
   kernels->impl("flash_attn_decode", &flash_attn_decode);
   kernels->impl("flash_attn_append", &flash_attn_append);
+  kernels->impl("flex_attn_fwd", &flex_attn_fwd);
+  kernels->impl("flex_attn_bwd", &flex_attn_bwd);
   libraries = {std::move(definitions), std::move(queries), std::move(kernels)};
 }
 
@@ -89,14 +105,16 @@ void register_ops() {
 ///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
 ///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...);
 ///   flash_attn_append(...) -> (); flash_attn_decode_plan(...) -> (...);
-///   flash_attn_append_plan(...) -> (...)
+///   flash_attn_append_plan(...) -> (...); flex_attn_fwd(...) -> (...); flex_attn_bwd(...) ->
+///   (...); flex_attn_plan(...) -> (...)
 /// Two libraries whose lines are equal can stand in for each other.
 ORCHARD_EXPORT const char* orchard_library_interface() {
   using namespace orchard;
-  static const std::string line = "orchard_ops interface " + std::to_string(kInterface) + ": " +
-                                  forward_schema() + "; " + backward_schema() + "; " +
-                                  plan_schema() + "; " + decode_schema() + "; " + append_schema() +
-                                  "; " + decode_plan_schema() + "; " + append_plan_schema();
+  static const std::string line =
+      "orchard_ops interface " + std::to_string(kInterface) + ": " + forward_schema() + "; " +
+      backward_schema() + "; " + plan_schema() + "; " + decode_schema() + "; " + append_schema() +
+      "; " + decode_plan_schema() + "; " + append_plan_schema() + "; " + flex_forward_schema() +
+      "; " + flex_backward_schema() + "; " + flex_plan_schema();
   return line.c_str();
 }
 

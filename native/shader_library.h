@@ -45,7 +45,7 @@ class Bindings {
   const Binding* end() const { return bindings_.data() + size_; }
 
  private:
-  std::array<Binding, kBufferRangeHulls + 1> bindings_;  // as many as there are buffers
+  std::array<Binding, 31> bindings_;  // as many as a kernel can have
   size_t size_ = 0;
 };
 

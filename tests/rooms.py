@@ -43,6 +43,8 @@ _ANY_TORCH = (
     "test_varlen*",
 )
 """Files of tests/attention that say something without an mps device."""
+_FLEX_ANY_TORCH = ("test_api*", "test_compile.py")
+"""The same of tests/flex."""
 _QUICK = (
     "test_reference*",
     "test_registration*",
@@ -70,7 +72,8 @@ def leaves_out(path: Path, device: str) -> bool:
     except ValueError:
         return False
     if device == CPU:
-        wanted = room == "attention" and (not inside or _matches(inside[0], _ANY_TORCH))
+        files = {"attention": _ANY_TORCH, "flex": _FLEX_ANY_TORCH}.get(room)
+        wanted = files is not None and (not inside or _matches(inside[0], files))
         return path != TESTS and (path.is_dir() or path.name.startswith("test_")) and not wanted
     if device == APPLE_GPU:
         return room in _LINUX_ONLY or (path.name.startswith("test_") and _imports_simulator(path))

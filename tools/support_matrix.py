@@ -362,6 +362,9 @@ def page() -> str:
         "pages. No path takes, and an error says:",
         "",
         *(f"* {refusal_of(x)}" for x in REFUSED),
+        "`orchard_ops.flex_attention` takes Python functions for scores and masks: what of it runs",
+        "where is in [its own table](flex-attention.md#what-runs-where), tested by",
+        "[flex](../tests/flex/test_api.py).",
     ]
     return "\n".join(lines) + "\n"
 

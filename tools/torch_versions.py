@@ -43,7 +43,16 @@ def run(release: str) -> int:
             return 2
         environment = os.environ | {"ORCHARD_TESTS": "cpu", "PYTHONPATH": str(ROOT / "src")}
         environment.pop("ORCHARD_NATIVE_LIBRARY", None)
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/attention"]
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/attention",
+            "tests/flex",
+        ]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -297,8 +297,9 @@ def _launch(
     score: str,
     batch: int,
     value_dim: int,
+    more: Mapping[int, torch.Tensor] | None = None,
 ) -> tuple:
-    """One threadgroup."""
+    """One threadgroup. `more` are tensors by the index of their buffer."""
     library = engine.compile(_program(v), check=True)
     numbers = dict(v.numbers)
     generator = torch.Generator().manual_seed(0)
@@ -343,9 +344,10 @@ def _launch(
         range_hulls=range_hulls,
     )
     block = torch.frombuffer(bytearray(v.params), dtype=torch.uint8).clone()
+    bound = {numbers[name]: x for name, x in tensors.items()} | dict(more or {})
     buffers = {
-        numbers[name]: engine.Buffer(x.data_ptr(), x.numel() * x.element_size())
-        for name, x in tensors.items()
+        number: engine.Buffer(x.data_ptr(), x.numel() * x.element_size())
+        for number, x in bound.items()
     }
     buffers[numbers["params"]] = engine.Buffer(block.data_ptr(), len(v.params), False)
     grid = (v.threads, 1, 1)

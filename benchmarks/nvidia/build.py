@@ -8,6 +8,8 @@ and PyTorch's own, an archive for each mode. With --features it writes build/nvi
 features.py: the kernels of its comparisons at equal rate. With --caches it writes
 build/nvidia/caches/: the kernels for caches that prove_caches.py runs, and those that
 decode_speed.py times, with PyTorch's.
+--peers and --products make what peers_speed.py runs, others' texts from packages that are
+fetched among them, and products.py.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from . import (
     feature_works,
     few_queries,
     peer,
+    peers,
+    products_cases,
     workloads,
 )
 from .paths import (
@@ -50,13 +54,23 @@ from .paths import (
     FEATURES_PLANNER,
     FEATURES_SOURCES,
     KERNELS,
+    PEERS_KERNELS,
+    PEERS_PLANNER,
+    PEERS_SOURCES,
     PLANNER,
+    PRODUCTS_KERNELS,
+    PRODUCTS_PLANNER,
+    PRODUCTS_SOURCES,
     ROOT,
     SOURCES,
     SPEED_KERNELS,
     SPEED_PLANNER,
     SPEED_SOURCES,
 )
+from .peers.launches import Step
+from .peers.packages import ALL as PACKAGES
+from .peers.problems import DEFAULT_SCRATCH
+from .peers.problems import problems as problems_of_peers
 from .plans import Kernel, Planner, every_variant
 
 sys.path[:0] = [str(ROOT), str(ROOT / "native")]
@@ -136,16 +150,44 @@ def build_speed_kernels(
     return len(texts)
 
 
-def build_feature_kernels(planner: Planner, arch: str, jobs: int) -> int:
-    """Writes the archive of what features.py times; gives the number of kernels."""
-    kernels = feature_works.kernels(planner)
+def build_equal_rate(kernels: dict[str, Kernel], archive: Path, arch: str, jobs: int) -> int:
+    """Writes an archive of kernels at equal rate; gives their number."""
 
     def compile_one(kernel: Kernel) -> str:
         return ptx.compile(source_of(kernel), arch=arch, equal_rate=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        write_archive(FEATURES_KERNELS, zip(kernels, pool.map(compile_one, kernels.values())))
+        write_archive(archive, zip(kernels, pool.map(compile_one, kernels.values())))
     return len(kernels)
+
+
+def build_peer_kernels(planner: Planner, arch: str, jobs: int) -> int:
+    """Writes the archives of both modes, ours and the peers'; gives the number of kernels."""
+    ours: dict[str, Kernel] = {}
+    steps: dict[str, Step] = {}
+    for problem in problems_of_peers():
+        used = problem.forward_kernels(planner)
+        if problem.backward:
+            for scratch_bytes in (DEFAULT_SCRATCH, 0):
+                used = used + problem.backward_kernels(planner, scratch_bytes)
+        ours |= {kernel.name: kernel for kernel in used}
+        steps |= peers.steps(problem)
+
+    def compile_ours(kernel: Kernel) -> dict[str, str]:
+        source = source_of(kernel)
+        return in_both_modes(lambda equal: ptx.compile(source, arch=arch, equal_rate=equal))
+
+    def compile_theirs(step: Step) -> dict[str, str]:
+        text = step.text()
+        options = {"arch": arch, "only": [step.kernel], **text.options}
+        return in_both_modes(lambda equal: ptx.compile(text.source, equal_rate=equal, **options))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        texts = dict(zip(steps, pool.map(compile_theirs, steps.values())))
+        texts |= zip(ours, pool.map(compile_ours, ours.values()))
+    for mode, path in PEERS_KERNELS.items():
+        write_archive(path, ((name, modes[mode]) for name, modes in texts.items()))
+    return len(texts)
 
 
 def cache_calls() -> Iterator[caches.Call]:
@@ -214,6 +256,22 @@ def write_sources(path: Path, families: Iterable[str] = (), **more: str) -> None
     path.write_text(json.dumps(sources) + "\n")
 
 
+def build_equal_rate_for(
+    planner: Path,
+    sources: Path,
+    chosen: Callable[[Planner], dict[str, Kernel]],
+    archive: Path,
+    options: argparse.Namespace,
+) -> None:
+    """The kernels that a program chooses, at equal rate, with planner and sources beside them."""
+    planner.parent.mkdir(parents=True, exist_ok=True)
+    write_sources(sources)
+    started = time.monotonic()
+    kernels = chosen(build_planner(planner))
+    count = build_equal_rate(kernels, archive, options.arch, options.jobs)
+    print(f"{planner.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="sm_90", help="the GPU's architecture or an older one")
@@ -229,6 +287,8 @@ def main() -> None:
     parser.add_argument(
         "--caches", action="store_true", help="for prove_caches.py and decode_speed.py"
     )
+    parser.add_argument("--peers", action="store_true", help="for peers_speed.py")
+    parser.add_argument("--products", action="store_true", help="for products.py")
     workloads.add_options(parser)
     options = parser.parse_args()
     if options.speed:
@@ -257,11 +317,24 @@ def main() -> None:
         print(f"{CACHES_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     if options.features:
-        FEATURES_PLANNER.parent.mkdir(parents=True, exist_ok=True)
-        write_sources(FEATURES_SOURCES)
+        build_equal_rate_for(
+            FEATURES_PLANNER, FEATURES_SOURCES, feature_works.kernels, FEATURES_KERNELS, options
+        )
+        return
+    if options.products:
+        build_equal_rate_for(
+            PRODUCTS_PLANNER, PRODUCTS_SOURCES, products_cases.kernels, PRODUCTS_KERNELS, options
+        )
+        return
+    if options.peers:
+        PEERS_PLANNER.parent.mkdir(parents=True, exist_ok=True)
+        for package in PACKAGES:
+            package.fetch()
+        of_packages = ", ".join(package.identity() for package in PACKAGES)
+        write_sources(PEERS_SOURCES, peer=peer.check_header(), peers=of_packages)
         started = time.monotonic()
-        count = build_feature_kernels(build_planner(FEATURES_PLANNER), options.arch, options.jobs)
-        print(f"{FEATURES_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+        count = build_peer_kernels(build_planner(PEERS_PLANNER), options.arch, options.jobs)
+        print(f"{PEERS_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)
     planner = build_planner(PLANNER)

@@ -24,4 +24,14 @@ CACHES_PLANNER = CACHES / "libplanner.so"
 CACHES_SOURCES = CACHES / "sources.json"
 DECODE_KERNELS = {mode: CACHES / f"{mode}.zip" for mode in ("native", "tensor-cores")}
 
+PEERS = BUILD / "peers"
+PEERS_KERNELS = {mode: PEERS / f"{mode}.zip" for mode in ("native", "equal-rate")}
+PEERS_PLANNER = PEERS / "libplanner.so"
+PEERS_SOURCES = PEERS / "sources.json"
+
+PRODUCTS = BUILD / "products"
+PRODUCTS_KERNELS = PRODUCTS / "equal-rate.zip"
+PRODUCTS_PLANNER = PRODUCTS / "libplanner.so"
+PRODUCTS_SOURCES = PRODUCTS / "sources.json"
+
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

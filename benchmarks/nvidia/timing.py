@@ -45,9 +45,9 @@ def events(work: Work, repeats: int) -> float:
     return begin.elapsed_time(end) / repeats
 
 
-def repeats_of(work: Work, clock: Clock) -> tuple[int, float]:
+def repeats_of(work: Work, clock: Clock, warm_up: int = _WARM_UP) -> tuple[int, float]:
     """How often a work runs in one measurement, and how many milliseconds that takes."""
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         once = clock(work, 1)
     repeats = max(1, math.ceil(_SHORTEST / once))
     return repeats, once * repeats
@@ -79,18 +79,44 @@ def between(
     return samples
 
 
+def parts(order: Sequence[tuple[str, Work]], runs: int = 3) -> dict[str, float]:
+    """Median milliseconds of each part, with an event between any two launches of a run."""
+    import torch
+
+    samples: dict[str, list[float]] = {}
+    for _ in range(runs):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+        torch.cuda.synchronize()
+        marks[0].record()
+        for mark, (_, work) in zip(marks[1:], order):
+            work()
+            mark.record()
+        torch.cuda.synchronize()
+        of_run: dict[str, float] = {}
+        for i, (part, _) in enumerate(order):
+            of_run[part] = of_run.get(part, 0.0) + marks[i].elapsed_time(marks[i + 1])
+        for part, time in of_run.items():
+            samples.setdefault(part, []).append(time)
+    return {part: float(np.median(times)) for part, times in samples.items()}
+
+
 def take_turns(
-    works: Mapping[str, Work], seconds: float, clock: Clock = events
+    works: Mapping[str, Work],
+    seconds: float,
+    clock: Clock = events,
+    limits: tuple[int, int] = _ROUNDS,
+    warm_up: int = _WARM_UP,
 ) -> dict[str, list[float]]:
     """Milliseconds of each work in each round; every second round runs them backwards.
 
-    As many rounds as fit into ``seconds``, within limits. Round i of all works belongs together.
+    As many rounds as fit into ``seconds``, within ``limits``. Round i of all works belongs
+    together.
     """
     repeats, length = {}, 0.0
     for name, work in works.items():
-        repeats[name], once = repeats_of(work, clock)
+        repeats[name], once = repeats_of(work, clock, warm_up)
         length += once
-    rounds = min(max(int(1e3 * seconds / length), _ROUNDS[0]), _ROUNDS[1])
+    rounds = min(max(int(1e3 * seconds / length), limits[0]), limits[1])
     samples: dict[str, list[float]] = {name: [] for name in works}
     for i in range(rounds):
         for name in list(works)[:: -1 if i % 2 else 1]:

@@ -22,6 +22,7 @@ from .flash_attention import (  # noqa: E402
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .flex import flex, flex_attention  # noqa: E402
 from .key_ranges import KeyRanges  # noqa: E402
 from .kv_cache import flash_attn_with_kvcache  # noqa: E402
 from .merge import merge_attentions  # noqa: E402
@@ -71,6 +72,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flex",
+    "flex_attention",
     "merge_attentions",
     "register_transformers",
     "report",

@@ -63,8 +63,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _case_in_words(problem: Any, lengths: Sequence[int] | None) -> str:
+    """ "gpt2: B1 H12 D64 causal L1024"; without lengths if it takes the device's."""
+    shape = problem.series.rsplit(" ", 1)[0]
+    return shape if lengths is None else f"{shape} L{', '.join(map(str, lengths))}"
+
+
 def _add_bench(commands: Any) -> None:
-    from .commands.bench.cases import DTYPES, MASKS, MODES, PRESETS
+    from .commands.bench.cases import DTYPES, LENGTHS_OF, MASKS, MODES, PRESETS
     from .commands.bench.contenders import SDPA, SDPA_MATH
 
     parser = commands.add_parser(
@@ -82,7 +88,8 @@ def _add_bench(commands: Any) -> None:
         nargs="+",
         choices=tuple(PRESETS),
         metavar="NAME",
-        help="; ".join(p.series.rsplit(" ", 1)[0] for p in PRESETS.values()),
+        help="kinds of attention or models, by their public configs: "
+        + "; ".join(_case_in_words(p, LENGTHS_OF.get(name)) for name, p in PRESETS.items()),
     )
     parser.add_argument("--lengths", nargs="+", type=positive_integer, metavar="L")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
@@ -129,6 +136,12 @@ def _add_bench(commands: Any) -> None:
         "--output",
         metavar="DIR",
         help="folder for the files, named after the machine (default: bench-output)",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help="also a report to send in, after every case: figures, chip and versions, nothing "
+        "personal (benchmarks/results/community)",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="measure nothing, make the plots of this JSON file again"

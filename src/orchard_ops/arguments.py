@@ -105,7 +105,7 @@ def _type(x: Any) -> str:
 # ---- operands -----------------------------------------------------------------------------------
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts as autocast does for F.scaled_dot_product_attention."""
     device_type = tensors[0].device.type  # type: ignore[union-attr]
     if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
@@ -329,7 +329,7 @@ def prepare(
         ranges = ranges.contiguous()
 
     checks.check_tensors(_OP, query, key, value)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     batch_shape, has_heads = tuple(query.shape[:1]), True
     if not checks.plainly_right(query, key, value, enable_gqa):
         checks.check_kinds(_OP, query, key, value)

@@ -53,6 +53,16 @@ def describe_cache(call: CacheCall) -> Description:
     return described._replace(arguments=", ".join((*known, *words)))
 
 
+def describe_flex(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: bool, mask_mod: bool, scale: float
+) -> Description:
+    """The same of a call of `flex_attention`: whether it has mods."""
+    described = describe(query, key, value, Scoring(scale=scale))
+    words = [described.arguments] if described.arguments else []
+    words += ["score_mod"] * score_mod + ["mask_mod"] * mask_mod
+    return described._replace(arguments=", ".join(("flex_attention", *words)))
+
+
 def describe_sdpa(
     query: Tensor,
     key: Tensor,

@@ -11,6 +11,14 @@ from .namespace import INSTALLED, NAME, OPS
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
 _INTERFACE = "orchard_library_interface"
+COUNTED = (
+    "flash_attn_fwd",
+    "flash_attn_bwd",
+    "flash_attn_decode",
+    "flex_attn_fwd",
+    "flex_attn_bwd",
+)
+"""The ops whose calls the library counts, in its order."""
 _why_not: str | None = "the native library has not been looked for"
 
 
@@ -104,5 +112,4 @@ def why_not() -> str | None:
 
 def metal_calls() -> dict[str, int]:
     """Calls that have run as Metal kernels in this process, by op."""
-    forward, backward, decode = (0, 0, 0) if _why_not else OPS.metal_calls()
-    return {"flash_attn_fwd": forward, "flash_attn_bwd": backward, "flash_attn_decode": decode}
+    return dict(zip(COUNTED, (0,) * len(COUNTED) if _why_not else OPS.metal_calls(), strict=True))

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from . import watch
 from .cache import CacheCall
-from .descriptions import Description, describe, describe_cache, describe_sdpa
+from .descriptions import Description, describe, describe_cache, describe_flex, describe_sdpa
 from .explain import explain_cache, explain_flat
 from .ops.schema import BackwardArgs, ForwardArgs
 from .scoring import NO_BACKWARD
 from .training_memory import score_matrix_bytes
 
 _DIRECTIONS = {"flash_attn_fwd": "forward", "flash_attn_bwd": "backward"}
+_FLEX = {"flex_attn_fwd": "forward", "flex_attn_bwd": "backward"}
+_FLEX_REFERENCE = "flex_attention"
 _DECODE = "flash_attn_decode"
 _SDPA = "scaled_dot_product_attention"
 METAL, REFERENCE, PYTORCH = "metal", "reference", "pytorch"
@@ -47,7 +49,8 @@ class ReportedCall:
     path: str
     """ "metal", "reference", or "pytorch": F.scaled_dot_product_attention was left to it."""
     kernels: tuple[str, ...]
-    """The Metal kernels by the plan, but for those that only the gradient of a mask needs."""
+    """The Metal kernels by the plan, but for those of flex_attention, and those that only the
+    gradient of a mask needs."""
     reason: str
     """The reason for another path; empty on Metal."""
     advice: str
@@ -133,6 +136,10 @@ class _Collector:
             self._left_to_pytorch(args, str(reference))
         if op == _DECODE:
             self._decode(CacheCall(*args), reference)
+        if op in _FLEX:
+            self._flex(_FLEX[op], _described_flex(op, args), None)
+        if op == _FLEX_REFERENCE:
+            self._flex("forward", args[0], reference)
         if op not in _DIRECTIONS:
             return
         reader: Any = BackwardArgs if op == "flash_attn_bwd" else ForwardArgs
@@ -159,6 +166,16 @@ class _Collector:
             listed = ReportedCall("decode", *describe_cache(call), path, kernels, reason, "")
             self._listed(listed).count += 1
 
+    def _flex(self, direction: str, problem: Description, reference: str | None) -> None:
+        path = METAL if reference is None else REFERENCE
+        with self._lock:
+            entry = self._listed(ReportedCall(direction, *problem, path, (), reference or "", ""))
+            entry.count += 1
+            if direction == "backward":
+                batch, num_heads, q_len, _ = problem.query
+                scores = score_matrix_bytes(batch, num_heads, q_len, problem.key[2])
+                entry.bytes_not_allocated += scores
+
     def _left_to_pytorch(self, args: tuple[Any, ...], reason: str) -> None:
         problem = describe_sdpa(*args)
         with self._lock:
@@ -182,6 +199,12 @@ class _Collector:
         advice = found.advice if (reference is None) == (found.path == "metal") else ""
         path, reason = (METAL, "") if reference is None else (REFERENCE, reference)
         return self._listed(ReportedCall(direction, *problem, path, kernels, reason, advice))
+
+
+def _described_flex(op: str, args: tuple[Any, ...]) -> Description:
+    operands, results = (args[2:5], 2) if op == "flex_attn_bwd" else (args[:3], 0)
+    *_, score, mask, scale = args[: 3 + 2 * results + 7]
+    return describe_flex(*operands, bool(score), bool(mask), scale)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ import orchard_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks.host import measure, takeover  # noqa: E402
+from benchmarks.host import flex, measure, takeover  # noqa: E402
 
 
 class TestRecordingEngine:
@@ -169,3 +169,9 @@ def test_the_documented_cost_of_the_takeover():
     assert f"over {takeover.REPEATS} repeats" in text
     for case, figures in result["microseconds_above"][takeover.OP].items():
         assert figures["median"] < 10.0, case
+
+
+def test_the_table_of_flex_attention_is_that_of_the_data():
+    """`python -m simulator -m benchmarks.host.flex` writes both."""
+    page = (ROOT / "docs" / "flex-attention.md").read_text()
+    assert flex.table(json.loads(flex.RESULT.read_text())) in page

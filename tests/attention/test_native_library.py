@@ -39,6 +39,9 @@ def interface() -> str:
         "flash_attn_append",
         "flash_attn_decode_plan",
         "flash_attn_append_plan",
+        "flex_attn_fwd",
+        "flex_attn_bwd",
+        "flex_attn_plan",
     ),
 )
 def test_the_library_states_the_schemas_that_are_registered(op: str):

@@ -158,22 +158,70 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("device", "heads", "length", "most"),
-    [("cpu", 16, 1024, 300), ("meta", 16, 1024, 175), ("meta", 32, 2048, 325)],
-)
-def test_operations_of_a_masked_step(device: str, heads: int, length: int, most: int):
-    """The reference takes few, large blocks, and fewer on a device where each operation is a
-    launch. Meta tensors stand in for such a device.
+def mask_of(kind: str, length: int) -> torch.Tensor:
+    lower = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    return {
+        "bool": lambda: lower,
+        "key padding": lambda: (torch.arange(length) < length - 9).view(1, 1, 1, length),
+        "additive": lambda: torch.randn(1, 1, length, length),
+        "additive, with gradient": lambda: torch.randn(1, 1, length, length),
+        "-inf": lambda: torch.zeros(lower.shape).masked_fill_(~lower, -math.inf),
+    }[kind]()
 
-    580 operations at 16 heads and L 1024, and 1156 at 32 and 2048, were too many.
-    """
+
+def computing_operations(kind: str, device: str, heads: int, length: int) -> int:
+    """Those of a forward and a backward."""
     q, k, v = (torch.zeros(1, heads, length, 4, device=device) for _ in range(3))
-    scoring = Scoring(attn_mask=torch.zeros(1, 1, length, length, device=device), scale=0.3)
+    scoring = Scoring(attn_mask=mask_of(kind, length).to(device), scale=0.3)
     with Operations() as operations:
         out, row_stats = reference.forward(q, k, v, scoring)
-        reference.backward(out, None, q, k, v, out, row_stats, scoring=scoring, mask_grad=False)
-    assert most / 2 < operations.computing <= most  # or nothing was counted
+        reference.backward(
+            out, None, q, k, v, out, row_stats, scoring=scoring, mask_grad="gradient" in kind
+        )
+    assert operations.seen & {"aten::bmm", "aten::baddbmm_"}  # or nothing was counted
+    return operations.computing
+
+
+KINDS = ("bool", "key padding", "additive", "additive, with gradient", "-inf")
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_of_a_masked_step(kind: str, device: str):
+    """A step with a mask is at most 60 operations, where 315 were too many on a CPU, and 182 on a
+    device where each is a launch. Meta tensors stand in for such a device."""
+    assert 30 < computing_operations(kind, device, 16, 1024) <= 60
+
+
+@pytest.mark.parametrize(("device", "most"), (("cpu", 700), ("meta", 325)))
+def test_operations_of_a_longer_masked_step(device: str, most: int):
+    """Eight times as many scores no longer are one block; 1156 operations were too many."""
+    found = computing_operations("additive", device, 32, 2048)
+    assert most / 2 < found <= most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_block_is_as_several(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Also where a score is NaN under a boolean mask, which hides it from rows that do not see
+    its key."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 8, 70, 16) for _ in range(4))
+    k[0, 1, 50] = math.nan
+    scoring = Scoring(attn_mask=mask_of(kind, 70), scale=0.3)
+
+    def results() -> list[torch.Tensor]:
+        out, row_stats = reference.forward(q, k, v, scoring)
+        grads = reference.backward(
+            dout, None, q, k, v, out, row_stats, scoring=scoring, mask_grad="gradient" in kind
+        )
+        return [out, row_stats, *grads]
+
+    single = results()
+    monkeypatch.setattr(scores, "CPU_LIMITS", SMALL_BLOCKS)
+    for x, y in zip(single, results(), strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+    if kind == "bool":
+        assert single[0][0, 1, :50].isfinite().all() and single[0][0, 1, 50:].isnan().all()
 
 
 def all_results(device: str, scale: float, dtype: torch.dtype = torch.float32) -> tuple:
@@ -264,13 +312,26 @@ def test_memory_of_many_heads(num_kv_heads: int, kv_len: int):
     assert largest >= per_row  # the scores were seen
 
 
-def test_memory_is_linear_in_the_length():
+@pytest.mark.parametrize("masked", (False, True), ids=("plain", "masked"))
+def test_memory_is_linear_in_the_length(masked: bool):
     """No tensor of L x S elements per head is ever allocated, as the profiler sees it."""
-    case = Case(4096, 4096, 16, num_heads=1)
-    operands = case.operands()
+    length = 4096
+    q, k, v = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(length, length, dtype=torch.bool).tril() if masked else None
     with torch.profiler.profile(profile_memory=True) as profile:
-        run(case, *operands, impl="auto")
+        orchard_ops.flash_attn(q, k, v, mask).sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    block = scores.CPU_LIMITS.elements * 4
-    assert block < 4096 * 4096 * 4 / 2  # or this test could not fail
-    assert largest <= block + 4096 * 16 * 4
+    block = max(scores.CPU_LIMITS.elements, 2 * length * scores.CPU_LIMITS.enough_rows) * 4
+    assert block < 2 * length * length * 4 / 2  # or this test could not fail
+    assert largest <= block + 2 * length * 16 * 4
+
+
+def test_a_single_block_has_a_bound():
+    """One more row, and a masked call walks over blocks."""
+    scoring = Scoring(attn_mask=torch.ones(1, 1, 1, 1024))
+    for limits in (scores.CPU_LIMITS, scores.GPU_LIMITS):
+        assert limits.whole == 1 << 24  # 64 MiB
+        for length, single in ((1024, True), (1025, False)):
+            parts = [*scores.blocks(1, 16, length, 1024, scoring, limits)]
+            assert (len(parts) == 1) == single
+            assert (parts[0].row0, parts[-1].row1) == (0, length)

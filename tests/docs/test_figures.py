@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT
 from PIL import Image
 
-from benchmarks import pictures
+from benchmarks import pictures, reference_cost
 
 pytestmark = pytest.mark.simulated  # the instruments that some are drawn with need Linux
 
@@ -105,10 +105,27 @@ def test_host_cost_in_words():
     assert f"takes {median('F.sdpa, cpu: forward + backward')}." in TEXT
 
 
+def test_the_table_of_masked_steps():
+    """docs/performance-tables.md has the script's table, and the sentence above it is true."""
+    result = DATA["reference-cost.png"]
+    page = (ROOT / "docs" / "performance-tables.md").read_text()
+    assert reference_cost.masked_table(result) in page
+    words = " ".join(page.split())
+    steps = [r for r in result["speed"] if r["mask"] and r["passes"] == "forward + backward"]
+    assert {(r["heads"], r["length"]) for r in steps} >= {(8, 256), (8, 512), (8, 1024), (16, 1024)}
+    above = [r for r in steps if r["ratio"] > result["limit"]]
+    for r in above:
+        assert f"{r['mask']} at L {r['length']} ({r['ratio']:.2f})" in words
+    most = max(found[device] for found in result["operators"] for device in ("cpu", "meta"))
+    assert (
+        f"{len(above)} of {len(steps)} steps take more" in words and f"at most {most} op" in words
+    )
+
+
 def test_reference_cost_in_words():
     ratios = [
         r["ratio"]
         for r in DATA["reference-cost.png"]["speed"]
-        if (r["dtype"], r["passes"]) == ("float32", "forward + backward")
+        if (r["dtype"], r["passes"], r["mask"]) == ("float32", "forward + backward", None)
     ]
     assert f"at {min(ratios):.2f} to {max(ratios):.2f} times" in TEXT

@@ -77,6 +77,9 @@ def host() -> Description:
     memory = memory_bytes()
     if memory:
         description["memory_gib"] = memory >> 30
+    model = sysctl("hw.model") if sys.platform == "darwin" else ""
+    if model:
+        description["model"] = model
     return description
 
 

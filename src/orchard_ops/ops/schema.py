@@ -1,8 +1,8 @@
 """The ops' schemas and handles, and their arguments by name.
 
-``native/module.cpp`` adds the MPS kernels of flash_attn_fwd and flash_attn_bwd; ``attention.py``
-adds flash_attn itself. Arguments are positional throughout: torch.library's helpers and the stable
-ABI handle keyword-only arguments unevenly.
+``native/module.cpp`` adds the MPS kernels, ``attention.py`` flash_attn itself. Arguments are
+positional throughout: torch.library's helpers and the stable ABI handle keyword-only arguments
+unevenly.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ _PLAN = (
     "(str refusal, str detail, str advice, str[] families, str[] names, str[] instantiations, "
     "str[] tiles, str[] tile_names, str[] alternatives, int[] launches, int scratch_bytes)"
 )
+_FLEX = (
+    "Tensor query, Tensor key, Tensor value, {}Tensor[] captures, Tensor? block_states, "
+    "int block_q, int block_kv, str score, str mask, float scale, str impl"
+)
+_FLEX_FORWARD = _FLEX.format("")
+_FLEX_BACKWARD = "Tensor dout, Tensor? dlse, " + _FLEX.format("Tensor out, Tensor row_stats, ")
+_FLEX_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv)"
 INTERFACE = (
     f"orchard_ops interface 3: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
     f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
@@ -35,7 +42,10 @@ INTERFACE = (
     f"flash_attn_decode({cache.DECODE_SCHEMA}) -> {_DECODED}; "
     f"flash_attn_append({cache.APPEND_SCHEMA}) -> (); "
     f"flash_attn_decode_plan({cache.DECODE_SCHEMA}) -> {_PLAN}; "
-    f"flash_attn_append_plan({cache.APPENDED_SCHEMA}) -> {_PLAN}"
+    f"flash_attn_append_plan({cache.APPENDED_SCHEMA}) -> {_PLAN}; "
+    f"flex_attn_fwd({_FLEX_FORWARD}) -> {_RESULTS}; "
+    f"flex_attn_bwd({_FLEX_BACKWARD}) -> {_FLEX_GRADIENTS}; "
+    f"flex_attn_plan({_FLEX_FORWARD}) -> {_PLAN}"
 )
 """What ``native/module.cpp`` must answer to be the library of this package."""
 
@@ -56,6 +66,8 @@ for _schema in (
     f'flash_attn_append({cache.APPEND_SCHEMA}="auto") -> ()',
     f"flash_attn_append_reference({cache.APPEND_SCHEMA}, str reason) -> ()",
     f"flash_attn_decode_reference({cache.DECODE_SCHEMA}, str reason) -> {_DECODED}",
+    f'flex_attn_fwd({_FLEX_FORWARD}="auto") -> {_RESULTS}',
+    f'flex_attn_bwd({_FLEX_BACKWARD}="auto") -> {_FLEX_GRADIENTS}',
 ):
     library.define(_schema, tags=_TAGS)
 
@@ -92,11 +104,17 @@ DECODE = _raising_what_was_raised(namespace.OPS.flash_attn_decode.default)
 """``orchard::flash_attn_decode``, see `CacheCall`; out and lse."""
 APPEND = _raising_what_was_raised(namespace.OPS.flash_attn_append.default)
 """``orchard::flash_attn_append``, see `AppendCall`; it returns nothing."""
+FLEX_FORWARD = _raising_what_was_raised(namespace.OPS.flex_attn_fwd.default)
+"""``orchard::flex_attn_fwd``, see `flex.FlexCall`; out and row_stats."""
+FLEX_BACKWARD = _raising_what_was_raised(namespace.OPS.flex_attn_bwd.default)
+"""``orchard::flex_attn_bwd``, see `flex.FlexGradientCall`; dq, dk and dv."""
 for _packet in (
     namespace.OPS.flash_attn_fwd,
     namespace.OPS.flash_attn_bwd,
     namespace.OPS.flash_attn_decode,
     namespace.OPS.flash_attn_append,
+    namespace.OPS.flex_attn_fwd,
+    namespace.OPS.flex_attn_bwd,
 ):
     _raising_what_was_raised(_packet)
 

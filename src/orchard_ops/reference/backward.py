@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_in_order_of
+from ..layout import empty_in_order_of, stride_order
 from ..scoring import Scoring
 from .products import add_product, product
 from .scores import Block, Problem
@@ -41,13 +41,13 @@ def backward(
     """
     p = Problem(query, key, value, scoring)
     mask = scoring.attn_mask
-    dq = empty_in_order_of(query)
+    like_query = query
     query, dout = p.seeing(query), p.seeing(dout)
     if dlse is not None:
         moved = dlse.unsqueeze(-1)
         if scoring.sinks is None:  # else a row without a key sees its sink
             moved = p.seeing(moved)
-    dk, dv = (torch.zeros(x.shape, dtype=p.dtype, device=p.device) for x in (p.k, p.v))
+    dq = dk = dv = None
     dmask, dsinks = query.new_empty(0), query.new_empty(0)
     if mask is not None and mask_grad:
         dmask = torch.zeros(mask.shape, dtype=p.dtype, device=p.device)
@@ -58,14 +58,14 @@ def backward(
         x, tanh = p.scores(q, block)
         _, total, sink = p.exponentials(x)
         total.clamp_(min=1.0)  # 0 without a key
-        do = p.rows(dout, block)
+        do = p.rows(dout, block) / total
         delta = (do * block.rows(out)).sum(-1, keepdim=True)
         if dlse is not None:
-            delta -= block.rows(moved) if sink is not None else p.rows(moved, block)
-        do, delta = p.by_kv_head(do / total), delta.div_(total)
+            delta -= (block.rows(moved) if sink is not None else p.rows(moved, block)) / total
+        do = p.by_kv_head(do)
         if sink is not None:
             dsinks -= (sink * delta).sum((0, 2, 3))
-        dx = product(do, block.cols(p.v).transpose(1, 2))
+        dx = product(do, block.cols(p.v).transpose(1, 2), into=p.kept("their gradient", block))
         dx = p.rows_by_head(dx, block)
         keep = p.keep(block)
         if keep is not None:
@@ -73,20 +73,47 @@ def backward(
         dx.sub_(delta).mul_(x)
         if keep is not None:
             x.mul_(keep)
-        add_product(block.cols(dv), p.by_kv_head(x).transpose(1, 2), do)
+        dv = _with_part(dv, p.v, block, p.by_kv_head(x).transpose(1, 2), do, 1.0)
         if mask is not None and mask_grad:
             _add_mask_gradient(dmask, p.as_masked(dx), block)
         if tanh is not None:
             dx.mul_(tanh.square_().neg_().add_(1.0))
         dx = p.by_kv_head(dx)
-        dq_rows = product(dx, block.cols(p.k), scoring.scale)
-        block.rows(dq).copy_(p.rows_by_head(dq_rows, block))
-        add_product(block.cols(dk), dx.transpose(1, 2), q, scoring.scale)
-    grad_k, grad_v = empty_in_order_of(key), empty_in_order_of(value)
-    grad_k.copy_(dk.view(key.shape))
-    grad_v.copy_(dv.view(value.shape))
+        dq_rows = product(dx, block.cols(p.k), scoring.scale, like=q)
+        dq_rows = p.rows_by_head(dq_rows, block)
+        if block.row1 - block.row0 == p.q_len:
+            dq = _in_order_of(like_query, dq_rows)
+        else:
+            dq = empty_in_order_of(like_query) if dq is None else dq
+            block.rows(dq).copy_(dq_rows)
+        dk = _with_part(dk, p.k, block, dx.transpose(1, 2), q, scoring.scale)
+    if dq is None:  # nothing to compute
+        dq = empty_in_order_of(like_query)
+    grad_k, grad_v = _in_order_of(key, dk), _in_order_of(value, dv)
     if mask is not None and mask_grad:
         dmask = dmask.to(mask.dtype)
     if scoring.sinks is not None:
         dsinks = dsinks.to(scoring.sinks.dtype)
     return dq, grad_k, grad_v, dmask, dsinks
+
+
+def _with_part(
+    total: Tensor | None, like: Tensor, block: Block, a: Tensor, b: Tensor, factor: float
+) -> Tensor:
+    """A gradient of all keys, to which a block adds factor * a @ b; None is 0 so far."""
+    if total is None and (block.col0, block.col1) == (0, like.shape[1]):
+        return product(a, b, factor, like=like)
+    if total is None:
+        total = torch.zeros_like(like)
+    add_product(block.cols(total), a, b, factor)
+    return total
+
+
+def _in_order_of(x: Tensor, gradient: Tensor | None) -> Tensor:
+    """A gradient in x's dtype, shape and order in memory; None is 0."""
+    if gradient is None:
+        return empty_in_order_of(x).zero_()
+    gradient = gradient.view(x.shape)
+    if gradient.dtype == x.dtype and stride_order(x.stride()) == [0, 1, 2, 3]:
+        return gradient
+    return empty_in_order_of(x).copy_(gradient)

@@ -23,19 +23,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
     out = empty_in_order_of(query, value.shape[-1])
     query = p.seeing(query)
     stats: list[Tensor] = []
+    logarithm = torch.log2 if scoring.plain else torch.log
     for block in p.blocks():
         x, _ = p.scores(p.rows_by_kv_head(query, block), block)
         origin, total, _ = p.exponentials(x)
-        stats.append(torch.cat((origin, total), dim=-1))
+        stats.append(torch.cat((origin, logarithm(total)), dim=-1))
         keep = p.keep(block)
         if keep is not None:
             x.mul_(keep)
-        rows = product(p.by_kv_head(x), block.cols(p.v))
-        block.rows(out).copy_(p.rows_by_head(rows, block).div_(total.clamp_(min=1.0)))
+        rows = p.rows_by_head(product(p.by_kv_head(x), block.cols(p.v)), block)
+        total.clamp_(min=1.0)  # 0 without a key
+        if p.device.type == "cpu":
+            torch.div(rows, total, out=block.rows(out))
+        else:  # mps loses what is written into a part of a tensor in some releases
+            block.rows(out).copy_(rows.div_(total))
     if not stats:  # nothing to compute
         return out, torch.empty((*query.shape[:3], 2), dtype=p.dtype, device=p.device)
-    row_stats = torch.cat(stats, dim=2)
-    logarithm = torch.log2 if scoring.plain else torch.log
-    sums = row_stats[..., 1]
-    sums.copy_(logarithm(sums))
-    return out, row_stats
+    return out, stats[0] if len(stats) == 1 else torch.cat(stats, dim=2)

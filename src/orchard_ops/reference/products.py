@@ -32,15 +32,29 @@ def _are_few(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "cpu" and k >= 32 and m * k * n < _FEW
 
 
-def product(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    """factor * a @ b of (N, m, k) and (N, k, n); if fused, without a pass for the factor."""
+def product(
+    a: Tensor,
+    b: Tensor,
+    factor: float = 1.0,
+    *,
+    into: Tensor | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """factor * a @ b of (N, m, k) and (N, k, n); if fused, without a pass for the factor.
+
+    Where fused products are safe, the result is `into` if that is given. `like` is any tensor of
+    the result's shape and dtype. Nothing in them is read.
+    """
+    if not _are_few(a, b) and fuses(a, factor):
+        if into is not None:
+            return into.baddbmm_(a, b, beta=0.0, alpha=factor)
+        if factor != 1.0:
+            like = a.new_empty(1) if like is None else like
+            return torch.baddbmm(like, a, b, beta=0.0, alpha=factor)
     if _are_few(a, b):
         found = (a.unsqueeze(2) * b.transpose(1, 2).unsqueeze(1)).sum(-1)
-    elif factor == 1.0 or not fuses(a, factor):
-        found = torch.bmm(a, b)
     else:
-        nothing = a.new_empty(1)  # is not read, since beta is 0
-        return torch.baddbmm(nothing, a, b, beta=0.0, alpha=factor)
+        found = torch.bmm(a, b)
     return found if factor == 1.0 else found.mul_(factor)
 
 

@@ -27,12 +27,17 @@ class Limits(NamedTuple):
     most_elements: int
     """... but not more scores than these. Where a single group of rows (`dropout.GROUP`) exceeds
     that, the block is this group: 64 bytes for every batch, query head and key."""
+    whole: int = 0
+    """A call with a mask, and nothing else that needs memory or leaves out keys, is a single block
+    if it has no more scores than these: then a step is few operations."""
 
 
-CPU_LIMITS = Limits(1 << 21, 128, 1 << 23)
-"""8 and 32 MiB in float32: larger blocks do not stay in the caches."""
-GPU_LIMITS = Limits(1 << 22, 256, 1 << 24)
-"""16 and 64 MiB in float32: every operation of a block is a launch."""
+CPU_LIMITS = Limits(1 << 21, 128, 1 << 23, 1 << 24)
+"""8, 32 and 64 MiB in float32: larger blocks do not stay in the caches."""
+GPU_LIMITS = Limits(1 << 22, 256, 1 << 24, 1 << 24)
+"""16, 64 and 64 MiB in float32: every operation of a block is a launch."""
+
+_LOG2_E = math.log2(math.e)
 
 _OPEN = 1 << 42
 """A window this wide hides nothing (`scoring.MAX_DIAGONAL`); wider ones would overflow int64."""
@@ -66,6 +71,13 @@ def _range(x: Tensor, dim: int, first: int, end: int) -> Tensor:
     return x if end - first == x.shape[dim] else x.narrow(dim, first, end - first)
 
 
+def _has_only_a_mask(s: Scoring) -> bool:
+    """Whether a mask is all that there is beside sinks: no block would leave out keys, and none
+    needs memory for distances, for softcap's derivative or for dropout."""
+    bare = s.alibi_slopes is None and s.softcap == 0.0 and s.dropout_p == 0.0
+    return s.attn_mask is not None and bare and s.window_left < 0 and s.window_right < 0
+
+
 def blocks(
     batch: int,
     num_heads: int,
@@ -82,6 +94,8 @@ def blocks(
     most_rows = limits.most_elements // row_elements
     step = max(limits.elements // row_elements, min(limits.enough_rows, most_rows))
     step = max(1, step // dropout.GROUP) * dropout.GROUP
+    if ranges is None and _has_only_a_mask(s) and row_elements * q_len <= limits.whole:
+        step = max(1, q_len)
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         col0, col1 = 0, kv_len
@@ -118,10 +132,21 @@ def outside_window(block: Block, s: Scoring, device: torch.device) -> Tensor | N
     return (j < i - s.window_left) | (j > i + s.window_right)
 
 
-def _hidden(mask: Tensor, outside: Tensor | None) -> Tensor:
-    """True where the mask or the window (`outside_window`) hides a key from a row."""
-    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
-    return hidden if outside is None else hidden | outside
+def _shown(mask: Tensor, outside: Tensor | None) -> Tensor:
+    """True where neither the mask nor the window (`outside_window`) hides a key from a row."""
+    shown = mask if mask.dtype == torch.bool else mask != -math.inf
+    return shown if outside is None else shown & ~outside
+
+
+def _shows_any(mask: Tensor, dim: int) -> Tensor:
+    """Whether the mask shows anything along a dimension."""
+    if mask.shape[dim] == 1:
+        return _shown(mask.squeeze(dim), None)
+    if mask.dtype != torch.bool:
+        return mask.amax(dim) != -math.inf
+    if mask.device.type != "cpu":
+        return mask.any(dim)
+    return mask.view(torch.uint8).amax(dim).view(torch.bool)  # tenfold as fast as any
 
 
 class Problem:
@@ -148,6 +173,7 @@ class Problem:
             self.ranges = Ranges(scoring.key_ranges, self.kv_len, *windows)
         unseen_keys, self.blind_rows = self._unseen()
         self.k, self.v = (self._seen(x, unseen_keys) for x in (key, value))
+        self._kept: dict[str, Tensor] = {}
         self.sinks = None
         if scoring.sinks is not None:
             self.sinks = self._per_head(scoring.sinks)
@@ -164,29 +190,33 @@ class Problem:
         if mask is None or 0 in mask.shape:
             if ranges is None:
                 return None, None
-            keys, rows = ranges.unseen_keys(), ranges.blind_rows()
+            keys, rows = ~ranges.unseen_keys(), ~ranges.blind_rows()
         elif ranges is None and s.window_left < 0 and s.window_right < 0:
-            hidden = _hidden(mask, None)
-            keys, rows = hidden.all(dim=-2), hidden.all(dim=-1)
+            keys, rows = _shows_any(mask, -2), _shows_any(mask, -1)
         else:
             shape = mask.shape[:-2]
             if ranges is not None:
                 of_ranges = self._with_batch_of_mask(ranges.blind_rows()).shape[:-1]
                 shape = torch.broadcast_shapes(shape, of_ranges)
-            keys = mask.new_ones((*shape, self.kv_len), dtype=torch.bool)
-            rows = mask.new_ones((*shape, self.q_len), dtype=torch.bool)
+            keys = mask.new_zeros((*shape, self.kv_len), dtype=torch.bool)
+            rows = mask.new_zeros((*shape, self.q_len), dtype=torch.bool)
             for block in self.blocks():
                 outside = self.outside(block)
                 if ranges is not None and outside is not None:
                     outside = self._with_batch_of_mask(outside)
-                hidden = _hidden(block.of_mask(mask), outside)
-                block.cols(keys, -1).logical_and_(hidden.all(dim=-2))
-                block.rows(rows, -1).copy_(hidden.all(dim=-1))
+                shown = _shown(block.of_mask(mask), outside)
+                block.cols(keys, -1).logical_or_(shown.any(dim=-2))
+                block.rows(rows, -1).copy_(shown.any(dim=-1))
         if keys.shape[-2] not in (1, self.num_kv_heads):  # all query heads of a key/value head
-            keys = keys.unflatten(-2, (self.num_kv_heads, -1)).all(dim=-2)
-        if self.device.type == "cpu" and not rows.any():  # elsewhere the question would wait
-            return keys.unsqueeze(-1), None
-        return keys.unsqueeze(-1), rows.unsqueeze(-1)
+            keys = keys.unflatten(-2, (self.num_kv_heads, -1)).any(dim=-2)
+        return self._hidden(keys), self._hidden(rows)
+
+    def _hidden(self, shown: Tensor) -> Tensor | None:
+        """True where `shown` is not, with a last dimension of 1; None if that is known to be
+        nowhere, which only the CPU can say without waiting."""
+        if self.device.type == "cpu" and shown.all():
+            return None
+        return ~shown.unsqueeze(-1)
 
     def seeing(self, x: Tensor) -> Tensor:
         """(B, Hq, L, E), 0 in rows that the mask leaves without a key, whatever was left there."""
@@ -229,6 +259,20 @@ class Problem:
         sizes = self.batch, self.num_heads, self.q_len, self.kv_len
         return blocks(*sizes, self.scoring, limits, self.ranges)
 
+    def kept(self, name: str, block: Block) -> Tensor | None:
+        """Memory for a number of each score of the block, (N, group * rows, cols), on the CPU.
+
+        It is the same for all blocks: new memory costs more there than what is computed in it.
+        """
+        if self.device.type != "cpu":
+            return None
+        shape = len(self.k), self.group * (block.row1 - block.row0), block.col1 - block.col0
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < size:
+            kept = self._kept[name] = self.k.new_empty(size)
+        return _range(kept, 0, 0, size).view(shape)
+
     def rows(self, x: Tensor, block: Block) -> Tensor:
         """(B, Hq, L, E) -> the block's rows in compute precision.
 
@@ -265,7 +309,8 @@ class Problem:
         """
         s = self.scoring
         k = block.cols(self.k).transpose(1, 2)
-        x = self.rows_by_head(product(q, k, s.scale * self.per_exponent), block)
+        into = self.kept("scores", block)
+        x = self.rows_by_head(product(q, k, s.scale * self.per_exponent, into=into), block)
         tanh = None
         if s.softcap > 0.0:
             tanh = x.div_(s.softcap).tanh_()
@@ -276,14 +321,24 @@ class Problem:
         if s.attn_mask is not None:
             mask = block.of_mask(s.attn_mask)
             masked = self.as_masked(x)
-            if mask.dtype == torch.bool:
-                masked.masked_fill_(~mask, -math.inf)
-            else:
+            if mask.dtype != torch.bool:
                 masked.add_(mask)
+            elif self._may_add(mask, x):
+                masked.add_(torch.where(mask, x.new_tensor(0.0), x.new_tensor(-math.inf)))
+            else:
+                masked.masked_fill_(~mask, -math.inf)
         hidden = self.outside(block)
         if hidden is not None:
             x.masked_fill_(hidden, -math.inf)
         return x, tanh
+
+    def _may_add(self, mask: Tensor, x: Tensor) -> bool:
+        """Whether the scores may take 0 and -inf for a boolean mask, and do so sooner than by
+        a choice: where several heads share the mask, and no score is NaN, of which a finite sum
+        is the proof. Only the CPU can look without waiting."""
+        if self.device.type != "cpu" or 4 * mask.numel() > x.numel():
+            return False
+        return math.isfinite(x.sum().item())
 
     def _distance(self, block: Block) -> Tensor:
         """How far each key of the block is from the place of each row, for ALiBi."""
@@ -301,19 +356,31 @@ class Problem:
         is at least 1, since the largest score's exponential is.
         """
         lowest = torch.finfo(x.dtype).min
-        exp = torch.exp2 if self.scoring.plain else torch.exp
         if x.shape[3] == 0:  # no key in sight
             origin = x.new_full((*x.shape[:3], 1), lowest)
         else:
             origin = x.amax(dim=-1, keepdim=True).clamp_(min=lowest)
         if self.sinks is not None:
             origin = torch.maximum(origin, self.sinks)
-        exp(x.sub_(origin), out=x)
+        self._exp_(x.sub_(origin))
         total = x.sum(dim=-1, keepdim=True)
         if self.sinks is None:
             return origin, total, None
-        sink = exp(self.sinks - origin)
+        sink = self._exp_(self.sinks - origin)
         return origin, total.add_(sink), sink
+
+    def _exp_(self, x: Tensor) -> Tensor:
+        """The exponential in the call's unit, in place.
+
+        On the CPU powers of e are powers of two: torch.exp there takes up to 25 times as long for
+        numbers of which nothing is left, as -inf (MKL). x is a difference by now, no mask that
+        could overflow, and far below 0 a digit more or less of it is lost on a weight of nearly 0.
+        """
+        if self.scoring.plain:
+            return torch.exp2(x, out=x)
+        if self.device.type == "cpu":
+            return torch.exp2(x.mul_(_LOG2_E), out=x)
+        return torch.exp(x, out=x)
 
     def keep(self, block: Block) -> Tensor | None:
         """Dropout's multiplier on the block's weights: 0 or 1 / (1 - p)."""

@@ -17,6 +17,7 @@ import torch
 from torch.library import Library
 
 from .._version import __version__
+from ..flex import switch as flex_switch
 from ..namespace import NAME
 from . import causal_bias, kernels
 
@@ -135,9 +136,10 @@ def sdpa() -> Iterator[None]:
 
 
 def enable() -> None:
-    """F.scaled_dot_product_attention on mps runs as `flash_attn` until `disable`; see `sdpa`.
+    """PyTorch's attention on mps runs on this package until `disable`.
 
-    A second call changes nothing.
+    F.scaled_dot_product_attention as `flash_attn`, see `sdpa`, and FlexAttention as
+    `orchard_ops.flex_attention`, see `flex`. A second call changes nothing.
     """
     global _enabled
     with _lock:
@@ -145,16 +147,19 @@ def enable() -> None:
             return
         _enabled = True
     _hold()
+    flex_switch.hold()
 
 
 def disable() -> None:
-    """Undoes `enable`. Blocks of `sdpa` that have not ended keep the takeover until they do."""
+    """Undoes `enable`. Blocks of `sdpa` and `flex` that have not ended keep their takeover until
+    they do."""
     global _enabled
     with _lock:
         if not _enabled:
             return
         _enabled = False
     _release()
+    flex_switch.release()
 
 
 # ---- PyTorch's own switch -----------------------------------------------------------------------

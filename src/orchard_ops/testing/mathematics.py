@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -155,13 +156,15 @@ def math_attention(
     sinks: Tensor | None = None,
     key_span: int = 0,  # changes no result
     key_ranges: Tensor | None = None,
+    score_mod: Callable[[Tensor], Tensor] | None = None,
 ) -> MathResult:
     """Unfused attention and its gradients by autograd, results rounded to `dtype`.
 
     Operands are (B, H, length, D) tensors of any device and dtype, copied to the CPU; the further
-    arguments are those of ``orchard::flash_attn_fwd``. With dtype
-    float64 it is the reference; with the operands' own dtype it does as PyTorch's math path does
-    (half precision is computed in float32 and the output rounded).
+    arguments are those of ``orchard::flash_attn_fwd``, and `score_mod`, which makes scores
+    (B, Hq, L, S) of the scaled products, each of its own. With dtype float64 it is the reference;
+    with the operands' own dtype it does as PyTorch's math path does (half precision is computed in
+    float32 and the output rounded).
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -173,10 +176,18 @@ def math_attention(
     k_all, v_all = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     scores = torch.matmul(q, k_all.transpose(-1, -2)) * scale
-    derivative = torch.ones(())
+    derivative = slope = torch.ones(())
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
         derivative = 1.0 - (scores.detach() / softcap) ** 2
+    if score_mod is not None:
+        products = scores.detach().requires_grad_()
+        of_products = score_mod(products)
+        if of_products.requires_grad:
+            derivative = torch.autograd.grad(of_products.sum(), products)[0]
+        # What a product's rounding, and dS, is multiplied by, which softcap never enlarges.
+        slope = derivative.abs()
+        scores = score_mod(scores)
     place = torch.arange(q_len) + diagonal
     if key_ranges is not None:
         place = key_ranges.cpu().long()[..., 2]
@@ -229,7 +240,7 @@ def math_attention(
     )
     with torch.no_grad():
         weights = weights.detach()
-        score_terms = torch.matmul(q.abs(), k_all.abs().transpose(-1, -2)) * abs(scale)
+        score_terms = torch.matmul(q.abs(), k_all.abs().transpose(-1, -2)) * abs(scale) * slope
         dv_terms = torch.matmul(dropped.transpose(-1, -2), dout.cpu().to(compute).abs())
         # An error of delta is one of its whole row, and independent of the other rows'.
         terms = dropped.detach() * torch.matmul(dout.cpu().to(compute), v_all.detach().mT)
@@ -247,8 +258,8 @@ def math_attention(
         dv_squares = torch.matmul(dropped.detach().mT ** 2, dout.cpu().to(compute) ** 2)
         row_size = (dout.cpu().to(compute) * out).abs().sum(-1, keepdim=True)
         size = weights * row_size
-        dq_size = torch.matmul(size, k_all.abs()) * abs(scale)
-        dk_size = torch.matmul(size.transpose(-1, -2), q.abs()) * abs(scale)
+        dq_size = torch.matmul(size * slope, k_all.abs()) * abs(scale)
+        dk_size = torch.matmul((size * slope).transpose(-1, -2), q.abs()) * abs(scale)
         dmask_size = size if bias is None else _sum_as(bias, size)
         if bias is not None and sink is not None and bias.shape[-1] == 1:
             # A row's sum of dS is what its sink lacks, P_sink delta, and may be formed as that.

@@ -129,6 +129,8 @@ class Sources:
 
     def text(self, family: str) -> str:
         """The family's Metal text as native/embed_shaders.py makes it."""
+        if family in self._embed.FLEX_FAMILIES:
+            return self._embed.flatten_flex(self._embed.FLEX_FAMILIES[family]) + "\n"
         headers = {**self._embed.FAMILIES, **self._embed.CACHE_FAMILIES}
         return self._embed.flatten(headers[family]) + "\n"
 

@@ -34,9 +34,10 @@ from simulator.engine import compiler
 from . import killers as killing
 from . import report
 from .harness import ROOT, Sources
-from .mutants import CACHE_FILES, FILES, Mutant, all_mutants, equivalences
+from .mutants import CACHE_FILES, FILES, FLEX_FILES, Mutant, all_mutants, equivalences
 from .verdicts import (
     CACHE_VERDICTS,
+    FLEX_VERDICTS,
     VERDICTS,
     Outcome,
     Present,
@@ -349,13 +350,18 @@ def prepare(jobs: int = 1) -> Original:
     paths = sorted({path for used in uses.values() for path in used})
     with multiprocessing.get_context("fork").Pool(jobs) as processes:
         lines = dict(zip(paths, processes.map(killing.lines_of, paths, chunksize=1)))
-    families = Present(mutated=(*FILES, *CACHE_FILES)).families
+    families = Present(mutated=(*FILES, *CACHE_FILES, *FLEX_FILES)).families
     return Original(code, frozenset(libraries), uses, families, lines, kernels, observed)
+
+
+def files_of(arguments: argparse.Namespace) -> Sequence[str]:
+    """What is mutated."""
+    return FLEX_FILES if arguments.flex else CACHE_FILES if arguments.caches else FILES
 
 
 def selected(arguments: argparse.Namespace) -> list[Mutant]:
     mutants = [
-        m for m in all_mutants(ROOT, CACHE_FILES if arguments.caches else FILES)
+        m for m in all_mutants(ROOT, files_of(arguments))
         if (not arguments.files or any(name in m.file for name in arguments.files))
         and (not arguments.operators or m.operator in arguments.operators)
         and (not arguments.match or arguments.match in str(m))
@@ -383,19 +389,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--caches", action="store_true", help="those of the ops for caches, by their own killers"
     )
+    parser.add_argument(
+        "--flex", action="store_true", help="those of scores that are functions, the same way"
+    )
     arguments = parser.parse_args(argv)
     if arguments.caches:
         killing.use_those_of_caches()
+    if arguments.flex:
+        killing.use_those_of_flex()
     mutants = selected(arguments)
     if arguments.list:
         print(*mutants, sep="\n")
         return 0
-    files = CACHE_FILES if arguments.caches else FILES
+    files = files_of(arguments)
     listed = [entry for entry in equivalences() if entry.file in files]
     FOLDER.mkdir(parents=True, exist_ok=True)
     everything = all_mutants(ROOT, files)
-    log = FOLDER / ("progress-caches.jsonl" if arguments.caches else "progress.jsonl")
-    kept = CACHE_VERDICTS if arguments.caches else VERDICTS
+    own = "flex" if arguments.flex else "caches" if arguments.caches else ""
+    log = FOLDER / (f"progress-{own}.jsonl" if own else "progress.jsonl")
+    kept = {"flex": FLEX_VERDICTS, "caches": CACHE_VERDICTS}.get(own, VERDICTS)
     progress = Progress(log, everything, Present(mutated=files), kept)
     original = prepare(arguments.jobs) if progress.hangs_on_kernels() else None
     if original:
@@ -422,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report.Report(mutants, progress.outcomes, listed)
     result.print()
     if mutants == everything:
-        if not arguments.caches:
+        if not own:
             result.write(Path(__file__).parent, sources_digest())
         progress.keep()
     return 1 if result.survivors else 0

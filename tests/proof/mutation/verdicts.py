@@ -40,6 +40,7 @@ PARAMS, PLAN = "shaders/params.h", "native/plan/"
 CACHE_PARAMS, CACHE_PLAN = "shaders/decode_params.h", "decode"
 VERDICTS = Path(__file__).with_name("verdicts.json")
 CACHE_VERDICTS = Path(__file__).with_name("verdicts_of_caches.json")
+FLEX_VERDICTS = Path(__file__).with_name("verdicts_of_flex.json")
 _LINE = re.compile(r'^#line 1 "(\w+\.h)"$', re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _DECLARED = re.compile(r"^#define (\w+)|^\s+(\w+) = \d+,$|^\s+\w+ (\w+)(?:\[\d+\])?;$")

@@ -10,37 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .models import MODELS
+from .problem import Problem
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MODES = ("forward", "training")
 MASKS = ("causal", "full")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Self-attention of one size: q is (B, H, L, D), k and v are (B, Hkv, L, D)."""
-
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mask: str
-    """"causal" or "full"."""
-    batch: int = 1
-    dtype: str = "float16"
-    length: int = 1024
-
-    @property
-    def is_causal(self) -> bool:
-        return self.mask == "causal"
-
-    @property
-    def series(self) -> str:
-        """The name of the series, which is the problem without its length."""
-        heads = f"H{self.num_heads}"
-        if self.num_kv_heads != self.num_heads:
-            heads += f"/{self.num_kv_heads}"
-        return f"{self.name}: B{self.batch} {heads} D{self.head_dim} {self.mask} {self.dtype}"
-
 
 PRESETS = {
     problem.name: problem
@@ -48,8 +23,14 @@ PRESETS = {
         Problem("gpt", num_heads=12, num_kv_heads=12, head_dim=64, mask="causal"),
         Problem("llama", num_heads=32, num_kv_heads=8, head_dim=128, mask="causal"),
         Problem("vit", num_heads=12, num_kv_heads=12, head_dim=64, mask="full"),
+        Problem("short", num_heads=12, num_kv_heads=12, head_dim=64, mask="causal"),
     )
 }
+
+LENGTHS_OF = {"short": (64, 128, 256)} | {name: (m.length,) for name, m in MODELS.items()}
+"""The lengths of the presets that do not take the device's. A sequence is "short" where a call is
+rather launches than products: what does not help there belongs beside what does."""
+PRESETS |= MODELS
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,9 @@ class Defaults:
 
 
 DEFAULTS = {  # Place.kind -> what is measured unless asked otherwise
-    "apple_gpu": Defaults(tuple(PRESETS), (512, 1024, 2048, 4096, 8192), ("float16",)),
+    "apple_gpu": Defaults(
+        ("gpt", "llama", "vit", "short"), (512, 1024, 2048, 4096, 8192), ("float16",)
+    ),
     "cpu": Defaults(("gpt", "llama"), (256, 512, 1024, 2048), ("float32",)),
     "simulated": Defaults(("gpt",), (32, 64), ("float16",)),
 }
@@ -104,7 +87,7 @@ def chosen(args: argparse.Namespace, kind: str) -> list[Case]:
             args.head_dims or [preset.head_dim],
             args.masks or [preset.mask],
             args.dtypes or defaults.dtypes,
-            sorted(args.lengths or lengths),
+            sorted(args.lengths or LENGTHS_OF.get(name, lengths)),
         )
         for (num_heads, num_kv_heads), head_dim, mask, dtype, length in grid:
             problems.append(

@@ -17,8 +17,9 @@ from ..console import Console
 from ..endings import CannotRun, writable, write
 from ..place import Place, find_place
 from ..progress import each
-from . import cases, gate, memory, report, timing, variants
+from . import cases, community, gate, memory, report, timing, variants
 from .contenders import CONTENDERS, OURS, Contender, path
+from .models import LEAVES_OUT
 from .results import (
     FAILED,
     MEASURED,
@@ -64,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     stem = Path(args.output or "bench-output") / machine.slug(results.machine)
     whole, table = (writable(stem.with_name(f"{stem.name}.{kind}")) for kind in ("json", "csv"))
     unfinished = writable(stem.with_name(f"{stem.name}.unfinished.json"))
+    saved = writable(Path(args.save)) if args.save is not None else None
     console.say(f"bench on {machine.where(results.machine)}")
+    for name in dict.fromkeys(case.problem.name for case in chosen):
+        if name in LEAVES_OUT:
+            console.say(f"{name} is measured without {LEAVES_OUT[name]}")
     schedule = timing.Schedule(
         seconds=args.seconds or (0.5 if args.quick else 3.0), min_rounds=3 if args.quick else 7
     )
@@ -75,16 +80,22 @@ def run(args: argparse.Namespace) -> int:
             for case in under_way:
                 results.cases.append(measure(case, contenders + further[case], place, schedule))
                 write(unfinished, to_json(results))
+                if saved is not None:
+                    complete = len(results.cases) == len(chosen)
+                    write(saved, community.to_json(results, chosen, complete))
         report.print_table(console, results)
+        report.print_where_it_does_not_help(console, results)
     except BaseException as error:
         if results.cases:
             done = f"{len(results.cases)} of {len(chosen)} cases are in {unfinished}"
             error.add_note(f"{done}, for python -m orchard_ops bench --plot")
+            if saved is not None:
+                error.add_note(f"and in {saved}")
         raise
     write(whole, to_json(results))
     write(table, to_csv(results))
     unfinished.unlink(missing_ok=True)
-    console.say(f"written: {whole}, {table}")
+    console.say(f"written: {', '.join(map(str, filter(None, (whole, table, saved))))}")
     _plot(console, results, stem)
     return endings.RIGHT if results.all_right() else endings.WRONG
 

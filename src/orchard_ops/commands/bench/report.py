@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .contenders import OURS
+from .contenders import OURS, SDPA
 from .results import FAILED, MEASURED, WRONG, CaseResult, Figures, Results
 from .variants import TILE
 
@@ -71,6 +71,51 @@ def _cells(case: CaseResult, figures: Figures) -> list[str]:
         f"{(figures.peak_bytes or 0) / 2**20:.1f}",
         "" if ratio is None or figures.contender == OURS else f"{ratio:.2f}",
     ]
+
+
+HELPS = 1.05
+"""SDPA must take so many times as long, or the op is not called faster."""
+
+
+def does_not_help(case: CaseResult) -> str:
+    """Why the op is not worth having for the time of this case; nothing if it is.
+
+    It is not where SDPA does not take 5 % longer, or where a fifth of the turns says so.
+    """
+    ratio, low = (case.ratio_percentile(SDPA, OURS, p) for p in (50, 20))
+    if ratio is None or low is None or low >= HELPS:
+        return ""
+    if ratio < 1 / HELPS:
+        return f"SDPA is faster: {ratio:.2f} of our time"
+    if ratio < HELPS:
+        return f"as fast as SDPA ({ratio:.2f})"
+    return f"SDPA takes {ratio:.2f} of our time, but {low:.2f} in a fifth of the turns"
+
+
+def print_where_it_does_not_help(console: Console, results: Results) -> None:
+    """The cases in which the op is no faster than SDPA, with what it saves of memory there."""
+    compared = [c for c in results.cases if c.ratio(SDPA, OURS) is not None]
+    if not compared:
+        return
+    rows = [(case, why) for case in compared if (why := does_not_help(case))]
+    if not rows:
+        line = f"Where it does not help: nowhere, of {len(compared)} cases that were compared"
+        console.print(line, highlight=False, markup=False)
+        return
+    title = f"Where it does not help: {len(rows)} of {len(compared)} cases that were compared"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("case", "mode", "time", "memory"):
+        table.add_column(name)
+    for case, why in rows:
+        table.add_row(f"{case.series} L{case.length}", case.mode, why, _memory(case))
+    console.print(table)
+
+
+def _memory(case: CaseResult) -> str:
+    ours, sdpa = case.of(OURS), case.of(SDPA)
+    if ours is None or sdpa is None or not ours.peak_bytes or not sdpa.peak_bytes:
+        return ""
+    return f"SDPA takes {sdpa.peak_bytes / ours.peak_bytes:.1f} times ours"
 
 
 def _print_paths(console: Console, results: Results) -> None:

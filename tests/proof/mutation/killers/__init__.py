@@ -15,6 +15,7 @@ from . import (
     caches,
     far_masks,
     few_queries,
+    flex,
     forward,
     long_sums,
     mask_sums,
@@ -44,10 +45,12 @@ __all__ = [
     "machine_code",
     "prepare",
     "use_those_of_caches",
+    "use_those_of_flex",
     "used_kernels",
     "used_libraries",
 ]
 _of_caches = False
+_of_flex = False
 
 
 def use_those_of_caches() -> None:
@@ -57,9 +60,20 @@ def use_those_of_caches() -> None:
     killers.cache_clear()
 
 
+def use_those_of_flex() -> None:
+    """From here on `killers` are those of scores that are functions."""
+    global _of_flex
+    _of_flex = True
+    killers.cache_clear()
+
+
 @functools.cache
-def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled | few_queries.Few, ...]:
+def killers() -> tuple[
+    Attention | Property | scores.Scored | caches.Filled | few_queries.Few | flex.Flexed, ...
+]:
     """All of them; for a kernel, in order of cost."""
+    if _of_flex:
+        return flex.killers()
     if _of_caches:
         return (*caches.killers(), *few_queries.killers())
     return (
@@ -83,7 +97,7 @@ def killers() -> tuple[Attention | Property | scores.Scored | caches.Filled | fe
 
 def prepare() -> None:
     """Computes all references, so that processes forked later share them."""
-    if _of_caches:
+    if _of_caches or _of_flex:
         return
     for killer in killers():
         if isinstance(killer, Attention):

@@ -1,0 +1,255 @@
+// Scores that are given as functions, score_mod and mask_mod of FlexAttention: for the kernels what
+// Score and Mask are (scores.h, masks.h). The functions themselves come behind this text, as
+//
+//   struct ScoreMod {
+//     static constant constexpr const bool kUnitSlope = ...;  // whether the derivative is 1
+//     FlexCaptures captures;
+//     METAL_FUNC float score(
+//         float s, int b, int h, int q, int kv, thread float& derivative) const;
+//   };
+//   struct MaskMod {
+//     FlexCaptures captures;
+//     METAL_FUNC bool sees(int b, int h, int q, int kv) const;
+//   };
+//
+// and before them flex_tanh, which is flex_tanh_of as right as the operands' type asks. Indices may
+// lie beyond the ends, by less than a block of a kernel: what the functions say of pairs that there
+// are not is dropped. The embedder gives ScoreBuffers its captures, and the kernels the buffers for
+// them (native/embed_shaders.py).
+#pragma once
+
+#include "flex_arithmetic.h"
+#include "flex_captures.h"
+#include "scores.h"
+
+/// No score_mod: exponentials are powers of two.
+struct NoScoreMod {
+  static constant constexpr const bool kUnitSlope = true;
+  FlexCaptures captures;
+
+  METAL_FUNC float score(float s, int, int, int, int, thread float& derivative) const {
+    derivative = 1.0f;
+    return s;
+  }
+};
+
+/// No mask_mod. Beside block_states it is one that lets every pair through.
+struct NoMaskMod {
+  FlexCaptures captures;
+
+  METAL_FUNC bool sees(int, int, int, int) const { return true; }
+};
+
+/// tanh_of (scores.h) for one number.
+template <bool EXACT>
+METAL_FUNC float flex_tanh_of(float x) {
+  if (EXACT) {
+    return precise::tanh(x);
+  }
+  const float e = fast::exp2(-2.88539008f * abs(x));
+  const float t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
+}
+
+template <typename MOD>
+struct IsGiven {
+  static constant constexpr const bool kValue = true;
+};
+
+template <>
+struct IsGiven<NoScoreMod> {
+  static constant constexpr const bool kValue = false;
+};
+
+/// s = score_mod(scale * (q k^T)), and -inf where mask_mod or block_states hide the pair. MAP says
+/// whether any do, and is NoMask or a boolean Mask: the map of what is seen (flex_map.h) is read as
+/// that of one.
+template <typename SCORE_MOD, typename MASK_MOD, typename MAP>
+struct FlexScore {
+  static constant constexpr const bool kNatural = IsGiven<SCORE_MOD>::kValue;
+  static constant constexpr const bool kCapped = !SCORE_MOD::kUnitSlope;
+  using Mask = MAP;
+};
+
+/// The functions of one head, and what block_states say of the tile in hand.
+template <typename SCORE_MOD, typename MASK_MOD>
+struct HeadMods {
+  SCORE_MOD score_mod;
+  MASK_MOD mask_mod;
+  BlockStates states;
+  float factor;  // of a product
+  int batch;
+  int head;
+  int last_row;
+  int last_key;
+  int state;  // of the tile
+
+  METAL_FUNC void start(Head of, ScoreBuffers buffers, constant AttentionParams& params) {
+    score_mod.captures = buffers.captures;
+    mask_mod.captures = buffers.captures;
+    states.start(of.batch, of.head, buffers.mask, *buffers.captures.params);
+    factor = IsGiven<SCORE_MOD>::kValue ? params.scale : params.scale_log2;
+    batch = of.batch;
+    head = of.head;
+    last_row = params.q_len - 1;
+    last_key = params.kv_len - 1;
+    state = kStateEverything;
+  }
+
+  /// To a tile whose pairs are `masked` or all seen. It lies in one block of the map.
+  METAL_FUNC void enter(int row0, int key0, bool masked) {
+    state = masked ? states.of(row0, key0) : int(kStateEverything);
+    // Where a block of the map has several states, each pair has its own.
+    state = masked && !states.whole ? int(kStateAsk) : state;
+  }
+
+  METAL_FUNC bool hides() const { return state != kStateEverything; }
+
+  METAL_FUNC float2 scores(float2 products, int2 rows, int2 keys, thread float2& slopes) const {
+    float first;
+    float second;
+    const float2 s = products * factor;
+    const float2 scores = float2(score_mod.score(s.x, batch, head, rows.x, keys.x, first),
+        score_mod.score(s.y, batch, head, rows.y, keys.y, second));
+    slopes = float2(first, second);
+    return scores;
+  }
+
+  METAL_FUNC bool sees(int row, int key) const {
+    const int own = states.whole ? state : states.of(row, key);
+    return own == kStateAsk ? mask_mod.sees(batch, head, row, key) : own != kStateNothing;
+  }
+
+  METAL_FUNC float2 hide(float2 s, int2 rows, int2 keys) const {
+    return float2(sees(rows.x, keys.x) ? s.x : -INFINITY, sees(rows.y, keys.y) ? s.y : -INFINITY);
+  }
+};
+
+template <bool EXACT, typename SCORE_MOD, typename MASK_MOD, typename MAP, int ROWS, int COLS>
+struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
+  HeadMods<SCORE_MOD, MASK_MOD> mods;
+  int first_row;  // of the tile
+  int row0;       // this lane's
+  int col;
+
+  template <typename Ranges>
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, thread const Ranges&, int first,
+      LanePosition at, constant AttentionParams& params) {
+    mods.start(head, buffers, params);
+    first_row = first;
+    row0 = first + at.row;
+    col = at.col;
+  }
+
+  METAL_FUNC void fetch(int key0, bool masked) {
+    if (MAP::kAny) {
+      mods.enter(first_row, key0, masked);
+    }
+  }
+
+  METAL_FUNC int2 rows(int r) const { return int2(row0 + 8 * r); }
+
+  METAL_FUNC int2 keys(int key0, int c) const {
+    const int key = key0 + col;
+    return int2(key + 8 * c, key + (8 * c + 1));
+  }
+
+  METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s, int key0, bool masked,
+      constant AttentionParams& params) const {
+    Tile<float, ROWS, COLS> derivatives;  // not used
+    apply(s, derivatives, key0, masked, params);
+  }
+
+  METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s,
+      thread Tile<float, ROWS, COLS>& derivatives, int key0, bool,
+      constant AttentionParams&) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        s.fragments[r][c] =
+            mods.scores(s.fragments[r][c], rows(r), keys(key0, c), derivatives.fragments[r][c]);
+      }
+    }
+    if (MAP::kAny && mods.hides()) {
+      ORCHARD_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        ORCHARD_UNROLL
+        for (int c = 0; c < COLS; c++) {
+          s.fragments[r][c] = mods.hide(s.fragments[r][c], rows(r), keys(key0, c));
+        }
+      }
+    }
+    const bool whole =
+        first_row + 8 * ROWS - 1 <= mods.last_row && key0 + 8 * COLS - 1 <= mods.last_key;
+    if (!SCORE_MOD::kUnitSlope && !whole) {
+      // There a product is 0, where the function may have no derivative.
+      ORCHARD_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        ORCHARD_UNROLL
+        for (int c = 0; c < COLS; c++) {
+          const int key = key0 + 8 * c + col;
+          const bool exists = row0 + 8 * r <= mods.last_row;
+          const float2 slopes = derivatives.fragments[r][c];
+          derivatives.fragments[r][c] = float2(exists && key <= mods.last_key ? slopes.x : 0.0f,
+              exists && key < mods.last_key ? slopes.y : 0.0f);
+        }
+      }
+    }
+  }
+};
+
+template <bool EXACT, typename SCORE_MOD, typename MASK_MOD, typename MAP, int COLS>
+struct ScoresTransposed<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
+  HeadMods<SCORE_MOD, MASK_MOD> mods;
+  int first_key;  // of the tile
+  int key;        // this lane's
+  int row;
+
+  METAL_FUNC void start(Head head, ScoreBuffers buffers, int first, LanePosition at,
+      constant AttentionParams& params) {
+    mods.start(head, buffers, params);
+    first_key = first;
+    key = first + at.row;
+    row = at.col;
+  }
+
+  METAL_FUNC void fetch(int row0, bool masked) {
+    if (MAP::kAny) {
+      mods.enter(row0, first_key, masked);
+    }
+  }
+
+  METAL_FUNC int2 rows(int row0, int c) const {
+    const int first = row0 + row;
+    return int2(first + 8 * c, first + (8 * c + 1));
+  }
+
+  template <typename Ranges>
+  METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
+      thread const Ranges&, int row0, bool, constant AttentionParams&) const {
+    const int2 keys = int2(key);
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLS; c++) {
+      s.fragments[0][c] =
+          mods.scores(s.fragments[0][c], rows(row0, c), keys, derivatives.fragments[0][c]);
+    }
+    if (MAP::kAny && mods.hides()) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        s.fragments[0][c] = mods.hide(s.fragments[0][c], rows(row0, c), keys);
+      }
+    }
+    const bool whole = first_key + 7 <= mods.last_key && row0 + 8 * COLS - 1 <= mods.last_row;
+    if (!SCORE_MOD::kUnitSlope && !whole) {
+      ORCHARD_UNROLL
+      for (int c = 0; c < COLS; c++) {
+        const int first = row0 + 8 * c + row;
+        const bool exists = key <= mods.last_key;
+        const float2 slopes = derivatives.fragments[0][c];
+        derivatives.fragments[0][c] = float2(exists && first <= mods.last_row ? slopes.x : 0.0f,
+            exists && first < mods.last_row ? slopes.y : 0.0f);
+      }
+    }
+  }
+};

@@ -1,0 +1,99 @@
+"""From the lists of PyTorch's BlockMask to what the kernels read: a state for each block.
+
+The lists are what counts: a block that is in neither is hidden, one of the full list is seen
+whatever mask_mod says, and mask_mod is asked in the others alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIDDEN, ASK, SEEN = 0, 1, 2
+"""The states: no pair of the block is seen, mask_mod says which are, all are."""
+
+
+def _marked(states: Tensor, num_blocks: Tensor, indices: Tensor, state: int) -> Tensor:
+    """`states` with those of the listed blocks. Its last column takes what is no block."""
+    nowhere = states.shape[-1] - 1
+    rows = states.shape[-2]
+    num_blocks, indices = num_blocks[..., :rows], indices[..., :rows, :]
+    places = torch.arange(indices.shape[-1], device=indices.device)
+    listed = (places < num_blocks[..., None]) & (indices >= 0) & (indices < nowhere)
+    return states.scatter(-1, torch.where(listed, indices, nowhere).long(), state)
+
+
+def block_states(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor | None,
+    full_kv_indices: Tensor | None,
+    q_blocks: int,
+    kv_blocks: int,
+) -> Tensor:
+    """(batches, heads, q_blocks, kv_blocks) uint8, on the lists' device.
+
+    The lists, (batches, heads, q_blocks[, columns]), are BlockMask's. Rows and columns beyond the
+    blocks that are asked for are left out. Nothing waits for the device, and no shape depends on
+    what the lists hold.
+    """
+    if kv_num_blocks.shape[-1] < q_blocks:
+        raise ValueError(
+            f"block_states: the lists have {kv_num_blocks.shape[-1]} blocks of queries; "
+            f"got {q_blocks}: create the block mask for this length"
+        )
+    states = kv_indices.new_zeros(
+        (*kv_num_blocks.shape[:-1], q_blocks, kv_blocks + 1), dtype=torch.int32
+    )
+    states = _marked(states, kv_num_blocks, kv_indices, ASK)
+    if full_kv_num_blocks is not None and full_kv_indices is not None:
+        states = _marked(states, full_kv_num_blocks, full_kv_indices, SEEN)
+    return states[..., :kv_blocks].to(torch.uint8)
+
+
+_Lists = tuple["Tensor | None", ...]
+_known: weakref.WeakKeyDictionary[Any, tuple[_Lists, tuple[int, ...], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _lists(block_mask: Any) -> _Lists:
+    return (
+        block_mask.kv_num_blocks,
+        block_mask.kv_indices,
+        block_mask.full_kv_num_blocks,
+        block_mask.full_kv_indices,
+    )
+
+
+def _versions(lists: _Lists) -> tuple[int, ...] | None:
+    """What changes when a list is written to; None where nothing tells."""
+    given = [x for x in lists if x is not None]
+    if any(type(x) is not Tensor or x.is_inference() for x in given):
+        return None
+    return tuple(x._version for x in given)
+
+
+def states_of(block_mask: Any, q_len: int, kv_len: int) -> Tensor:
+    """`block_states` of a torch.nn.attention.flex_attention.BlockMask for these lengths.
+
+    They are kept with the object, and made anew when it has other lists or these have changed.
+    """
+    block_q, block_kv = block_mask.BLOCK_SIZE
+    sizes = (-(-q_len // block_q), -(-kv_len // block_kv))
+    lists = _lists(block_mask)
+    versions = None if torch.compiler.is_compiling() else _versions(lists)
+    if versions is None:
+        return block_states(*lists, *sizes)
+    key = (*sizes, *versions)
+    known = _known.get(block_mask)
+    if known is not None:
+        their_lists, their_key, states = known
+        if their_key == key and all(x is y for x, y in zip(lists, their_lists, strict=True)):
+            return states
+    states = block_states(*lists, *sizes)
+    _known[block_mask] = (lists, key, states)
+    return states

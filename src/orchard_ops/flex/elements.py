@@ -1,0 +1,181 @@
+"""Operations that make, move and read tensors: what an element of the result is.
+
+`LAZY` has a function of a node and of an index for each. It gives the scalar there, and asks for
+those elements of the operands that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .operations import apply_form, enter, integer_form, name_of, result_dtype
+from .scalars import FLOATS, Scalar, convert, literal
+
+_aten = torch.ops.aten
+Lazy = Callable[[Any, Node, tuple[Scalar, ...]], Scalar]
+LAZY: dict[Any, Lazy] = {}
+
+
+def _lazy(*names: str) -> Callable[[Lazy], Lazy]:
+    return enter(LAZY, names)
+
+
+_FILLED = {
+    "zeros": 0,
+    "zeros_like": 0,
+    "new_zeros": 0,
+    "_efficientzerotensor": 0,
+    "empty": 0,
+    "empty_like": 0,
+    "empty_permuted": 0,
+    "ones": 1,
+    "ones_like": 1,
+    "new_ones": 1,
+}
+
+
+def _filled(number: int) -> Lazy:
+    return lambda text, node, index: literal(number, result_dtype(node))
+
+
+for _name, _number in _FILLED.items():
+    LAZY[getattr(_aten, _name)] = _filled(_number)
+
+
+@_lazy("full", "full_like", "new_full", "scalar_tensor")
+def _full(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    name = name_of(node)
+    at = 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1
+    fill = node.args[at]
+    return text.scalar(fill) if isinstance(fill, Node) else literal(fill, result_dtype(node))
+
+
+@_lazy("arange")
+def _count(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    start, step = 0, 1
+    overload = node.target._overloadname  # type: ignore[union-attr]
+    if overload != "default":
+        start = node.args[0]  # type: ignore[assignment]
+        step = node.args[2] if len(node.args) > 2 else 1  # type: ignore[assignment]
+    dtype = result_dtype(node)
+    product = apply_form(text, node, *_plain(dtype, "*"), (index[0], step))  # type: ignore[misc]
+    return apply_form(text, node, *_plain(dtype, "+"), (product, start))  # type: ignore[misc]
+
+
+def _plain(dtype: torch.dtype, sign: str) -> tuple[str]:
+    return (f"{{0}} {sign} {{1}}" if dtype in FLOATS else integer_form(dtype, sign),)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _dim(node: Node, dim: Any) -> int:
+    return int(dim) % max(len(_shape(node)), 1)
+
+
+_ZERO = literal(0, torch.int32)
+
+
+@_lazy("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten")
+def _reshape(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    source = node.args[0]
+    before, after = _shape(source), _shape(node)
+    kept = [i for i, n in zip(index, after) if n != 1]
+    if [n for n in before if n != 1] == [n for n in after if n != 1]:
+        rest = iter(kept)
+        return text.element(source, tuple(_ZERO if n == 1 else next(rest) for n in before))
+    flat: Any = _ZERO
+    for i, n in zip(index, after):
+        flat = text.emit(torch.int32, f"{flat.text} * {n} + {convert(text, i, torch.int32).text}")
+    found: list[Scalar] = []
+    for n in reversed(before):
+        found.insert(0, text.emit(torch.int32, f"{flat.text} % {n}"))
+        flat = text.emit(torch.int32, f"{flat.text} / {n}")
+    return text.element(source, tuple(found))
+
+
+@_lazy("expand")
+def _expand(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    return text.operand(node.args[0], index)
+
+
+@_lazy("permute", "transpose", "t")
+def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    dims = list(range(len(index)))
+    name = name_of(node)
+    if name == "permute":
+        dims = [_dim(node, d) for d in node.args[1]]  # type: ignore[union-attr]
+    elif len(index) > 1:
+        a, b = (0, 1) if name == "t" else (_dim(node, d) for d in node.args[1:3])
+        dims[a], dims[b] = dims[b], dims[a]
+    found = [_ZERO] * len(index)
+    for at, d in enumerate(dims):
+        found[d] = index[at]
+    return text.element(node.args[0], tuple(found))
+
+
+@_lazy("select")
+def _select(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    source: Any = node.args[0]
+    dim = _dim(source, node.args[1])
+    at = literal(int(node.args[2]) % _shape(source)[dim], torch.int32)  # type: ignore[call-overload]
+    return text.element(source, (*index[:dim], at, *index[dim:]))
+
+
+@_lazy("slice")
+def _slice(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    source, dim, first, last, step = (*node.args, None, None, None, None)[:5]
+    dim = 0 if dim is None else _dim(source, dim)  # type: ignore[arg-type]
+    start, _, stride = slice(first, last, step).indices(_shape(source)[dim])
+    moved = convert(text, index[dim], torch.int32)
+    if stride != 1:
+        moved = text.emit(torch.int32, f"{moved.text} * {stride}")
+    if start != 0:
+        moved = text.emit(torch.int32, f"{moved.text} + {start}")
+    return text.element(source, (*index[:dim], moved, *index[dim + 1 :]))
+
+
+@_lazy("index")
+def _index(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    source: Any = node.args[0]
+    given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    shape = _shape(source)
+    given += [None] * (len(shape) - len(given))
+    tensors = [x for x in given if x is not None]
+    if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in tensors):
+        raise text.fail(node, "by a condition has no Metal text")
+    own = max(len(_shape(x)) for x in tensors)
+    places = [d for d, x in enumerate(given) if x is not None]
+    first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    shared, rest = index[first : first + own], iter((*index[:first], *index[first + own :]))
+    found = []
+    for size, x in zip(shape, given):
+        if x is None:
+            found.append(next(rest))
+            continue
+        place = text.operand(x, shared)
+        is_wrapped = text.reads_whole(source)
+        found.append(place if is_wrapped else _from_the_end(text, place, size))
+    return text.element(source, tuple(found))
+
+
+@_lazy("embedding")
+def _embedding(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+    table, places = node.args[:2]
+    place = text.element(places, index[:-1])
+    return text.element(table, (place, index[-1]))
+
+
+def _from_the_end(text: Any, x: Scalar, size: int) -> Scalar:
+    """An index that may be negative, of a tensor that the text computes."""
+    if x.text in ("b", "h", "q", "kv"):
+        return x
+    if x.number is not None:
+        return literal(x.number % size, torch.int32)
+    x = convert(text, x, torch.int32)
+    return text.emit(torch.int32, f"{x.text} < 0 ? {x.text} + {size} : {x.text}")

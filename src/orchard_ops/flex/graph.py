@@ -1,0 +1,85 @@
+"""`flex_attention` under torch.compile: a higher-order operator whose mods are graphs.
+
+Dynamo traces the mods of PyTorch's own FlexAttention operator into subgraphs and makes arguments of
+what they capture, tensors and sizes that it has not fixed alike. It knows that operator by its
+`__name__`, so that this one has the same. What comes after Dynamo calls it, and gets ordinary ops
+of it: AOTAutograd and inductor never see this operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.nn.attention import flex_attention as pytorch
+
+from ..namespace import NAME
+from . import route
+from .arguments import FlexCall
+from .block_mask import block_states
+from .traces import of_graph
+
+
+class _FlexAttention(HigherOrderOperator):
+    def __init__(self) -> None:
+        super().__init__(f"{NAME}_flex_attention")
+        self.__name__ = "flex_attention"
+        # As one of PyTorch's modules, the code of a graph would name PyTorch's own operator.
+        self.__module__ = __name__
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Callable[..., Any],
+        block_mask: tuple[Any, ...],
+        scale: float,
+        given: dict[str, bool],
+        score_captures: tuple[Any, ...] = (),
+        mask_captures: tuple[Any, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        *blocks, mask_mod = block_mask
+        score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
+        mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
+        states = _states(query, key, *blocks) if blocks else None
+        return route.attend(query, key, value, score, mask, states, scale)
+
+
+def _states(
+    query: Tensor, key: Tensor, lists: tuple[Tensor | None, ...], q_block: int, kv_block: int
+) -> route.States:
+    q_blocks = (query.shape[2] + q_block - 1) // q_block
+    kv_blocks = (key.shape[2] + kv_block - 1) // kv_block
+    return route.States(block_states(*lists, q_blocks, kv_blocks), q_block, kv_block)  # type: ignore[arg-type]
+
+
+_operator = _FlexAttention()
+
+
+def attend(call: FlexCall) -> tuple[Tensor, Tensor]:
+    """out and lse of a call that Dynamo is tracing."""
+    for x in (call.query, call.key, call.value):
+        torch._dynamo.mark_static(x, 1)
+        torch._dynamo.mark_static(x, 3)
+    given = {
+        "score": call.score_mod is not None,
+        "mask": call.mask_mod is not None,
+    }
+    score_mod = pytorch._identity if call.score_mod is None else call.score_mod
+    mask_mod = pytorch.noop_mask if call.mask_mod is None else call.mask_mod
+    blocks: tuple[Any, ...] = ()
+    if call.block_mask is not None:
+        lists = (
+            call.block_mask.kv_num_blocks,
+            call.block_mask.kv_indices,
+            call.block_mask.full_kv_num_blocks,
+            call.block_mask.full_kv_indices,
+        )
+        blocks = (lists, *call.block_mask.BLOCK_SIZE)
+    return _operator(  # type: ignore[no-any-return]
+        call.query, call.key, call.value, score_mod, (*blocks, mask_mod), call.scale, given
+    )

@@ -1,0 +1,204 @@
+"""Which kernels take a call of `flex_attention`: the fixed ones of `flash_attn`, those with the
+text of the mods, or the reference.
+
+Where a BlockMask has blocks, its lists decide what is seen, and the fixed kernels do not read them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .. import calls, native, plan, watch
+from ..arguments import prepare
+from ..attention import run, run_with_lse
+from ..descriptions import describe_flex
+from ..environment import switched_on
+from ..ops import flex as op
+from ..ops.kernels import no_autocast
+from ..ops.schema import FLEX_FORWARD
+from . import additive, reference
+from .arguments import OP
+from .mod import MAX_CAPTURES, NotLowered
+from .traces import Use, known_call
+
+_NAME = "flex_attention"
+_functorch = torch._C._functorch
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_GRADIENT = (
+    "a tensor that score_mod captures requires grad, and Metal has the gradient of what is added "
+    "to the score alone, as in score + table[h, q_idx, kv_idx]; detach() what is not trained"
+)
+
+
+class States(NamedTuple):
+    """What each block of the scores is, and the sizes of a block."""
+
+    states: Tensor
+    q_block: int
+    kv_block: int
+
+
+class _Texts(NamedTuple):
+    score: str
+    mask: str
+    captures: tuple[Tensor, ...]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    blocks: States | None,
+    scale: float,
+    wants_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """out and lse of a call that has been checked. An lse that is not wanted may be None."""
+    for use in (score, mask):
+        if use is not None:
+            _check_captures(use, query)
+    states, q_block, kv_block = blocks or (None, 1, 1)
+    reason = why_not_metal(query, value)
+    if reason is None and _is_mapped(query, key, value, score, mask):
+        reason = (
+            "torch.vmap is active, and the kernels have no rule for it: make what is mapped a part "
+            "of query's batch"
+        )
+    if reason is None and blocks is None:
+        found = _by_fixed_kernels(query, key, value, score, mask, scale, wants_lse)
+        if found is not None:
+            return found
+    if reason is None and score is not None and _is_trained(score):
+        if additive.takes(score):
+            return additive.attend(query, key, value, score, mask, states, q_block, kv_block, scale)
+        reason = _GRADIENT
+    if reason is None:
+        texts = _texts(score, mask, query)
+        if isinstance(texts, str):
+            reason = texts
+        else:
+            numbers = (states, q_block, kv_block, texts.score, texts.mask, scale)
+            arguments = (query, key, value, texts.captures, *numbers)
+            refused = "" if is_traced(query) else op.why_not_metal(*arguments)
+            if not refused and wants_lse:
+                return op.attend(*arguments)
+            if not refused:  # lse is work of its own
+                scoring = op.FlexScoring(texts.captures, *numbers)
+                return FLEX_FORWARD(query, key, value, *scoring, "auto")[0], None
+            reason = refused
+    described = describe_flex(query, key, value, score is not None, mask is not None, scale)
+    calls.record_reference(_NAME, reason, described, "auto")
+    if not is_traced(query):
+        watch.tell(_NAME, (described,), reason)
+    with no_autocast(query):
+        return reference.attend(
+            query,
+            key,
+            value,
+            None if score is None else score.function,
+            None if mask is None else mask.function,
+            states,
+            q_block,
+            kv_block,
+            scale,
+        )
+
+
+def _by_fixed_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    scale: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """out and lse by `flash_attn`, where its arguments say the same as the mods."""
+    known = known_call(score, mask)
+    if known is None:
+        return None
+    captures = (() if use is None else use.captures for use in (score, mask))
+    arguments = known.arguments(*captures, query, key)
+    if arguments is None:
+        return None
+    enable_gqa = query.shape[1] != key.shape[1]
+    call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
+    return run_with_lse(call) if wants_lse else (run(call), None)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler or a transform asks, with tensors that have no memory of their own."""
+    return isinstance(x, (FakeTensor, FunctionalTensor)) or _functorch.is_functorch_wrapped_tensor(
+        x
+    )
+
+
+def why_not_metal(query: Tensor, value: Tensor) -> str | None:
+    """The reason why no Metal kernel takes a call with such operands, if there is one."""
+    if query.device.type != "mps":
+        return f"{calls.NOT_MPS}{query.device.type}, not on mps"
+    if native.why_not() is not None:
+        return native.why_not()
+    if switched_on("ORCHARD_DISABLE_METAL"):
+        return "ORCHARD_DISABLE_METAL is set"
+    if query.dtype not in _DTYPES:
+        return "the dtype is not float16, bfloat16 or float32"
+    if query.shape[-1] > plan.WIDEST_HEAD_DIM or value.shape[-1] > plan.WIDEST_HEAD_DIM:
+        return f"head_dim is above {plan.WIDEST_HEAD_DIM}"
+    return None
+
+
+def _is_mapped(
+    query: Tensor, key: Tensor, value: Tensor, score: Use | None, mask: Use | None
+) -> bool:
+    """Whether torch.vmap maps one of the tensors."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    uses = (use for use in (score, mask) if use is not None)
+    for x in (query, key, value, *(x for use in uses for x in use.captures)):
+        while _functorch.is_functorch_wrapped_tensor(x):
+            if _functorch.is_batchedtensor(x):
+                return True
+            x = _functorch.get_unwrapped(x)
+    return False
+
+
+def _check_captures(use: Use, query: Tensor) -> None:
+    for x in use.captures:
+        if x.device != query.device and not (x.dim() == 0 and x.device.type == "cpu"):
+            raise ValueError(
+                f"{OP}: tensors that {use.kind}_mod captures must be on query's device "
+                f"{query.device}; got one of shape {tuple(x.shape)} on {x.device}: move it before "
+                "the mod is made"
+            )
+
+
+def _is_trained(score: Use) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in score.captures)
+
+
+def _texts(score: Use | None, mask: Use | None, query: Tensor) -> _Texts | str:
+    """The mods' Metal text, or why they have none."""
+    texts: list[str] = []
+    captures: tuple[Tensor, ...] = ()
+    for use in (score, mask):
+        if use is None:
+            texts.append("")
+            continue
+        try:
+            text, own = use.text(len(captures))
+        except NotLowered as error:
+            return f"{use.kind}_mod: {error}"
+        texts.append(text)
+        captures += own
+    if len(captures) > MAX_CAPTURES:
+        return f"the mods capture {len(captures)} tensors, more than {MAX_CAPTURES}"
+    if any(0 in x.shape for x in captures):
+        return "a tensor that the mods capture has no elements"
+    return _Texts(texts[0], texts[1], tuple(x.to(query.device) for x in captures))

@@ -1,0 +1,195 @@
+"""The traces of mods, kept between calls.
+
+A trace is found again by what the mod is and reads (closure.py). The tensors that it reads are
+those of the present call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import closure
+from .known import Known, recognise
+from .metal import lower
+from .mod import NotLowered
+from .trace import Traced, trace
+
+_MOST_KEPT = 256
+
+
+@dataclass(eq=False)
+class Kept:
+    """A trace, and what has been made of it."""
+
+    traced: Traced
+    sources: tuple[int | Tensor, ...]
+    """Of each captured tensor: its place among those that the mod reads, or itself, where the mod
+    makes it."""
+    texts: dict[int, tuple[str, tuple[int, ...]] | NotLowered] = field(default_factory=dict)
+    """By the number of the first capture: the text, and the places of what it reads among the
+    captures of the trace."""
+
+    known: dict[Kept | None, Known | None] = field(default_factory=dict)
+    """With each mask_mod, or None: the call of `flash_attn` that computes the same, if there is
+    one."""
+
+    def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
+        found = self.texts.get(first_capture)
+        if found is None:
+            found = self._lower(first_capture)
+            self.texts[first_capture] = found
+        if isinstance(found, NotLowered):
+            raise found
+        return found
+
+    def _lower(self, first_capture: int) -> tuple[str, tuple[int, ...]] | NotLowered:
+        try:
+            with _apart():
+                mod = lower(self.traced, first_capture)
+        except NotLowered as error:
+            return error
+        places = {id(x): n for n, x in enumerate(self.traced.captures)}
+        return mod.text, tuple(places[id(x)] for x in mod.captures)
+
+
+@dataclass
+class Use:
+    """A mod in one call."""
+
+    kind: str
+    function: Callable[..., Any]
+    """([score,] b, h, q_idx, kv_idx) -> result, with everything captured."""
+    kept: Kept
+    captures: tuple[Tensor, ...]
+
+    def text(self, first_capture: int) -> tuple[str, tuple[Tensor, ...]]:
+        """Metal, and what it reads.
+
+        Raises:
+            NotLowered: the mod has no text.
+        """
+        text, places = self.kept.text(first_capture)
+        return text, tuple(self.captures[n] for n in places)
+
+
+_NOTHING = object()
+
+
+def known_call(score: Use | None, mask: Use | None) -> Known | None:
+    """What `flash_attn` has to be told to compute the same, see `known.recognise`."""
+    one, other = (None if use is None else use.kept for use in (score, mask))
+    if one is None and other is None:
+        return Known()
+    memory = (one or other).known  # type: ignore[union-attr]
+    found = memory.get(other, _NOTHING)
+    if found is _NOTHING:
+        with _apart():
+            found = recognise(one and one.traced, other and other.traced)
+        memory[other] = found
+    return found
+
+
+_lock = threading.Lock()
+_of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
+_of_graphs: OrderedDict[tuple[Any, ...], tuple[GraphModule, Kept]] = OrderedDict()
+
+
+def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    with _lock:
+        kept[key] = value
+        while len(kept) > _MOST_KEPT:
+            kept.popitem(last=False)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Whatever is being traced, compiled or transformed does not see what the block does."""
+    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
+        yield
+
+
+def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
+    """A mod of eager code."""
+    snapshot = closure.snapshot(mod)
+    if snapshot is None:
+        traced = _trace(mod, kind, query)
+        return Use(kind, mod, Kept(traced, ()), traced.captures)
+    key = (kind, query.dtype, query.device, snapshot.key)
+    kept = _of_functions.get(key)
+    if kept is None:
+        traced = _trace(mod, kind, query)
+        places = {id(x): n for n, x in enumerate(snapshot.tensors)}
+        kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
+        _remember(_of_functions, key, kept)
+    captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
+    return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
+
+
+def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[Any]) -> Use:
+    """A mod that torch.compile has traced: it takes what it captures as arguments behind the
+    others. A number that the compiler has not fixed is one of them."""
+    tensors = tuple(_as_tensor(x, query) for x in captures)
+    sizes = tuple((x.dtype, tuple(_known_size(n) for n in x.shape)) for x in tensors)
+    key = (kind, id(graph), query.dtype, query.device, sizes)
+    found = _of_graphs.get(key)
+    if found is None:
+        with _apart(), FakeTensorMode(allow_non_fake_inputs=True):
+            stand_ins = [
+                torch.empty(shape, dtype=x.dtype, device=x.device)
+                for x, (_, shape) in zip(tensors, sizes)
+            ]
+        with _apart():
+            traced = trace(graph, kind, query.device, query.dtype, stand_ins)
+        made = traced.captures[len(stand_ins) :]
+        found = graph, Kept(traced, (*range(len(stand_ins)), *made))
+        _remember(_of_graphs, key, found)
+    kept = found[1]
+    arguments = tuple(captures)
+
+    def function(*indices: Any) -> Tensor:
+        return graph(*indices, *arguments)
+
+    used = tuple(tensors[x] if type(x) is int else x for x in kept.sources)
+    return Use(kind, function, kept, used)  # type: ignore[arg-type]
+
+
+def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
+    with _apart():
+        return trace(mod, kind, query.device, query.dtype)
+
+
+def _lightened(traced: Traced) -> Traced:
+    """The same trace, without the captured tensors themselves: it may outlive them by far."""
+    held = {id(x) for x in traced.captures}
+    for module in (traced.graph, traced.joint):
+        for names in (vars(module), module._buffers, module._parameters):
+            for name in [n for n, x in names.items() if isinstance(x, Tensor) and id(x) in held]:
+                del names[name]
+    with _apart():
+        empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in traced.captures)
+        return traced._replace(captures=tuple(empty))
+
+
+def _as_tensor(x: Any, query: Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    is_real = isinstance(x, (float, torch.SymFloat))
+    return torch.full((), x, dtype=torch.float32 if is_real else torch.int64, device=query.device)
+
+
+def _known_size(n: Any) -> int:
+    """The example's size, where the compiler leaves it open: texts do not depend on it."""
+    return n if type(n) is int else n.node.hint

@@ -1,0 +1,389 @@
+"""`orchard_ops.flex_attention`: PyTorch's own results and gradients, on Metal and elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flex_calls import CASES, assert_same, expected, operands, run
+from torch import Tensor
+from torch.nn.attention import flex_attention as pytorch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
+
+import orchard_ops
+from orchard_ops import OrchardFallbackWarning
+
+pytestmark = pytest.mark.usefixtures("fresh_stats")
+
+
+def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= kv_idx
+
+
+def some(device: str, *shape: int) -> Tensor:
+    return torch.randn(shape or (1, 2, 20, 8)).to(device)
+
+
+def metal() -> dict[str, int]:
+    return {name: n for name, n in orchard_ops.stats().metal.items() if n}
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_metal_gives_the_results_of_pytorch(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    captured, given = case.captured(), operands(case)
+    captured = {n: x.to(dtype) if x.is_floating_point() else x for n, x in captured.items()}
+    given = type(given)(*(x.to(dtype).double() for x in given))
+    right = expected(monkeypatch, case, given, captured)
+    actual = run(orchard_ops.flex_attention, case, given, captured, "mps", dtype)
+    assert_same(actual, right, dtype)
+    assert sum(metal().values()) == 2
+    assert orchard_ops.stats().reference == {}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_other_devices_give_the_results_of_pytorch(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    captured, given = case.captured(), operands(case)
+    right = expected(monkeypatch, case, given, captured)
+    actual = run(orchard_ops.flex_attention, case, given, captured, "cpu", dtype)
+    assert_same(actual, right, dtype)
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_what_is_returned(device: str):
+    q = some(device)
+    out = orchard_ops.flex_attention(q, q, q)
+    assert isinstance(out, Tensor) and out.dtype == q.dtype
+    both = orchard_ops.flex_attention(q, q, q, return_lse=True)
+    assert isinstance(both, tuple) and both[1].shape == (1, 2, 20)
+    assert both[1].dtype == torch.float32
+    aux = orchard_ops.flex_attention(q, q, q, return_aux=AuxRequest())[1]
+    assert aux.lse is None and aux.max_scores is None
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_rows_that_see_nothing(device: str):
+    q = some(device).requires_grad_()
+    mask = create_block_mask(
+        lambda b, h, q_idx, kv_idx: q_idx > kv_idx + 4, None, None, 20, 20, device=device
+    )
+    out, lse = orchard_ops.flex_attention(q, q, q, block_mask=mask, return_lse=True)
+    assert (out[:, :, :5] == 0).all() and (lse[:, :, :5] == -torch.inf).all()
+    assert torch.isfinite(lse[:, :, 5:]).all()
+    (out.sum() + lse[:, :, 5:].sum()).backward()
+    assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_the_lists_of_a_block_mask_say_which_blocks_are_seen(device: str):
+    """mask_mod is asked in partial blocks alone, as in PyTorch's compiled kernels."""
+    q, k = some(device, 1, 1, 32, 8), some(device, 1, 1, 48, 8)
+    blocks = torch.tensor([[0, 2], [1, 0]], dtype=torch.int32, device=device)[None, None]
+    partial = torch.tensor([1, 1], dtype=torch.int32, device=device)[None, None]
+    full_blocks = torch.tensor([[2, 0], [0, 0]], dtype=torch.int32, device=device)[None, None]
+    full = torch.tensor([1, 0], dtype=torch.int32, device=device)[None, None]
+    mask = BlockMask.from_kv_blocks(
+        partial, blocks, full, full_blocks, BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(32, 48)
+    )
+    seen = torch.zeros(32, 48, dtype=torch.bool)
+    i, j = torch.arange(32)[:, None], torch.arange(48)
+    seen[:16, :16] = (i >= j)[:16, :16]
+    seen[:16, 32:] = True
+    seen[16:, 16:32] = (i >= j)[16:, 16:32]
+    out = orchard_ops.flex_attention(q, k, k, block_mask=mask)
+    right = torch.nn.functional.scaled_dot_product_attention(q.cpu(), k.cpu(), k.cpu(), seen)
+    torch.testing.assert_close(out.cpu(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_one_sequence_of_keys_for_every_sample(device: str):
+    """Bq != Bkv: PyTorch takes it where the block mask has the batch of query."""
+    q, k = some(device, 3, 2, 20, 8).requires_grad_(), some(device, 1, 2, 20, 8).requires_grad_()
+    lengths = torch.tensor([4, 20, 11], device=device)
+    mask = create_block_mask(
+        lambda b, h, q_idx, kv_idx: kv_idx < lengths[b], 3, None, 20, 20, device=device
+    )
+    out = orchard_ops.flex_attention(q, k, k, block_mask=mask)
+    seen = (torch.arange(20) < lengths.cpu()[:, None])[:, None, None, :]
+    q_, k_ = (x.detach().cpu().requires_grad_() for x in (q, k))
+    right = torch.nn.functional.scaled_dot_product_attention(
+        q_, k_.expand(3, -1, -1, -1), k_.expand(3, -1, -1, -1), seen
+    )
+    torch.testing.assert_close(out.cpu(), right, rtol=1e-5, atol=1e-5)
+    out.sin().sum().backward()
+    right.sin().sum().backward()
+    torch.testing.assert_close(k.grad.cpu(), k_.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_casts_the_operands():
+    q = some("mps")
+    with torch.autocast("mps", dtype=torch.float16):
+        out = orchard_ops.flex_attention(q, q, q, lambda score, *_: 2.0 * score)
+    assert out.dtype == torch.float16
+    assert metal() == {"flex_attn_fwd": 1}
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_transforms_of_torch_func(device: str, quiet_fallback: None):
+    q, gain = some(device), torch.tensor([0.5, 2.0]).to(device)
+
+    def loss(q: Tensor) -> Tensor:
+        out = orchard_ops.flex_attention(q, q, q, lambda score, b, h, *_: score * gain[h])
+        return out.sin().sum()
+
+    leaf = q.clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(q), right)
+    assert ("flex_attn_bwd" in metal()) == (device != "cpu")
+    each = torch.vmap(loss)(torch.stack([q, 2.0 * q]))
+    torch.testing.assert_close(each, torch.stack([loss(q), loss(2.0 * q)]), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_are_refused():
+    q = some("mps").requires_grad_()
+    out = attend(lambda score, *_: 2.0 * score, q)
+    (grad,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_nothing_to_attend_to(device: str):
+    none, q = some(device, 1, 2, 0, 8), some(device, 1, 2, 3, 8)
+
+    def mod(score: Tensor, *_: Tensor) -> Tensor:
+        return score * 0.75
+
+    assert orchard_ops.flex_attention(none, q, q, mod).shape == (1, 2, 0, 8)
+    out, lse = orchard_ops.flex_attention(q, none, none, mod, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def attend(score_mod: Any, q: Tensor) -> Tensor:
+    return orchard_ops.flex_attention(q, q, q, score_mod)
+
+
+# ---- which kernels ------------------------------------------------------------------------------
+
+
+def test_a_mod_that_does_nothing_is_none(fresh_stats: None):
+    q = some("mps")
+    plain = orchard_ops.flex_attention(q, q, q)
+    same = orchard_ops.flex_attention(
+        q,
+        q,
+        q,
+        lambda score, *_: score,
+        create_block_mask(pytorch.noop_mask, None, None, 20, 20, device="mps"),
+    )
+    assert torch.equal(plain, same)
+    assert orchard_ops.stats().reference == {}
+
+
+def test_mods_that_flash_attn_knows_take_its_kernels():
+    q = some("mps")
+    slopes = torch.tensor([0.5, 0.25]).to("mps")
+    known = (
+        (lambda score, *_: 5.0 * torch.tanh(score / 5.0), {"softcap": 5.0}),
+        (
+            lambda score, b, h, i, j: score - slopes[h] * (i - j).abs(),
+            {"alibi_slopes": slopes},
+        ),
+        (lambda score, b, h, i, j: torch.where(i >= j, score, -torch.inf), {"is_causal": True}),
+    )
+    for score_mod, arguments in known:
+        right = orchard_ops.flash_attn(q, q, q, **arguments)
+        assert torch.equal(attend(score_mod, q), right)
+    assert metal() == {"flash_attn_fwd": 6}
+
+
+def test_a_score_that_is_detached_has_no_gradient(quiet_fallback: None):
+    """Only what is added to the score itself is an additive mask."""
+    q, k, v = some("mps").requires_grad_(), some("mps"), some("mps")
+    table = torch.randn(20, 20).to("mps").requires_grad_()
+    out = orchard_ops.flex_attention(
+        q, k, v, lambda score, b, h, i, j: score.detach() + table[i, j]
+    )
+    out.sin().sum().backward()
+    assert q.grad is None or (q.grad == 0).all()
+    assert table.grad.abs().max() > 0
+
+
+def test_what_metal_does_not_run_is_said_once_with_the_operation_and_the_line():
+    q = some("mps").requires_grad_()
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return torch.special.i1(score)
+
+    with pytest.warns(OrchardFallbackWarning, match=r"flex_attention.*score_mod: .*bessel_i1"):
+        out = orchard_ops.flex_attention(q, q, q, score_mod)
+    again = orchard_ops.flex_attention(q, q, q, score_mod)  # pytest turns a warning into an error
+    assert torch.equal(out, again)
+    (reason,) = orchard_ops.stats().reference
+    assert "torch.special.i1(score)" in reason
+    assert orchard_ops.stats().fallbacks == 2
+    out.sum().backward()
+    assert q.grad is not None
+
+
+def test_strict_refuses_the_reference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ORCHARD_STRICT", "1")
+    q = some("mps")
+    with pytest.raises(RuntimeError, match="flex_attention: the Metal kernels cannot run this"):
+        orchard_ops.flex_attention(q, q, q, lambda score, *_: torch.special.i1(score))
+
+
+def test_the_gradient_of_a_captured_tensor_is_never_left_out(quiet_fallback: None):
+    q = some("mps")
+    gain = torch.tensor([0.5, 2.0]).to("mps").requires_grad_()
+    out = orchard_ops.flex_attention(q, q, q, lambda score, b, h, *_: score * gain[h])
+    out.sin().sum().backward()
+    q_, gain_ = q.cpu(), gain.detach().cpu().requires_grad_()
+    right = torch.nn.functional.scaled_dot_product_attention(q_ * gain_[:, None, None], q_, q_)
+    right.sin().sum().backward()
+    torch.testing.assert_close(gain.grad.cpu(), gain_.grad, rtol=1e-4, atol=1e-5)
+    assert "requires grad" in next(iter(orchard_ops.stats().reference))
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def _mask(q_len: int = 20, kv_len: int = 20, batch: int | None = None) -> BlockMask:
+    return create_block_mask(causal, batch, None, q_len, kv_len, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    (
+        ({"query": torch.zeros(2, 20, 8)}, ValueError, r"query must be \(batch, heads, .*got"),
+        ({"query": 1}, TypeError, "query must be a tensor; got a int"),
+        ({"key": torch.zeros(1, 2, 20, 4)}, ValueError, "same head_dim; got 8 and 4"),
+        ({"value": torch.zeros(1, 2, 19, 8)}, ValueError, "same length; got 20 and 19"),
+        ({"value": torch.zeros(1, 1, 20, 8)}, ValueError, "same number of heads; got 2 and 1"),
+        ({"query": torch.zeros(1, 4, 20, 8)}, ValueError, "or enable_gqa=True; got 4 and 2"),
+        (
+            {"query": torch.zeros(1, 3, 20, 8), "enable_gqa": True},
+            ValueError,
+            "must be a multiple of those of key and value; got 3 and 2",
+        ),
+        ({"query": torch.zeros(3, 2, 20, 8)}, ValueError, "batch size 3, .*got 1 and no block"),
+        ({"query": torch.zeros(1, 2, 20, 8).half()}, TypeError, "same dtype; got torch.float16"),
+        ({"query": torch.zeros(1, 2, 20, 8, device="meta")}, ValueError, "same device; got meta"),
+        ({"score_mod": 2.0}, TypeError, "score_mod must be a function .*got a float"),
+        ({"scale": torch.ones(())}, TypeError, "scale must be a number .*got a tensor: multiply"),
+        ({"block_mask": torch.ones(20, 20)}, TypeError, "must be a torch.*BlockMask.*got a Tensor"),
+        ({"block_mask": _mask(19)}, ValueError, "made for 19 queries and 20 keys; got 20 and 20"),
+        ({"block_mask": _mask(128, 128)[:, :, :1]}, ValueError, "was sliced"),
+        ({"block_mask": _mask(batch=2)}, ValueError, "batch size of block_mask must be 1 or .*got"),
+        ({"return_lse": True, "return_aux": AuxRequest(lse=True)}, ValueError, "both given: pass"),
+        (
+            {"return_aux": AuxRequest(max_scores=True)},
+            NotImplementedError,
+            "max_scores is not computed; got .*: ask for lse",
+        ),
+        (
+            {"score_mod": lambda score, b, h, i, j: score if i > j else 0 * score},
+            TypeError,
+            "must not read the value of a tensor in Python",
+        ),
+    ),
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str):
+    x = torch.zeros(1, 2, 20, 8)
+    with pytest.raises(error, match=f"flex_attention: .*{message}"):
+        orchard_ops.flex_attention(**{"query": x, "key": x, "value": x} | change)
+
+
+def test_a_captured_tensor_on_another_device():
+    q, table = some("mps"), torch.zeros(2)
+    with pytest.raises(ValueError, match="score_mod captures must be on query's device mps"):
+        attend(lambda score, b, h, q_idx, kv_idx: score + table[h], q)
+
+
+def test_report_lists_the_calls(quiet_fallback: None):
+    q = some("mps").requires_grad_()
+    with orchard_ops.report(show=False) as report:
+        for _ in range(2):
+            attend(lambda score, *_: 2.0 * score, q).sum().backward()
+        attend(lambda score, *_: torch.special.i1(score), q)
+    found = [(call.count, call.direction, call.path, call.arguments) for call in report.calls]
+    assert found == [
+        (2, "forward", "metal", "flex_attention, score_mod"),
+        (2, "backward", "metal", "flex_attention, score_mod"),
+        (1, "forward", "reference", "flex_attention, score_mod"),
+    ]
+    assert "bessel_i1" in report.calls[2].reason
+    assert report.bytes_not_allocated == 2 * (2 * 20 * 20 * 4)
+
+
+# ---- captured tensors that are trained ----------------------------------------------------------
+
+
+def _relative(captured: Tensor) -> Any:
+    return lambda score, b, h, q_idx, kv_idx: score + captured[h, q_idx - kv_idx + 24]
+
+
+def _by_position(captured: Tensor) -> Any:
+    return lambda score, b, h, q_idx, kv_idx: captured[q_idx, kv_idx] + score
+
+
+def _slope(captured: Tensor) -> Any:
+    return lambda score, b, h, q_idx, kv_idx: score - captured[h] * (q_idx - kv_idx)
+
+
+TRAINED = {
+    "relative positions": (_relative, (4, 49)),
+    "a table of positions": (_by_position, (25, 25)),
+    "slopes": (_slope, (4,)),
+}
+
+
+def _dense(name: str, q: Tensor, k: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
+    i, j = torch.arange(25)[:, None], torch.arange(25)
+    bias = {
+        "relative positions": lambda: x[:, i - j + 24],
+        "a table of positions": lambda: x,
+        "slopes": lambda: -x[:, None, None] * (i - j),
+    }[name]()
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5 + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ k.repeat_interleave(2, 1)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_added_to_the_score_is_trained_on_metal(name: str, masked: bool):
+    make, shape = TRAINED[name]
+    q, k, captured = (torch.randn(s) for s in ((2, 4, 25, 8), (2, 2, 25, 8), shape))
+    seen, mask = None, None
+    if masked:
+        documents = (torch.arange(25) // 11).to("mps")
+        mask = create_block_mask(
+            lambda b, h, i, j: (documents[i] == documents[j]) & (i >= j),
+            None, None, 25, 25, device="mps", BLOCK_SIZE=8,
+        )  # fmt: skip
+        i, j = torch.arange(25)[:, None], torch.arange(25)
+        seen = (i // 11 == j // 11) & (i >= j)
+    right = [x.double().requires_grad_() for x in (q, k, captured)]
+    _dense(name, *right, seen).sin().sum().backward()
+    leaves = [x.to("mps").requires_grad_() for x in (q, k, captured)]
+    out = orchard_ops.flex_attention(
+        leaves[0], leaves[1], leaves[1], make(leaves[2]), mask, enable_gqa=True
+    )
+    out.sin().sum().backward()
+    for x, y in zip(leaves, right):
+        torch.testing.assert_close(x.grad.cpu().double(), y.grad, rtol=1e-4, atol=1e-4)
+    assert metal() == {"flash_attn_fwd": 1, "flash_attn_bwd": 1}
+    assert orchard_ops.stats().reference == {}

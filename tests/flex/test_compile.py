@@ -1,0 +1,177 @@
+"""`orchard_ops.flex_attention` under torch.compile: one graph, ordinary ops, any length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from flex_calls import CASES, assert_same, expected, operands, run
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.utils import fresh_cache
+from torch.fx import GraphModule
+from torch.nn.attention.flex_attention import create_block_mask
+
+import orchard_ops
+
+pytestmark = pytest.mark.usefixtures("fresh_stats")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_gives_the_results_of_pytorch(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    captured, given = case.captured(), operands(case)
+    right = expected(monkeypatch, case, given, captured)
+    torch._dynamo.reset()
+    function = torch.compile(orchard_ops.flex_attention, fullgraph=True, backend="aot_eager")
+    actual = run(function, case, given, captured, device, torch.float32)
+    assert_same(actual, right, torch.float32)
+    if device != "cpu":
+        assert sum(orchard_ops.stats().metal.values()) == 2
+        assert orchard_ops.stats().reference == {}
+
+
+def test_inductor_runs_what_surrounds_it(monkeypatch: pytest.MonkeyPatch):
+    case = CASES["slopes"]
+    captured, given = case.captured(), operands(case)
+    right = expected(monkeypatch, case, given, captured)
+
+    def surrounded(query: Tensor, *rest: Any, **options: Any) -> Any:
+        out, aux = orchard_ops.flex_attention(query * 2.0 * 0.5, *rest, **options)
+        return (out + 1.0) - 1.0, aux
+
+    torch._dynamo.reset()
+    function = torch.compile(surrounded, fullgraph=True)
+    actual = run(function, case, given, captured, "mps", torch.float32)
+    assert_same(actual, right, torch.float32)
+
+
+def test_only_ordinary_ops_are_left_for_the_compiler():
+    graphs: list[GraphModule] = []
+
+    def record(graph: GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def backend(graph: GraphModule, inputs: list[Any]) -> Any:
+        return aot_module_simplified(graph, inputs, fw_compiler=record, bw_compiler=record)
+
+    q = torch.randn(1, 2, 20, 8).to("mps").requires_grad_()
+    function = torch.compile(
+        lambda q: orchard_ops.flex_attention(q, q, q, lambda score, *_: 2.0 * score),
+        fullgraph=True,
+        backend=backend,
+    )
+    function(q).sum().backward()
+    forward, backward = ([str(n.target) for n in g.graph.nodes] for g in graphs)
+    assert sum("flex_attn_fwd" in name for name in forward) == 1
+    assert sum("flex_attn_bwd" in name for name in backward) == 1
+    assert not any("flex_attention" in name for name in (*forward, *backward))
+
+
+def test_one_compilation_serves_every_length():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(q: Tensor, document: Tensor, mask: Any) -> Tensor:
+        return orchard_ops.flex_attention(
+            q, q, q, lambda score, b, h, i, j: score + 0.1 * document[j], mask
+        )
+
+    function = torch.compile(call, fullgraph=True, backend=counter)
+    for length in (12, 20, 36, 44):
+        q = torch.randn(1, 2, length, 8).to("mps").requires_grad_()
+        document = (torch.arange(length) // 7).to("mps")
+        mask = create_block_mask(
+            lambda b, h, i, j, document=document: document[i] >= document[j],
+            None, None, length, length, device="mps", BLOCK_SIZE=8,
+        )  # fmt: skip
+        outs = [f(q, document, mask) for f in (function, call)]
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(out.sin().sum(), q) for out in outs]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_a_number_that_the_compiler_has_not_fixed():
+    """It reaches the mod as a tensor."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(q: Tensor, window: int) -> Tensor:
+        return orchard_ops.flex_attention(
+            q, q, q, lambda score, b, h, i, j: torch.where(i - j < window, score, -30.0)
+        )
+
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    function = torch.compile(call, fullgraph=True, backend=counter)
+    for window in (3, 5, 9, 11):
+        out = function(q, window)
+        torch.testing.assert_close(out, call(q, window), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_a_table_that_is_trained():
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    table = torch.randn(2, 39).to("mps").requires_grad_()
+
+    def call(q: Tensor) -> Tensor:
+        return orchard_ops.flex_attention(
+            q, q, q, lambda score, b, h, i, j: score + table[h, i - j + 19]
+        )
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled, eager = (torch.autograd.grad(f(q).sin().sum(), table) for f in (function, call))
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert orchard_ops.stats().metal["flash_attn_bwd"] == 2
+    assert orchard_ops.stats().reference == {}
+
+
+def test_a_captured_tensor_that_is_trained(quiet_fallback: None):
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    gain = torch.tensor([0.5, 2.0]).to("mps").requires_grad_()
+
+    def call(q: Tensor) -> Tensor:
+        return orchard_ops.flex_attention(q, q, q, lambda score, b, h, i, j: score * gain[h])
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled, eager = (torch.autograd.grad(f(q).sin().sum(), gain) for f in (function, call))
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_under_inference_mode():
+    q = torch.randn(1, 2, 20, 8).to("mps")
+
+    def call(q: Tensor) -> Tensor:
+        return orchard_ops.flex_attention(q, q, q, lambda score, *_: 2.0 * score)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(function(q), call(q), rtol=1e-5, atol=1e-5)
+    assert orchard_ops.stats().metal["flex_attn_fwd"] == 2
+
+
+def test_the_graph_that_dynamo_makes_has_one_operator_for_a_call():
+    backend = EagerAndRecordGraphs()
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    torch.compile(
+        lambda q: orchard_ops.flex_attention(q, q, q, lambda score, *_: 2.0 * score),
+        fullgraph=True,
+        backend=backend,
+    )(q)
+    (graph,) = backend.graphs
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    assert names[0] == "orchard_flex_attention" and "getitem" in names[1]
+    assert orchard_ops.stats().metal["flex_attn_fwd"] == 1

@@ -1,0 +1,194 @@
+"""Mods are traced once, and an old trace is never taken for a mod that has changed."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import and_masks
+
+import orchard_ops
+from orchard_ops.flex import closure, traces
+
+pytestmark = pytest.mark.usefixtures("fresh_stats")
+
+
+def some(device: str) -> Tensor:
+    return torch.randn(1, 2, 20, 8).to(device)
+
+
+class _Counted:
+    """Counts the traces that are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        original = traces.trace
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(traces, "trace", counted)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> _Counted:
+    return _Counted(monkeypatch)
+
+
+def attend(score_mod: Any, q: Tensor) -> Tensor:
+    return orchard_ops.flex_attention(q, q, q, score_mod)
+
+
+def test_a_function_made_anew_is_not_traced_again(made: _Counted):
+    q = some("mps")
+
+    def mod(bias: Tensor) -> Any:
+        return lambda score, b, h, q_idx, kv_idx: score + bias[h] * kv_idx
+
+    results = [attend(mod(torch.tensor([n, -n]).to("mps")), q) for n in (0.1, 0.2, 0.1)]
+    assert made.count == 1
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
+NUMBER = 1.0
+_settings: dict[str, float] = {"slope": 1.0}
+
+
+class _Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.tensor([0.5, 0.25]))
+        self.slope = 1.0
+
+    def score_mod(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
+        return score + self.slope * self.bias[h] * (kv_idx - q_idx)
+
+
+def _by_global(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score * NUMBER
+
+
+def _by_dict(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score * _settings["slope"]
+
+
+def _by_default(
+    score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, slope: float = 1.0
+) -> Tensor:
+    return score * slope
+
+
+def _by_another(score: Tensor, *indices: Tensor) -> Tensor:
+    return _by_global(score, *indices)
+
+
+def _set_global(x: float) -> None:
+    global NUMBER
+    NUMBER = x
+
+
+CHANGES = (
+    "cell", "global", "global of another", "dict", "default", "attribute",
+    "attribute in a closure", "partial", "shape",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_mod_reads_may_change_between_calls(what: str):
+    """A result with the number 2 is that of a mod that never had another number."""
+    q = some("mps")
+    number = 1.0
+    model = _Model().to("mps")
+    sizes = torch.zeros(1, device="mps")
+
+    def by_cell(score: Tensor, *_: Tensor) -> Tensor:
+        return score * number
+
+    mods = {
+        "cell": by_cell,
+        "global": _by_global,
+        "global of another": _by_another,
+        "dict": _by_dict,
+        "default": _by_default,
+        "attribute": model.score_mod,
+        "attribute in a closure": lambda score, b, h, i, j: model.score_mod(score, b, h, i, j),
+        "partial": functools.partial(lambda number, score, *_: score * number, 1.0),
+        "shape": lambda score, *_: score * sizes.shape[0],
+    }
+    right = {name: (lambda score, *_: score * 2.0) for name in mods}
+    two = _Model().to("mps")
+    two.slope = 2.0
+    right["attribute"] = right["attribute in a closure"] = two.score_mod
+    try:
+        before = attend(mods[what], q)
+        number, model.slope, sizes, _settings["slope"] = 2.0, 2.0, torch.zeros(2).to("mps"), 2.0
+        _set_global(2.0)
+        _by_default.__defaults__ = (2.0,)
+        mods["partial"] = functools.partial(mods["partial"].func, 2.0)
+        after = attend(mods[what], q)
+    finally:
+        _set_global(1.0)
+        _settings["slope"] = 1.0
+        _by_default.__defaults__ = (1.0,)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, attend(right[what], q), rtol=1e-5, atol=1e-6)
+
+
+def test_code_that_is_not_followed_is_traced_in_every_call(made: _Counted):
+    class Table:
+        def __init__(self, number: float) -> None:
+            self.number = number
+
+        def __getitem__(self, name: str) -> float:
+            return self.number
+
+    q, table = some("mps"), Table(1.0)
+
+    def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+        return score * table["anything"]
+
+    assert closure.snapshot(score_mod) is None
+    first = attend(score_mod, q)
+    table.number = 2.0
+    second = attend(score_mod, q)
+    assert made.count == 2 and not torch.equal(first, second)
+
+
+def test_two_tensors_are_not_taken_for_one(made: _Counted):
+    """Where the first call's two names were one tensor, the second's may be two."""
+    q = some("mps")
+    one, other = torch.tensor([0.5, 1.0]).to("mps"), torch.tensor([2.0, 3.0]).to("mps")
+
+    def mod(x: Tensor, y: Tensor) -> Any:
+        return lambda score, b, h, q_idx, kv_idx: score * x[h] + y[h] * kv_idx
+
+    attend(mod(one, one), q)
+    out = attend(mod(one, other), q)
+    assert made.count == 2
+    right = attend(lambda score, b, h, q_idx, kv_idx: score * one[h] + other[h] * kv_idx, q)
+    assert torch.equal(out, right)
+
+
+def test_no_trace_holds_what_it_captured():
+    def call() -> weakref.ref[Tensor]:
+        q, table = some("mps"), torch.randn(20, 20).to("mps")
+        attend(lambda score, b, h, q_idx, kv_idx: score + table[q_idx, kv_idx], q)
+        return weakref.ref(table)
+
+    gone = call()
+    gc.collect()
+    assert gone() is None
+
+
+def test_masks_joined_by_and_masks_are_followed():
+    causal = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx  # noqa: E731
+    window = lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 5  # noqa: E731
+    assert closure.snapshot(and_masks(causal, window)) is not None

@@ -1,0 +1,250 @@
+"""Kernels whose scores are functions written by hand, against float64; the map bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from flex_cases import HEADS, SCORES, FlexCase
+from torch import Tensor
+
+from ..harness import (
+    BOOL,
+    DTYPE_NUMBERS,
+    MAP_BLOCK,
+    Guarded,
+    MaskPlace,
+    Sources,
+    launch,
+    place,
+    request,
+    with_seed,
+)
+from .attention import F16, F32, dense
+from .compiled import compile_kernel
+
+FLEX_MAP = "attention_flex_map"
+ORDINARY = ("attention_forward", "attention_backward_dkv", "attention_backward_dkv_pairs",
+            "attention_backward_dq")  # fmt: skip
+FORWARD, DKV, DKV_PAIRS, DQ = (f"{family}_flex" for family in ORDINARY)
+MASKED, MAP = "Score<false, false, Mask<uchar, false>>", "Mask<uchar, false>"
+FIRST_CAPTURE = 23  # shaders/flex_params.h
+TOLERANCE = {F32: 1e-5, F16: 5e-3}
+STEEP = 1e-2
+"""Beside a derivative that grows without bound, which rounding errors grow by."""
+
+
+def _guarded(x: Tensor) -> Guarded:
+    """With the strides that it has."""
+    strides = x.stride()
+    if x.dtype == torch.int64:  # as halves
+        strides = (*(2 * n for n in strides), 1)
+        x = x.contiguous().unsqueeze(-1).view(torch.int32)
+    guarded = Guarded(x.shape, strides, x.dtype)
+    once = tuple(slice(0, 1) if n == 0 else slice(None) for n in strides)
+    guarded.tensor[once].copy_(x[once])
+    return guarded
+
+
+def _shapes(captures: list[Tensor]) -> bytes:
+    block = b""
+    for x in captures:
+        rest = 4 - x.dim()
+        block += struct.pack("8i", *x.shape, *(1,) * rest, *x.stride(), *(0,) * rest)
+    return block + bytes(32 * (8 - len(captures)))
+
+
+def _states(case: FlexCase) -> bytes:
+    if case.states is None:
+        return struct.pack("3q6i", *(0,) * 8, 1)
+    batches, heads, rows, cols = case.states.shape
+    whole = case.block_q % MAP_BLOCK == 0 and case.block_kv % MAP_BLOCK == 0
+    return struct.pack(
+        "3q6i", rows * cols * heads * (batches > 1), rows * cols * (heads > 1), cols,
+        case.block_q, case.block_kv, rows, cols, 1, whole,
+    )  # fmt: skip
+
+
+def map_of(case: FlexCase) -> Tensor:
+    """(B, Hq, blocks, blocks, 2): the keys that a query sees, and whether all see all."""
+    seen = case.seen()
+    rows, cols = (-(-n // MAP_BLOCK) for n in (case.q_len, case.kv_len))
+    some = torch.zeros(*seen.shape[:2], rows * MAP_BLOCK, cols * MAP_BLOCK, dtype=torch.bool)
+    every = torch.ones_like(some)
+    some[:, :, : case.q_len, : case.kv_len] = seen
+    every[:, :, : case.q_len, : case.kv_len] = seen
+    some, every = (
+        x.unflatten(3, (cols, MAP_BLOCK)).unflatten(2, (rows, MAP_BLOCK)) for x in (some, every)
+    )
+    bits = (some.any(3) * 2 ** torch.arange(MAP_BLOCK)).sum(-1)
+    bits = torch.where(bits >= 2**31, bits - 2**32, bits)
+    return torch.stack((bits, every.all(5).all(3).long()), -1).int()
+
+
+def expected(case: FlexCase) -> dict[str, Tensor]:
+    """Results in float64, and what the backward's kernels read."""
+    q, k, v, do, dlse = case.operands()
+    ref = case.math(torch.float64, q, k, v, do, dlse)
+    scores = torch.matmul(q.double(), k.double().repeat_interleave(2, 1).mT) * case.own_scale
+    mod = SCORES[case.score]
+    scores = scores if mod is None else mod.function(scores, *case.places())
+    scores = scores.masked_fill(~case.seen(), -torch.inf)
+    unit = 1.0 if case.score != "none" else math.log(2.0)
+    origin = scores.amax(-1).clamp_min(torch.finfo(F32).min)
+    log_sum = torch.exp(scores - origin[..., None]).sum(-1).log()
+    delta = ((do.double() * ref.out).sum(-1) - dlse).masked_fill(log_sum == -torch.inf, 0.0)
+    stats = torch.stack((origin / unit, log_sum / unit), -1).float()
+    return dict(out=ref.out, lse=ref.lse, dq=ref.dq, dk=ref.dk, dv=ref.dv, delta=delta.float(),
+                row_stats=stats)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flexed:
+    """One kernel on one problem."""
+
+    name: str
+    family: str
+    case: FlexCase
+    check: bool = False
+    beside: tuple[str, ...] = ()
+
+    def kernel(self, sources: Sources) -> tuple[dict[str, Any], bytes]:
+        """As native/flex_plan.cpp makes it of the ordinary one, and its params."""
+        case = self.case
+        has_map = case.mask != "none" or case.states is not None
+        q, k, v, do, _ = case.operands()
+        layouts = dict(zip(("q", "k", "v", "out", "dout"), map(Guarded.like, (q, k, v, do, do),
+                                                                ("dense",) * 5)))  # fmt: skip
+        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=0)
+        if has_map:
+            sizes = (case.batch, 1, HEADS, case.q_len, case.kv_len)
+            fields["mask"] = MaskPlace(sizes, (1,) * 5, 1, 1, BOOL)
+        backward = self.family in (DKV, DKV_PAIRS, DQ)
+        places = {name: place(x) for name, x in layouts.items()}
+        plan, params = sources.plan(request(places, DTYPE_NUMBERS[case.dtype], backward, **fields))
+        ordinary = self.family.removesuffix("_flex")
+        wanted = "attention_mask_map" if self.family == FLEX_MAP else ordinary
+        kernel = next(x for x in plan["kernels"] if x["family"] == wanted)
+        scoring = case.scoring("cpu")
+        exact = str(case.dtype == F32).lower()
+        text = f"METAL_FUNC float flex_tanh(float x) {{ return flex_tanh_of<{exact}>(x); }}\n"
+        mask_mod = "MaskMod" if scoring.mask else "NoMaskMod"
+        name = f"{kernel['name']}_{case.score}_{case.mask}"
+        if self.family == FLEX_MAP:
+            call = f"{FLEX_MAP}<{mask_mod}, 4>"
+            line = f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n'
+            return kernel | {"name": name, "instantiation": text + scoring.mask + line}, params
+        score = f"FlexScore<{'ScoreMod' if scoring.score else 'NoScoreMod'}, {mask_mod}, " + (
+            f"{MAP}>" if has_map else "NoMask>"
+        )
+        line = kernel["instantiation"].replace(kernel["name"], name)
+        line = line.replace(MASKED if has_map else "PlainScore", score)
+        text += scoring.score + scoring.mask + line
+        return kernel | {"name": name, "instantiation": text}, params
+
+    def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
+        case = self.case
+        kernel, params = self.kernel(sources)
+        library = compile_kernel(sources, self.family, kernel, self.check)
+        note("compiled")
+        right = expected(case)
+        scoring = case.scoring("cpu")
+        captures = [x.to(torch.uint8) if x.dtype == torch.bool else x for x in scoring.captures]
+        q, k, v, do = (Guarded.like(x, "dense") for x in case.operands()[:4])
+        inputs = dict(query=q, key=k, value=v)
+        numbers = dict(sources.buffers)
+        for n, x in enumerate(captures):
+            numbers[f"capture{n}"] = FIRST_CAPTURE + n
+            inputs[f"capture{n}"] = _guarded(x)
+        states = case.states if case.states is not None else torch.zeros(1, dtype=torch.uint8)
+        found = {}
+        if case.mask != "none" or case.states is not None:
+            inputs["mask"] = _guarded(states)
+        if self.family == FLEX_MAP:
+            shape = map_of(case).shape
+            outputs = {"mask_map": Guarded(shape, dense(tuple(shape)), torch.int32)}
+            inputs = {n: x for n, x in inputs.items() if n not in ("query", "key", "value")}
+        else:
+            inputs["mask_map"] = _guarded(map_of(case))
+            outputs = {}
+            strides = {}
+            results = {FORWARD: ("out", "row_stats"), DQ: ("dq",)}.get(self.family, ("dk", "dv"))
+            for n in results:
+                dtype = F32 if n == "row_stats" else case.dtype
+                outputs[n] = Guarded(right[n].shape, dense(tuple(right[n].shape)), dtype)
+                if n != "row_stats":
+                    strides[n] = dense(tuple(right[n].shape))
+            if self.family == FORWARD:
+                params.out[:] = strides.pop("out")
+                inputs["sinks"] = _guarded(torch.full((HEADS,), torch.nan))
+            else:
+                inputs |= dict(dout=do, delta=_guarded(right["delta"]),
+                               row_stats=_guarded(right["row_stats"]))  # fmt: skip
+            params = with_seed(params, key_end=case.kv_len, **strides)
+        block = bytes(params) + _shapes(captures) + _states(case)
+        launch(library, kernel, numbers, block, inputs, outputs, workers=1)
+        found = {n: x.tensor.clone() for n, x in outputs.items()}
+        if self.family == FLEX_MAP:
+            assert torch.equal(found["mask_map"], map_of(case)), "the map is another"
+            return
+        for n, x in found.items():
+            y = right[n]
+            if n == "row_stats":
+                unit = 1.0 if scoring.score else math.log(2.0)
+                x, y = x.double().sum(-1) * unit, right["lse"]
+                assert torch.equal(x < -1e30, y == -torch.inf), "rows that see nothing"
+                x, y = (t.masked_fill(y == -torch.inf, 0.0) for t in (x, y))
+            error = (x.double() - y).abs().max() / y.abs().max()
+            allowed = STEEP if case.score == "beyond" else TOLERANCE[case.dtype]
+            assert error <= allowed, f"{n}: {error:.1e}"
+
+
+def _random_states(rows: int, cols: int, batches: int, heads: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(0, 3, (batches, heads, rows, cols), generator=generator).byte()
+
+
+def _blocks(case: FlexCase, block_q: int, block_kv: int, batches: int, heads: int) -> FlexCase:
+    rows, cols = -(-case.q_len // block_q), -(-case.kv_len // block_kv)
+    states = _random_states(rows, cols, batches, heads)
+    return replace(case, states=states, block_q=block_q, block_kv=block_kv)
+
+
+@functools.cache
+def killers() -> tuple[Flexed, ...]:
+    """In order of cost."""
+    of_map = FlexCase(75, 150, 16, "none", "pairs")
+    maps = {
+        "every pair asked": FlexCase(75, 150, 16, "none", "document"),
+        "heads": FlexCase(33, 64, 16, "none", "heads"),
+        "whole blocks": _blocks(of_map, 32, 64, 2, HEADS),
+        "other blocks": _blocks(of_map, 20, 48, 1, HEADS),
+        "states alone": _blocks(replace(of_map, mask="none"), 64, 32, 2, 1),
+    }
+    tiles = {
+        "score and mask": FlexCase(75, 90, 16, "where", "document"),
+        "states": _blocks(FlexCase(75, 90, 16, "none", "pairs"), 32, 32, 2, HEADS),
+        "other states": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 12, 20, 1, HEADS),
+        "captures": FlexCase(75, 90, 16, "eight", "heads"),
+        "steps": FlexCase(33, 75, 16, "steps", "none"),
+        "no derivative beyond": FlexCase(75, 75, 16, "beyond", "none"),
+        "half": FlexCase(75, 75, 16, "softcap", "hidden", F16),
+    }
+    wide = {name: replace(case, head_dim=96) for name, case in tiles.items()
+            if case.dtype == F32 and name not in ("steps", "captures")}  # fmt: skip
+    return (
+        *(Flexed(f"flex map: {name}", FLEX_MAP, case) for name, case in maps.items()),
+        *(Flexed(f"flex {family}: {name}", f"{family}_flex", case)
+          for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1]) for name, case in tiles.items()),
+        *(Flexed(f"flex pairs: {name}", DKV_PAIRS, case) for name, case in wide.items()),
+        *(Flexed(f"flex map, checked: {name}", FLEX_MAP, case, True)
+          for name, case in maps.items()),
+        *(Flexed(f"flex {family}, checked: {name}", f"{family}_flex", tiles[name], True)
+          for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1])
+          for name in ("captures", "states", "steps")),
+    )  # fmt: skip
