@@ -23,6 +23,16 @@ METAL_FUNC CacheBuffers cache_buffers(const device int* lengths, const device in
   return buffers;
 }
 
+/// Where a block of ORCHARD_CACHE_BLOCK keys lies in every tensor of the cache.
+struct CachedBlock {
+  int entry;
+  int row;
+
+  METAL_FUNC int64_t offset(constant TensorStrides& strides) const {
+    return entry * strides.batch + row * strides.row;
+  }
+};
+
 /// The keys of one sequence, [start, length), counted from its first row in the cache. Whatever
 /// numbers the buffers hold, they lie within the cache.
 struct CachedSequence {
@@ -44,15 +54,18 @@ struct CachedSequence {
     page_size = params.page_size;
   }
 
-  /// The row of key0, which begins a block of ORCHARD_CACHE_BLOCK, in a tensor of the cache.
+  /// The block that key0 begins.
   template <bool PAGED>
-  METAL_FUNC int64_t row_offset(int key0, constant TensorStrides& strides) const {
+  METAL_FUNC CachedBlock block(int key0) const {
+    CachedBlock block;
+    block.entry = entry;
+    block.row = key0;
     if (PAGED) {
       const int page = key0 / page_size;
-      const int found = clamp(pages[page], 0, last_entry);
-      return found * strides.batch + (key0 - page * page_size) * strides.row;
+      block.entry = clamp(pages[page], 0, last_entry);
+      block.row = key0 - page * page_size;
     }
-    return entry * strides.batch + key0 * strides.row;
+    return block;
   }
 };
 

@@ -15,6 +15,10 @@
 // order. Fragments of V have columns in an order of their own, in which O has them until it is
 // stored.
 //
+// What a block's values and the next block's keys take to arrive is time for the scores. Where they
+// and O have room in registers together, they are asked for before the scores are looked at; where
+// only the values have, these are.
+//
 // The forward of a call that has few queries and many keys runs here, too (prefers_decode in
 // native/plan/decode.h): its keys are a cache that is full.
 #pragma once
@@ -149,6 +153,15 @@ struct SharedSight {
     return simd_any(own != -INFINITY);
   }
 
+  /// The first block from key0 on of which any key may be seen, as `read` leaves it. Behind the
+  /// last one the end of the keys, or more.
+  METAL_FUNC int next(int key0, Range keys, ushort lane) {
+    while (key0 < keys.end && !read(key0, keys, lane)) {
+      key0 += ORCHARD_CACHE_BLOCK;
+    }
+    return key0;
+  }
+
   /// What key i of the block adds.
   METAL_FUNC float addend(int i) const { return simd_shuffle(own, ushort(i)); }
 };
@@ -174,6 +187,65 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
   }
   return range;
 }
+
+/// The rows of one block of a part's keys or values.
+template <typename T, bool VEC>
+struct BlockRows {
+  CacheRows<T, VEC> all;
+  Range keys;  // of the part
+  int key0;
+  int64_t row0;
+
+  METAL_FUNC void move_to(int first, CachedBlock block, constant TensorStrides& strides) {
+    key0 = first;
+    row0 = block.offset(strides);
+  }
+
+  /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
+  /// numbers are looked at, and what comes of them is hidden later.
+  METAL_FUNC Chunk<T> chunk(int i, int col) const {
+    const int row = clamp(key0 + i, keys.begin, keys.end - 1) - key0;
+    return all.chunk(row0 + row * all.row_stride, col);
+  }
+};
+
+/// What a lane multiplies of a block's keys: GROUPS chunks of two keys of each of COLUMNS
+/// fragments.
+template <typename T, int COLUMNS, int GROUPS>
+struct KeyChunks {
+  Chunk<T> first[COLUMNS][GROUPS];
+  Chunk<T> second[COLUMNS][GROUPS];
+
+  template <bool VEC>
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        const int col = (8 * g + at.row) * Chunk<T>::kElements;
+        first[c][g] = rows.chunk(8 * c + at.col, col);
+        second[c][g] = rows.chunk(8 * c + at.col + 1, col);
+      }
+    }
+  }
+};
+
+/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments.
+template <typename T, int COLUMNS, int GROUPS>
+struct ValueChunks {
+  Chunk<T> of[COLUMNS][GROUPS];
+
+  template <bool VEC>
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        of[c][g] = rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * Chunk<T>::kElements);
+      }
+    }
+  }
+};
 
 // T is the tensors' type, F that of the matrix unit's operands, BD and VD the padded head dims of
 // keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
@@ -205,6 +277,12 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kChains = Chains<T>::kCount;
   using Pair = vec<F, 2>;
   const int kJoined = 8;  // fragments of O at once
+  // Registers of a lane: O, a block's values, and its keys.
+  const int kSums = R * VD / 4;
+  const int kOfValues = kBlock * VD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
+  const int kOfKeys = kBlock * BD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
+  const bool kValuesAhead = kSums + kOfValues <= ORCHARD_OPERAND_REGISTERS;
+  const bool kKeysAhead = kSums + kOfValues + kOfKeys <= ORCHARD_OPERAND_REGISTERS;
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
   threadgroup float2 part_stats[SIMDGROUPS * R * 8];
   threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
@@ -256,34 +334,39 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   q.pairs = storage;
   q.lane = lane;
 
-  CacheRows<T, VEC> k_rows;
-  CacheRows<T, VEC> v_rows;
-  k_rows.start(key, kv_index % attention.num_kv_heads, attention.k, attention.head_dim);
-  v_rows.start(value, kv_index % attention.num_kv_heads, attention.v, attention.v_head_dim);
+  BlockRows<T, VEC> k_rows;
+  BlockRows<T, VEC> v_rows;
+  k_rows.all.start(key, kv_index % attention.num_kv_heads, attention.k, attention.head_dim);
+  v_rows.all.start(value, kv_index % attention.num_kv_heads, attention.v, attention.v_head_dim);
+  k_rows.keys = keys;
+  v_rows.keys = keys;
   Tile<float, R, kValueDepth> o;
   zero(o);
   OnlineSoftmax<R, true> softmax;
   softmax.init();
-  for (int key0 = keys.begin / kBlock * kBlock; key0 < keys.end; key0 += kBlock) {
-    if (!sight.read(key0, keys, lane)) {
-      continue;
+  KeyChunks<T, kColumns, kDepth / kChunk> k_chunks;
+  ValueChunks<T, kColumns, kValueDepth / (kChunk / 2)> v_chunks;
+  int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
+  CachedBlock block;
+  if (key0 < keys.end) {
+    block = sequence.template block<PAGED>(key0);
+    k_rows.move_to(key0, block, attention.k);
+    if (kKeysAhead) {
+      k_chunks.load(k_rows, at);
     }
-    const int64_t k_block = sequence.template row_offset<PAGED>(key0, attention.k);
-    const int64_t v_block = sequence.template row_offset<PAGED>(key0, attention.v);
+  }
+  while (key0 < keys.end) {
     Tile<float, R, kColumns> s;
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
-      // Keys that are not of this part have the row of one that is: no other numbers are looked at,
-      // and what comes of them is hidden below.
-      const int first = clamp(key0 + 8 * c + at.col, keys.begin, keys.end - 1) - key0;
-      const int second = clamp(key0 + 8 * c + at.col + 1, keys.begin, keys.end - 1) - key0;
       Tile<float, R, kChains> chains;
       zero(chains);
       ORCHARD_UNROLL
       for (int g = 0; g < kDepth / kChunk; g++) {
         const int col = (8 * g + at.row) * kChunk;
-        const Chunk<T> a = k_rows.chunk(k_block + first * k_rows.row_stride, col);
-        const Chunk<T> b = k_rows.chunk(k_block + second * k_rows.row_stride, col);
+        const Chunk<T> a = kKeysAhead ? k_chunks.first[c][g] : k_rows.chunk(8 * c + at.col, col);
+        const Chunk<T> b =
+            kKeysAhead ? k_chunks.second[c][g] : k_rows.chunk(8 * c + at.col + 1, col);
         ORCHARD_UNROLL
         for (int f = 0; f < kChunk; f++) {
           const int d = g * kChunk + f;
@@ -304,12 +387,27 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       }
     }
     float2 addends[kColumns];
+    bool hidden[kColumns];  // a value: its weights are zero, which its numbers may not be
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
       addends[c] = float2(0.0f);
+      hidden[c] = false;
       if (SharedSight<MASK, RANGES>::kAny) {
         addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
+        hidden[c] = sight.addend(8 * c + at.row) == -INFINITY;
       }
+    }
+    const int next = sight.next(key0 + kBlock, keys, lane);
+    v_rows.move_to(key0, block, attention.v);
+    if (next < keys.end) {
+      block = sequence.template block<PAGED>(next);
+      k_rows.move_to(next, block, attention.k);
+      if (kKeysAhead) {
+        k_chunks.load(k_rows, at);
+      }
+    }
+    if (kValuesAhead) {
+      v_chunks.load(v_rows, at);
     }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
@@ -333,16 +431,12 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     const Tile<F, R, kColumns> p = as_operand<F>(s);
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
-      const int row = clamp(key0 + 8 * c + at.row, keys.begin, keys.end - 1) - key0;
-      bool hidden = false;  // its weights are zero, which its numbers may not be
-      if (SharedSight<MASK, RANGES>::kAny) {
-        hidden = sight.addend(8 * c + at.row) == -INFINITY;
-      }
       ORCHARD_UNROLL
       for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
-        Chunk<T> a = v_rows.chunk(v_block + row * v_rows.row_stride, (4 * g + at.col / 2) * kChunk);
+        Chunk<T> a = kValuesAhead ? v_chunks.of[c][g]
+                                  : v_rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * kChunk);
         if (SharedSight<MASK, RANGES>::kAny) {
-          a.bits = hidden ? uint4(0) : a.bits;
+          a.bits = hidden[c] ? uint4(0) : a.bits;
         }
         ORCHARD_UNROLL
         for (int f = 0; f < kChunk / 2; f++) {
@@ -354,6 +448,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         }
       }
     }
+    key0 = next;
   }
 
   // Rows whose fragments lie in different simdgroups become one before they leave the threadgroup.

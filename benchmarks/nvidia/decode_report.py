@@ -127,7 +127,7 @@ _READING = (
     "on the device reads and writes in the same round: median of rounds (20th to 80th percentile). "
     "All launches of a call count, ours (attention_decode and its merge) and PyTorch's (both "
     "passes of sdpa_vector). Operands of at least 256 MiB take turns, so that no cache of the GPU "
-    "has them. *Parts* is the number of simdgroups that share the keys of a key/value head of a "
+    "has them. *Parts* is the number of threadgroups that share the keys of a key/value head of a "
     "sequence, as the plan chooses it for Apple GPUs; *best* is the fastest of that and of the "
     "others that were tried."
 )

@@ -57,7 +57,7 @@ class Record:
     q_len: int
     page_size: int
     kv_bytes: int
-    #: simdgroups that the plan divides a sequence's keys between, and threadgroups of the decode
+    #: threadgroups that the plan divides a sequence's keys between, and those of the whole decode
     parts: int = 0
     threadgroups: int = 0
     #: what -> result -> largest error against float64, and that of same-dtype mathematics

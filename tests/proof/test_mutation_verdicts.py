@@ -16,6 +16,7 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, verdicts
 from mutation.harness import DKV, DQ_FROM_DS, FORWARD, ROOT
+from mutation.killers import caches, few_queries
 from mutation.verdicts import Outcome, Present, Progress
 
 KILLERS = (
@@ -202,3 +203,24 @@ def test_the_last_campaign_kept_its_verdicts():
     listed = mutants.equivalences()
     rest = [m for m in everything if m.key not in progress.outcomes]
     assert sum(any(e.covers(m) for e in listed) for m in rest) == report["all"]["equivalent"]
+
+
+def test_the_verdicts_on_kernels_for_caches_are_those_that_the_docs_count():
+    """Their campaign has not run to its end; what it left is no verdict."""
+    everything = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
+    present = Present(
+        killers=(*caches.killers(), *few_queries.killers()), mutated=mutants.CACHE_FILES
+    )
+    kept = Progress(Path("none"), everything, present, verdicts.CACHE_VERDICTS).outcomes
+    assert all(not outcome.survived for outcome in kept.values())
+    listed = mutants.equivalences()
+    rest = [mutant for mutant in everything if mutant.key not in kept]
+    equivalent = sum(any(e.covers(mutant) for e in listed) for mutant in rest)
+    docs = " ".join((ROOT / "docs" / "mutation.md").read_text().split())
+    counts = re.search(
+        r"It has (\d+) mutants and has not run to its end: (\d+) are noticed, (\d+) are listed as "
+        r"equivalent, and (\d+) are open", docs,
+    )  # fmt: skip
+    assert counts, "docs/mutation.md has no counts"
+    open_ = len(rest) - equivalent
+    assert [int(n) for n in counts.groups()] == [len(everything), len(kept), equivalent, open_]

@@ -156,12 +156,10 @@ def test_kernels_and_numbers_of_problems(planner: caches.CachePlanner):
     """Every kernel of the archive runs, and those under the sanitizers are among them."""
     compared = [case.shaped() for case in (*DECODES, *append_cases.appends())]
     compared += map(few_queries.shaped, FORWARDS)
-    names = set(caches.kernels_of(planner, compared))
-    assert names == set(caches.kernels_of(planner, build.cache_calls()))
+    found = caches.kernels_of(planner, compared)
+    assert set(found) == set(caches.kernels_of(planner, build.cache_calls()))
     families = {"attention_append", "attention_decode", "attention_decode_merge"}
-    assert {name.rpartition("_")[0] for name in names if "decode_b" not in name} >= families - {
-        "attention_decode"
-    }
+    assert {kernel.family for kernel in found.values()} == families
     rows = {case.q_len * case.heads[0] // case.heads[1] for case in DECODES}
     assert {1, 16} < rows and max(rows) > 16
     assert {case.page_size for case in DECODES} == {0, *cache_cases.PAGE_SIZES, 256}
@@ -176,7 +174,7 @@ def test_a_variant_of_each_kind_becomes_ptx(planner: caches.CachePlanner):
     calls = list(build.cache_calls())
     found = caches.kernels_of(planner, calls)
     longest = max((n for n in found if "float16" in n and "_d64_" in n), key=len)
-    for name in (longest, "attention_decode_merge_float16", "attention_append_uint4"):
+    for name in (longest, "attention_decode_merge_float16_v64", "attention_append_uint4"):
         text = ptx.compile(build.source_of(found[name]))
         assert f".entry {name}(" in text.replace(" (", "(")
 
@@ -261,7 +259,7 @@ def bench_of(
             for step in decode_peer.steps(*work.operands("meta")):
                 sources[step.name] = decode_peer.SOURCE
     of = dict.fromkeys(("native", "tensor-cores"), CpuKernels(sources))
-    return decode_speed.Bench(of, planner, clock, "cpu", 4096, parts=(4, 8))
+    return decode_speed.Bench(of, planner, clock, "cpu", 4096, parts=(1, 2))
 
 
 SMALL = DecodeWork("float16", 64, 320, 2, 2, num_kv_heads=2)
@@ -285,7 +283,7 @@ def test_run(work: DecodeWork, planner: caches.CachePlanner, few_sets: None):
     bench.run(work)
     (record,) = bench.records
     assert record.failure == "" and record.parts == bench.plan(work).params.parts
-    ours = {decode_speed.OURS, "4 parts"}
+    ours = {decode_speed.OURS, "1 parts"}
     if work.dtype == "bfloat16":
         ours.add("ours, tensor-cores")
     assert ours <= set(record.times)

@@ -17,7 +17,6 @@ from dialect.variants import variants
 from mutation.harness import (
     APPEND,
     CACHE_FAMILIES,
-    DECODE_MERGE,
     DELTA,
     DKV,
     DKV_PAIRS,
@@ -126,7 +125,7 @@ def test_threadgroup_memory_of_every_variant(family: str):
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
     none = family in (
-        DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS, APPEND, DECODE_MERGE
+        DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS, APPEND
     )  # fmt: skip
     assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 

@@ -28,7 +28,7 @@ FILES = (
 )  # fmt: skip
 CACHE_FILES = (
     *(f"shaders/{name}.h" for name in (
-        "append", "cache", "decode", "decode_merge", "decode_params",
+        "append", "cache", "decode", "decode_merge", "decode_params", "joined_row",
     )),
     "native/plan/decode.cpp",
 )  # fmt: skip

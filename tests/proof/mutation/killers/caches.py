@@ -81,16 +81,16 @@ def decode_plan(call: CacheCall, x: dict[str, Guarded], sources: Sources) -> Any
     return sources.decode(layouts, DTYPE_NUMBERS[call.query.dtype], cache, **fields)
 
 
-def work_of(call: CacheCall) -> tuple[int, Tensor]:
+def work_of(call: CacheCall, groups: int = 0) -> tuple[int, Tensor]:
     """Products of fragments of keys, for every 8 of a head dim; and which threadgroups have any, as
-    the grid has them.
+    the grid has them: `groups` for the keys of a sequence, or as many as the plan has.
     """
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     rows = heads // kv_heads * call.query.shape[2]
     widest = max(-(-call.query.shape[3] // 64), -(-call.value.shape[3] // 64)) * 64
     block_rows = 16 if rows > 8 and widest <= 128 else 8
     most = max(MOST_GROUPS // max(-(-rows // block_rows), 1), 1)
-    parts = 4 * min(max(-(-call.capacity // (4 * LEAST_PART)), 1), most)
+    parts = 4 * (groups or min(max(-(-call.capacity // (4 * LEAST_PART)), 1), most))
     total, used = 0, []
     begins, ends = (x.tolist() for x in call.bounds())
     for b, _, row0 in itertools.product(
@@ -131,6 +131,8 @@ class Filled:
     changed: dict[str, Any] = field(default_factory=dict)
     """Arguments that the kernel gets in place of the problem's, with the same result."""
     beside: tuple[str, ...] = (DECODE, DECODE_MERGE)
+    groups: int = 0
+    """Threadgroups for the keys of a sequence, in place of the plan's number."""
 
     def call(self) -> CacheCall:
         return self.problem.call()._replace(**self.changed)
@@ -154,8 +156,12 @@ class Filled:
             for kernel in (first, second)
         ]
         note("compiled")
-        params = bytes(plan.params)
         rows, stride = plan.part_rows, plan.params.part_stride
+        if self.groups:
+            rows = rows // plan.params.parts * self.groups
+            plan.params.parts = self.groups
+            first["groups"] = (first["groups"][0], self.groups)
+        params = bytes(plan.params)
         sums = Guarded((rows, stride), (stride, 1), F32)
         part_sums = Guarded((rows, 2), (2, 1), F32)
         inputs = {
@@ -178,7 +184,7 @@ class Filled:
         launch(libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1)
         self.problem.check(x["out"].tensor.clone(), lse.tensor.clone())
         padded = sum(-(-n // 64) * 8 for n in (call.query.shape[3], call.value.shape[3]))
-        products, used = work_of(call)
+        products, used = work_of(call, self.groups)
         expected = products * padded
         assert counters.mma == expected, f"{counters.mma} products, not {expected}"
         found = part_sums.tensor.view(*used.shape, -1, 2)[..., 1]
@@ -517,6 +523,9 @@ def _wild(**changed: Any) -> dict[str, Any]:
     }
 
 
+_OF_MERGE = ("sinks", "padded", "blocks of rows", "wide values", "odd widths", "no keys", "groups")
+
+
 @functools.cache
 def killers() -> tuple[Property | Filled | Appended, ...]:
     plans = (
@@ -554,6 +563,16 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled(
             "decode: a key more than parts of the least size hold",
             Cached((8193,), capacity=8208, heads=(1, 1), dtype=F16),
+        ),
+        Filled(
+            "decode: more groups than the lanes of a merging simdgroup have parts",
+            Cached((9000,), capacity=9008, heads=(3, 1), widths=(8, 136), q_len=4),
+            groups=160,
+        ),
+        Filled(
+            "decode: more groups than the lanes of a merging simdgroup have parts, checked",
+            Cached((9000,), capacity=9008, heads=(1, 1), widths=(8, 72)),
+            groups=160, check=True,
         ),
         Filled(
             "decode: a window in a long room",
@@ -609,7 +628,7 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
     attended += [
         replace(x, name=x.name.replace("decode:", "merge:"), family=DECODE_MERGE)
         for x in attended
-        if x.problem is _FULL or "sinks" in x.name or "padded" in x.name
+        if x.problem is _FULL or any(word in x.name for word in _OF_MERGE)
     ]
     filled = [
         Appended("append: rooms", Cached((130, 77), dtype=F16)),

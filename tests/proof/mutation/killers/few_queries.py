@@ -259,6 +259,7 @@ def few_choice(sources: Sources) -> None:
         (False, {"mask": _mask((2, 1, 4, 1, 300))}),
         (True, {"mask": _mask((2, 1, 1, 3, 300), (300, 0, 0, 0, 1)), "q_len": 3}),
         (False, {"mask": _mask((2, 1, 1, 3, 300)), "q_len": 3}),
+        (False, {"mask": _mask((2, 1, 4, 3, 300), (1200, 0, 300, 0, 1)), "q_len": 3}),
         (True, ranges), (False, ranges | {"q_len": 2}), (False, ranges | {"ranges_head": 4}),
         # Blocks of rows, against heads.
         (True, {"q_len": 8, "heads": (1, 1), "widths": (256, 256)}),
@@ -310,6 +311,8 @@ def few_variants(sources: Sources) -> None:
             assert kernel.name.endswith("_softcap" + names[1] + "_ranges" * ranges), kernel.name
             word = str(ranges).lower()
             assert f", true, false, {names[0]}, {word}>" in kernel.instantiation
+    sloped = _plan(sources, mask=_mask((2, 1, 1, 1, 300)), has_alibi=True, alibi_head=1)
+    assert sloped.kernels[0].name.endswith("_alibi_mask_bool"), sloped.kernels[0].name
     assert _plan(sources, mask=_mask((1, 1, 1, 1, 300), dtype=1)).refusal.startswith("attn_mask")
 
 
