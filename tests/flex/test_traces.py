@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -313,3 +314,40 @@ def test_a_mask_traced_in_every_call_is_not_kept():
     del mask
     gc.collect()
     assert len(score.kept.known) == 0
+
+
+def test_threads_trace_at_the_same_time():
+    q = some("mps")
+    go, failed = threading.Barrier(4), []
+
+    def work(number: int) -> None:
+        try:
+            go.wait()
+            for n in range(4):
+                factor = 1.0 + number + 10 * n
+                traces.of_function(lambda s, *_: torch.tanh(s) * factor, "score", q)  # noqa: B023
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_what_cannot_be_traced_is_a_type_error():
+    q, table = some("mps"), torch.zeros(2).to("mps")
+
+    def writes(score: Tensor, *_: Tensor) -> Tensor:
+        table[0] = 1.0
+        return score
+
+    def no_derivative(score: Tensor, *_: Tensor) -> Tensor:
+        return torch.igamma(score.abs() + 1.0, score.abs())
+
+    with pytest.raises(TypeError, match=r"score_mod: .*changes a tensor.*fill tensors before"):
+        attend(writes, q)
+    with pytest.raises(TypeError, match=r"score_mod: the derivative.*igamma.*detach\(\)"):
+        attend(no_derivative, q)

@@ -107,6 +107,8 @@ def known_call(score: Use | None, mask: Use | None) -> Known | None:
 
 
 _lock = threading.Lock()
+_tracing = threading.RLock()
+"""PyTorch's tracer keeps what it traces in globals of the process."""
 _of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
 _of_graphs: OrderedDict[tuple[Any, ...], tuple[GraphModule, Kept]] = OrderedDict()
 
@@ -158,7 +160,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for x, (_, shape) in zip(tensors, sizes)
             ]
-        with _apart(), no_autocast(query):
+        with _tracing, _apart(), no_autocast(query):
             traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         made = traced.captures[len(stand_ins) :]
         found = graph, Kept(traced, (*range(len(stand_ins)), *made))
@@ -180,8 +182,14 @@ def _written(traced: Traced) -> list[bool]:
 
 
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
-    with _apart(), no_autocast(query):
-        return trace(mod, kind, query.device, query.dtype)
+    try:
+        with _tracing, _apart(), no_autocast(query):
+            return trace(mod, kind, query.device, query.dtype)
+    except NotLowered as error:  # the reference could not run it either
+        raise TypeError(
+            f"flex_attention: {kind}_mod: {error}: fill tensors before the call, and detach() the "
+            "score where an operation has no derivative"
+        ) from error
 
 
 def _lightened(traced: Traced) -> Traced:
