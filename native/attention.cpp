@@ -155,7 +155,9 @@ struct ScoreTensors {
 /// the plan leaves the call to the forward's own kernel. Throws MetalError.
 std::optional<std::array<Tensor, 2>> run_forward_as_decode(
     const Problem& problem, const Operands& x, const Scoring& s, const Environment& environment) {
-  if (s.key_span != kNoBackward || !prefers_decode(problem)) return std::nullopt;
+  if (s.key_span != kNoBackward) return std::nullopt;
+  checked_seed(s);  // no plan is asked about a dropout_p that is no probability
+  if (!prefers_decode(problem)) return std::nullopt;
   const Tensor& q = x.query;
   Tensor out = empty_in_order_of(q, x.value.size(3));
   const auto decode = cached_plan_forward_as_decode(problem, layout_of(out));

@@ -205,6 +205,8 @@ class AppendCall(NamedTuple):
         batch, _, length, _ = key.shape
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         page_size = self.key_cache.shape[2]
+        if page_size * pages == 0:  # room for nothing
+            return
         begins = key.new_zeros(batch, dtype=torch.int64)
         if self.cache_seqlens is not None:
             begins = self.cache_seqlens.long().clamp(0, page_size * pages)
@@ -212,7 +214,7 @@ class AppendCall(NamedTuple):
         slots = begins.unsqueeze(1) + self.offset + tokens
         fits = slots < page_size * pages
         if self.block_table is not None:
-            places = (slots // max(page_size, 1)).clamp(max=pages - 1)
+            places = (slots // page_size).clamp(max=pages - 1)
             entries = self.block_table.gather(1, places).long()
         elif self.cache_batch_idx is not None:
             entries = self.cache_batch_idx.long().unsqueeze(1).expand(batch, length)
@@ -220,7 +222,7 @@ class AppendCall(NamedTuple):
             entries = torch.arange(batch, device=key.device).unsqueeze(1).expand(batch, length)
         fits &= (entries >= 0) & (entries < self.key_cache.shape[0])
         b, token = fits.nonzero().unbind(1)
-        entry, slot = entries[b, token], slots[b, token] % max(page_size, 1)
+        entry, slot = entries[b, token], slots[b, token] % page_size
         for cache, added in ((self.key_cache, key), (self.value_cache, self.value)):
             cache[entry, :, slot] = added[b, :, token]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import native, watch
 from .descriptions import Description, describe_sdpa
@@ -28,6 +29,7 @@ from .environment import switched_on
 logger = logging.getLogger("orchard_ops")
 logger.addHandler(logging.NullHandler())
 
+_functorch = torch._C._functorch
 _lock = threading.Lock()
 _reference: Counter[tuple[str, str]] = Counter()
 _left_to_pytorch: Counter[str] = Counter()
@@ -81,6 +83,23 @@ NOT_MPS = "the tensors are on "
 def debug_enabled() -> bool:
     """ORCHARD_DEBUG=1, or the older name ORCHARD_DEBUG_FLASHATN=1."""
     return switched_on("ORCHARD_DEBUG") or switched_on("ORCHARD_DEBUG_FLASHATN")
+
+
+def looks_at_numbers(*numbers: Tensor | int | None) -> bool:
+    """Whether ORCHARD_DEBUG asks to look at the numbers of the sequences, and there are some: what
+    a compiler traces has none yet, and under torch.vmap a tensor has those of all samples."""
+    if not debug_enabled() or torch.compiler.is_compiling():
+        return False
+    given = tuple(x for x in numbers if isinstance(x, Tensor))
+    return not watch.traced(given) and not any(map(_is_mapped, given))
+
+
+def _is_mapped(x: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
 
 
 def strict() -> bool:

@@ -115,7 +115,8 @@ def explain_call(function: Callable[_P, Any], *args: _P.args, **kwargs: _P.kwarg
     No kernel runs, and nothing is written to a cache. What the function does before its attention,
     it does: it checks the arguments, rotates queries, and copies pages that no kernel reads in
     place. Where it attends in several calls, the first is explained, together with the append
-    before it. A backward is explained where one can follow.
+    before it. A backward is explained where one can follow. What torch.compile has compiled is
+    explained as the eager code that it was.
 
     Args:
         function: `flash_attn_with_kvcache`, `flash_attn_varlen_func`, any other attention function,
@@ -132,8 +133,8 @@ def explain_call(function: Callable[_P, Any], *args: _P.args, **kwargs: _P.kwarg
         if name != "flash_attn_append":
             raise _Answered
 
-    said = contextlib.suppress(_Answered)
-    with torch.random.fork_rng(devices=[]), watch.answering(answer), said:
+    said, eager = contextlib.suppress(_Answered), torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=[]), watch.answering(answer), said, eager:
         function(*args, **kwargs)
     if not found:
         raise ValueError(

@@ -65,7 +65,7 @@ def flash_attn_with_kvcache(
         cache_seqlens: (B) int32 or int64, or an int for all: the keys of each sequence, without the
             new ones. All slots by default. It is not changed: the caller counts on.
         cache_batch_idx: (B) int32 or int64: the entry that each sequence has; its own number by
-            default.
+            default, where entries behind those of the batch are left alone.
         cache_leftpad: (B) int32 or int64: where each sequence's keys begin; 0 by default.
         block_table: (B, pages) int32 or int64: the entries that each sequence's keys are in, one
             after another.
@@ -97,6 +97,9 @@ def flash_attn_with_kvcache(
     options = Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     check_options(_OP, options, return_softmax_lse, q, q.shape[0], "return_softmax_lse")
     _check_count("num_splits", num_splits)
+    if cache_batch_idx is None and block_table is None and k_cache.shape[0] > q.shape[0]:
+        # The first entries, each of the sequence with its number; views, which are written to.
+        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
     places = _places(q, k_cache, k, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     new = 0 if k is None else k.shape[1]
     named = by_our_names(options, places.capacity)
@@ -105,7 +108,7 @@ def flash_attn_with_kvcache(
     one_place = left < 0 and right < 0  # FlashAttention-2 rotates all queries alike then
     if rotary is not None and not one_place:
         rotary.check_rows(places.known + q.shape[1])
-    if calls.debug_enabled():
+    if calls.looks_at_numbers(places.lengths, places.entries, places.starts, places.table):
         places.check_numbers(k_cache.shape[0], new)
         if rotary is not None and not one_place and q.numel():
             rotary.check_rows(int(places.begins(q).max()) + q.shape[1])

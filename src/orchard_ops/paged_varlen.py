@@ -17,6 +17,7 @@ from . import calls, checks
 from .attention import run_with_lse
 from .cache import MOST_QUERIES, CacheCall, gathered
 from .cache_attention import attend, sequences_at_a_time, slices
+from .key_ranges import OPEN
 from .varlen import check_numbers, packed_call, unpacked_with_lse
 
 _PAGES = "(pages, page_size, heads, head_dim)"
@@ -40,12 +41,18 @@ class PagedBatch(NamedTuple):
 
     def lengths(self) -> Tensor:
         """(sequences) int32: the keys of each, padding included."""
-        return self.of_key.diff().to(torch.int32) if self.used is None else self.used
+        if self.used is not None:
+            return self.used
+        lengths = self.of_key.diff()
+        return lengths if lengths.dtype == torch.int32 else lengths.clamp(-1, OPEN).int()
 
     def breaks_promises(self) -> Tensor:
         """(sequences) bool: those that are longer than max_seqlen_q or max_seqlen_k say."""
-        too_long = self.of_query.diff() > self.longest_query
-        return too_long | (self.lengths() > self.longest_key)
+        # A number beyond int32 would wrap around in a comparison with int32 tensors.
+        most_queries, most_keys = (
+            max(min(n, OPEN), -1) for n in (self.longest_query, self.longest_key)
+        )
+        return (self.of_query.diff() > most_queries) | (self.lengths() > most_keys)
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Waits for the device, and raises for numbers that no right program passes."""
@@ -101,7 +108,7 @@ def attend_pages(
             f"{batch.op}: cu_seqlens must be on the device of the operands, {q.device}; got "
             f"{batch.of_query.device}"
         )
-    if calls.debug_enabled():
+    if calls.looks_at_numbers(batch.of_query, batch.of_key, batch.table, batch.used, batch.padding):
         batch.check(q, k)
     if batch.table.shape[0] == 0 or q.shape[0] == 0:
         lse_dtype = torch.promote_types(q.dtype, torch.float32)

@@ -151,7 +151,7 @@ def packed_call(
     count = of_query.shape[0] - 1
     used = checks.sequence_integers(op, "seqused_k", seqused_k, count, query)
     padding = checks.sequence_integers(op, "leftpad_k", leftpad_k, count, query)
-    if calls.debug_enabled():
+    if calls.looks_at_numbers(of_query, of_key, used, padding):
         check_numbers(op, cu_seqlens, (query.shape[2], key.shape[2]), used, padding)
     ranges = KeyRanges.from_cu_seqlens(
         of_query,

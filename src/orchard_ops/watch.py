@@ -79,7 +79,7 @@ def note_reference(reason: str) -> None:
         _thread.frame.reference = reason
 
 
-def _traced(args: tuple[Any, ...]) -> bool:
+def traced(args: tuple[Any, ...]) -> bool:
     """Whether nothing is computed: the operands stand for others, as a compiler's do, or are on
     meta."""
     return any(
@@ -110,7 +110,7 @@ def call(name: str, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         _thread.frame = outer
     if outer is not None:
         outer.counted = True
-    if frame.counted or _traced(args):
+    if frame.counted or traced(args):
         return result
     tell(name, args, frame.reference)
     return result

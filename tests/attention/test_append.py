@@ -69,6 +69,18 @@ def test_a_stride_of_zero_along_one_number_is_none(device: str):
     assert caches[0].sum() == caches[0].numel()
 
 
+@DEVICES
+@pytest.mark.parametrize("slots, pages", ((0, None), (8, 0), (0, 3)))
+def test_no_room_is_left_as_it_is(slots: int, pages: int | None, device: str):
+    """Keys without a slot are left out, where there is none at all, too."""
+    table = None if pages is None else torch.zeros(2, pages, dtype=torch.int32)
+    caches = [torch.zeros(2, 2, slots, 4, device=device) for _ in range(2)]
+    call = append(device, block_table=table, cache_seqlens=torch.zeros(2, dtype=torch.int32))
+    call = call._replace(key_cache=caches[0], value_cache=caches[1])
+    torch.ops.orchard.flash_attn_append(*call)
+    assert not any(cache.any() for cache in caches)
+
+
 def test_opcheck():
     cache, new = torch.zeros(4, 16, 2, 8).transpose(1, 2), torch.ones(2, 1, 2, 8).transpose(1, 2)
     lengths, table = torch.tensor([3, 18]).int(), torch.tensor([[3, 0], [1, 2]]).int()

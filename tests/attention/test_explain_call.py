@@ -111,6 +111,17 @@ def test_other_functions_too():
     assert alone.forward_kernels and not alone.backward_kernels and alone.scratch_bytes == 0
 
 
+@torch.no_grad()
+def test_compiled_functions():
+    """They are explained as what they were made of, and compile afterwards."""
+    torch._dynamo.reset()
+    arguments = cached("mps")
+    compiled = torch.compile(flash_attn_with_kvcache, backend="aot_eager", fullgraph=True)
+    expected = explain_call(flash_attn_with_kvcache, **arguments)
+    assert explain_call(compiled, **arguments) == expected and expected.kernels
+    assert torch.equal(compiled(**arguments), flash_attn_with_kvcache(**arguments))
+
+
 def test_ops():
     of = cached("mps", page_size=8)
     heads_first = [of[n].transpose(1, 2) for n in ("q", "k_cache", "v_cache")]

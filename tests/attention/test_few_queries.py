@@ -167,6 +167,14 @@ def test_keys_outside_of_the_ranges_reach_nothing():
         assert torch.equal(x, y) and bool(x.isfinite().all())
 
 
+@pytest.mark.parametrize("dropout_p", (NAN, -0.5, 1.0, 1e-7))
+def test_dropout_is_checked_as_for_the_forward(dropout_p: float):
+    """The last is rounded to none, and still has no seed."""
+    case = Case(1, 300, 64)
+    with pytest.raises(ValueError, match="orchard::flash_attn_fwd: dropout_p"):
+        forward(case, case.operands()[:3], dropout_p=dropout_p, dropout_seed=None)
+
+
 def test_rows_without_a_key():
     case = Case(2, 300, 64, batch=2)
     none = torch.zeros(2, 1, 1, 300, dtype=torch.bool)

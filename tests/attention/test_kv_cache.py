@@ -360,6 +360,23 @@ def test_wrong_entries_and_pages_are_not_written(device: str, wrong: int, checke
             torch.testing.assert_close(arguments[x], y, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("q_len", (1, 20))
+def test_a_cache_may_have_entries_to_spare(q_len: int, device: str, checked: None):
+    """As in FlashAttention-2: sequence b has entry b, and the rest stays as it is."""
+    problem = Problem(q_len=q_len, new=q_len, rotated=8, dtype=torch.float32)
+    right, larger = (problem.arguments(device) for _ in range(2))
+    for name in ("k_cache", "v_cache"):
+        spare = torch.full((3, *larger[name].shape[1:]), NAN, device=device)
+        larger[name] = torch.cat((larger[name], spare))
+    results = [flash_attn_with_kvcache(**x, return_softmax_lse=True) for x in (right, larger)]
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(larger[name][:2].nan_to_num(), right[name].nan_to_num())
+        assert bool(larger[name][2:].isnan().all())
+
+
 def test_integer_lengths_and_wider_integers():
     """An int stands for all sequences; int64 numbers are taken, whatever they are."""
     problem = Problem(lengths=(9, 9), entries=True, starts=(2, 9), rotated=8)
@@ -576,5 +593,5 @@ def test_is_reported():
     )
     assert metal.kernels == (
         "attention_decode_float16_d64_v64_r1_chunks_paged",
-        "attention_decode_merge_float16",
+        "attention_decode_merge_float16_v64",
     )

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchard_ops
 from orchard_ops import KeyRanges, cache_attention, flash_attn_varlen, flash_attn_varlen_func
+from orchard_ops.cache import MOST_QUERIES
 
 NAN = float("nan")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -302,6 +303,13 @@ def test_compiles_whole(name: str):
     )
 
 
+@pytest.mark.parametrize("name", ("few queries", "many queries", "packed"))
+def test_compiles_whole_while_debugged(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What a compiler traces has no numbers yet to look at."""
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    test_compiles_whole(name)
+
+
 @pytest.mark.parametrize("q_len", (2, 20))
 @pytest.mark.parametrize("broken", ({"max_seqlen_q": 1}, {"max_seqlen_k": 39}), ids=str)
 def test_a_broken_promise_is_nan(broken: dict[str, int], q_len: int):
@@ -313,6 +321,27 @@ def test_a_broken_promise_is_nan(broken: dict[str, int], q_len: int):
     assert bool(out[rows].isnan().all()) and bool(lse[:, rows].isnan().all())
     for other in (slice(0, 1), slice(1 + q_len, None)):
         torch.testing.assert_close(out[other], right[other])
+
+
+@pytest.mark.parametrize("longest", (2**31 - 1, 2**31, 2**63 - 1))
+@pytest.mark.parametrize("lengths", ((1, 40), (20, 40)), ids=str)
+def test_a_promise_may_be_any_integer(lengths: tuple[int, int], longest: int):
+    """A program that knows no bound passes a large one."""
+    problem = Problem(lengths=(lengths, (1, 39)))
+    right = problem.run()
+    promises = {"max_seqlen_k": longest}
+    if lengths[0] > MOST_QUERIES:  # else many queries would be another kernel
+        promises["max_seqlen_q"] = longest
+    for x, y in zip(problem.run(**promises), right):
+        assert torch.equal(x, y)
+
+
+def test_a_length_beyond_int32_keeps_no_promise():
+    """It has no other number than its own when it comes in int64."""
+    problem = Problem(lengths=((1, 12), (1, 40)), used=False)
+    of_key = torch.tensor([0, 12, 12 + 2**32 + 40])
+    out, _ = problem.run(cu_seqlens_k=of_key)
+    assert bool(out[0].isfinite().all()) and bool(out[1].isnan().all())
 
 
 @pytest.mark.parametrize("lengths", ((), ((0, 5),)), ids=("no sequence", "no query"))

@@ -97,6 +97,23 @@ def test_flash_attention_names(q_len: int, device: str, fresh_stats: None):
     torch.testing.assert_close(found, torch.stack([attend(x) for x in q]), rtol=1e-5, atol=1e-5)
 
 
+def test_debug_looks_at_no_number_that_is_mapped(monkeypatch: pytest.MonkeyPatch):
+    """There are several of each, so that a debugged program runs on. Others are looked at."""
+    monkeypatch.setenv("ORCHARD_DEBUG", "1")
+    q, cache = torch.randn(SAMPLES, BATCH, 1, 2, 16), torch.randn(BATCH, 16, 2, 16)
+    lengths = torch.tensor([[3, 99]] * SAMPLES).int()
+
+    def attend(q: Tensor, lengths: Tensor) -> Tensor:
+        return flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths)
+
+    assert torch.vmap(attend)(q, lengths).shape == q.shape
+    with pytest.raises(ValueError, match="cache_seqlens must be from 0 to 16; got 99"):
+        torch.vmap(attend, in_dims=(0, None))(q, lengths[0])
+    of_query, packed = torch.tensor([[0, 1, 2]] * SAMPLES), q[:, :, 0]
+    out = torch.vmap(lambda x, n: orchard_ops.flash_attn_varlen(x, x, x, n))(packed, of_query)
+    assert out.shape == packed.shape
+
+
 @DEVICES
 def test_sinks_of_samples_are_refused(device: str):
     tensors = whole_call("own", device) | {"sinks": torch.randn(SAMPLES, HEADS, device=device)}
