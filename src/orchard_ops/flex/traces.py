@@ -163,6 +163,12 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
         with _tracing, _apart(), no_autocast(query):
             traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         made = traced.captures[len(stand_ins) :]
+        if made:
+            raise TypeError(
+                f"flex_attention: {kind}_mod writes a table down, of shape {tuple(made[0].shape)}, "
+                "which torch.compile does not carry into the graph: make that tensor outside of "
+                "the function"
+            )
         found = graph, Kept(traced, (*range(len(stand_ins)), *made))
         _remember(_of_graphs, key, found)
     kept = found[1]
