@@ -175,3 +175,17 @@ def test_the_graph_that_dynamo_makes_has_one_operator_for_a_call():
     names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
     assert names[0] == "orchard_flex_attention" and "getitem" in names[1]
     assert orchard_ops.stats().metal["flex_attn_fwd"] == 1
+
+
+def test_a_table_written_in_a_mod_is_named():
+    q = torch.randn(1, 2, 20, 8).to("mps")
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(q: torch.Tensor) -> torch.Tensor:
+        table = [0.5, 2.0]
+        return orchard_ops.flex_attention(
+            q, q, q, lambda s, b, h, *_: torch.tanh(s) * torch.tensor(table, device="mps")[h]
+        )
+
+    with pytest.raises(Exception, match=r"writes a table down.*outside of the function"):
+        compiled(q)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -192,3 +193,161 @@ def test_masks_joined_by_and_masks_are_followed():
     causal = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx  # noqa: E731
     window = lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 5  # noqa: E731
     assert closure.snapshot(and_masks(causal, window)) is not None
+
+
+class _Slopes:
+    """Tensors that are read in other ways than as an attribute that is stored."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.marked = torch.zeros(2).to("mps")
+        self.marked.factor = start
+        self.marked.slopes = self.stored = torch.tensor([start, 1.0]).to("mps")
+        self.trained = torch.zeros(2, device="mps", requires_grad=True)
+        self.trained.grad = self.stored
+
+    @property
+    def made(self) -> Tensor:
+        return torch.full((2,), self.start, device="mps")
+
+    @property
+    def doubled(self) -> Tensor:
+        return self.stored * 2
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "answered":
+            raise AttributeError(name)
+        return self.stored * 3
+
+
+READ = {
+    "a property of numbers": lambda slopes: lambda s, b, h, *_: s * slopes.made[h],
+    "a property of tensors": lambda slopes: lambda s, b, h, *_: s * slopes.doubled[h],
+    "__getattr__": lambda slopes: lambda s, b, h, *_: s * slopes.answered[h],
+    "a tensor's grad": lambda slopes: lambda s, b, h, *_: s * slopes.trained.grad[h],
+    "a tensor of a tensor": lambda slopes: lambda s, b, h, *_: s * slopes.marked.slopes[h],
+    "a number of a tensor": lambda slopes: lambda s, *_: s * slopes.marked.factor,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_code_answers_for_is_asked_in_every_call(name: str):
+    q = some("mps")
+    results = [attend(READ[name](_Slopes(start)), q) for start in (1.0, 2.0)]
+    traces._of_functions.clear()
+    assert torch.equal(results[1], attend(READ[name](_Slopes(2.0)), q))
+    assert not torch.equal(*results)
+
+
+def test_stored_attributes_are_followed():
+    """What is asked in every call is slow: this is for code that has to be."""
+
+    class Settings(NamedTuple):
+        slopes: Tensor
+
+    class Slotted:
+        __slots__ = ("slopes",)
+
+    slotted, module, model = Slotted(), torch.nn.Module(), _Model()
+    slotted.slopes = module.slopes = model.bias
+    owners = (Settings(model.bias), slotted, module)
+    for owner in owners:
+        assert closure.snapshot(lambda s, b, h, *_: s * owner.slopes[h]) is not None  # noqa: B023
+    assert closure.snapshot(lambda s, b, h, *_: s * model.bias[h]) is not None
+    assert closure.snapshot(lambda s, b, h, *_: s * model.bias.shape[0]) is not None
+
+
+VALUES = {
+    "item": lambda x: lambda s, *_: s * x.item(),
+    "float": lambda x: lambda s, *_: s * float(x),
+    "if": lambda x: lambda s, *_: s if x > 1.0 else s * 2.0,
+}
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("name", VALUES)
+def test_the_value_of_a_captured_tensor_is_not_read_in_python(name: str, device: str):
+    """The first call's value would be that of all calls."""
+    with pytest.raises(TypeError, match=r"must not read the value of a tensor.*test_traces\.py"):
+        attend(VALUES[name](torch.tensor(1.0).to(device)), some("mps"))
+
+
+def test_a_table_that_a_mod_writes_down():
+    q, table = some("mps"), torch.tensor([0.5, 2.0], device="mps")
+    out = attend(lambda s, b, h, *_: s * torch.tensor([0.5, 2.0], device="mps")[h], q)
+    assert torch.equal(out, attend(lambda s, b, h, *_: s * table[h], q))
+
+
+def test_the_state_of_the_first_call_is_not_that_of_the_next():
+    """PyTorch's default dtype is what divided integers become; autocast is for operands alone."""
+    q, table = some("mps"), torch.rand(20, device="mps", dtype=torch.float16)
+
+    def divided(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + (kv_idx - q_idx) / 3
+
+    def rounded(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score * torch.exp(table[kv_idx])
+
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        attend(divided, q)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("mps", torch.float16):
+        traces.of_function(rounded, "score", q)
+    results = [attend(mod, q) for mod in (divided, rounded)]
+    traces._of_functions.clear()
+    for mod, result in zip((divided, rounded), results):
+        assert torch.equal(attend(mod, q), result)
+
+
+def test_a_mask_traced_in_every_call_is_not_kept():
+    def followed(score: Tensor, *_: Tensor) -> Tensor:
+        return torch.tanh(score)
+
+    q = some("mps")
+    score = traces.of_function(followed, "score", q)
+    for _ in range(3):
+        item = iter([torch.ones(20, dtype=torch.bool).to("mps")])
+        mask = traces.of_function(lambda b, h, i, j: next(item)[j], "mask", q)  # noqa: B023
+        traces.known_call(score, mask)
+    del mask
+    gc.collect()
+    assert len(score.kept.known) == 0
+
+
+def test_threads_trace_at_the_same_time():
+    q = some("mps")
+    go, failed = threading.Barrier(4), []
+
+    def work(number: int) -> None:
+        try:
+            go.wait()
+            for n in range(4):
+                factor = 1.0 + number + 10 * n
+                traces.of_function(lambda s, *_: torch.tanh(s) * factor, "score", q)  # noqa: B023
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_what_cannot_be_traced_is_a_type_error():
+    q, table = some("mps"), torch.zeros(2).to("mps")
+
+    def writes(score: Tensor, *_: Tensor) -> Tensor:
+        table[0] = 1.0
+        return score
+
+    def no_derivative(score: Tensor, *_: Tensor) -> Tensor:
+        return torch.igamma(score.abs() + 1.0, score.abs())
+
+    with pytest.raises(TypeError, match=r"score_mod: .*changes a tensor.*fill tensors before"):
+        attend(writes, q)
+    with pytest.raises(TypeError, match=r"score_mod: the derivative.*igamma.*detach\(\)"):
+        attend(no_derivative, q)

@@ -209,12 +209,19 @@ class _Reader:
     def _along(self, x: Any, attributes: list[str], depth: int) -> None:
         """The value at the end of a path, or the first tensor or number on it."""
         for attribute in attributes:
-            if isinstance(x, (Tensor, int, float, str)):
+            if isinstance(x, Tensor):
+                if not _is_of_tensors(x, attribute):
+                    raise _NotFollowed
+                break
+            if isinstance(x, (int, float, str)):
                 break
             if isinstance(x, types.FunctionType) and _is_constant(x):
                 break
-            x = getattr(x, attribute, _NotFollowed)
+            owner = x
+            x = getattr(owner, attribute, _NotFollowed)
             if x is _NotFollowed:
+                raise _NotFollowed
+            if type(x) not in (float, *_PLAIN_NUMBERS) and _is_computed(owner, attribute):
                 raise _NotFollowed
         self.value(x, depth + 1)
 
@@ -223,6 +230,45 @@ def _is_constant(x: Any) -> bool:
     return (getattr(x, "__module__", None) or "").partition(".")[0] in _CONSTANT_PACKAGES and not (
         isinstance(x, types.FunctionType) and x.__closure__
     )
+
+
+_NOT_IN_THE_KEY = (
+    *("grad", "grad_fn", "is_leaf", "_version", "data_ptr", "storage", "untyped_storage"),
+    *("stride", "storage_offset", "is_contiguous"),
+)
+
+
+def _is_of_tensors(x: Tensor, attribute: str) -> bool:
+    """Whether an attribute tells of a tensor what the key holds, or is an operation on it."""
+    if attribute in _NOT_IN_THE_KEY or attribute in vars(x):
+        return False
+    own = getattr(type(x), attribute, None)
+    return own is not None and own is getattr(Tensor, attribute, None)
+
+
+_STORED = (
+    types.FunctionType, types.MemberDescriptorType, classmethod, staticmethod,
+    type(Snapshot.key),
+)  # fmt: skip
+"""Things in a class that give the same object each time, or a method of the same code."""
+
+
+def _is_computed(x: Any, attribute: str) -> bool:
+    """Whether code answers for an attribute, as a property's does. Such code may read anything."""
+    for kind in (x if isinstance(x, type) else type(x)).__mro__:
+        if attribute in vars(kind):
+            found = vars(kind)[attribute]
+            if hasattr(type(found), "__set__") and not isinstance(found, _STORED):
+                return True
+            if isinstance(found, _STORED) or not hasattr(type(found), "__get__"):
+                return False
+            break
+    own = getattr(x, "__dict__", {})
+    if attribute in own:
+        return False
+    if isinstance(x, torch.nn.Module):
+        return not any(attribute in own[n] for n in ("_parameters", "_buffers", "_modules"))
+    return True
 
 
 def _is_mask_wrapper(x: Any) -> bool:

@@ -83,7 +83,10 @@ def attend(
     states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
     if reason is None and score is not None and _is_trained(score):
         if additive.takes(score):
-            return additive.attend(query, key, value, score, mask, states, q_block, kv_block, scale)
+            with no_autocast(query):
+                return additive.attend(
+                    query, key, value, score, mask, states, q_block, kv_block, scale
+                )
         reason = _GRADIENT
     if reason is None:
         texts = _texts(score, mask, query)

@@ -73,7 +73,7 @@ def trace(
 
     def joint(score: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         score = score.detach().requires_grad_()
-        with torch.enable_grad(), Indexing():
+        with torch.enable_grad(), _Tracing():
             result = _result(kind, mod(score.clone(), *rest), score)
             slope = None
             if result.requires_grad:
@@ -83,7 +83,7 @@ def trace(
         return result.detach(), torch.zeros_like(score) if slope is None else slope
 
     def seen(*arguments: Any) -> tuple[Tensor]:
-        with torch.no_grad(), Indexing():
+        with torch.no_grad(), _Tracing():
             return (_result(kind, mod(*arguments), arguments[0]),)
 
     score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -105,7 +105,7 @@ def trace(
             raise TypeError(
                 f"flex_attention: {name} must not read the value of a tensor in Python (if, while, "
                 f"int(), .item()){_of(error)}: there is none before the kernel runs; use "
-                "torch.where, & and |"
+                "torch.where, & and |, and a captured tensor itself in the place of its value"
             ) from error
         raise
     if any(_changes(n) for n in graph.graph.nodes):
@@ -113,7 +113,7 @@ def trace(
         graph = _make_graph(torch.func.functionalize(graph), arguments)
     if kind == SCORE:
         _drop_own_detach(graph)
-    found = _lift_captures(graph)
+    found = _lift_captures(graph, torch.device(device))
     return Traced(kind, _forward(graph), graph, (*captures, *found))
 
 
@@ -121,7 +121,7 @@ def _functional(mod: Function, arguments: Sequence[Any]) -> Function:
     """The same function without changes in place, which autograd may not be able to undo."""
 
     def forward(score: Tensor, *rest: Any) -> Any:
-        with torch.no_grad(), Indexing():
+        with torch.no_grad(), _Tracing():
             return mod(score.clone(), *rest)
 
     return _make_graph(torch.func.functionalize(forward), arguments)
@@ -158,8 +158,9 @@ def _drop_own_detach(graph: GraphModule) -> None:
             graph.graph.erase_node(node)
 
 
-def _lift_captures(graph: GraphModule) -> list[Tensor]:
-    """Makes arguments of the tensors in a graph. Numbers written as torch.tensor(...) stay."""
+def _lift_captures(graph: GraphModule, device: torch.device) -> list[Tensor]:
+    """Makes arguments of the tensors in a graph. Numbers written as torch.tensor(...) stay, and
+    tables written so go to the device, as they would when the code runs."""
     nodes = list(graph.graph.nodes)
     last = [n for n in nodes if n.op == "placeholder"][-1]
     made: dict[int, Node] = {}
@@ -173,7 +174,7 @@ def _lift_captures(graph: GraphModule) -> list[Tensor]:
                 last = graph.graph.placeholder(f"capture_{len(found)}")
             last.meta = dict(node.meta)
             made[id(tensor)] = last
-            found.append(tensor)
+            found.append(tensor.to(device) if is_written(node) else tensor)
         node.replace_all_uses_with(made[id(tensor)])
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
@@ -183,9 +184,13 @@ def _lift_captures(graph: GraphModule) -> list[Tensor]:
 
 def is_literal(node: Node) -> bool:
     """Whether a tensor in a graph is a number that the user's code wrote as one."""
-    literal = (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
-    value = node.meta["val"]
-    return value.numel() == 1 and bool(node.users) and all(n.target in literal for n in node.users)
+    return is_written(node) and bool(node.meta["val"].numel() == 1)
+
+
+def is_written(node: Node) -> bool:
+    """Whether a tensor in a graph is one that the user's code makes of Python's numbers."""
+    written = (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
+    return bool(node.users) and all(n.target in written for n in node.users)
 
 
 def _forward(joint: GraphModule) -> GraphModule:
@@ -245,6 +250,28 @@ class Indexing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_VALUES = (
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__),
+    *(Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__, Tensor.equal),
+    *(Tensor.allclose, Tensor.is_nonzero, torch.equal, torch.allclose, torch.is_nonzero),
+)
+
+
+class _ValueAsked(Exception):
+    """The function asks for the value of a tensor."""
+
+
+class _Tracing(Indexing):
+    """A captured tensor has a value, which a later call may find changed: it is not told."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in _VALUES:
+            raise _ValueAsked
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def _get(table: Tensor, items: tuple) -> Tensor:
     if not any(isinstance(x, Tensor) and x.dim() == 0 and _counts(x) for x in items):
         return table[items]
@@ -301,7 +328,10 @@ def _asks_for_value(error: BaseException) -> bool:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     name = type(error).__name__
-    if isinstance(error, GuardOnDataDependentSymNode) or name == "DataDependentOutputException":
+    if (
+        isinstance(error, (_ValueAsked, GuardOnDataDependentSymNode))
+        or name == "DataDependentOutputException"
+    ):
         return True
     return isinstance(error, RuntimeError) and "_local_scalar_dense" in str(error)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..ops.kernels import no_autocast
 from . import closure
 from .known import Known, recognise
 from .metal import lower
 from .mod import NotLowered
-from .trace import Traced, trace
+from .trace import Traced, is_written, trace
 
 _MOST_KEPT = 256
 
@@ -49,9 +51,9 @@ class Kept:
     """By the number of the first capture: the text, and the places of what it reads among the
     captures of the trace."""
 
-    known: dict[Kept | None, Known | None] = field(default_factory=dict)
-    """With each mask_mod, or None: the call of `flash_attn` that computes the same, if there is
-    one."""
+    known: WeakKeyDictionary[Kept, Known | None] = field(default_factory=WeakKeyDictionary)
+    """With each mask_mod, or by itself under its own name: the call of `flash_attn` that computes
+    the same, if there is one. A mask_mod that is traced in every call is a new one in each."""
     lasts: bool = True
     """Whether other calls find it. Else not all of what the mod reads is known."""
 
@@ -94,20 +96,28 @@ class Use:
         return text, tuple(self.captures[n] for n in places)
 
 
+_NOTHING = object()
+
+
 def known_call(score: Use | None, mask: Use | None) -> Known | None:
     """What `flash_attn` has to be told to compute the same, see `known.recognise`."""
     one, other = (None if use is None else use.kept for use in (score, mask))
     if one is None and other is None:
         return Known()
-    memory = (one or other).known  # type: ignore[union-attr]
-    if other not in memory:
-        traced = (None if kept is None else kept.traced for kept in (one, other))
+    first = one or other
+    assert first is not None
+    memory, second = first.known, other or first
+    found = memory.get(second, _NOTHING)
+    if found is _NOTHING:
         with apart():
-            memory[other] = recognise(*traced)
-    return memory[other]
+            found = recognise(*(None if x is None else x.traced for x in (one, other)))
+        memory[second] = found
+    return found
 
 
 _lock = threading.Lock()
+_tracing = threading.RLock()
+"""PyTorch's tracer keeps what it traces in globals of the process."""
 _of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
 _of_graphs: OrderedDict[tuple[Any, ...], tuple[GraphModule, Kept]] = OrderedDict()
 
@@ -125,11 +135,14 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     if snapshot is None:
         traced = _trace(mod, kind, query)
         return Use(kind, mod, Kept(traced, (), lasts=False), traced.captures)
-    key = (kind, query.dtype, query.device, snapshot.key)
+    # What PyTorch makes of integers that are divided depends on its default.
+    key = (kind, query.dtype, query.device, torch.get_default_dtype(), snapshot.key)
     kept = _of_functions.get(key)
     if kept is None:
         traced = _trace(mod, kind, query)
         places = {id(x): n for n, x in enumerate(snapshot.tensors)}
+        if not all(id(x) in places or y for x, y in zip(traced.captures, _written(traced))):
+            return Use(kind, mod, Kept(traced, ()), traced.captures)  # read by unknown ways
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
         _remember(_of_functions, key, kept)
     captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
@@ -149,9 +162,15 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for x, (_, shape) in zip(tensors, sizes)
             ]
-        with apart():
+        with _tracing, apart(), no_autocast(query):
             traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         made = traced.captures[len(stand_ins) :]
+        if made:
+            raise TypeError(
+                f"flex_attention: {kind}_mod writes a table down, of shape {tuple(made[0].shape)}, "
+                "which torch.compile does not carry into the graph: make that tensor outside of "
+                "the function"
+            )
         found = graph, Kept(traced, (*range(len(stand_ins)), *made))
         _remember(_of_graphs, key, found)
     kept = found[1]
@@ -164,9 +183,21 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     return Use(kind, function, kept, used)  # type: ignore[arg-type]
 
 
+def _written(traced: Traced) -> list[bool]:
+    """Of each captured tensor, whether the mod makes it of Python's numbers."""
+    placeholders = [n for n in traced.joint.graph.nodes if n.op == "placeholder"]
+    return [is_written(n) for n in placeholders[traced.inputs :]]
+
+
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
-    with apart():
-        return trace(mod, kind, query.device, query.dtype)
+    try:
+        with _tracing, apart(), no_autocast(query):
+            return trace(mod, kind, query.device, query.dtype)
+    except NotLowered as error:  # the reference could not run it either
+        raise TypeError(
+            f"flex_attention: {kind}_mod: {error}: fill tensors before the call, and detach() the "
+            "score where an operation has no derivative"
+        ) from error
 
 
 def _lightened(traced: Traced) -> Traced:
