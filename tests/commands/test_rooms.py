@@ -56,7 +56,7 @@ def files(tests: set[str]) -> set[str]:
 def test_a_mac_runs_the_op_and_the_commands_on_its_gpu():
     tests, printed = collected("darwin")
     rooms = {name.partition("/")[0] for name in files(tests)}
-    assert rooms == {"attention", "clients", "commands", "docs"}
+    assert rooms == {"attention", "clients", "commands", "docs", "flex"}
     assert {
         f"attention/test_{name}.py"
         for name in ("kernels", "layouts", "reference", "registration", "bad_input", "dropout")
