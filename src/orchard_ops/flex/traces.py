@@ -96,9 +96,6 @@ class Use:
         return text, tuple(self.captures[n] for n in places)
 
 
-_NOTHING = object()
-
-
 def known_call(score: Use | None, mask: Use | None) -> Known | None:
     """What `flash_attn` has to be told to compute the same, see `known.recognise`."""
     one, other = (None if use is None else use.kept for use in (score, mask))
@@ -107,12 +104,11 @@ def known_call(score: Use | None, mask: Use | None) -> Known | None:
     first = one or other
     assert first is not None
     memory, second = first.known, other or first
-    found = memory.get(second, _NOTHING)
-    if found is _NOTHING:
+    if second not in memory:  # which holds it, so that it stays
         with apart():
-            found = recognise(*(None if x is None else x.traced for x in (one, other)))
-        memory[second] = found
-    return found
+            known = recognise(*(None if x is None else x.traced for x in (one, other)))
+        memory[second] = known
+    return memory[second]
 
 
 _lock = threading.Lock()
