@@ -12,6 +12,7 @@ import itertools
 from ..harness import FAMILIES
 from . import (
     backward,
+    cache_parts,
     caches,
     far_masks,
     few_queries,
@@ -75,7 +76,7 @@ def killers() -> tuple[
     if _of_flex:
         return flex.killers()
     if _of_caches:
-        return (*caches.killers(), *few_queries.killers())
+        return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
     return (
         *plan.properties(),
         *plan_scores.properties(),

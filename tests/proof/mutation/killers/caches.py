@@ -1,4 +1,4 @@
-"""The ops for caches: kernels on sequences of any lengths, what the plan says, what is written."""
+"""The ops for caches: kernels on sequences of any lengths, and what is written."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..harness import (
     launch,
 )
 from .attention import BF16, F16, F32, dense
+from .cache_plans import PLANS
 from .compiled import compile_kernel
 from .properties import Property
 
@@ -139,6 +140,19 @@ class Filled:
 
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         call = self.call()
+        out, lse, products, weights = self.results(call, sources, note)
+        self.problem.check(out, lse)
+        padded = sum(-(-n // 64) * 8 for n in (call.query.shape[3], call.value.shape[3]))
+        count, used = work_of(call, self.groups)
+        expected = count * padded
+        assert products == expected, f"{products} products, not {expected}"
+        found = weights.view(*used.shape, -1)
+        assert torch.equal((found != 0).any(-1), used), "the keys are divided in another way"
+
+    def results(
+        self, call: CacheCall, sources: Sources, note: Callable[[str], None]
+    ) -> tuple[Tensor, Tensor, int, Tensor]:
+        """out, lse, the number of products, and what each row's weights of a threadgroup sum to."""
         of_query, of_cache = self.layouts
         x = {
             "query": Guarded.like(call.query, of_query),
@@ -182,13 +196,8 @@ class Filled:
         joined = {"out": x["out"], "row_stats": lse}
         known = {**parts, "sinks": _floats(call.sinks)}
         launch(libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1)
-        self.problem.check(x["out"].tensor.clone(), lse.tensor.clone())
-        padded = sum(-(-n // 64) * 8 for n in (call.query.shape[3], call.value.shape[3]))
-        products, used = work_of(call, self.groups)
-        expected = products * padded
-        assert counters.mma == expected, f"{counters.mma} products, not {expected}"
-        found = part_sums.tensor.view(*used.shape, -1, 2)[..., 1]
-        assert torch.equal((found != 0).any(-1), used), "the keys are divided in another way"
+        weights = part_sums.tensor[:, 1].clone()
+        return x["out"].tensor.clone(), lse.tensor.clone(), counters.mma, weights
 
 
 @dataclass(frozen=True)
@@ -259,253 +268,6 @@ class Appended:
             assert torch.equal(filled.tensor, right)
 
 
-# ---- the plan -----------------------------------------------------------------------------------
-
-_TYPES = {
-    F16: ("float16", "half", "half"),
-    BF16: ("bfloat16", "bfloat", "float"),
-    F32: ("float32", "float", "float"),
-}
-
-
-def _layout(*shape: int, offset: int = 0, strides: tuple[int, ...] | None = None) -> tuple:
-    return shape, strides or dense(shape), offset
-
-
-def _plan(sources: Sources, dtype: torch.dtype = F16, batch: int = 2,
-          heads: tuple[int, int] = (8, 2), q_len: int = 1, widths: tuple[int, int] = (64, 64),
-          keys: int = 300, entries: int = 0,
-          cache: dict[str, int] | None = None, changed: dict[str, tuple] | None = None,
-          **fields: float) -> Any:  # fmt: skip
-    entries = entries or batch
-    layouts = {
-        "q": _layout(batch, heads[0], q_len, widths[0]),
-        "k": _layout(entries, heads[1], keys, widths[0]),
-        "v": _layout(entries, heads[1], keys, widths[1]),
-        "out": _layout(batch, heads[0], q_len, widths[1]),
-        **(changed or {}),
-    }
-    numbers = {"page_size": keys, "entries": entries, **(cache or {})}
-    return sources.decode(layouts, DTYPE_NUMBERS[dtype], numbers, **{"scale": 1.0, **fields})
-
-
-def _expect(plan: Any, name: str, arguments: str, groups: tuple[int, int], rows: int) -> None:
-    assert not plan.refusal, plan.refusal
-    kernel = plan.kernels[0]
-    call = f"attention_decode<{arguments}>"
-    assert kernel.name == f"attention_decode_{name}", kernel.name
-    assert kernel.instantiation == (
-        f'template [[host_name("attention_decode_{name}")]] [[kernel]] decltype({call}) {call};\n'
-    ), kernel.instantiation
-    assert (kernel.groups, kernel.threads) == (groups, 128), kernel
-    assert kernel.tile == f"{groups[0]} x {groups[1]} threadgroups of 128 threads", kernel.tile
-    assert plan.part_rows == rows, plan.part_rows
-
-
-def decode_variants(sources: Sources) -> None:
-    for (dtype, names), (width, value) in itertools.product(
-        _TYPES.items(), ((64, 64), (1, 128), (65, 129), (128, 128), (129, 64), (192, 256), (256, 8))
-    ):
-        torch_name, metal, operand = names
-        bd, vd = (-(-n // 64) * 64 for n in (width, value))
-        chunk = 16 // dtype.itemsize
-        chunks = width % chunk == 0 and value % chunk == 0
-        for paged, softcap, alibi in itertools.product((0, 1), repeat=3):
-            plan = _plan(
-                sources, dtype, widths=(width, value), keys=16 if paged else 300, entries=9,
-                cache={"paged": paged, "pages": 5, "table_row": 5, "has_entries": 1},
-                softcap=2.0 * softcap, has_alibi=alibi,
-            )  # fmt: skip
-            words = [torch_name, f"d{bd}", f"v{vd}", "r1", "chunks" if chunks else "elements"]
-            words += ["paged"] * paged + ["softcap"] * softcap + ["alibi"] * alibi
-            flags = [str(bool(n)).lower() for n in (chunks, paged, softcap, alibi)]
-            arguments = [metal, operand, str(bd), str(vd), "1", "4", *flags, "NoMask", "false"]
-            groups = (4, 1 if paged else 2)
-            rows = 4 * groups[1] * 8
-            _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
-            assert plan.params.part_stride == vd
-            merge = plan.kernels[1]
-            assert merge.name == f"attention_decode_merge_{torch_name}_v{vd}"
-            assert f"decltype(attention_decode_merge<{metal}, {vd}, 4>)" in merge.instantiation
-            assert merge.groups == (16, 1) and merge.threads == 128
-
-
-def decode_rows(sources: Sources) -> None:
-    """Rows of a threadgroup: 8, or 16 where there are more and the head dims allow it."""
-    for heads, q_len, widths, block_rows, blocks in (
-        ((8, 1), 1, (128, 128), 8, 1), ((9, 1), 1, (128, 128), 16, 1),
-        ((8, 2), 4, (128, 128), 16, 1), ((8, 2), 5, (128, 128), 16, 2),
-        ((9, 1), 1, (129, 64), 8, 2), ((9, 1), 1, (64, 129), 8, 2), ((24, 1), 1, (256, 256), 8, 3),
-        ((1, 1), 1, (64, 64), 8, 1), ((2, 2), 16, (64, 64), 16, 1), ((2, 2), 17, (64, 64), 16, 2),
-    ):  # fmt: skip
-        plan = _plan(sources, heads=heads, q_len=q_len, widths=widths, keys=200)
-        x = plan.params
-        assert (x.block_rows, x.blocks, x.parts) == (block_rows, blocks, 1), (heads, q_len)
-        assert plan.kernels[0].groups == (2 * heads[1] * blocks, 1)
-        assert f"_r{block_rows // 8}_" in plan.kernels[0].name
-        assert plan.part_rows == 2 * heads[1] * blocks * block_rows
-        out_rows = 2 * heads[0] * q_len
-        assert plan.kernels[1].groups == (out_rows, 1)
-
-
-def decode_parts(sources: Sources) -> None:
-    """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block."""
-    for keys, groups in (
-        (0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (7936, 31), (7937, 32),
-        (8192, 32), (8193, 32), (1 << 28, 32),
-    ):  # fmt: skip
-        for batch, heads in ((1, (1, 1)), (5, (8, 4))):
-            plan = _plan(sources, keys=keys, batch=batch, heads=heads)
-            assert plan.kernels[0].groups == (batch * heads[1], groups), keys
-            assert plan.params.parts == groups
-            assert plan.params.cache.capacity == plan.params.attention.kv_len == keys
-    for rows, groups in ((17, 16), (33, 10), (48, 10), (49, 8), (257, 1), (512, 1), (513, 1)):
-        for batch, kv_heads in ((1, 1), (3, 2)):
-            heads = (rows * kv_heads, kv_heads)
-            plan = _plan(sources, keys=8192, batch=batch, heads=heads)
-            blocks = -(-rows // 16)
-            assert plan.kernels[0].groups == (batch * kv_heads * blocks, groups), rows
-            assert plan.part_rows == batch * kv_heads * blocks * groups * 16
-            short = _plan(sources, keys=300, batch=batch, heads=heads)
-            assert short.kernels[0].groups[1] == min(groups, 2)
-    many = _plan(sources, keys=8192, batch=3 << 12, heads=(1 << 10, 1 << 10))
-    assert many.part_rows == (3 << 22) * 32 * 8
-    plan = _plan(sources, keys=48, entries=3, cache={"paged": 1, "pages": 6, "table_row": 6})
-    assert plan.params.cache.capacity == 288 and plan.kernels[0].groups == (4, 2)
-
-
-def decode_params(sources: Sources) -> None:
-    numbers = {
-        "page_size": 300, "entries": 7, "added": 4, "table_row": 11, "has_lengths": 1,
-        "has_starts": 1, "has_entries": 1,
-    }  # fmt: skip
-    plan = _plan(
-        sources, cache=numbers, entries=7, window_left=5, window_right=3, softcap=2.5, scale=0.7,
-        has_alibi=1, alibi_batch=8, alibi_head=1, has_sinks=1, q_len=3,
-    )  # fmt: skip
-    x, cache = plan.params.attention, plan.params.cache
-    assert (x.batch, x.num_heads, x.num_kv_heads, x.q_len) == (2, 8, 2, 3)
-    assert (x.head_dim, x.v_head_dim, x.window_left, x.window_right) == (64, 64, 5, 3)
-    assert (x.alibi_batch, x.alibi_head, x.has_sinks) == (8, 1, 1)
-    assert abs(x.scale - 0.7) < 1e-7 and x.softcap == 2.5
-    assert list(x.out) == [8 * 3 * 64, 3 * 64, 64, 1]
-    for name, value in numbers.items():
-        assert getattr(cache, name) == value, name
-    assert (cache.capacity, cache.paged) == (300, 0)
-    assert not (plan.params.row_stats or plan.params.powers_of_2 or x.diagonal)
-    none = _plan(sources).params.cache
-    assert not (none.has_lengths or none.has_starts or none.has_entries or none.added)
-    paged = _plan(sources, keys=16, entries=5, cache={"paged": 1, "pages": 4, "table_row": 4})
-    assert (paged.params.cache.paged, paged.params.cache.page_size) == (1, 16)
-
-
-def decode_loads(sources: Sources) -> None:
-    """Chunks where keys and values allow them, whatever the query's layout is."""
-    shape = (2, 2, 300, 64)
-    strides = dense(shape)
-    for name, place, chunks in (
-        ("k", _layout(*shape, offset=4), False), ("v", _layout(*shape, offset=4), False),
-        ("k", _layout(*shape, offset=8), True), ("q", _layout(2, 8, 1, 64, offset=1), True),
-        ("k", (shape, (*strides[:2], 68, 1), 0), False),
-        ("v", (shape, (*strides[:3], 2), 0), False),
-    ):  # fmt: skip
-        plan = _plan(sources, changed={name: place})
-        assert plan.kernels[0].name.endswith("_chunks" if chunks else "_elements"), name
-        assert bool(plan.advice) != chunks
-
-
-def decode_refusals(sources: Sources) -> None:
-    for reason, detail, advice, plan in (
-        ("the page size is not a multiple of 16", "got 24", "allocate pages",
-         _plan(sources, keys=24, entries=4, cache={"paged": 1, "pages": 2})),
-        ("head_dim is above 256", "got 257", "F.scaled", _plan(sources, widths=(257, 64))),
-        ("head_dim is above 256", "got 257", "F.scaled",
-         _plan(sources, widths=(257, 64), keys=24, entries=4, cache={"paged": 1, "pages": 2})),
-        ("head_dim is above 256", "got 257", "F.scaled", _plan(sources, widths=(64, 257))),
-        ("a length or the diagonal is above 2^28", f"got {(1 << 28) + 1}", "split",
-         _plan(sources, keys=(1 << 28) + 1)),
-        ("a length or the diagonal is above 2^28", f"got {1 << 29}", "split",
-         _plan(sources, keys=1 << 28, entries=4, cache={"paged": 1, "pages": 2})),
-        ("batch times heads times queries is above 16777215", f"got {1 << 24}", "split",
-         _plan(sources, batch=1 << 10, heads=(16, 2), q_len=1 << 10)),
-        ("the cache has too many entries, or the call adds too many keys",
-         f"got {1 << 31} entries and 0 keys", "split",
-         _plan(sources, keys=16, entries=1 << 31, cache={"paged": 1, "pages": 2})),
-        ("the cache has too many entries, or the call adds too many keys",
-         f"got 2 entries and {(1 << 28) + 1} keys", "split",
-         _plan(sources, cache={"added": (1 << 28) + 1})),
-    ):  # fmt: skip
-        assert (plan.refusal, plan.detail) == (reason, detail), (plan.refusal, plan.detail)
-        assert plan.advice.startswith(advice), plan.advice
-        assert not plan.kernels
-    for plan in (
-        _plan(sources, keys=24),
-        _plan(sources, keys=16, entries=(1 << 31) - 1, cache={"paged": 1, "pages": 2}),
-        _plan(sources, cache={"added": 1 << 28}),
-        _plan(sources, batch=1, heads=(255, 255), q_len=65793),
-    ):
-        assert not plan.refusal, plan.refusal
-
-
-def append_plans(sources: Sources) -> None:
-    shape = (3, 2, 5, 64)
-    cache = (7, 2, 32, 64)
-    for dtype, width, offset, type_ in (
-        (F16, 64, 0, "uint4"), (F16, 64, 8, "uint4"), (F16, 64, 4, "ushort"),
-        (F16, 60, 0, "ushort"), (F32, 64, 0, "uint4"), (F32, 62, 0, "uint"), (BF16, 8, 0, "uint4"),
-    ):  # fmt: skip
-        for places in itertools.product((0, offset), repeat=2):
-            added, into = (_layout(*x[:3], width, offset=n) for x, n in zip((shape, cache), places))
-            element = type_ if offset in places else type_.replace("ushort", "uint4")
-            element = type_ if width % (16 // dtype.itemsize) else element
-            plan = sources.append(
-                added, into, DTYPE_NUMBERS[dtype],
-                {"paged": 1, "pages": 4, "table_row": 9, "offset": 6, "has_lengths": 1},
-            )  # fmt: skip
-            kernel, x, at = plan.kernels[0], plan.params.attention, plan.params.cache
-            assert kernel.name == f"attention_append_{element}", (kernel.name, element)
-            assert f"decltype(attention_append<{element}, 4>)" in kernel.instantiation
-            chunk = 16 // dtype.itemsize if element == "uint4" else 1
-            elements = 3 * 2 * 5 * width // chunk
-            assert kernel.groups == (-(-elements // 128), 1)
-            assert (x.batch, x.num_kv_heads, x.q_len, x.head_dim) == (3, 2, 5, width // chunk)
-            for strides, of in ((x.k, dense(added[0])), (x.out, dense(into[0]))):
-                assert list(strides) == [*(n // chunk for n in of[:3]), 1]
-            assert (at.entries, at.page_size, at.capacity) == (7, 32, 128)
-            assert (at.added, at.table_row, at.paged) == (6, 9, 1)
-            assert (at.has_lengths, at.has_entries) == (1, 0)
-    transposed = (cache, (2 * 32 * 64, 32 * 64, 1, 32), 0)
-    plan = sources.append(_layout(*shape), transposed, 0, {"has_entries": 1})
-    assert list(plan.params.attention.out) == [4096, 2048, 1, 32]
-    assert (plan.params.cache.capacity, plan.params.cache.has_entries) == (32, 1)
-
-
-def append_refusals(sources: Sources) -> None:
-    far = (1 << 28) + 1
-    one = _layout(1, 1, 1, 8)
-    for added, into, dtype, numbers, reason in (
-        (one, one, 4, {}, "the dtype is not"), (one, one, 3, {}, "the dtype is not"),
-        (one, _layout(1, 1, far, 8), 0, {}, "a length"),
-        (one, _layout(1, 1, 1 << 27, 8), 0, {"paged": 1, "pages": 3}, "a length"),
-        (one, one, 0, {"offset": far}, "a length"), (_layout(1, 1, far, 1), one, 0, {}, "a length"),
-        (_layout(1 << 11, 1, 1 << 20, 8), one, 0, {}, "a length"),
-        (one, _layout((1 << 31) - 128, 1, 1, 8), 0, {}, "a length"),
-    ):  # fmt: skip
-        plan = sources.append(added, into, dtype, numbers)
-        assert plan.refusal.startswith(reason) and not plan.kernels, (plan.refusal, reason)
-    wide = sources.append(one, _layout(1, 1, far, 8), 0, {})
-    assert wide.detail == f"got {far} and 1", wide.detail
-    assert wide.advice == "append the keys in several calls"
-    of_dtype = sources.append(one, one, 4, {})
-    assert (of_dtype.detail, of_dtype.advice) == ("", "keep the cache in one of these")
-    for added, into, numbers in (
-        (one, _layout(1, 1, far - 1, 8), {"offset": far - 1}),
-        (one, _layout((1 << 31) - 129, 1, 1, 8), {}),
-        (_layout((1 << 11) - 1, 1, 1 << 20, 8), one, {}),
-    ):
-        assert not sources.append(added, into, 0, numbers).refusal
-
-
 # ---- all of them --------------------------------------------------------------------------------
 
 _CAUSAL = {"window_right": 0}
@@ -528,10 +290,6 @@ _OF_MERGE = ("sinks", "padded", "blocks of rows", "wide values", "odd widths", "
 
 @functools.cache
 def killers() -> tuple[Property | Filled | Appended, ...]:
-    plans = (
-        decode_variants, decode_rows, decode_parts, decode_params, decode_loads, decode_refusals,
-        append_plans, append_refusals,
-    )  # fmt: skip
     attended = [
         Filled("decode: a token", Cached(dtype=F16, options=_CAUSAL)),
         Filled("decode: ragged, causal", Cached((70, 5, 16), q_len=3, options=_CAUSAL)),
@@ -549,7 +307,13 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled("decode: wide values", Cached((40, 9), widths=(64, 256), heads=(9, 1), dtype=BF16)),
         Filled("decode: odd widths", Cached((40, 9), widths=(37, 5), q_len=2)),
         Filled("decode: odd widths, float16", Cached((40, 9), widths=(67, 69), dtype=F16)),
+        Filled("decode: even widths", Cached((40, 9), widths=(38, 6), q_len=2)),
+        Filled("decode: even widths, float16", Cached((40, 9), widths=(70, 66), dtype=F16)),
         Filled("decode: columns apart", Cached((40, 9)), layouts=("columns", "columns")),
+        Filled(
+            "decode: columns apart, several queries", Cached((40, 9), q_len=3),
+            layouts=("columns", "columns"),
+        ),
         Filled("decode: odd places", Cached((40, 9), dtype=F16), layouts=("rows_odd", "odd")),
         Filled(
             "decode: padded rows", Cached((40, 9), dtype=F16, q_len=2),
@@ -577,6 +341,14 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled(
             "decode: a window in a long room",
             Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 129}),
+        ),
+        Filled(
+            "decode: a wide window in a long room",
+            Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 600}),
+        ),
+        Filled(
+            "decode: parts of one size, none of them empty",
+            Cached((2560,), capacity=2560, heads=(1, 1), dtype=F16), groups=8,
         ),
         Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
         Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
@@ -637,6 +409,7 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Appended("append: entries", Cached((130, 77), entries=(3, 0), widths=(64, 24)), new=2),
         Appended("append: odd widths", Cached((30, 7), widths=(37, 5), dtype=F16)),
         Appended("append: odd places", Cached((30, 7)), layouts=("rows_odd", "columns")),
+        Appended("append: columns apart", Cached((30, 7)), layouts=("columns", "columns")),
         Appended("append: beyond the room", Cached((62, 7), capacity=64), new=4),
         Appended("append: beyond the pages", Cached((62, 7), capacity=64, page_size=16), new=4),
         Appended("append: no lengths", Cached((0, 0)), offset=7, changed={"cache_seqlens": None}),
@@ -655,7 +428,7 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
     ]  # fmt: skip
     filled += [replace(x, name=f"{x.name}, checked", check=True) for x in filled]
     return (
-        *(Property(f"plan: {test.__name__.replace('_', ' ')}", None, test) for test in plans),
+        *(Property(f"plan: {test.__name__.replace('_', ' ')}", None, test) for test in PLANS),
         *(x for x in attended if not x.check),
         *filled,
         *(x for x in attended if x.check),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -93,8 +94,10 @@ class Few:
             seen = seen & Sight.of(case, scoring.key_ranges).sees(case.kv_len)[:, 0, 0]
         return seen
 
-    def products(self, scoring: Scoring) -> int:
-        """Products of fragments of keys, for every 8 of a head dim."""
+    def work(self, scoring: Scoring) -> tuple[int, Tensor]:
+        """Products of fragments of keys, for every 8 of a head dim; and which threadgroups see any
+        key, as the grid has them.
+        """
         case = self.case
         group = case.num_heads // case.num_kv_heads
         widest = max(-(-n // 64) * 64 for n in (case.head_dim, case.value_dim or case.head_dim))
@@ -102,8 +105,8 @@ class Few:
         blocks = -(-group * case.q_len // block_rows)
         parts = 4 * min(max(-(-case.kv_len // (4 * LEAST_PART)), 1), max(32 // blocks, 1))
         left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
-        shared, total = self.shared(scoring), 0
-        for b in range(case.batch):
+        shared, total, used = self.shared(scoring), 0, []
+        for b, _ in itertools.product(range(case.batch), range(case.num_kv_heads)):
             for row0 in range(0, group * case.q_len, block_rows):
                 rows = range(row0, min(row0 + block_rows, group * case.q_len))
                 places = [row // group + case.diagonal for row in rows]
@@ -112,6 +115,8 @@ class Few:
                     begin, end, prefix = Sight.of(case, scoring.key_ranges).hull(b, 0, slice(0, 1))
                     spans = [(0 if prefix > 0 else begin, max(end, prefix))]
                 spans = [(x, y) for x, y in spans if x < y]
+                of_parts = [False] * parts
+                used.append(of_parts)
                 if not spans:
                     continue
                 first, last = min(x for x, _ in spans), max(y for _, y in spans)
@@ -121,9 +126,10 @@ class Few:
                 for part in range(parts):
                     begin = max(start + part * size, first)
                     end = min(start + (part + 1) * size, last)
+                    of_parts[part] = begin < end and bool(shared[b, begin:end].any())
                     for key0 in range(begin // BLOCK * BLOCK, end, BLOCK):
                         total += bool(shared[b, max(key0, begin) : min(key0 + BLOCK, end)].any())
-        return total * case.num_kv_heads * block_rows // 8 * 2
+        return total * block_rows // 8 * 2, torch.tensor(used).unflatten(1, (-1, 4)).any(-1)
 
     def fields(self, scoring: Scoring) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -209,8 +215,11 @@ class Few:
                 right.rounding(name, case.dtype), right.rounded_weights(name, case.dtype),
             )  # fmt: skip
         padded = sum(-(-n // 64) * 8 for n in (q.shape[3], v.shape[3]))
-        expected = self.products(scoring) * padded
+        count, used = self.work(scoring)
+        expected = count * padded
         assert counters.mma == expected, f"{counters.mma} products, not {expected}"
+        found = parts["part_sums"].tensor[:, 1].reshape(*used.shape, -1)
+        assert torch.equal((found != 0).any(-1), used), "the keys are divided in another way"
 
 
 def case_math(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, arguments: dict[str, Any],
@@ -249,9 +258,11 @@ def few_choice(sources: Sources) -> None:
     ranges = {"has_key_ranges": True, "ranges_batch": 4}
     for taken, fields in (
         (True, {}), (True, {"q_len": FEW}), (False, {"q_len": FEW + 1}), (False, {"q_len": 0}),
+        (False, {"q_len": (1 << 32) + 1}), (False, {"heads": (0, 2)}),
         (True, {"keys": MANY}), (False, {"keys": MANY - 1}), (False, {"batch": 0}),
         (False, {"heads": (0, 0)}),
         (False, {"dropout_p": 0.1}), (True, {"dropout_p": 1e-6}),
+        (False, {"dropout_p": 2**-16}),
         (True, {"tiles": "attention_backward_dq=r1_k8"}),
         (False, {"tiles": "attention_forward=r1_k8_b1"}),
         (True, {"mask": _mask((2, 1, 1, 1, 300))}), (True, {"mask": _mask((1, 1, 1, 1, 300))}),
@@ -269,18 +280,22 @@ def few_choice(sources: Sources) -> None:
         (True, {"q_len": 16, "heads": (8, 1)}),
         (False, {"q_len": 9, "heads": (16, 2), "widths": (256, 256)}),
         (True, {"q_len": 8, "heads": (16, 2), "widths": (256, 256)}),
+        # So many heads are refused, by whichever plan is asked.
+        (True, {"heads": (1 << 31, 1)}),
+        (False, {"q_len": 9, "heads": (((1 << 32) + 5) // 9, 1), "widths": (256, 256)}),
     ):  # fmt: skip
         assert (_plan(sources, **fields) is not None) == taken, fields
 
 
 def few_params(sources: Sources) -> None:
     plan = _plan(
-        sources, q_len=3, window_left=5, window_right=2, diagonal=290, scale=0.7, softcap=2.0
-    )
+        sources, q_len=3, window_left=5, window_right=2, diagonal=290, scale=0.7, softcap=2.0,
+        batch=3,
+    )  # fmt: skip
     x, cache = plan.params.attention, plan.params.cache
     assert x.diagonal == 290 - 297
     assert (x.window_left, x.window_right, x.softcap) == (5, 2, 2.0)
-    assert (cache.capacity, cache.added, cache.page_size, cache.entries) == (300, 300, 300, 2)
+    assert (cache.capacity, cache.added, cache.page_size, cache.entries) == (300, 300, 300, 3)
     assert not (cache.has_lengths or cache.has_starts or cache.has_entries or cache.paged)
     assert (plan.params.row_stats, plan.params.powers_of_2) == (1, 0)
     for fields in ({"softcap": 1.0}, {"has_sinks": True}, {"has_alibi": True},
@@ -320,6 +335,7 @@ def few_variants(sources: Sources) -> None:
 
 _KEYS = {"mask_full": (True, False, False, True)}
 _RANGED = ((200, 310, 299, 37), (5, 90, 80, 0), (-9, FAR, 400, -3))
+_IN_PARTS = ((600, 1100, 1099, 0), (9, 9, 50, 1), (700, 900, 1000, 70))
 _FULL = Case(
     1, 600, 72, value_dim=40, batch=2, num_heads=6, num_kv_heads=2, softcap=3.0, alibi="batch",
     sinks=True, mask="float32", ranges="padding", window_left=400, window_right=0, **_KEYS,
@@ -342,6 +358,7 @@ def killers() -> tuple[Property | Few, ...]:
         Few("few: rows that see nothing", Case(5, 300, window_right=0, diagonal=-3)),
         Few("few: a mask", masked),
         Few("few: a mask with holes", masked, holes=True),
+        Few("few: a mask of a key more than whole blocks", masked.but(kv_len=257), holes=True),
         Few("few: a mask of every other byte", masked, stride=2, holes=True),
         Few("few: a mask of sequences", masked.but(mask_full=(True, False, False, False))),
         Few("few: a mask for all", masked.but(mask_full=(False, False, False, True))),
@@ -356,6 +373,7 @@ def killers() -> tuple[Property | Few, ...]:
         Few("few: ranges in windows", ranged.but(window_left=50, window_right=3), ranges=_RANGED),
         Few("few: ranges for all", ranged, ranges=_RANGED[:1]),
         Few("few: ranges of nothing", ranged, ranges=((9, 9, 0, 0), (3, 2, 0, -1), (0, 1, 0, 0))),
+        Few("few: ranges in some parts", ranged.but(kv_len=1200), ranges=_IN_PARTS),
         Few("few: ranges, slopes", ranged.but(alibi="head"), ranges=_RANGED),
         Few("few: ranges, a mask", ranged.but(mask="bool", **_KEYS), ranges=_RANGED),
         Few("few: everything", _FULL, holes=True),

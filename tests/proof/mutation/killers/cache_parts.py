@@ -1,0 +1,203 @@
+"""The ops for caches: parts that are written by hand, rows apart, and numbers beyond 32 bits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cached_cases import Cached
+from simulator import engine
+from torch import Tensor
+
+from ..harness import DECODE, DECODE_MERGE, DTYPE_NUMBERS, MaskPlace, Sources
+from .attention import BF16, F32, dense
+from .cache_plans import layout_of
+from .caches import Filled
+from .compiled import compile_kernel
+from .positions import Sparse
+from .properties import Property
+
+_F32 = DTYPE_NUMBERS[F32]
+_TOPS = (0.375, 1000.0, -777.25, 12345.625, 30000.5, 55.5, -250000.25, 8.125)
+"""Origins of rows, far from each other: none will do for another row."""
+
+
+def _forward_plan(sources: Sources, heads: tuple[int, int], q_len: int, width: int, keys: int,
+                  key_strides: tuple[int, ...] = (), **fields: Any) -> Any:  # fmt: skip
+    def of_keys(n: int) -> tuple:
+        return layout_of(1, heads[1], keys, n, strides=key_strides or None)
+
+    layouts = {
+        "q": layout_of(1, heads[0], q_len, 64), "k": of_keys(64), "v": of_keys(width),
+        "out": layout_of(1, heads[0], q_len, width),
+    }  # fmt: skip
+    return sources.forward_as_decode(layouts, _F32, scale=1.0, **fields)
+
+
+def _launch(sources: Sources, note: Callable[[str], None], kernel: Any, params: Any,
+            x: dict[str, Sparse], groups: tuple[int, int] | None = None,
+            check: bool = False) -> None:  # fmt: skip
+    library = compile_kernel(sources, kernel.family, vars(kernel), check)
+    note("compiled")
+    block = torch.frombuffer(bytearray(bytes(params)), dtype=torch.uint8).clone()
+    buffers = {sources.buffers[name]: tensor.buffer for name, tensor in x.items()}
+    buffers[sources.buffers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
+    wide, high = groups or kernel.groups
+    grid = (wide * kernel.threads, high, 1)
+    library.launch(kernel.name, grid, (kernel.threads, 1, 1), buffers, workers=1)
+
+
+def _merged(sources: Sources, note: Callable[[str], None], heads: tuple[int, int], q_len: int,
+            width: int, keys: int, blocks: int = 0, check: bool = False) -> None:  # fmt: skip
+    """Parts of known sums, whose origins are exact: each a quarter below the one before.
+
+    blocks: from one key/value head to the next, in place of the plan's number.
+    """
+    plan = _forward_plan(sources, heads, q_len, width, keys)
+    params = plan.params
+    group = heads[0] // heads[1]
+    parts, block_rows, stride = params.parts, params.block_rows, params.part_stride
+    apart = params.blocks = blocks or params.blocks
+    rows = ((heads[1] - 1) * apart - (-group * q_len // block_rows)) * parts * block_rows
+    sums, stats = Sparse((rows, stride), (stride, 1)), Sparse((rows, 2), (2, 1))
+    out = Sparse((1, heads[0], q_len, width), dense((1, heads[0], q_len, width)))
+    row_stats = Sparse((heads[0], q_len, 2), (2 * q_len, 2, 1))
+    generator = torch.Generator().manual_seed(5)
+    right, known = torch.empty(out.tensor.shape, dtype=torch.float64), []
+    steps = torch.arange(parts, dtype=torch.float64)
+    totals = 1 + steps / 8
+    weights = torch.exp(-steps / 4)
+    for head in range(heads[0]):
+        for query in range(q_len):
+            row = query * group + head % group
+            top = _TOPS[(row + head // group) % len(_TOPS)]
+            block = head // group * apart + row // block_rows
+            at = block * parts * block_rows + row % block_rows + torch.arange(parts) * block_rows
+            values = torch.randn(parts, stride, generator=generator)
+            sums.tensor[at] = values
+            stats.tensor[at] = torch.stack([top - steps / 4, totals], 1).float()
+            total = float((totals * weights).sum())
+            right[0, head, query] = (values.double() * weights[:, None]).sum(0)[:width] / total
+            known.append((top * math.log2(math.e), math.log2(total)))
+    x = {"parts": sums, "part_sums": stats, "out": out, "row_stats": row_stats}
+    params.attention.out[:] = list(out.tensor.stride())
+    _launch(sources, note, plan.kernels[1], params, x, check=check)
+    found = row_stats.tensor.double().reshape(-1, 2)
+    origin, log = torch.tensor(known, dtype=torch.float64).unbind(1)
+    assert bool(((found[:, 0] - origin).abs() <= origin.abs() * 2.0**-22).all()), found[:, 0]
+    wrong = found.sum(1) - (origin + log)
+    assert float(wrong.abs().max()) < 2e-6, wrong
+    assert float((out.tensor - right).abs().max()) < 1e-5
+
+
+def merged_parts(sources: Sources, note: Callable[[str], None], check: bool = False) -> None:
+    """Rows of far-apart origins. What an origin loses to powers of two is among its logarithm."""
+    _merged(sources, note, (8, 1), 1, 200, 300, check=check)
+    _merged(sources, note, (16, 2), 3, 72, 8192, check=check)
+    _merged(sources, note, (2, 2), 16, 64, 700, check=check)
+
+
+def merged_beyond_32_bits(sources: Sources, note: Callable[[str], None]) -> None:
+    _merged(sources, note, (16, 2), 1, 64, 256, blocks=(1 << 22) + 1)
+
+
+def _far_parts(sources: Sources, note: Callable[[str], None], strides: tuple[int, ...] = (),
+               mask_stride: int = 0, parts: int = 0) -> list[Tensor]:  # fmt: skip
+    """What the parts of 2 heads of 256 keys come to.
+
+    strides: of keys and values; parts: from one head to the next, of which the first one has keys.
+    """
+    place = strides or dense((1, 2, 256, 64))
+    fields: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(6)
+    x = {"query": Sparse((1, 2, 1, 64), dense((1, 2, 1, 64)))}
+    x |= {name: Sparse((1, 2, 256, 64), place) for name in ("key", "value")}
+    for tensor in x.values():
+        tensor.tensor.copy_(torch.randn(tensor.tensor.shape, generator=generator))
+    if mask_stride:
+        x["mask"] = Sparse((256,), (mask_stride,))
+        x["mask"].tensor.copy_(torch.randn(256, generator=generator))
+        strides_of_mask = (0, 0, 0, 0, mask_stride)
+        fields["mask"] = MaskPlace((1, 1, 1, 1, 256), strides_of_mask, 0, 1, _F32)
+    plan = _forward_plan(sources, (2, 2), 1, 64, 256, place, **fields)
+    params = plan.params
+    assert params.parts == 1
+    params.parts = parts or 1
+    rows = params.parts * 8 + 8
+    x["parts"] = Sparse((rows, 64), (64, 1))
+    x["part_sums"] = Sparse((rows, 2), (2, 1))
+    _launch(sources, note, plan.kernels[0], params, x, (2, 1))
+    return [x[name].tensor[:: params.parts * 8].clone() for name in ("parts", "part_sums")]
+
+
+def far_parts(sources: Sources, note: Callable[[str], None], **changed: Any) -> None:
+    """Far apart in memory, the same numbers give the same sums."""
+    near = _far_parts(sources, note, **{name: 1 for name in changed if name == "mask_stride"})
+    far = _far_parts(sources, note, **changed)
+    assert bool(near[1][:, 1].all())
+    for left, right in zip(near, far):
+        assert torch.equal(left, right)
+
+
+def unseen_infinity(sources: Sources, note: Callable[[str], None], dtype: torch.dtype) -> None:
+    """A value that only the last query sees, alone in its part, reaches no other query."""
+    filled = Filled("", Cached((129,), heads=(1, 1), q_len=2, dtype=dtype,
+                               options={"window_right": 0}))  # fmt: skip
+    call = filled.call()
+    value = call.value.clone()
+    value[:, :, 128] = math.inf
+    right = filled.results(call, sources, note)[0]
+    out = filled.results(call._replace(value=value), sources, note)[0]
+    assert torch.equal(out[:, :, 0], right[:, :, 0])
+    assert not out[:, :, 1].isfinite().any()
+
+
+def origins_of_zero(sources: Sources, note: Callable[[str], None]) -> None:
+    """A query of zeros sees all keys alike."""
+    filled = Filled("", Cached((70,), heads=(1, 1)))
+    call = filled.call()
+    query = torch.zeros_like(call.query)
+    out, lse, _, _ = filled.results(call._replace(query=query), sources, note)
+    right = call.value[:, :, :70].double().mean(2, keepdim=True)
+    assert float((out - right).abs().max()) < 1e-6
+    assert abs(float(lse) - math.log(70)) < 1e-6
+
+
+@functools.cache
+def killers() -> tuple[Property, ...]:
+    dense_rows = {
+        "heads": (0, 1 << 31, 64, 1), "rows": (0, 1, 9 << 24, 2), "columns": (0, 1, 2, 35 << 20),
+    }  # fmt: skip
+    of_decode = [
+        Property(
+            f"decode: {name} beyond 32 bits", DECODE, functools.partial(far_parts, strides=strides)
+        )
+        for name, strides in dense_rows.items()
+    ]
+    return (
+        Property("merge: parts by hand", DECODE_MERGE, merged_parts),
+        Property(
+            "merge: parts by hand, checked", DECODE_MERGE,
+            functools.partial(merged_parts, check=True),
+        ),
+        Property("merge: parts beyond 32 bits", DECODE_MERGE, merged_beyond_32_bits),
+        *of_decode,
+        Property(
+            "decode: a mask beyond 32 bits", DECODE,
+            functools.partial(far_parts, mask_stride=9 << 20),
+        ),
+        Property(
+            "decode: sums beyond 32 bits", DECODE, functools.partial(far_parts, parts=1 << 22)
+        ),
+        *(
+            Property(
+                f"decode: a value of inf that one row sees, {dtype}".replace("torch.", ""), DECODE,
+                functools.partial(unseen_infinity, dtype=dtype), (DECODE_MERGE,),
+            )
+            for dtype in (F32, BF16)
+        ),
+        Property("decode: origins of zero", DECODE, origins_of_zero, (DECODE_MERGE,)),
+    )  # fmt: skip
