@@ -18,16 +18,14 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, report, runner
 from mutation.harness import DQ, FORWARD, ROOT, Sources
-from mutation.killers import caches, few_queries, killers, machine_code
+from mutation.killers import killers, killers_of_caches, machine_code
 from mutation.operators import OPERATORS
 from mutation.sites import Code
 
 SOURCES = Sources()
 
 
-@pytest.mark.parametrize(
-    "killer", (*killers(), *caches.killers(), *few_queries.killers()), ids=lambda k: k.name
-)
+@pytest.mark.parametrize("killer", (*killers(), *killers_of_caches()), ids=lambda k: k.name)
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 

@@ -16,7 +16,7 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, verdicts
 from mutation.harness import DKV, DQ_FROM_DS, FORWARD, ROOT
-from mutation.killers import caches, few_queries
+from mutation.killers import killers_of_caches
 from mutation.verdicts import Outcome, Present, Progress
 
 KILLERS = (
@@ -208,9 +208,7 @@ def test_the_last_campaign_kept_its_verdicts():
 def test_the_verdicts_on_kernels_for_caches_are_those_that_the_docs_count():
     """Their campaign has not run to its end; what it left is no verdict."""
     everything = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
-    present = Present(
-        killers=(*caches.killers(), *few_queries.killers()), mutated=mutants.CACHE_FILES
-    )
+    present = Present(killers=killers_of_caches(), mutated=mutants.CACHE_FILES)
     kept = Progress(Path("none"), everything, present, verdicts.CACHE_VERDICTS).outcomes
     assert all(not outcome.survived for outcome in kept.values())
     listed = mutants.equivalences()

@@ -41,6 +41,7 @@ from .properties import Property
 __all__ = [
     "forget_libraries",
     "killers",
+    "killers_of_caches",
     "library_paths",
     "lines_of",
     "machine_code",
@@ -68,6 +69,11 @@ def use_those_of_flex() -> None:
     killers.cache_clear()
 
 
+def killers_of_caches() -> tuple[Property | caches.Filled | caches.Appended | few_queries.Few, ...]:
+    """Those of the ops for caches, and of forwards on their kernels."""
+    return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
+
+
 @functools.cache
 def killers() -> tuple[
     Attention | Property | scores.Scored | caches.Filled | few_queries.Few | flex.Flexed, ...
@@ -76,7 +82,7 @@ def killers() -> tuple[
     if _of_flex:
         return flex.killers()
     if _of_caches:
-        return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
+        return killers_of_caches()
     return (
         *plan.properties(),
         *plan_scores.properties(),
