@@ -92,6 +92,18 @@ def test_results_in_float16_are_rounded_as_pytorch_rounds():
         assert torch.equal(value, with_torch.float())
 
 
+def test_numbers_are_compared_in_float16():
+    tenths = torch.tensor([0.1, 0.2, 0.3] * 6).half()
+
+    def equal(score, b, h, q_idx, kv_idx):
+        x = tenths[kv_idx]
+        return score * 0 + (x == 0.1) + 2 * (x < 0.2) + 4 * (x >= 0.3) + 8 * (x != 0.3)
+
+    (value, _), *_ = evaluate([score_text(equal)], AT)
+    with_torch, _ = torch_scores(equal, AT, torch.float32)
+    assert torch.equal(value, with_torch)
+
+
 # ---- operations ---------------------------------------------------------------------------------
 
 _UNARY = {
