@@ -135,6 +135,18 @@ def test_autocast_casts_the_operands():
     assert metal() == {"flex_attn_fwd": 1}
 
 
+def test_autocast_leaves_tables_as_they_are():
+    q, table = some("mps"), (3 * torch.randn(20)).to("mps")
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + table[kv_idx]
+
+    with torch.autocast("mps", dtype=torch.float16):
+        out = orchard_ops.flex_attention(q, q, q, score_mod)
+    q = q.half()
+    assert torch.equal(out, orchard_ops.flex_attention(q, q, q, score_mod))
+
+
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_transforms_of_torch_func(device: str, quiet_fallback: None):
     q, gain = some(device), torch.tensor([0.5, 2.0]).to(device)

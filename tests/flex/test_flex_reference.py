@@ -125,6 +125,23 @@ def test_keys_that_are_not_listed_may_hold_anything():
     assert not gradients[1][:, :, 100:].any() and not gradients[2][:, :, 100:].any()
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_is_hidden_needs_no_derivative(listed: bool):
+    """As in PyTorch: padding is often 0, where a root has no derivative."""
+    q, k, v = _operands()
+    with torch.no_grad():
+        k[:, :, 4:] = 0
+    states = torch.tensor([1, 0], dtype=torch.uint8).expand(1, 1, 1, 2) if listed else None
+    out, _ = attend(
+        *(q, k, v),
+        lambda s, b, h, q_idx, kv_idx: s.abs().sqrt(),
+        None if listed else lambda b, h, q_idx, kv_idx: kv_idx < 4,
+        *(states, 1 << 20, 4, 0.5),
+    )
+    for x in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert x.isfinite().all()
+
+
 def test_rows_without_a_key():
     q, k, v = _operands()
     table = torch.randn(HEADS, dtype=torch.float64, requires_grad=True)

@@ -72,7 +72,21 @@ UNKNOWN_MASKS = {
     "documents of another place": lambda b, h, q, kv: DOCUMENTS[q] == DOCUMENTS[kv - 1],
     "integers that wrap": lambda b, h, q, kv: q + 2**31 - 1 >= kv + 2**31 - 1,
     "a document's number": lambda b, h, q, kv: DOCUMENTS[kv] + 1 < 3,
+    "documents that wrap": lambda b, h, q, kv: FAR_APART[q].int() == FAR_APART[kv].int(),
+    "a number that wraps": lambda b, h, q, kv: (
+        (q >= torch.full((), 5 - 2**32, dtype=torch.int64).int()) & (q >= kv)
+    ),
+    "a sum that wraps": lambda b, h, q, kv: (
+        kv < torch.full((), 200, dtype=torch.uint8) + torch.full((), 100, dtype=torch.uint8)
+    ),
+    "a sum of conditions": lambda b, h, q, kv: (
+        kv < q.new_ones((), dtype=torch.bool) + q.new_ones((), dtype=torch.bool)
+    ),
+    "bits, not a condition": lambda b, h, q, kv: (
+        torch.logical_not(torch.bitwise_not(q.new_ones(()))) & (q >= kv)
+    ),
 }
+FAR_APART = torch.arange(LENGTH) // 9 << 32
 
 
 def causal_alibi(score, b, h, q_idx, kv_idx):
@@ -120,6 +134,9 @@ UNKNOWN_SCORES = {
     "detached within": lambda s, b, h, q, kv: 2.0 * torch.tanh(s / 2.0).detach(),
     "detached table": lambda s, b, h, q, kv: s + TABLE.detach()[h, q, kv],
     "a backward of its own": lambda s, b, h, q, kv: _OwnBackward.apply(s),
+    "a cap that is rounded": lambda s, b, h, q, kv: (
+        torch.full((), 0.1, dtype=torch.half) * torch.tanh(s / 0.1)
+    ),
     "two caps": lambda s, b, h, q, kv: 2.0 * torch.tanh(s / 3.0),
     "table before the cap": lambda s, b, h, q, kv: 2.0 * torch.tanh((s + SLOPES[h]) / 2.0),
     "alibi of keys ahead": lambda s, b, h, q, kv: s + SLOPES[h] * (kv - q),
@@ -208,6 +225,39 @@ def test_documents_out_of_order_are_no_ranges():
     ids.copy_(ids.sort().values)
     assert known.arguments(*captures, q, q) is not None
     assert known.arguments(*captures, torch.randn(1, 1, 9, 4), q) is None  # an id is missing
+
+
+def test_documents_of_inference_mode_are_no_ranges():
+    with torch.inference_mode():
+        ids = torch.tensor([0, 0, 1, 1])
+    known, *captures = _recognised(mask=lambda b, h, q, kv: ids[q] == ids[kv])
+    q = torch.randn(1, 1, 4, 4)
+    assert known is not None and known.arguments(*captures, q, q) is None  # it may change unseen
+
+
+def test_the_order_of_documents_is_that_of_their_dtype():
+    ids = torch.tensor([-1, -1, 0, 0], dtype=torch.int8)
+    unsigned, q = ids.view(torch.uint8), torch.randn(1, 1, 4, 4)
+    for x, is_known in ((ids, True), (unsigned, False), (ids, True)):
+        known, *captures = _recognised(mask=lambda b, h, q, kv, x=x: x[q] == x[kv])
+        assert known is not None
+        assert (known.arguments(*captures, q, q) is not None) == is_known
+
+
+def test_a_cap_as_its_dtype_holds_it():
+    known, *_ = _recognised(
+        lambda s, b, h, q, kv: (
+            torch.full((), 0.1, dtype=torch.half)
+            * torch.tanh(s / torch.full((), 0.1, dtype=torch.half))
+        )
+    )
+    assert known is not None and known.softcap == torch.tensor(0.1).half().item()
+
+
+def test_lengths_that_have_no_end():
+    ends = torch.tensor([2**63 - 1, 6])
+    _agree(mask=lambda b, h, q, kv: kv <= ends[b])
+    _agree(mask=lambda b, h, q, kv: kv - 2 < ends[b])
 
 
 def test_tables_that_are_too_small():

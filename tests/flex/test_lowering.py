@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import flex_mods
+import published_mods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from orchard_ops.flex.mod import Mod, NotLowered
 from orchard_ops.flex.trace import SCORE, trace
 
 AT = points(*flex_mods.SHAPE)
+SCORES = flex_mods.SCORES | published_mods.SCORES
+MASKS = flex_mods.MASKS | published_mods.MASKS
 WEIGHTS = torch.tensor([0.75, -1.25, 2.0])
 
 # ---- mods ---------------------------------------------------------------------------------------
@@ -38,12 +41,12 @@ WEIGHTS = torch.tensor([0.75, -1.25, 2.0])
 
 @functools.cache
 def _scores() -> dict:
-    return _evaluated({name: score_text(f) for name, f in flex_mods.SCORES.items()})
+    return _evaluated({name: score_text(f) for name, f in SCORES.items()})
 
 
 @functools.cache
 def _masks() -> dict:
-    return _evaluated({name: mask_text(f) for name, f in flex_mods.MASKS.items()})
+    return _evaluated({name: mask_text(f) for name, f in MASKS.items()})
 
 
 def _evaluated(mods: dict, at: Points = AT) -> dict:
@@ -53,9 +56,9 @@ def _evaluated(mods: dict, at: Points = AT) -> dict:
     return nothing | dict(zip(given, evaluate(list(given.values()), at)))
 
 
-@pytest.mark.parametrize("name", flex_mods.SCORES)
+@pytest.mark.parametrize("name", SCORES)
 def test_scores_that_people_write(name: str):
-    function = flex_mods.SCORES[name]
+    function = SCORES[name]
     value, slope = _scores()[name]
     pure = flex_mods.PURE.get(name, function)
     true = exact(pure, AT)
@@ -70,9 +73,9 @@ def test_what_does_nothing_has_no_text():
     assert score_text(lambda s, b, h, q, kv: s.detach()).text
 
 
-@pytest.mark.parametrize("name", [n for n in flex_mods.MASKS if n != "everything"])
+@pytest.mark.parametrize("name", [n for n in MASKS if n != "everything"])
 def test_masks_that_people_write(name: str):
-    seen = torch_seen(flex_mods.MASKS[name], AT)
+    seen = torch_seen(MASKS[name], AT)
     assert torch.equal(_masks()[name][0].bool(), seen)
     assert seen.any() and not seen.all()
 
@@ -90,6 +93,18 @@ def test_results_in_float16_are_rounded_as_pytorch_rounds():
         (value, _), *_ = evaluate([score_text(function)], AT)
         with_torch, _ = torch_scores(function, AT, torch.float32)
         assert torch.equal(value, with_torch.float())
+
+
+def test_numbers_are_compared_in_float16():
+    tenths = torch.tensor([0.1, 0.2, 0.3] * 6).half()
+
+    def equal(score, b, h, q_idx, kv_idx):
+        x = tenths[kv_idx]
+        return score * 0 + (x == 0.1) + 2 * (x < 0.2) + 4 * (x >= 0.3) + 8 * (x != 0.3)
+
+    (value, _), *_ = evaluate([score_text(equal)], AT)
+    with_torch, _ = torch_scores(equal, AT, torch.float32)
+    assert torch.equal(value, with_torch)
 
 
 # ---- operations ---------------------------------------------------------------------------------
@@ -309,8 +324,8 @@ def test_integers_are_exact(name: str):
 @pytest.mark.parametrize("group", ["scores", "masks", "operations", "integers"])
 def test_texts_speak_the_dialect(group: str):
     texts = {
-        "scores": lambda: [score_text(f) for f in flex_mods.SCORES.values()],
-        "masks": lambda: [mask_text(f) for f in flex_mods.MASKS.values()],
+        "scores": lambda: [score_text(f) for f in SCORES.values()],
+        "masks": lambda: [mask_text(f) for f in MASKS.values()],
         "operations": lambda: [score_text(f) for f in _OPERATIONS.values()],
         "integers": lambda: [score_text(f) for f in _PARTS.values()],
     }[group]()
@@ -356,7 +371,7 @@ def test_captures_are_counted_from_a_number():
 
 def test_unit_slopes_are_found():
     unit = ("nothing", "alibi", "full_bias", "causal_scores", "windowed_scores", "hashed_noise")
-    for name, function in flex_mods.SCORES.items():
+    for name, function in SCORES.items():
         text = score_text(function).text
         is_unit = not text or "kUnitSlope = true" in text
         assert not (name in unit and not is_unit), name

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol
+from ..mask_symbols import _ALWAYS, _NEVER, _UNKNOWN, Symbol, _keeps
 from .trace import Traced
 
 _aten = torch.ops.aten
@@ -47,14 +47,22 @@ def constant(node: Any) -> Any:
     node = passed(node)
     packet = packet_of(node)
     if packet is _aten.scalar_tensor:
-        return node.args[0]
+        return _held(node, node.args[0])
     if packet in (_aten.full, _aten.full_like) and not isinstance(node.args[1], Node):
-        return node.args[1]
+        return _held(node, node.args[1])
     if packet in (_aten.new_ones, _aten.ones, _aten.ones_like):
         return 1
     if packet in (_aten.new_zeros, _aten.zeros, _aten.zeros_like):
         return 0
     return None
+
+
+def _held(node: Node, number: Any) -> Any:
+    """What a tensor that is filled with a number holds: its dtype may round it."""
+    try:
+        return torch.full((), number, dtype=node.meta["val"].dtype, device="cpu").item()
+    except RuntimeError:  # the dtype does not hold it
+        return None
 
 
 _COMPARISONS: dict[Any, tuple[str, str]] = {
@@ -91,12 +99,14 @@ class Conditions:
         if node in self._places:
             return self._places[node]
         packet = packet_of(node)
-        if packet is _aten._to_copy and node.meta["val"].dtype in (torch.int32, torch.int64):
-            return self.value(node.args[0])
+        if packet is _aten._to_copy:
+            return self._converted(node)
         if packet is _aten.abs:
             return _within(abs(self._symbol(node.args[0])))
         if packet in (_aten.add, _aten.sub) and node.kwargs.get("alpha", 1) == 1:
             a, b = map(self.value, node.args[:2])
+            if type(a) is not Symbol and type(b) is not Symbol:
+                return _UNKNOWN  # their dtype may wrap round
             return _within(a + b if packet is _aten.add else a - b)
         if packet is _aten.neg:
             return _within(-self._symbol(node.args[0]))
@@ -108,6 +118,18 @@ class Conditions:
     def _symbol(self, node: Any) -> Symbol:
         found = self.value(node)
         return found if type(found) is Symbol else _UNKNOWN
+
+    def _converted(self, node: Node) -> Symbol:
+        """Numbers in another dtype, where it holds them all."""
+        dtype, before = (x.meta["val"].dtype for x in (node, node.args[0]))  # type: ignore
+        found = self._symbol(node.args[0])
+        if dtype not in (torch.int32, torch.int64):
+            return _UNKNOWN
+        return (
+            found
+            if _keeps(found, dtype) or torch.promote_types(before, dtype) == dtype
+            else _UNKNOWN
+        )
 
     def _read(self, node: Node) -> Symbol:
         source, places = passed(node.args[0]), [passed(x) for x in node.args[1]]  # type: ignore
@@ -127,6 +149,8 @@ class Conditions:
 
     def condition(self, node: Any, negated: bool = False) -> Symbol:
         node = passed(node)
+        if isinstance(node, Node) and node.meta["val"].dtype != torch.bool:
+            return _UNKNOWN  # of integers, & | and ~ are operations on bits
         packet = packet_of(node)
         if packet in _NOT:
             return self.condition(node.args[0], not negated)

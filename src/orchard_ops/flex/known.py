@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..key_ranges import KeyRanges
 from ..mask_symbols import _ALWAYS, Symbol
+from .block_mask import versions_of
 from .conditions import FAR, Conditions, arguments_of, constant, packet_of, passed
 from .metal import lower, lower_graph
 from .mod import NotLowered
@@ -331,7 +332,8 @@ def _key_ranges(
         table = captures[length[1]]
         if table.shape[0] < batch or table.device != query.device:
             return None
-        lengths = table[:batch].to(torch.int64) + shift[0]
+        # Ends as far as int64's are not to wrap round.
+        lengths = table[:batch].to(torch.int64).clamp(-4 * FAR, 4 * FAR) + shift[0]
     else:
         number = min(max(length + shift[0], 0), kv_len)
         lengths = torch.full((1,), number, dtype=torch.int64, device=query.device)
@@ -356,16 +358,17 @@ def _documents(ids: Tensor, batch: int, q_len: int, kv_len: int) -> KeyRanges | 
     return KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
 
 
-_ascending: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_ascending: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def _ascends(ids: Tensor) -> bool:
     """Whether each row is in ascending order, as far as that may be asked."""
-    if torch.compiler.is_compiling() or type(ids) not in (Tensor, torch.nn.Parameter):
+    versions = None if torch.compiler.is_compiling() else versions_of((ids,))
+    if versions is None:
         return False
-    storage, version = ids.untyped_storage(), ids._version
+    storage = ids.untyped_storage()
     known = _ascending.get(storage)
-    key = hash((version, ids.storage_offset(), ids.shape, ids.stride()))
+    key = (versions, ids.dtype, ids.storage_offset(), ids.shape, ids.stride())
     if known is None or known[0] != key:
         known = (key, bool((ids[..., 1:] >= ids[..., :-1]).all()))
         _ascending[storage] = known

@@ -355,7 +355,9 @@ def _comparison(sign: str) -> Pointwise:
         dtype = torch.result_type(*sides)
         if dtype not in MEMORY:
             raise text.fail(node, f"of {dtype} has no Metal text")
-        return apply_form(text, node, f"{{0}} {sign} {{1}}", operands[:2], dtype)
+        # Python's numbers too are compared in the dtype.
+        parts = [x if isinstance(x, Scalar) else literal(x, dtype) for x in operands[:2]]
+        return apply_form(text, node, f"{{0}} {sign} {{1}}", parts, dtype)
 
     return compared
 

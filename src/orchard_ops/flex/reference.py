@@ -106,15 +106,18 @@ class _Call:
         ]
         places[2] = places[2] + first
         x = _grouped_product(q, k.transpose(2, 3)) * self.scale
-        with Indexing():
-            if self.score_mod is not None and x.numel():
-                x = _over_places(self.score_mod, 1)(x, *places).to(x.dtype)
-            seen = None
-            if self.mask_mod is not None and x.numel():
+        seen = None
+        if self.mask_mod is not None and x.numel():
+            with Indexing():
                 seen = _over_places(self.mask_mod, 0)(*places)
         if states is not None:
             listed = states if seen is None else (states == EVERYTHING) | seen
             seen = (states != NOTHING) & listed.to(torch.bool)
+        if self.score_mod is not None and x.numel():
+            if seen is not None:  # where score_mod has no derivative, what is hidden needs none
+                x = torch.where(seen, x, x.detach())
+            with Indexing():
+                x = _over_places(self.score_mod, 1)(x, *places).to(x.dtype)
         if seen is not None:
             x = torch.where(seen, x, -torch.inf)
         largest = x.detach().amax(-1, keepdim=True) if kv_len else x.new_zeros((*q.shape[:3], 1))

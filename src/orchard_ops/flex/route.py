@@ -143,7 +143,8 @@ def _by_fixed_kernels(
     if block_mask is not None and not lists_follow(block_mask, mask, query):
         return None
     enable_gqa = query.shape[1] != key.shape[1]
-    call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
+    with no_autocast(query):  # the operands are cast; a table is added to scores as it is
+        call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
     return run_with_lse(call) if wants_lse else (run(call), None)
 
 
