@@ -61,7 +61,9 @@ RELATIVE = _table(65, HEADS, seed=1, dtype=torch.float16).mT  # strided
 OF_ROW = _table(2 * LONGEST, seed=2, dtype=torch.bfloat16)[::2]
 STEPS = torch.arange(LONGEST)[:, None].expand(LONGEST, 3)  # a stride of 0, int64
 DOCUMENTS = (torch.arange(LONGEST) // 37).repeat(2, 1).add(torch.tensor([[0], [3]]))
-PAIRS = torch.rand(LONGEST, LONGEST, generator=torch.Generator().manual_seed(3)) < 0.3
+_DRAWN = torch.rand(LONGEST, LONGEST, generator=torch.Generator().manual_seed(3))
+# Without an operation that starts threads: the mutation tool imports this file and forks.
+PAIRS = torch.tensor([[x < 0.3 for x in row] for row in _DRAWN.tolist()])
 EIGHT = (
     torch.tensor(0.5),
     _table(HEADS, seed=4),

@@ -49,7 +49,11 @@ print([("orchard" in keys) for keys in ({names})])
 
 
 def test_an_older_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    from orchard_ops.integrations import (
+        transformers as present,
+    )  # another test may have reloaded it
+
+    monkeypatch.setattr(present.transformers, "__version__", "4.57.1")
     with pytest.raises(
         ImportError, match=r"needs transformers 5 or later; got 4\.57\.1: pip install"
     ):

@@ -33,7 +33,9 @@ CACHE_FILES = (
     "native/plan/decode.cpp",
 )  # fmt: skip
 """Of the ops for caches, which have killers and a campaign of their own (`--caches`)."""
-FLEX_FILES = tuple(f"shaders/flex_{name}.h" for name in ("captures", "map", "params", "scores"))
+FLEX_FILES = tuple(
+    f"shaders/flex_{name}.h" for name in ("arithmetic", "captures", "map", "params", "scores")
+)
 """Of scores that are functions, the same way (`--flex`)."""
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
