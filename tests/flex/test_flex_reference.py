@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from orchard_ops.flex.reference import ASK, EVERYTHING, NOTHING, attend
+from orchard_ops.flex.block_mask import ASK, HIDDEN, SEEN
+from orchard_ops.flex.reference import attend
 
 BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, WIDTH = 2, 4, 2, 150, 140, 8
 SCALE = 0.3
@@ -62,9 +63,9 @@ def test_gradients_of_operands_and_captures(listed: bool):
     states = None
     if listed:
         states = torch.randint(0, 3, (BATCH, HEADS, 5, 9), dtype=torch.uint8)
-        assert {NOTHING, ASK, EVERYTHING} == set(states.flatten().tolist())
+        assert {HIDDEN, ASK, SEEN} == set(states.flatten().tolist())
         whole = states.repeat_interleave(32, 2)[:, :, :Q_LEN].repeat_interleave(16, 3)[..., :KV_LEN]
-        seen = (whole == EVERYTHING) | ((whole == ASK) & seen)
+        seen = (whole == SEEN) | ((whole == ASK) & seen)
     found = attend(q, k, v, score_mod, mask_mod, states, 32, 16, SCALE)
     bias = table[h, i - j + KV_LEN] * factor[b]
     true = _dense(q, k, v, lambda x: 5 * torch.tanh(x / 5) + bias, seen)
@@ -112,8 +113,8 @@ def test_it_computes_in_float32(dtype: torch.dtype):
 
 def test_keys_that_are_not_listed_may_hold_anything():
     q, k, v = _operands()
-    states = torch.full((1, 1, 2, 2), EVERYTHING, dtype=torch.uint8)
-    states[..., 1] = NOTHING
+    states = torch.full((1, 1, 2, 2), SEEN, dtype=torch.uint8)
+    states[..., 1] = HIDDEN
     with torch.no_grad():
         k[:, :, 100:], v[:, :, 100:] = torch.nan, torch.inf
     found = attend(q, k, v, None, None, states, 100, 100, SCALE)

@@ -19,7 +19,7 @@ from ..attention import run_with_lse
 from .block_mask import ASK, HIDDEN
 from .conditions import is_read
 from .mod import NotLowered
-from .reference import _over_places
+from .reference import over_places
 from .trace import Indexing
 from .traces import Use
 
@@ -87,10 +87,10 @@ def attend(
     used = _places(score, sizes, query)
     shape = tuple(x.shape[0] for x in used)
     with Indexing():
-        bias = _over_places(score.function, 1)(query.new_zeros(shape, dtype=torch.float32), *used)
+        bias = over_places(score.function, 1)(query.new_zeros(shape, dtype=torch.float32), *used)
         seen = None
         if mask is not None:
-            seen = _over_places(mask.function, 0)(*_places(mask, sizes, query))
+            seen = over_places(mask.function, 0)(*_places(mask, sizes, query))
     if states is not None:
         rows, columns = (
             torch.arange(n, device=query.device) // block

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .block_mask import HIDDEN, SEEN
 from .mod import Function
 from .trace import Indexing
 
-NOTHING, ASK, EVERYTHING = 0, 1, 2
-"""What `block_states` say of a block of queries and keys: nobody sees it, mask_mod decides, all see
-it."""
 _ROWS = 128
 """Queries of a block, where no BlockMask says how many belong together."""
 
@@ -44,7 +42,7 @@ def attend(
             the product.
         mask_mod: (b, h, q_idx, kv_idx) -> bool. It is asked in blocks whose state is ASK.
         block_states: uint8 (1 or B, 1 or Hq, blocks of block_q queries, blocks of block_kv keys);
-            None: ASK everywhere. What lies in a block of state NOTHING has no part in anything.
+            None: ASK everywhere. What lies in a block of state HIDDEN has no part in anything.
 
     A query that sees no key has 0 and an lse of -inf.
     """
@@ -109,15 +107,15 @@ class _Call:
         seen = None
         if self.mask_mod is not None and x.numel():
             with Indexing():
-                seen = _over_places(self.mask_mod, 0)(*places)
+                seen = over_places(self.mask_mod, 0)(*places)
         if states is not None:
-            listed = states if seen is None else (states == EVERYTHING) | seen
-            seen = (states != NOTHING) & listed.to(torch.bool)
+            listed = states if seen is None else (states == SEEN) | seen
+            seen = (states != HIDDEN) & listed.to(torch.bool)
         if self.score_mod is not None and x.numel():
             if seen is not None:  # where score_mod has no derivative, what is hidden needs none
                 x = torch.where(seen, x, x.detach())
             with Indexing():
-                x = _over_places(self.score_mod, 1)(x, *places).to(x.dtype)
+                x = over_places(self.score_mod, 1)(x, *places).to(x.dtype)
         if seen is not None:
             x = torch.where(seen, x, -torch.inf)
         largest = x.detach().amax(-1, keepdim=True) if kv_len else x.new_zeros((*q.shape[:3], 1))
@@ -143,7 +141,7 @@ class _Call:
 
         A NaN there would be one in every row: 0 times NaN.
         """
-        is_listed = (states != NOTHING).transpose(2, 3)
+        is_listed = (states != HIDDEN).transpose(2, 3)
         heads, num_kv_heads = is_listed.shape[1], x.shape[1]
         if heads > num_kv_heads:
             x = x.repeat_interleave(heads // num_kv_heads, 1)
@@ -159,7 +157,7 @@ def _grouped_product(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def _over_places(mod: Function, scores: int) -> Callable[..., Any]:
+def over_places(mod: Function, scores: int) -> Callable[..., Any]:
     """A function of 0-dim tensors, of all places of a block, and before them `scores` tensors."""
     for at in (3, 2, 1, 0):
         dims = [0] * scores + [0 if n == at else None for n in range(4)]

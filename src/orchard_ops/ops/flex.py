@@ -21,10 +21,6 @@ from ..namespace import NAME, OPS
 from .autograd import _below_transform, _Formula, _refuse_tangents, needs_grad
 from .schema import FLEX_BACKWARD, FLEX_FORWARD, library, public_lse, stats_dtype
 
-MOST_CAPTURES = 8
-"""Tensors that the functions may read, together."""
-MOST_CAPTURE_DIMS = 4
-
 
 class FlexScoring(NamedTuple):
     """What a call says of its scores, in the order of the schema."""
