@@ -123,11 +123,9 @@ struct CacheRows {
   /// The elements from column `col` on, zero beyond the last one.
   METAL_FUNC Chunk<T> chunk(int64_t row, int col) const {
     Chunk<T> chunk;
-    chunk.bits = uint4(0);
     if (VEC) {
-      if (col < width) {
-        chunk.bits = *reinterpret_cast<const device uint4*>(head + row + col);
-      }
+      chunk.bits =
+          col < width ? *reinterpret_cast<const device uint4*>(head + row + col) : uint4(0);
     } else {
       const device T* elements = head + row;
       ORCHARD_UNROLL

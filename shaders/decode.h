@@ -16,8 +16,9 @@
 // stored.
 //
 // What a block's values and the next block's keys take to arrive is time for the scores. Where they
-// and O have room in registers together, they are asked for before the scores are looked at; where
-// only the values have, these are.
+// and O have room in registers together, the values are asked for before the products of Q and K,
+// for which the keys are there already, and the next keys before the softmax. Where only the values
+// have, these are asked for before the softmax, behind the keys.
 //
 // The forward of a call that has few queries and many keys runs here, too (prefers_decode in
 // native/plan/decode.h): its keys are a cache that is full.
@@ -171,20 +172,16 @@ METAL_FUNC float seen_score(float score, float addend) {
   return addend == -INFINITY ? -INFINITY : score + addend;
 }
 
-/// The keys of one of `parts`, of those that any row sees.
+/// The keys of one of `parts`, of those that any row sees. Its end is not behind its beginning
+/// where there are none.
 METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
   const int kBlock = ORCHARD_CACHE_BLOCK;
   const int first = seen.begin / kBlock * kBlock;
-  const int even = (max(seen.end - first, 0) + parts - 1) / parts;
+  const int even = (seen.end - first + parts - 1) / parts;
   const int keys = max((even + kBlock - 1) / kBlock * kBlock, ORCHARD_LEAST_PART);
   Range range;
-  range.begin = 0;
-  range.end = 0;
-  // The number of a part times `keys` may be too large for an int behind the end.
-  if (part <= (seen.end - first) / keys) {
-    range.begin = max(first + part * keys, seen.begin);
-    range.end = min(first + (part + 1) * keys, seen.end);
-  }
+  range.begin = max(first + part * keys, seen.begin);
+  range.end = min(first + (part + 1) * keys, seen.end);
   return range;
 }
 
@@ -200,6 +197,11 @@ struct BlockRows {
     key0 = first;
     row0 = block.offset(strides);
   }
+
+  /// Whether key i of the block is of this part.
+  METAL_FUNC bool has(int i) const { return keys.has(key0 + i); }
+
+  METAL_FUNC bool has_all() const { return has(0) && has(ORCHARD_CACHE_BLOCK - 1); }
 
   /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
   /// numbers are looked at, and what comes of them is hidden later.
@@ -230,7 +232,8 @@ struct KeyChunks {
   }
 };
 
-/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments.
+/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments. Those of
+/// keys that are not of this part are zero: their weights are, but zero times infinity is not.
 template <typename T, int COLUMNS, int GROUPS>
 struct ValueChunks {
   Chunk<T> of[COLUMNS][GROUPS];
@@ -242,6 +245,16 @@ struct ValueChunks {
       ORCHARD_UNROLL
       for (int g = 0; g < GROUPS; g++) {
         of[c][g] = rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * Chunk<T>::kElements);
+      }
+    }
+    if (rows.has_all()) {
+      return;
+    }
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
       }
     }
   }
@@ -356,6 +369,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     }
   }
   while (key0 < keys.end) {
+    v_rows.move_to(key0, block, attention.v);
+    if (kKeysAhead) {
+      v_chunks.load(v_rows, at);
+    }
     Tile<float, R, kColumns> s;
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
@@ -386,19 +403,17 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         }
       }
     }
-    float2 addends[kColumns];
-    bool hidden[kColumns];  // a value: its weights are zero, which its numbers may not be
+    float2 addends[kColumns];  // not used where nothing hides keys
+    bool hidden[kColumns];  // a value: its weights are zero, but zero times its numbers need not be
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
-      addends[c] = float2(0.0f);
-      hidden[c] = false;
+      hidden[c] = !kValuesAhead && !keys.has(key0 + 8 * c + at.row);
       if (SharedSight<MASK, RANGES>::kAny) {
         addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
-        hidden[c] = sight.addend(8 * c + at.row) == -INFINITY;
+        hidden[c] = hidden[c] || sight.addend(8 * c + at.row) == -INFINITY;
       }
     }
     const int next = sight.next(key0 + kBlock, keys, lane);
-    v_rows.move_to(key0, block, attention.v);
     if (next < keys.end) {
       block = sequence.template block<PAGED>(next);
       k_rows.move_to(next, block, attention.k);
@@ -406,7 +421,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         k_chunks.load(k_rows, at);
       }
     }
-    if (kValuesAhead) {
+    if (kValuesAhead && !kKeysAhead) {
       v_chunks.load(v_rows, at);
     }
     ORCHARD_UNROLL
@@ -435,7 +450,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
         Chunk<T> a = kValuesAhead ? v_chunks.of[c][g]
                                   : v_rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * kChunk);
-        if (SharedSight<MASK, RANGES>::kAny) {
+        if (!kValuesAhead || SharedSight<MASK, RANGES>::kAny) {
           a.bits = hidden[c] ? uint4(0) : a.bits;
         }
         ORCHARD_UNROLL
@@ -476,7 +491,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       if (c0 == 0) {
         joined.find(part_stats + r * 8 + at.row, R * 8);
       }
-      if (rows[r].exists && joined.total != 0.0f) {
+      if (joined.total != 0.0f) {
         for (int c = simdgroup; c < kJoined; c += SIMDGROUPS) {
           *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c0 + c, at)) =
               joined.sum(fragments + c * ORCHARD_SIMD_WIDTH + lane, kJoined * ORCHARD_SIMD_WIDTH);

@@ -198,9 +198,10 @@ class Bench:
         return sides
 
     def _parts(self, work: DecodeWork) -> list[int]:
-        """Other numbers than the plan's, of parts that have two blocks of keys at least."""
+        """Other numbers than the plan's, of half of it to four times; with more, some have no key."""
         own = self.plan(work).params.parts
-        return [n for n in self.parts if n != own and n * 128 <= work.length]
+        most = min(4 * own, work.length // 256)
+        return [n for n in self.parts if n != own and own // 2 <= n <= most]
 
     def plan(self, work: DecodeWork) -> CachePlan:
         call = work.shaped()

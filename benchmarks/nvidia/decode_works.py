@@ -19,7 +19,7 @@ LENGTHS = (131072, 32768, 4096)
 HEAD_DIMS = (128, 64)
 BATCHES = (1, 8)
 GROUPS = (1, 4, 8)
-PARTS = (16, 48, 64, 128)
+PARTS = (8, 16, 32, 48, 64, 128)
 """Threadgroups for the keys of a sequence that are tried beside the plan's number."""
 TOTAL = 256 << 20
 """Bytes of keys and values that runs go through in turn, so that no cache of the GPU has them."""

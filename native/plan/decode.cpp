@@ -22,13 +22,14 @@ constexpr int kWidestPair = 128;
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
 constexpr int64_t kMostParts = 32;
 
+/// Where a fragment has all rows and a key and its value have no more bytes than this, threadgroups
+/// have little to wait for at once, and there may be twice as many, if each has kLongPart keys.
+constexpr int64_t kFewBytes = 256;
+constexpr int64_t kLongPart = 1024;
+
 int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
 
 const char* word(bool x) { return x ? "true" : "false"; }
-
-/// Queries of a sequence, at most: with more of them, a forward's blocks of keys are shared by
-/// more. MOST_QUERIES of src/orchard_ops/cache.py is the same number.
-constexpr int64_t kMostQueries = 16;
 
 /// From so many keys on, each simdgroup of a threadgroup has keys of its own. With fewer the decode
 /// kernel has nothing that it divides better than the forward, and still a second kernel to run.
@@ -75,6 +76,15 @@ std::array<std::string, 2> mask_of(const Problem& p) {
 
 int row_fragments(const Problem& p, int64_t rows) {
   return rows > 8 && padded(widest_head_dim(p)) <= kWidestPair ? 2 : 1;
+}
+
+/// Threadgroups that share the keys of a sequence. Nothing here may depend on the batch: a sequence
+/// has the same bits alone and beside others.
+int64_t threadgroups_of_keys(int64_t capacity, int64_t blocks, bool few_bytes) {
+  const int64_t most =
+      few_bytes ? std::clamp(capacity / kLongPart, kMostParts, 2 * kMostParts) : kMostParts;
+  return std::clamp<int64_t>(blocks_of(capacity, ORCHARD_LEAST_PART * kSimdgroups), 1,
+      std::max<int64_t>(most / std::max<int64_t>(blocks, 1), 1));
 }
 
 int64_t group_heads(const Problem& p) { return p.q.sizes[1] / std::max<int64_t>(p.k.sizes[1], 1); }
@@ -125,7 +135,7 @@ DecodePlan plan_append(const AppendProblem& p) {
   if (!append.plan.refusal.empty()) return append;
   const auto in_elements = [&](const Layout& x) {
     const auto& s = x.strides;
-    return TensorStrides{s[0] / element, s[1] / element, s[2] / element, chunks ? 1 : s[3]};
+    return TensorStrides{s[0] / element, s[1] / element, s[2] / element, s[3]};  // 1 of chunks
   };
   AttentionParams& params = append.params.attention;
   params.k = in_elements(p.added);
@@ -158,10 +168,8 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
-  // Nothing here may depend on the batch: a sequence has the same bits alone and beside others.
-  const int64_t most_groups = std::max<int64_t>(kMostParts / std::max<int64_t>(blocks, 1), 1);
-  const int64_t groups = std::clamp<int64_t>(
-      blocks_of(capacity_of(p), ORCHARD_LEAST_PART * kSimdgroups), 1, most_groups);
+  const bool few_bytes = fragments == 1 && (bd + vd) * dtype.size <= kFewBytes;
+  const int64_t groups = threadgroups_of_keys(capacity_of(p), blocks, few_bytes);
   DecodeParams& params = decode.params;
   fill_params(attention, params.attention);
   params.attention.out = to_strides(out.strides);
@@ -194,13 +202,14 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
 
 bool prefers_decode(const Problem& p) {
   const int64_t q_len = p.q.sizes[2];
-  if (query_heads(p) == 0 || q_len == 0 || q_len > kMostQueries) return false;
+  if (query_heads(p) == 0 || q_len == 0) return false;
   if (p.k.sizes[2] < kManyKeys || dropout_threshold(p.dropout_p) > 0) return false;
   if (p.has_mask && !is_of_keys(p.mask)) return false;
   // What the ranges of several rows leave between them would be read as if it were seen.
   if (p.has_key_ranges && (q_len > 1 || p.ranges_head != 0)) return false;
   if (p.tiles.find("attention_forward=") != std::string::npos) return false;
-  // The forward reads the keys once for each head, this kernel once for each block of rows.
+  // The forward reads the keys once for each head, this kernel once for each block of rows. So it
+  // takes up to 16 queries (MOST_QUERIES of src/orchard_ops/cache.py), or 8 of wide heads.
   const int64_t rows = group_heads(p) * q_len;
   return blocks_of(rows, 8 * row_fragments(p, rows)) <= group_heads(p);
 }

@@ -127,6 +127,40 @@ def test_any_problem_on_the_reference(problem: Cached):
         torch.testing.assert_close(lse[b : b + 1], right.lse, rtol=1e-9, atol=1e-12)
 
 
+ENDS = {
+    "the only key": (Cached((1,)), 0),
+    "the only key of a part": (Cached((65,)), 64),
+    "the last key": (Cached((77,)), 76),
+    "the first key": (Cached((77,), (41,)), 41),
+    "the first key of a window": (Cached((130,), options={"window_left": 70}), 59),
+    "the last key, in pages": (Cached((77,), page_size=16), 76),
+    "the last key, for many rows": (Cached((77,), heads=(12, 1), widths=(128, 128)), 76),
+    "the last key, by elements": (Cached((77,), widths=(24, 37)), 76),
+    "the last key, of a wide head": (Cached((77,), widths=(256, 256)), 76),
+}
+"""A problem of one query, and a key that shares its block with keys that are not of its part."""
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", ENDS)
+def test_an_infinite_value_is_infinite(place: str, dtype: torch.dtype, device: str):
+    """Not NaN: the keys of its block that are not there have a weight of zero, and no number."""
+    problem, key = ENDS[place]
+    call = replace(problem, dtype=dtype).call()
+    finite = decode(on(device, call))[0]
+    entry, row = 0, key
+    if problem.page_size:
+        assert call.block_table is not None
+        entry, row = int(call.block_table[0, key // problem.page_size]), key % problem.page_size
+    call.value[entry, :, row, 3] = math.inf
+    call.value[entry, :, row, 4] = -math.inf
+    out = decode(on(device, call))[0]
+    assert bool((out[..., 3] == math.inf).all()) and bool((out[..., 4] == -math.inf).all())
+    finite[..., 3], finite[..., 4] = math.inf, -math.inf
+    assert torch.equal(out, finite)
+
+
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("page_size", (0, 16))
 def test_what_no_sequence_uses_reaches_nothing(page_size: int, device: str):

@@ -100,10 +100,23 @@ def decode_rows(sources: Sources) -> None:
 
 
 def decode_parts(sources: Sources) -> None:
-    """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block."""
+    """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block.
+
+    Up to 64 of 1024 keys, where a key and its value have 256 bytes, and 8 rows are all.
+    """
+    for keys, groups in ((33791, 32), (33792, 33), (65535, 63), (65536, 64), (1 << 28, 64)):
+        for case, own in (
+            ({"heads": (1, 1)}, groups), ({"heads": (8, 1)}, groups), ({"batch": 3}, groups),
+            ({"heads": (4, 1), "q_len": 2}, groups), ({"widths": (7, 33)}, groups),
+            ({"dtype": torch.bfloat16}, groups), ({"heads": (9, 1)}, 32),
+            ({"heads": (4, 1), "q_len": 3}, 32), ({"dtype": torch.float32}, 32),
+            ({"widths": (65, 64)}, 32), ({"widths": (64, 65)}, 32), ({"heads": (17, 1)}, 16),
+        ):  # fmt: skip
+            plan = plan_of(sources, keys=keys, **{"dtype": torch.float16, **case})
+            assert plan.params.parts == plan.kernels[0].groups[1] == own, (keys, case)
     for keys, groups in (
         (0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (7936, 31), (7937, 32),
-        (8192, 32), (8193, 32), (1 << 28, 32),
+        (8192, 32), (8193, 32),
     ):  # fmt: skip
         for batch, heads in ((1, (1, 1)), (5, (8, 4))):
             plan = plan_of(sources, keys=keys, batch=batch, heads=heads)
