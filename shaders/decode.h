@@ -410,7 +410,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       hidden[c] = !kValuesAhead && !keys.has(key0 + 8 * c + at.row);
       if (SharedSight<MASK, RANGES>::kAny) {
         addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
-        hidden[c] = hidden[c] || sight.addend(8 * c + at.row) == -INFINITY;
+        const float addend = sight.addend(8 * c + at.row);  // a shuffle: of all lanes
+        hidden[c] = hidden[c] || addend == -INFINITY;
       }
     }
     const int next = sight.next(key0 + kBlock, keys, lane);

@@ -13,7 +13,7 @@ from simulator import engine
 from torch import Tensor
 
 from ..harness import DECODE, DECODE_MERGE, DTYPE_NUMBERS, MaskPlace, Sources
-from .attention import BF16, F32, dense
+from .attention import BF16, F16, F32, dense
 from .cache_plans import layout_of
 from .caches import Filled
 from .compiled import compile_kernel
@@ -155,6 +155,60 @@ def unseen_infinity(sources: Sources, note: Callable[[str], None], dtype: torch.
     assert not out[:, :, 1].isfinite().any()
 
 
+_ENDS: tuple[tuple[int, int, dict[str, int]], ...] = (
+    (1, 0, {}), (65, 0, {}), (79, 0, {}), (73, 1, {}), (77, 41, {}), (88, 8, {}), (96, 79, {}),
+    (130, 59, {"window_left": 70}),
+)  # fmt: skip
+"""Keys, the first one that is seen, and options: parts whose blocks have keys of no part."""
+
+
+def infinite_ends(sources: Sources, note: Callable[[str], None], **changed: Any) -> None:
+    """The first and the last key of a sequence have values of inf; what is beside them has none."""
+    for length, first, options in _ENDS:
+        starts = None if options or not first else (first,)
+        problem = Cached((length,), starts, options=options, **{"heads": (1, 1), **changed})
+        filled = Filled("", problem)
+        call = filled.call()
+        out, lse, _, _ = filled.results(call, sources, note)
+        problem.check(out, lse)
+        value = call.value.clone()
+        value[0, 0, first, 0], value[0, 0, length - 1, 5] = math.inf, -math.inf
+        found = filled.results(call._replace(value=value), sources, note)[0]
+        out[..., 0], out[..., 5] = math.inf, -math.inf
+        assert torch.equal(found, out), (length, first)
+
+
+def infinite_and_masked(sources: Sources, note: Callable[[str], None], width: int) -> None:
+    """Likewise of the last of 321 keys, alone in its part, where a mask hides some others."""
+    query, key, value = (
+        Sparse((1, 1, n, width), dense((1, 1, n, width))) for n in (1, 321, 321)
+    )  # fmt: skip
+    mask = Sparse((321,), (1,))
+    generator = torch.Generator().manual_seed(7)
+    for x in (query, key, value):
+        x.tensor.copy_(torch.randn(x.tensor.shape, generator=generator))
+    mask.tensor[3::7] = -math.inf
+    value.tensor[0, 0, 3::7] = math.nan
+    place = MaskPlace((1, 1, 1, 1, 321), (0, 0, 0, 0, 1), 0, 1, _F32)
+    layouts = {name: layout_of(1, 1, n, width) for name, n in (("q", 1), ("k", 321), ("v", 321))}
+    layouts["out"] = layouts["q"]
+    plan = sources.forward_as_decode(layouts, _F32, scale=0.1, mask=place)
+    found = []
+    for number in (1.0, math.inf):
+        value.tensor[0, 0, 320, 2] = number
+        sums, stats = Sparse((16, width), (width, 1)), Sparse((16, 2), (2, 1))
+        x = {
+            "query": query, "key": key, "value": value, "mask": mask, "parts": sums,
+            "part_sums": stats,
+        }  # fmt: skip
+        _launch(sources, note, plan.kernels[0], plan.params, x)
+        found.append(sums.tensor[::8].clone())
+    finite, infinite = found
+    assert bool(finite.isfinite().all()) and bool((infinite[1, 2] == math.inf).all())
+    infinite[1, 2] = finite[1, 2]
+    assert torch.equal(finite, infinite)
+
+
 def origins_of_zero(sources: Sources, note: Callable[[str], None]) -> None:
     """A query of zeros sees all keys alike."""
     filled = Filled("", Cached((70,), heads=(1, 1)))
@@ -198,6 +252,24 @@ def killers() -> tuple[Property, ...]:
                 functools.partial(unseen_infinity, dtype=dtype), (DECODE_MERGE,),
             )
             for dtype in (F32, BF16)
+        ),
+        *(
+            Property(
+                f"decode: ends of inf, {name}", DECODE,
+                functools.partial(infinite_ends, dtype=dtype, **changed), (DECODE_MERGE,),
+            )
+            for name, dtype, changed in (
+                ("half", F16, {}), ("wide", F16, {"widths": (256, 256)}), ("float", F32, {}),
+                ("rows", F16, {"widths": (128, 128), "heads": (9, 1)}),
+                ("values alone", F32, {"widths": (128, 128)}),
+            )
+        ),
+        *(
+            Property(
+                f"decode: a last key of inf, masked, {width}", DECODE,
+                functools.partial(infinite_and_masked, width=width),
+            )
+            for width in (64, 256)
         ),
         Property("decode: origins of zero", DECODE, origins_of_zero, (DECODE_MERGE,)),
     )  # fmt: skip
