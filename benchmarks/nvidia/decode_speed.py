@@ -198,7 +198,7 @@ class Bench:
         return sides
 
     def _parts(self, work: DecodeWork) -> list[int]:
-        """Other numbers than the plan's, of half of it to four times; with more, some have no key."""
+        """Other numbers than the plan's, half to four times it; with more, some have no key."""
         own = self.plan(work).params.parts
         most = min(4 * own, work.length // 256)
         return [n for n in self.parts if n != own and own // 2 <= n <= most]
