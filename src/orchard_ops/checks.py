@@ -195,6 +195,11 @@ def sequence_integers(
     """The numbers of `batch` sequences as the ops take them: checked, and int32."""
     if x is None:
         return None
+    if isinstance(x, list | tuple):
+        raise TypeError(
+            f"{op}: {name} must be a tensor; got the {type(x).__name__} {x!r}: pass "
+            "torch.tensor(..., dtype=torch.int32) on q's device"
+        )
     check_tensor(op, name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64; got {x.dtype}")

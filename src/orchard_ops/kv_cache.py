@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sized
 from typing import NamedTuple
 
 import torch
@@ -231,6 +232,11 @@ def _check_operands(
                 f"{_OP}: {name} must be (batch, new, heads, head_dim) with q's batch size "
                 f"{q.shape[0]} and the cache's {tuple(cache.shape[2:])}; got {tuple(x.shape)}"
             )
+        if cache.is_neg():
+            raise ValueError(
+                f"{_OP}: {name}_cache must be plain memory, since it is written to; got a view "
+                f"that negates it: pass {name}_cache.resolve_neg(), and keep that as the cache"
+            )
         given = (*given, (name, x))
     if k is not None and v is not None and k.shape[1] != v.shape[1]:
         raise ValueError(
@@ -245,6 +251,11 @@ def _check_operands(
 
 
 def _check_count(name: str, x: object) -> None:
+    if isinstance(x, Sized) and not isinstance(x, str):
+        raise TypeError(
+            f"{_OP}: {name} must be an int for all sequences, or an int32 or int64 tensor with one "
+            f"for each; got {x!r}: pass torch.tensor(..., dtype=torch.int32) on q's device"
+        )
     if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"{_OP}: {name} must be an integer; got {x!r}")
     if x < 0:

@@ -420,6 +420,13 @@ WRONG: dict[str, dict[str, Any]] = {
     "cache_seqlens must be int32 or int64; got torch.float32": {"cache_seqlens": torch.ones(2)},
     r"cache_seqlens must have shape \(2,\); got \(3,\)": {"cache_seqlens": torch.ones(3).int()},
     "cache_seqlens must be an integer; got 1.5": {"cache_seqlens": 1.5},
+    r"cache_seqlens must be an int for all .* got \[3, 4\]: pass torch.tensor": {
+        "cache_seqlens": [3, 4]
+    },
+    r"cache_leftpad must be a tensor; got the list \[0, 1\]: pass": {"cache_leftpad": [0, 1]},
+    r"k_cache must be plain memory, .* pass k_cache\.resolve_neg\(\)": {
+        "k_cache": torch._neg_view(torch.ones(2, 64, 2, 16))
+    },
     "cache_seqlens must be at least 0; got -1": {"cache_seqlens": -1},
     "must fit into the 64 slots of a sequence; got 64 and 1": {"cache_seqlens": 64},
     r"block_table must have shape \(2, pages\)": {"block_table": torch.ones(2).int()},
