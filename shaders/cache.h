@@ -1,7 +1,9 @@
-// A cache of keys and values: which keys of it belong to a sequence, and where their rows lie.
+// A cache of keys and values: which keys of it belong to a sequence, where their rows lie, and what
+// a simdgroup has of a block of them.
 #pragma once
 
 #include "decode_params.h"
+#include "keys.h"
 #include "loader.h"
 #include "tile.h"
 
@@ -137,5 +139,80 @@ struct CacheRows {
       }
     }
     return chunk;
+  }
+};
+
+/// The rows of one block of a part's keys or values.
+template <typename T, bool VEC>
+struct BlockRows {
+  CacheRows<T, VEC> all;
+  Range keys;  // of the part
+  int key0;
+  int64_t row0;
+
+  METAL_FUNC void move_to(int first, CachedBlock block, constant TensorStrides& strides) {
+    key0 = first;
+    row0 = block.offset(strides);
+  }
+
+  /// Whether key i of the block is of this part.
+  METAL_FUNC bool has(int i) const { return keys.has(key0 + i); }
+
+  METAL_FUNC bool has_all() const { return has(0) && has(ORCHARD_CACHE_BLOCK - 1); }
+
+  /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
+  /// numbers are looked at, and what comes of them is hidden later.
+  METAL_FUNC Chunk<T> chunk(int i, int col) const {
+    const int row = clamp(key0 + i, keys.begin, keys.end - 1) - key0;
+    return all.chunk(row0 + row * all.row_stride, col);
+  }
+};
+
+/// What a lane multiplies of a block's keys: GROUPS chunks of two keys of each of COLUMNS
+/// fragments.
+template <typename T, int COLUMNS, int GROUPS>
+struct KeyChunks {
+  Chunk<T> first[COLUMNS][GROUPS];
+  Chunk<T> second[COLUMNS][GROUPS];
+
+  template <bool VEC>
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        const int col = (8 * g + at.row) * Chunk<T>::kElements;
+        first[c][g] = rows.chunk(8 * c + at.col, col);
+        second[c][g] = rows.chunk(8 * c + at.col + 1, col);
+      }
+    }
+  }
+};
+
+/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments. Those of
+/// keys that are not of this part are zero: their weights are, but zero times infinity is not.
+template <typename T, int COLUMNS, int GROUPS>
+struct ValueChunks {
+  Chunk<T> of[COLUMNS][GROUPS];
+
+  template <bool VEC>
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        of[c][g] = rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * Chunk<T>::kElements);
+      }
+    }
+    if (rows.has_all()) {
+      return;
+    }
+    ORCHARD_UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      ORCHARD_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
+      }
+    }
   }
 };

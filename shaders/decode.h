@@ -16,9 +16,9 @@
 // stored.
 //
 // What a block's values and the next block's keys take to arrive is time for the scores. Where they
-// and O have room in registers together, the values are asked for before the products of Q and K,
-// for which the keys are there already, and the next keys before the softmax. Where only the values
-// have, these are asked for before the softmax, behind the keys.
+// and O have room in registers together, both are asked for before the softmax; where only the
+// values have, these are. Half operands are no wider than the tensors' elements and leave room for
+// the values before the products of Q and K, whose keys are there already.
 //
 // The forward of a call that has few queries and many keys runs here, too (prefers_decode in
 // native/plan/decode.h): its keys are a cache that is full.
@@ -185,81 +185,6 @@ METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
   return range;
 }
 
-/// The rows of one block of a part's keys or values.
-template <typename T, bool VEC>
-struct BlockRows {
-  CacheRows<T, VEC> all;
-  Range keys;  // of the part
-  int key0;
-  int64_t row0;
-
-  METAL_FUNC void move_to(int first, CachedBlock block, constant TensorStrides& strides) {
-    key0 = first;
-    row0 = block.offset(strides);
-  }
-
-  /// Whether key i of the block is of this part.
-  METAL_FUNC bool has(int i) const { return keys.has(key0 + i); }
-
-  METAL_FUNC bool has_all() const { return has(0) && has(ORCHARD_CACHE_BLOCK - 1); }
-
-  /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
-  /// numbers are looked at, and what comes of them is hidden later.
-  METAL_FUNC Chunk<T> chunk(int i, int col) const {
-    const int row = clamp(key0 + i, keys.begin, keys.end - 1) - key0;
-    return all.chunk(row0 + row * all.row_stride, col);
-  }
-};
-
-/// What a lane multiplies of a block's keys: GROUPS chunks of two keys of each of COLUMNS
-/// fragments.
-template <typename T, int COLUMNS, int GROUPS>
-struct KeyChunks {
-  Chunk<T> first[COLUMNS][GROUPS];
-  Chunk<T> second[COLUMNS][GROUPS];
-
-  template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
-      ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
-        const int col = (8 * g + at.row) * Chunk<T>::kElements;
-        first[c][g] = rows.chunk(8 * c + at.col, col);
-        second[c][g] = rows.chunk(8 * c + at.col + 1, col);
-      }
-    }
-  }
-};
-
-/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments. Those of
-/// keys that are not of this part are zero: their weights are, but zero times infinity is not.
-template <typename T, int COLUMNS, int GROUPS>
-struct ValueChunks {
-  Chunk<T> of[COLUMNS][GROUPS];
-
-  template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
-      ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
-        of[c][g] = rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * Chunk<T>::kElements);
-      }
-    }
-    if (rows.has_all()) {
-      return;
-    }
-    ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
-      ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
-        of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
-      }
-    }
-  }
-};
-
 // T is the tensors' type, F that of the matrix unit's operands, BD and VD the padded head dims of
 // keys and values, 8 R the rows of a threadgroup. VEC: rows of keys and values are whole chunks of
 // 16 bytes. Grid: x rows, y as many parts as there are simdgroups.
@@ -296,6 +221,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kOfKeys = kBlock * BD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
   const bool kValuesAhead = kSums + kOfValues <= ORCHARD_OPERAND_REGISTERS;
   const bool kKeysAhead = kSums + kOfValues + kOfKeys <= ORCHARD_OPERAND_REGISTERS;
+  const bool kValuesFirst = kKeysAhead && sizeof(F) == 2;
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
   threadgroup float2 part_stats[SIMDGROUPS * R * 8];
   threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
@@ -369,8 +295,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     }
   }
   while (key0 < keys.end) {
-    v_rows.move_to(key0, block, attention.v);
-    if (kKeysAhead) {
+    if (kValuesFirst) {
+      v_rows.move_to(key0, block, attention.v);
       v_chunks.load(v_rows, at);
     }
     Tile<float, R, kColumns> s;
@@ -415,6 +341,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       }
     }
     const int next = sight.next(key0 + kBlock, keys, lane);
+    if (!kValuesFirst) {
+      v_rows.move_to(key0, block, attention.v);
+    }
     if (next < keys.end) {
       block = sequence.template block<PAGED>(next);
       k_rows.move_to(next, block, attention.k);
@@ -422,7 +351,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         k_chunks.load(k_rows, at);
       }
     }
-    if (kValuesAhead && !kKeysAhead) {
+    if (kValuesAhead && !kValuesFirst) {
       v_chunks.load(v_rows, at);
     }
     ORCHARD_UNROLL
