@@ -333,7 +333,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     bool hidden[kColumns];  // a value: its weights are zero, but zero times its numbers need not be
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
-      hidden[c] = !kValuesAhead && !keys.has(key0 + 8 * c + at.row);
+      hidden[c] = !keys.has(key0 + 8 * c + at.row);
       if (SharedSight<MASK, RANGES>::kAny) {
         addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
         const float addend = sight.addend(8 * c + at.row);  // a shuffle: of all lanes
