@@ -351,6 +351,7 @@ def killers() -> tuple[Property | Few, ...]:
         Few("few: rows", Case(16, 256, num_heads=4, num_kv_heads=2)),
         Few("few: bottom right", Case(3, 300, window_right=0, diagonal=297, dtype=BF16)),
         Few("few: top left", Case(7, 300, window_right=0, diagonal=0)),
+        Few("few: rows that are not there", Case(3, 300, window_right=0, diagonal=10, dtype=F16)),
         Few("few: behind the keys", Case(4, 280, window_left=40, window_right=0, diagonal=300)),
         Few("few: slopes", Case(3, 300, alibi="head", diagonal=11, dtype=F16)),
         Few("few: sinks", Case(2, 300, sinks=True)),
