@@ -192,6 +192,12 @@ class Filled:
         counters = launch(
             libraries[0], first, sources.buffers, params, inputs, parts, workers=1, seed=1
         )
+        if not self.check:  # which leaves gaps in threadgroup memory
+            fragments = plan.params.block_rows // 8
+            query = fragments * -(-call.query.shape[3] // 64) * 64 * 8
+            query *= 2 if call.query.dtype == F16 else 4
+            expected = query + 4 * fragments * 8 * 8 + 4 * 8 * 32 * 8
+            assert counters.threadgroup_memory == expected, "threadgroup memory"
         lse = Guarded(shape[:3], dense(shape[:3]), F32)
         joined = {"out": x["out"], "row_stats": lse}
         known = {**parts, "sinks": _floats(call.sinks)}
@@ -323,6 +329,14 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled(
             "decode: a part of more keys than the least",
             Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16),
+        ),
+        Filled(
+            "decode: as many keys as parts of the least size hold",
+            Cached((8192,), capacity=8192, heads=(1, 1), dtype=F16),
+        ),
+        Filled(
+            "decode: parts behind a long padding",
+            Cached((16392,), (8192,), capacity=16400, heads=(1, 1), dtype=F16),
         ),
         Filled(
             "decode: a key more than parts of the least size hold",

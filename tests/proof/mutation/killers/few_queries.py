@@ -269,6 +269,7 @@ def few_choice(sources: Sources) -> None:
         (True, {"mask": _mask((2, 1, 4, 1, 300), (300, 0, 0, 0, 1))}),
         (False, {"mask": _mask((2, 1, 4, 1, 300))}),
         (True, {"mask": _mask((2, 1, 1, 3, 300), (300, 0, 0, 0, 1)), "q_len": 3}),
+        (True, {"mask": _mask((2, 1, 1, 3, 300), (300, 0, 300, 0, 1)), "q_len": 3}),
         (False, {"mask": _mask((2, 1, 1, 3, 300)), "q_len": 3}),
         (False, {"mask": _mask((2, 1, 4, 3, 300), (1200, 0, 300, 0, 1)), "q_len": 3}),
         (True, ranges), (False, ranges | {"q_len": 2}), (False, ranges | {"ranges_head": 4}),
