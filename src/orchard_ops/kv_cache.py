@@ -232,7 +232,7 @@ def _check_operands(
                 f"{_OP}: {name} must be (batch, new, heads, head_dim) with q's batch size "
                 f"{q.shape[0]} and the cache's {tuple(cache.shape[2:])}; got {tuple(x.shape)}"
             )
-        if cache.is_neg():
+        if not torch.compiler.is_compiling() and cache.is_neg():
             raise ValueError(
                 f"{_OP}: {name}_cache must be plain memory, since it is written to; got a view "
                 f"that negates it: pass {name}_cache.resolve_neg(), and keep that as the cache"
