@@ -46,6 +46,7 @@ class Parameters:
     device_latency: float = 300.0
     device_bytes: float = 32.0  #: of device memory (through the caches) each cycle
     device_line: float = 0.5  #: for each cache line that an access touches
+    device_least: float = 1.0  #: of any access to device memory by 32 lanes
     barrier: float = 20.0
     convert: float = 1.0  #: of a float from or to a half
     bfloat_pair: float = 3.0  #: to widen two bfloats
@@ -57,6 +58,7 @@ class Parameters:
     address: float = 1.0  #: scale of the address arithmetic of a block
     pytorch_registers: int = 70  #: of PyTorch's prefill kernel before its tile's share
     unexplained: float = 0.0  #: share lost by PyTorch's kernel once a block has over 64 products
+    slab_registers: int = 40  #: of mlx-train-perf's kernels besides their tiles
     slowdown: float = 1.0  #: of everything; cancels in ratios
 
 
@@ -162,12 +164,13 @@ class Trace:
         moved = nbytes if moved is None else moved
         cost = moved * (cached / 64 + (1 - cached) / self.p.device_bytes)
         latency = self.p.device_latency * (0.4 * cached + 1 - cached)
-        return self._add(DEVICE, max(cost, lines * self.p.device_line), latency, after)
+        least = max(self.p.device_least, lines * self.p.device_line)
+        return self._add(DEVICE, max(cost, least), latency, after)
 
     def write_device(self, nbytes: float, *after: Handle, lines: float = 0) -> int:
         self.counts["device_bytes_written"] += nbytes
-        cost = max(nbytes / self.p.device_bytes, lines * self.p.device_line)
-        return self._add(DEVICE, cost, 50, after)
+        least = max(self.p.device_least, lines * self.p.device_line)
+        return self._add(DEVICE, max(nbytes / self.p.device_bytes, least), 50, after)
 
     def spill(self, nbytes: float, cached: float) -> None:
         """Writes a register to device memory and reads it again, which the engine's kernels never
