@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SOURCE = Path(__file__).with_name("core_model.cpp")
 BUILD = Path(__file__).resolve().parents[2] / "build" / "apple_model"
 SIMDGROUP = 32
@@ -62,13 +64,8 @@ class Parameters:
     slowdown: float = 1.0  #: of everything; cancels in ratios
 
 
-class _Instruction(ctypes.Structure):
-    _fields_ = [
-        ("cost", ctypes.c_double),
-        ("latency", ctypes.c_double),
-        ("unit", ctypes.c_int32),
-        ("after", ctypes.c_int32 * 3),
-    ]
+#: core_model.cpp's Instruction.
+_INSTRUCTION = np.dtype([("cost", "f8"), ("latency", "f8"), ("unit", "i4"), ("after", "i4", 3)])
 
 
 @cache
@@ -242,9 +239,7 @@ def simulate(
         raise ValueError("the simdgroups of a pair must do as many products each")
     instructions = [x for role in roles for x in role.instructions]
     lengths = (ctypes.c_int32 * len(roles))(*(len(role.instructions) for role in roles))
-    body = (_Instruction * len(instructions))()
-    for slot, (cost, latency, unit, after) in zip(body, instructions, strict=True):
-        slot.cost, slot.latency, slot.unit, slot.after[:] = cost, latency, unit, after
+    body = np.array(instructions, _INSTRUCTION)
     utilisation = (ctypes.c_double * 4)()
     total = 0.0
     least = trace.products * trace.p.mma_half * simdgroups / SCHEDULERS  # cycles of a block
@@ -252,7 +247,7 @@ def simulate(
         stagger = 97.0 + 211 * k
         blocks = warm_up + window + 2 * int(stagger / least)
         cycles = _library().simulate_core(
-            body,
+            body.ctypes.data_as(ctypes.c_void_p),
             lengths,
             len(roles),
             threadgroups,
