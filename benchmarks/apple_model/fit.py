@@ -220,13 +220,6 @@ def _error(point: int, errors: list[float]) -> dict[str, Any]:
     )
 
 
-def leave_one_out(seed: int, evaluations: int) -> list[dict[str, Any]]:
-    """`left_out` of each of LEFT_OUT, in processes of their own."""
-    task = partial(left_out, seed=seed, evaluations=evaluations)
-    with ProcessPoolExecutor(os.cpu_count()) as processes:
-        return [x for found in processes.map(task, LEFT_OUT) for x in found]
-
-
 def plain(p: Parameters) -> dict[str, Any]:
     return {f.name: getattr(p, f.name) for f in fields(p)}
 
@@ -243,26 +236,32 @@ def main() -> None:
     parser.add_argument(
         "--only-left-out", action="store_true", help="keep the sets, find their error anew"
     )
+    parser.add_argument("--output", type=Path, default=ENSEMBLE)
     args = parser.parse_args()
-    if args.only_left_out:
-        content = json.loads(ENSEMBLE.read_text())
-    else:
-        content = fitted(args.seeds, args.evaluations, args.sets)
-    content["leave_one_out_by"] = (
-        "a search for each point, or kernel, without it: --left-out-evaluations "
-        f"{args.left_out_evaluations} --left-out-seed {args.left_out_seed}"
-    )
-    content["leave_one_out"] = leave_one_out(args.left_out_seed, args.left_out_evaluations)
-    ENSEMBLE.write_text(json.dumps(content, indent=1) + "\n")
+    with ProcessPoolExecutor(os.cpu_count()) as processes:
+        task = partial(left_out, seed=args.left_out_seed, evaluations=args.left_out_evaluations)
+        found = [processes.submit(task, points) for points in LEFT_OUT]
+        if args.only_left_out:
+            content = json.loads(ENSEMBLE.read_text())
+        else:
+            pools = processes.map(partial(search, evaluations=args.evaluations), args.seeds)
+            content = fitted(list(pools), args.seeds, args.evaluations, args.sets)
+            args.output.write_text(json.dumps(content, indent=1) + "\n")  # whatever comes next
+        content["leave_one_out_by"] = (
+            "a search for each point, or kernel, without it: --left-out-evaluations "
+            f"{args.left_out_evaluations} --left-out-seed {args.left_out_seed}"
+        )
+        content["leave_one_out"] = [x for errors in found for x in errors.result()]
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
     for e in content["leave_one_out"]:
         spread = f"{e['median']:.2f} [{e['low']:.2f}..{e['high']:.2f}]"
-        print(f"{e['point']:38s} {spread} of {e['sets']} sets")
+        print(f"{e['point']:50s} {spread} of {e['sets']} sets")
 
 
-def fitted(seeds: list[int], evaluations: int, number: int) -> dict[str, Any]:
-    """What ensemble.json holds, but for the leave-one-out errors."""
-    with ProcessPoolExecutor(os.cpu_count()) as processes:
-        pools = list(processes.map(partial(search, evaluations=evaluations), seeds))
+def fitted(
+    pools: list[list[Found]], seeds: list[int], evaluations: int, number: int
+) -> dict[str, Any]:
+    """What ensemble.json holds, but for the leave-one-out errors: so many sets of each search."""
     sets = [x for pool in pools for x in different(pool, number)]
     accepted = sum(rms(e) < TOLERANCE for pool in pools for _, e in pool)
     print(f"{sum(map(len, pools))} sets tried, {accepted} accepted, {len(sets)} kept")
