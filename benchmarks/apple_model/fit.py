@@ -127,7 +127,7 @@ def ratios(p: Parameters) -> list[float]:
 def factor(errors: list[float], without: Sequence[int] = ()) -> float:
     """By what the times of SLABS, of which points may be left out, are off together."""
     logarithms = [math.log(errors[i]) for i in SLABS if i not in without]
-    return math.exp(sum(logarithms) / len(logarithms))
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 def relative(errors: list[float], without: Sequence[int] = ()) -> list[float]:
@@ -146,11 +146,23 @@ def rms(errors: list[float], without: Sequence[int] = ()) -> float:
     return (sum(squares) / len(squares)) ** 0.5
 
 
+def worse(errors: list[float]) -> float:
+    """rms of all points or of all but SLABS, whichever is more: twelve times that fit well must not
+    outvote the others."""
+    return max(rms(errors), rms(errors, SLABS))
+
+
 Found = tuple[Parameters, list[float]]
 
 
-def search(seed: int, evaluations: int, without: tuple[int, ...] = ()) -> list[Found]:
-    """Random sets at first, then variations of those that fit all points, or all but some.
+def search(
+    seed: int,
+    evaluations: int,
+    without: tuple[int, ...] = (),
+    begin: Sequence[Parameters] = (),
+) -> list[Found]:
+    """Random sets at first, then variations of those that fit all points, or all but some. From
+    the sets `begin` it goes on by variations alone, as `worse` says.
 
     What was measured at the points `without` has no part in it: the sets are bred by the others.
     """
@@ -161,9 +173,14 @@ def search(seed: int, evaluations: int, without: tuple[int, ...] = ()) -> list[F
     choices = [0, 0, 0, *range(1, len(omitted))]
     # Breeding by one score from fewer parents gets to the tolerance in fewer evaluations.
     parents, fresh = (20, 0.1) if without else (40, 0.25)
-    scores: list[list[float]] = []  # rms of each set, a number for each of `omitted`
+    scores: list[list[float]] = []  # of each set, a number for each of `omitted`
+    if begin:
+        choices, fresh = [0], 0.0
+        pool = [(p, ratios(p)) for p in begin]
+        scores = [[worse(errors)] for _, errors in pool]
+        seen = set(begin)
     for _ in track(range(evaluations), description=f"seed {seed}", transient=True):
-        if len(pool) < max(1, evaluations // 8) or rng.random() < fresh:
+        if (not begin and len(pool) < max(1, evaluations // 8)) or rng.random() < fresh:
             p = Parameters(**{name: rng.choice(values) for name, values in RANGES.items()})
         else:
             by = rng.choice(choices)
@@ -177,13 +194,13 @@ def search(seed: int, evaluations: int, without: tuple[int, ...] = ()) -> list[F
         seen.add(p)
         errors = ratios(p)
         pool.append((p, errors))
-        scores.append([rms(errors, i) for i in omitted])
+        scores.append([worse(errors)] if begin else [rms(errors, i) for i in omitted])
     return pool
 
 
 def different(pool: list[Found], number: int) -> list[Found]:
     """The three best, then greedily those that differ in most parameters from all chosen."""
-    accepted = sorted((x for x in pool if rms(x[1]) < TOLERANCE), key=lambda x: rms(x[1]))
+    accepted = sorted((x for x in pool if worse(x[1]) < TOLERANCE), key=lambda x: worse(x[1]))
     chosen, rest = accepted[:3], accepted[3:]
 
     def distance(a: Found, b: Found) -> int:
@@ -191,7 +208,7 @@ def different(pool: list[Found], number: int) -> list[Found]:
 
     nearest = [min(distance(x, y) for y in chosen) for x in rest]
     while rest and len(chosen) < number:
-        i = max(range(len(rest)), key=lambda i: nearest[i] - 5 * rms(rest[i][1]))
+        i = max(range(len(rest)), key=lambda i: nearest[i] - 5 * worse(rest[i][1]))
         chosen.append(rest.pop(i))
         nearest.pop(i)
         nearest = [min(n, distance(x, chosen[-1])) for n, x in zip(nearest, rest, strict=True)]
@@ -236,22 +253,30 @@ def main() -> None:
     parser.add_argument(
         "--only-left-out", action="store_true", help="keep the sets, find their error anew"
     )
+    parser.add_argument(
+        "--go-on", action="store_true", help="from the sets that are there; their error stays"
+    )
     parser.add_argument("--output", type=Path, default=ENSEMBLE)
     args = parser.parse_args()
+    content = json.loads(ENSEMBLE.read_text())
     with ProcessPoolExecutor(os.cpu_count()) as processes:
-        task = partial(left_out, seed=args.left_out_seed, evaluations=args.left_out_evaluations)
-        found = [processes.submit(task, points) for points in LEFT_OUT]
-        if args.only_left_out:
-            content = json.loads(ENSEMBLE.read_text())
-        else:
-            pools = processes.map(partial(search, evaluations=args.evaluations), args.seeds)
-            content = fitted(list(pools), args.seeds, args.evaluations, args.sets)
+        found = None
+        if not args.go_on:
+            task = partial(left_out, seed=args.left_out_seed, evaluations=args.left_out_evaluations)
+            found = [processes.submit(task, points) for points in LEFT_OUT]
+        if not args.only_left_out:
+            begin = [Parameters(**x["parameters"]) for x in content["sets"]] if args.go_on else []
+            task = partial(search, evaluations=args.evaluations, begin=begin)
+            pools = list(processes.map(task, args.seeds))
+            before = content if args.go_on else {}
+            content |= fitted(pools, args.seeds, args.evaluations, args.sets, before)
             args.output.write_text(json.dumps(content, indent=1) + "\n")  # whatever comes next
-        content["leave_one_out_by"] = (
-            "a search for each point, or kernel, without it: --left-out-evaluations "
-            f"{args.left_out_evaluations} --left-out-seed {args.left_out_seed}"
-        )
-        content["leave_one_out"] = [x for errors in found for x in errors.result()]
+        if found is not None:
+            content["leave_one_out_by"] = (
+                "a search for each point, or kernel, without it: --left-out-evaluations "
+                f"{args.left_out_evaluations} --left-out-seed {args.left_out_seed}"
+            )
+            content["leave_one_out"] = [x for errors in found for x in errors.result()]
     args.output.write_text(json.dumps(content, indent=1) + "\n")
     for e in content["leave_one_out"]:
         spread = f"{e['median']:.2f} [{e['low']:.2f}..{e['high']:.2f}]"
@@ -259,27 +284,36 @@ def main() -> None:
 
 
 def fitted(
-    pools: list[list[Found]], seeds: list[int], evaluations: int, number: int
+    pools: list[list[Found]],
+    seeds: list[int],
+    evaluations: int,
+    number: int,
+    before: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ensemble.json holds, but for the leave-one-out errors: so many sets of each search."""
-    sets = [x for pool in pools for x in different(pool, number)]
-    accepted = sum(rms(e) < TOLERANCE for pool in pools for _, e in pool)
+    """What ensemble.json holds of the sets, so many of each search; `before` is what it held if
+    the searches went on from there."""
+    sets: dict[Parameters, list[float]] = {}
+    for pool in pools:
+        sets |= dict(different([x for x in pool if x[0] not in sets], number))
+    accepted = len({p for pool in pools for p, e in pool if worse(e) < TOLERANCE})
     print(f"{sum(map(len, pools))} sets tried, {accepted} accepted, {len(sets)} kept")
+    command = (
+        f"python -m benchmarks.apple_model.fit --evaluations {evaluations} "
+        f"--seeds {' '.join(map(str, seeds))} --sets {number}"
+    )
     return dict(
-        made_by=f"python -m benchmarks.apple_model.fit --evaluations {evaluations} "
-        f"--seeds {' '.join(map(str, seeds))} --sets {number}",
+        made_by=f"{before['made_by']}; {command} --go-on" if before else command,
         published=PUBLISHED,
         points=[x["name"] for x in POINTS],
-        leave_one_out_by="",
-        leave_one_out=[],
         sets=[
             dict(
                 rms=round(rms(e), 5),
+                rms_without_slabs=round(rms(e, SLABS), 5),
                 predicted_over_measured=[round(x, 4) for x in relative(e)],
                 slabs_factor=round(factor(e), 4),
                 parameters=plain(p),
             )
-            for p, e in sets
+            for p, e in sets.items()
         ],
     )
 

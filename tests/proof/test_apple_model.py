@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -257,15 +256,17 @@ def test_ensemble_reproduces_the_published_points():
         assert fit.relative(again) == pytest.approx(entry["predicted_over_measured"], abs=1e-3)
         assert fit.factor(again) == pytest.approx(entry["slabs_factor"], abs=1e-3)
         assert fit.rms(again) < fit.TOLERANCE
-    of_slabs = []
-    for i, point in enumerate(FITTED["points"]):
-        median = statistics.median(x["predicted_over_measured"][i] for x in FITTED["sets"])
-        if i in fit.SLABS:  # short runs, whose own times spread by up to 15 %
-            of_slabs.append(median)
-        else:
-            assert abs(median - 1) < fit.TOLERANCE, point
-    assert len(of_slabs) == 12
-    assert (sum(math.log(x) ** 2 for x in of_slabs) / 12) ** 0.5 < fit.TOLERANCE
+        assert fit.worse(again) < fit.TOLERANCE
+    medians = {
+        point: statistics.median(x["predicted_over_measured"][i] for x in FITTED["sets"])
+        for i, point in enumerate(FITTED["points"])
+    }
+    beyond = {point: x for point, x in medians.items() if abs(x - 1) >= fit.TOLERANCE}
+    text = " ".join((ROOT / "docs" / "apple-model.md").read_text().split())
+    said = ", ".join(f"{point} {x:.2f}" for point, x in beyond.items())
+    assert (
+        0 < len(beyond) <= 4 and f"The medians of all sets are within that but for {said}." in text
+    )
 
 
 def test_times_of_slabs_enter_by_their_ratios(monkeypatch: pytest.MonkeyPatch):
@@ -280,6 +281,24 @@ def test_times_of_slabs_enter_by_their_ratios(monkeypatch: pytest.MonkeyPatch):
     assert fit.rms(one) != pytest.approx(fit.rms(errors))
     for i in others:
         assert fit.relative(one, [first])[i] == pytest.approx(fit.relative(errors, [first])[i])
+
+
+def test_twelve_times_do_not_outvote_the_others():
+    errors = fit.ratios(Parameters())
+    perfect = [1.0 if i in fit.SLABS else x for i, x in enumerate(errors)]
+    assert fit.worse(perfect) == fit.rms(perfect, fit.SLABS) > fit.rms(perfect)
+    others = [x if i in fit.SLABS else 1.0 for i, x in enumerate(errors)]
+    assert fit.worse(others) == fit.rms(others) > fit.rms(others, fit.SLABS) == 0
+
+
+def test_a_search_goes_on_from_sets():
+    """By variations alone: what it begins with stands first, and no random set follows."""
+    begin = ensemble(40)
+    pool = fit.search(3, 4, begin=begin)
+    assert [p for p, _ in pool[: len(begin)]] == list(begin) and len(pool) > len(begin)
+    for i in range(len(begin), len(pool)):
+        new, *known = (vars(pool[k][0]) for k in (i, *range(i)))
+        assert 0 < min(sum(new[x] != b[x] for x in fit.RANGES) for b in known) <= 5
 
 
 def test_what_is_left_out_together():
@@ -380,7 +399,7 @@ def test_committed_predictions_of_what_is_held_out(monkeypatch: pytest.MonkeyPat
     steel = [x for x in held_out.POINTS if x["kernel"] == "steel"]
     monkeypatch.setattr(held_out, "POINTS", steel)
     monkeypatch.setattr(held_out, "ratios", lambda p: [1.0] * len(fit.POINTS))
-    now = {x["point"]: x for x in held_out.rows()[1:]}
+    now = {x["point"]: x for x in held_out.rows()[2:]}
     committed = json.loads(PREDICTIONS.read_text())["held_out"]
     assert len(now) == 4
     for x in committed:
