@@ -120,32 +120,33 @@ CASES = (
 FASTEST = max(MACS, key=lambda mac: mac.rate)  #: memory for a core
 
 
+def row_of(
+    planner: Planner, dtype: str, width: int, heads: int, paged: bool, score: str
+) -> dict[str, Any]:
+    """Cycles of a product, bytes that a block of keys reads and has in the cache, and the bytes of
+    a core-cycle at full issue, and by the products alone, by those of FASTEST."""
+    counts = count(planner, dtype, width, heads, paged, score)
+    cycles = issue("attention_decode", counts)
+    size = counts.steady["device_bytes_read"]
+    return dict(
+        dtype=dtype,
+        head_dim=width,
+        rows=heads,
+        paged=paged,
+        score=score,
+        cycles=cycles.per_product,
+        parts={k: v / cycles.products for k, v in cycles.parts.items() if v},
+        bytes_read=size,
+        bytes_in_cache=2 * BLOCK * width * DTYPES[dtype].itemsize,
+        rate=SCHEDULERS * size / cycles.cycles / FASTEST.rate,
+        # Nothing but the products of the matrix unit, of which 16 rows have twice as many.
+        by_products=SCHEDULERS * size / cycles.parts["mma"] / FASTEST.rate,
+    )
+
+
 def record() -> list[dict[str, Any]]:
-    """Of each of CASES: cycles of a product, bytes that a block of keys reads and has in the cache,
-    and the bytes of a core-cycle at full issue, and by the products alone, by those of FASTEST."""
     planner = new_planner()
-    rows = []
-    for dtype, width, heads, paged, score in CASES:
-        counts = count(planner, dtype, width, heads, paged, score)
-        cycles = issue("attention_decode", counts)
-        size = counts.steady["device_bytes_read"]
-        rows.append(
-            dict(
-                dtype=dtype,
-                head_dim=width,
-                rows=heads,
-                paged=paged,
-                score=score,
-                cycles=cycles.per_product,
-                parts={k: v / cycles.products for k, v in cycles.parts.items() if v},
-                bytes_read=size,
-                bytes_in_cache=2 * BLOCK * width * DTYPES[dtype].itemsize,
-                rate=SCHEDULERS * size / cycles.cycles / FASTEST.rate,
-                # Nothing but the products of the matrix unit, of which 16 rows have twice as many.
-                by_products=SCHEDULERS * size / cycles.parts["mma"] / FASTEST.rate,
-            )
-        )
-    return rows
+    return [row_of(planner, *case) for case in CASES]
 
 
 def line(row: dict[str, Any]) -> str:

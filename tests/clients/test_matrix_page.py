@@ -1,4 +1,4 @@
-"""docs/transformers-matrix.md has the families and situations of today, as its script writes them."""
+"""docs/transformers-matrix.md has the families and situations of today, as its script writes."""
 
 from __future__ import annotations
 
