@@ -84,7 +84,7 @@ class FlexCase:
         return Functions(score, mask, self.states(), *blocks, self.sizes)
 
     def states(self) -> Tensor | None:
-        """Of each block 0, 1 or 2: hidden, asked, seen. One row of blocks sees nothing."""
+        """Of each block 0, 1 or 2: hidden, asked, seen. One row of three or more sees nothing."""
         if self.blocks is None:
             return None
         rows, cols = (-(-n // block) for n, block in zip(self.sizes[2:], self.blocks))
@@ -95,7 +95,8 @@ class FlexCase:
             states = (drawn < self.density).to(torch.uint8) * 2
         else:
             states = (drawn > 0.4).to(torch.uint8) + (drawn > 0.8).to(torch.uint8)
-            states[:, :, rows // 2] = 0
+            if rows > 2:
+                states[:, :, rows // 2] = 0
         return states.to("cpu" if self.device == "meta" else self.device)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -132,29 +133,27 @@ _LAYOUTS = ("rows", "heads inside", "rows", "every second column")
 
 
 def scores() -> Iterator[FlexCase]:
-    """Each score_mod, some of them with a mask beside."""
-    masks = ("", "causal", "", "documents", "window", "")
+    """Each score_mod; the first ones with each mask_mod beside, some with lists of blocks."""
+    masks = list(flex_mods.MASKS)
+    blocks = (None, None, (128, 128), None, (48, 80), (37, 53), None, (64, 32))
     for n, score in enumerate(flex_mods.SCORES):
-        dtype = DTYPES[n % 3]
-        case = FlexCase(
-            517 + 64 * (n % 4), 741, _DIMS[n % 7], dtype, score, masks[n % 6],
+        mask = masks[n] if n < len(masks) else ""
+        yield FlexCase(
+            517 + 64 * (n % 4), 741 + 50 * (n % 3), _DIMS[n % 7], DTYPES[n % 3], score, mask,
             num_kv_heads=(2, 4, 1)[n % 3], layout=_LAYOUTS[n % 4], has_dlse=n % 2 == 0,
-            scratch_bytes=SCRATCH if n % 5 else 0,
-        )  # fmt: skip
-        yield case
+            scratch_bytes=SCRATCH if n % 4 else 0, blocks=blocks[n % 8],
+            shared=(n % 3 == 0, n % 2 == 0),
+        ).but(**_OWN_LENGTHS.get(mask, {}))  # fmt: skip
 
 
 def masks() -> Iterator[FlexCase]:
-    """Each mask_mod, some of them with a score_mod and with lists of blocks beside."""
-    beside = ("", "softcap", "", "relative_bias", "")
-    blocks = (None, None, (128, 128), None, (48, 80), (37, 53), None, (64, 32))
-    for n, mask in enumerate(flex_mods.MASKS):
+    """Some mask_mods without a score_mod, whose exponentials are powers of two."""
+    for n, mask in enumerate(("causal", "documents", "by_heads", "hidden_keys", "dilated")):
         yield FlexCase(
-            741, 517 + 100 * (n % 5), _DIMS[(n + 3) % 7], DTYPES[(n + 1) % 3], beside[n % 5], mask,
-            num_kv_heads=(4, 2, 1)[n % 3], layout=_LAYOUTS[(n + 1) % 4], has_dlse=n % 2 == 1,
-            blocks=blocks[n % 8], shared=(n % 3 == 0, n % 2 == 0),
-            scratch_bytes=SCRATCH if n % 4 else 0,
-        ).but(**_OWN_LENGTHS.get(mask, {}))  # fmt: skip
+            741, 517 + 100 * n, _DIMS[(n + 3) % 7], DTYPES[(n + 1) % 3], mask=mask,
+            num_kv_heads=(4, 2, 1)[n % 3], has_dlse=n % 2 == 1,
+            scratch_bytes=SCRATCH if n % 2 else 0,
+        )  # fmt: skip
 
 
 _OWN_LENGTHS = {

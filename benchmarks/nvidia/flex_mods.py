@@ -209,7 +209,7 @@ def tree(number: int) -> Callable[[Tables], Function]:
     return make
 
 
-TREES = 12
+TREES = 6
 SCORES: dict[str, Callable[[Tables], Function]] = {
     f.__name__: f
     for f in (
@@ -347,7 +347,7 @@ def condition(number: int) -> Callable[[Tables], Function]:
     return make
 
 
-CONDITIONS = 6
+CONDITIONS = 4
 MASKS: dict[str, Callable[[Tables], Function]] = {
     f.__name__: f
     for f in (
