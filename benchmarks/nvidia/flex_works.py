@@ -23,7 +23,7 @@ from .plans import Planner
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
-LENGTH, HEADS = 4096, 16
+LENGTH, HEADS = 8192, 16
 
 
 def _noop(t: Tables) -> Function:
