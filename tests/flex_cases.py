@@ -75,6 +75,17 @@ EIGHT = (
     torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool),
 )
 
+OUTSIDE = _table(11, 5, seed=9)
+
+
+def _clamped(table: Tensor, *indices: Tensor) -> Tensor:
+    """What a text reads at indices that may lie beyond the ends."""
+    places = (
+        torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, table.shape)
+    )
+    return table[tuple(places)].double()
+
+
 SCORES = {
     "none": None,
     "noop": Mod(lambda s, *_: s, "    derivative = 1.0f;\n    return s;", unit_slope=True),
@@ -133,6 +144,18 @@ SCORES = {
         "           0.25f * float(captures.at<int>($6, kv % 7)) +\n"
         "           0.5f * float(captures.at<uchar>($7, kv % 2, q % 3));",
         EIGHT,
+        unit_slope=True,
+    ),
+    "capped": Mod(  # by the tanh of a text, which is as right as the operands' dtype asks
+        lambda s, *_: 5.0 * torch.tanh(s / 5.0),
+        "    const float t = flex_tanh(s / 5.0f);\n"
+        "    derivative = 1.0f - t * t;\n    return 5.0f * t;",
+    ),
+    "outside": Mod(  # indices beyond both ends
+        lambda s, b, h, q, kv: s + _clamped(OUTSIDE, q - 9, 2 * h) + _clamped(OUTSIDE, -kv, h - 7),
+        "    derivative = 1.0f;\n    return s + captures.at<float>($0, q - 9, 2 * h) +\n"
+        "           captures.at<float>($0, -kv, h - 7);",
+        (OUTSIDE,),
         unit_slope=True,
     ),
     "beyond": Mod(  # no derivative at 0, which is what there is beyond the ends
