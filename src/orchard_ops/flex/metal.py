@@ -10,19 +10,20 @@ The text is made of the tables of `operations.py`, names made here and numbers p
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .elements import LAZY
 from .mod import MAX_CAPTURE_DIM, MAX_CAPTURES, Mod, NotLowered
-from .operations import POINTWISE
-from .scalars import MEMORY, Scalar, Unprintable, convert, literal
+from .operations import BY_NAME, POINTWISE
+from .reductions import LAZY
+from .scalars import FLOATS, MEMORY, Scalar, Unprintable, convert, literal
 from .trace import SCORE, Traced, is_literal, place, trace
 
 _INF = float("inf")
@@ -83,6 +84,14 @@ def _stand_in(x: Any) -> Tensor:
 # ---- the graph ----------------------------------------------------------------------------------
 
 
+class _Loop(NamedTuple):
+    """What a line goes through before it has its value."""
+
+    number: str
+    size: int
+    start: str
+
+
 class _Text:
     """The lines that a graph needs, as they are asked for."""
 
@@ -91,6 +100,8 @@ class _Text:
         self.captures: list[Tensor] = []
         self.lines: dict[str, tuple[str, str]] = {}
         """The name of a constant -> Metal's type, and the expression."""
+        self.loops: dict[str, _Loop] = {}
+        """The name of a number that a loop makes, whose line says what becomes of it each time."""
         self._made: dict[tuple[str, str], str] = {}
         self.selects: dict[str, tuple[Scalar, Scalar, Scalar]] = {}
         """The name of a choice -> the condition, and what it is where that holds and elsewhere."""
@@ -138,12 +149,15 @@ class _Text:
         try:
             if operation in LAZY:
                 return LAZY[operation](self, node, index)
-            if operation in POINTWISE:
+            pointwise = POINTWISE.get(operation) or BY_NAME.get(_name_of(node))
+            if pointwise is not None:
                 operands = [self.operand(x, index) for x in node.args]
                 found = _number(node, operands)
-                return POINTWISE[operation](self, node, operands) if found is None else found
+                return pointwise(self, node, operands) if found is None else found
         except Unprintable as error:
             raise self.fail(node, f"needs the number {error}") from error
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
         raise self.fail(node, "has no Metal text")
 
     def operand(self, x: Any, index: tuple[Scalar, ...]) -> Any:
@@ -188,6 +202,31 @@ class _Text:
             self._made[key] = name
         return Scalar(self._made[key], dtype)
 
+    def loop(
+        self,
+        dtype: torch.dtype,
+        size: int,
+        start: Scalar,
+        form: str,
+        term: Callable[[Scalar], Scalar],
+    ) -> Scalar:
+        """`start` and the terms of 0, 1, ..., size - 1, one after another by a form of {0} and {1}.
+
+        The lines that a term adds and that depend on its number are the loop's body.
+        """
+        index = f"i{sum(name.startswith('i') for name in self.limits)}"
+        self.limits[index] = size - 1
+        added = term(Scalar(index, torch.int32))
+        name = f"v{len(self.lines)}"
+        kind = "float" if dtype in FLOATS else "bool" if dtype == torch.bool else MEMORY[dtype]
+        self.lines[name] = (kind, form.format(name, added.text))
+        self.loops[name] = _Loop(index, size, start.text)
+        return Scalar(name, dtype)
+
+    def counts(self, x: Scalar) -> bool:
+        """Whether an integer is one that is never negative: an index, or a loop's."""
+        return x.text in _INDICES or bool(_LOOP_INDEX.fullmatch(x.text))
+
     def reads_whole(self, node: Node) -> bool:
         """Whether a value is a captured tensor, whose elements are counted from the end too."""
         while node not in self._tensors:
@@ -229,6 +268,11 @@ class _Text:
         return NotLowered(f"{node.target} {why}{place(node)}")
 
 
+def _name_of(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name
+
+
 def _number(node: Node, operands: list[Any]) -> Scalar | None:
     """The result for operands that are numbers, as PyTorch computes it on the cpu."""
     scalars = [x for x in operands if isinstance(x, Scalar)]
@@ -253,10 +297,15 @@ def _is_scalar(node: Node) -> bool:
 # ---- the struct ---------------------------------------------------------------------------------
 
 _NAME = re.compile(r"\bv\d+\b")
+_LOOP_INDEX = re.compile(r"\bi\d+\b")
 
 
 def _body(text: _Text, *results: str) -> tuple[list[str], list[str]]:
-    """The lines that results need, numbered anew, and the results as they then are."""
+    """The lines that results need, numbered anew, and the results as they then are.
+
+    A line that depends on a loop's index is in its body, in that of the innermost if there are two:
+    a loop within another has the larger number.
+    """
     needed: set[str] = set()
     for result in results:
         needed.update(_NAME.findall(result))
@@ -268,12 +317,39 @@ def _body(text: _Text, *results: str) -> tuple[list[str], list[str]]:
     def renamed(x: str) -> str:
         return _NAME.sub(lambda m: names[m[0]], x)
 
-    lines = [
-        f"    const {kind} {names[name]} = {renamed(expression)};"
-        for name, (kind, expression) in text.lines.items()
-        if name in needed
-    ]
-    return lines, [renamed(x) for x in results]
+    indices: dict[str, set[str]] = {}
+    bodies: dict[str, list[str]] = {}
+    for name in names:
+        expression = text.lines[name][1]
+        own = set(_LOOP_INDEX.findall(expression))
+        own.update(*(indices[x] for x in _NAME.findall(expression) if x != name))
+        if name in text.loops:
+            own.discard(text.loops[name].number)
+        indices[name] = own
+        bodies.setdefault(max(own, key=_number_of, default=""), []).append(name)
+
+    def written(body: str, indent: str) -> list[str]:
+        lines = []
+        for name in bodies.get(body, ()):
+            kind, expression = text.lines[name]
+            if name not in text.loops:
+                lines.append(f"{indent}const {kind} {names[name]} = {renamed(expression)};")
+                continue
+            i, size, start = text.loops[name]
+            lines += [
+                f"{indent}{kind} {names[name]} = {start};",
+                f"{indent}for (int {i} = 0; {i} < {size}; ++{i}) {{",
+                *written(i, indent + "  "),
+                f"{indent}  {names[name]} = {renamed(expression)};",
+                f"{indent}}}",
+            ]
+        return lines
+
+    return written("", "    "), [renamed(x) for x in results]
+
+
+def _number_of(index: str) -> int:
+    return int(index[1:])
 
 
 def _score_struct(text: _Text, score: Scalar, slope: Scalar) -> str:

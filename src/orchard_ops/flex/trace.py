@@ -22,9 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from .elements import LAZY
 from .mod import Function, NotLowered
 from .operations import POINTWISE
+from .reductions import LAZY
 
 _aten = torch.ops.aten
 SCORE, MASK = "score", "mask"
@@ -275,6 +275,12 @@ class _Tracing(Indexing):
 def _get(table: Tensor, items: tuple) -> Tensor:
     if not any(isinstance(x, Tensor) and x.dim() == 0 and _counts(x) for x in items):
         return table[items]
+    for x in items:
+        if isinstance(x, Tensor) and x.dtype in (torch.uint8, torch.int8, torch.int16):
+            raise TypeError(
+                f"flex_attention: an index is {x.dtype} ({_line()}), and PyTorch takes int32 and "
+                "int64 ones alone, uint8 for a mask: convert it, as in table[index.long()]"
+            )
     used = sum(1 for x in items if x is not None and x is not Ellipsis)
     rest = (slice(None),) * (table.dim() - used)
     at = next((n for n, x in enumerate(items) if x is Ellipsis), len(items))
