@@ -50,7 +50,10 @@ def lower(traced: Traced, first_capture: int = 0) -> Mod:
     ):
         return Mod("", ())
     if traced.kind == SCORE:
-        return Mod(_score_struct(text, *scalars), tuple(text.captures))
+        score = convert(text, scalars[0], torch.float32)
+        slope = text.slope_where_seen(score, scalars[1])
+        is_unit = slope.number == 1.0
+        return Mod(_score_struct(text, score, slope, is_unit), tuple(text.captures), is_unit)
     return Mod(_mask_struct(text, scalars[0]), tuple(text.captures))
 
 
@@ -135,6 +138,8 @@ class _Text:
 
     def _element(self, node: Node, index: tuple[Scalar, ...]) -> Scalar:
         value = node.meta["val"]
+        if node in self._tensors and _is_number(value):
+            return self._capture(node, index)
         if value.dtype not in MEMORY:
             raise NotLowered(f"{value.dtype} has no Metal text{place(node)}")
         if node in self._arguments:
@@ -181,6 +186,8 @@ class _Text:
             if self.first_capture + len(self.captures) > MAX_CAPTURES:
                 raise NotLowered(f"more than {MAX_CAPTURES} captured tensors")
         dtype = node.meta["val"].dtype
+        if dtype == torch.float64:  # a number, see `_is_number`
+            dtype = torch.float32
         places = [convert(self, i, torch.int32).text for i in index]
         arguments = ", ".join([str(self._numbers[id(tensor)]), *places])
         read = f"captures.at<{MEMORY[dtype]}>({arguments})"
@@ -289,6 +296,11 @@ def _number(node: Node, operands: list[Any]) -> Scalar | None:
     return literal(found.item(), found.dtype)
 
 
+def _is_number(x: Tensor) -> bool:
+    """Whether a captured tensor is a number on the CPU: it is read as float32 on mps."""
+    return x.dim() == 0 and x.device.type == "cpu" and x.dtype == torch.float64
+
+
 def _is_scalar(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dim() == 0
@@ -352,15 +364,12 @@ def _number_of(index: str) -> int:
     return int(index[1:])
 
 
-def _score_struct(text: _Text, score: Scalar, slope: Scalar) -> str:
-    score = convert(text, score, torch.float32)
-    slope = text.slope_where_seen(score, slope)
-    is_unit = "true" if slope.number == 1.0 else "false"
+def _score_struct(text: _Text, score: Scalar, slope: Scalar, is_unit: bool) -> str:
     lines, (score_text, slope_text) = _body(text, score.text, slope.text)
     return "\n".join(
         [
             "struct ScoreMod {",
-            f"  static constant constexpr const bool kUnitSlope = {is_unit};",
+            f"  static constant constexpr const bool kUnitSlope = {str(is_unit).lower()};",
             "  FlexCaptures captures;",
             "",
             "  METAL_FUNC float score(",
