@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,7 @@ from ..ops.kernels import no_autocast
 from . import closure
 from .known import Known, recognise
 from .metal import lower
-from .mod import NotLowered
+from .mod import Mod, NotLowered
 from .trace import Traced, is_written, trace
 
 _MOST_KEPT = 256
@@ -47,9 +48,9 @@ class Kept:
     sources: tuple[int | Tensor, ...]
     """Of each captured tensor: its place among those that the mod reads, or itself, where the mod
     makes it."""
-    texts: dict[int, tuple[str, tuple[int, ...]] | NotLowered] = field(default_factory=dict)
-    """By the number of the first capture: the text, and the places of what it reads among the
-    captures of the trace."""
+    texts: dict[int, Mod | NotLowered] = field(default_factory=dict)
+    """By the number of the first capture. The captures of such a Mod are their places among those
+    of the trace."""
 
     known: WeakKeyDictionary[Kept, Known | None] = field(default_factory=WeakKeyDictionary)
     """With each mask_mod, or by itself under its own name: the call of `flash_attn` that computes
@@ -57,7 +58,7 @@ class Kept:
     lasts: bool = True
     """Whether other calls find it. Else not all of what the mod reads is known."""
 
-    def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
+    def mod(self, first_capture: int) -> Mod:
         found = self.texts.get(first_capture)
         if found is None:
             found = self._lower(first_capture)
@@ -66,14 +67,14 @@ class Kept:
             raise found
         return found
 
-    def _lower(self, first_capture: int) -> tuple[str, tuple[int, ...]] | NotLowered:
+    def _lower(self, first_capture: int) -> Mod | NotLowered:
         try:
             with apart():
                 mod = lower(self.traced, first_capture)
         except NotLowered as error:
             return error
         places = {id(x): n for n, x in enumerate(self.traced.captures)}
-        return mod.text, tuple(places[id(x)] for x in mod.captures)
+        return mod._replace(captures=tuple(places[id(x)] for x in mod.captures))
 
 
 @dataclass
@@ -86,14 +87,14 @@ class Use:
     kept: Kept
     captures: tuple[Tensor, ...]
 
-    def text(self, first_capture: int) -> tuple[str, tuple[Tensor, ...]]:
+    def mod(self, first_capture: int) -> Mod:
         """Metal, and what it reads.
 
         Raises:
             NotLowered: the mod has no text.
         """
-        text, places = self.kept.text(first_capture)
-        return text, tuple(self.captures[n] for n in places)
+        mod = self.kept.mod(first_capture)
+        return mod._replace(captures=tuple(self.captures[n] for n in mod.captures))
 
 
 def known_call(score: Use | None, mask: Use | None) -> Known | None:
@@ -112,10 +113,13 @@ def known_call(score: Use | None, mask: Use | None) -> Known | None:
 
 
 _lock = threading.Lock()
-_tracing = threading.RLock()
-"""PyTorch's tracer keeps what it traces in globals of the process."""
+_tracing = compile_lock
+"""PyTorch's tracer keeps what it traces in globals of the process, as torch.compile does, which
+calls `of_graph` while it holds this lock: with a lock of our own, two threads could wait for each
+other."""
 _of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
-_of_graphs: OrderedDict[tuple[Any, ...], tuple[GraphModule, Kept]] = OrderedDict()
+_of_graphs: WeakKeyDictionary[GraphModule, dict[tuple[Any, ...], Kept]] = WeakKeyDictionary()
+"""They go with the compiled code that has them."""
 
 
 def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
@@ -150,9 +154,10 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     others. A number that the compiler has not fixed is one of them."""
     tensors = tuple(_as_tensor(x, query) for x in captures)
     sizes = tuple((x.dtype, tuple(_known_size(n) for n in x.shape)) for x in tensors)
-    key = (kind, id(graph), query.dtype, query.device, sizes)
-    found = _of_graphs.get(key)
-    if found is None:
+    key = (kind, query.dtype, query.device, sizes)
+    known = _of_graphs.setdefault(graph, {})
+    kept = known.get(key)
+    if kept is None:
         with apart(), FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -167,9 +172,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 "which torch.compile does not carry into the graph: make that tensor outside of "
                 "the function"
             )
-        found = graph, Kept(traced, (*range(len(stand_ins)), *made))
-        _remember(_of_graphs, key, found)
-    kept = found[1]
+        kept = known[key] = Kept(traced, (*range(len(stand_ins)), *made))
     arguments = tuple(captures)
 
     def function(*indices: Any) -> Tensor:
