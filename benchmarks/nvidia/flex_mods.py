@@ -197,6 +197,12 @@ def eight_tables(t: Tables) -> Function:
     return mod
 
 
+def distances_of_points(t: Tables) -> Function:
+    """A sum over a vector of each pair."""
+    points = t.normal("points", max(t.q_len, t.kv_len), 3)
+    return lambda score, b, h, q, kv: score - 0.125 * ((points[q] - points[kv]) ** 2).sum(-1)
+
+
 def without_derivative(t: Tables) -> Function:
     return lambda score, b, h, q, kv: score.detach() * 2 + 1
 
@@ -216,7 +222,13 @@ SCORES: dict[str, Callable[[Tables], Function]] = {
         *(noop, causal_scores, windowed_scores, alibi, alibi_computed, softcap, softcap_rational),
         *(squared, sigmoids, full_bias, bias_of_keys_and_queries, relative_bias),
         *(relative_from_the_end, bucketed_bias, temperature, distances, gated, hashed_noise),
-        *(checkerboard, eight_tables, without_derivative, *map(tree, range(TREES))),
+        *(
+            checkerboard,
+            eight_tables,
+            distances_of_points,
+            without_derivative,
+            *map(tree, range(TREES)),
+        ),
     )
 }
 
@@ -339,6 +351,12 @@ def block_diffusion(t: Tables) -> Function:
     return mod
 
 
+def shared_tags(t: Tables) -> Function:
+    """Whether any of some tags is a query's and a key's."""
+    tags = t.below("tags", 2, max(t.q_len, t.kv_len), 3, dtype=torch.bool)
+    return lambda b, h, q, kv: (tags[q] & tags[kv]).any(-1)
+
+
 def condition(number: int) -> Callable[[Tables], Function]:
     def make(t: Tables) -> Function:
         return flex_trees.mask(number, t)
@@ -353,6 +371,6 @@ MASKS: dict[str, Callable[[Tables], Function]] = {
     for f in (
         *(causal, window, dilated, prefix_lm, documents, causal_documents, neighbourhood),
         *(neighbourhood_on_a_curve, global_tokens, jagged, hidden_keys, pairs, by_heads),
-        *(block_diffusion, *map(condition, range(CONDITIONS))),
+        *(block_diffusion, shared_tags, *map(condition, range(CONDITIONS))),
     )
 }
