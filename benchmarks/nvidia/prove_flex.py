@@ -8,8 +8,9 @@ failed.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -134,12 +135,37 @@ def _run_groups(prover: FlexProver, chosen: list[str]) -> None:
         prover.sanitizer("racecheck", "barriers")
 
 
+def _store(result: dict, output: Path) -> str:
+    """Writes both files and returns the Markdown."""
+    title = "FlexAttention's kernels on an NVIDIA GPU"
+    text = table(result, title, FlexProver.module, _LISTED)
+    store(result, output, "flex", text)
+    return text
+
+
+def _join(folders: Sequence[Path], output: Path) -> bool:
+    """Makes one result of several runs of some groups. Returns whether a problem failed."""
+    parts = [json.loads((folder / "flex.json").read_text()) for folder in folders]
+    if len({part["environment"]["sources"]["digest"] for part in parts}) != 1:
+        raise SystemExit("prove_flex: the runs to be joined are of different kernels")
+    records = [record for part in parts for record in part["records"]]
+    kernels = {name: of for part in parts for name, of in part["kernels"].items()}
+    environment = parts[0]["environment"]
+    _store({"environment": environment, "records": records, "kernels": kernels}, output)
+    return any(record["failure"] for record in records)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", choices=_GROUPS, default=_GROUPS[:-1])
     parser.add_argument("--plant", choices=("keys", "barriers"), help="a fault, under-sanitizer")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="FOLDER", help="run nothing: join earlier --outputs"
+    )
     options = parser.parse_args()
+    if options.join:
+        sys.exit(_join(options.join, options.output))
     mutate = controls.without_barriers if options.plant == "barriers" else bytes
     kernels, planner = Kernels(FLEX_KERNELS, mutate), FlexPlanner(FLEX_PLANNER)
     prover = FlexProver(kernels, planner, flex_texts.read(FLEX_TEXTS))
@@ -150,11 +176,7 @@ def main() -> None:
             prover.case("under sanitizer", case)
         sys.exit(prover.has_failed())
     _run_groups(prover, options.groups)
-    result = result_of(prover, FLEX_SOURCES)
-    title = "FlexAttention's kernels on an NVIDIA GPU"
-    text = table(result, title, FlexProver.module, _LISTED)
-    store(result, options.output, "flex", text)
-    print(text)
+    print(_store(result_of(prover, FLEX_SOURCES), options.output))
     sys.exit(prover.has_failed())
 
 
