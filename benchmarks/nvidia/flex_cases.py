@@ -189,7 +189,7 @@ def long() -> Iterator[FlexCase]:
     yield base.but(mask="neighbourhood", dtype=bfloat, q_len=6144, kv_len=6144)
     yield base.but(score="tree_0", mask="condition_0", head_dim=192, q_len=4099, kv_len=8191)
     yield base.but(score="eight_tables", q_len=8191, kv_len=9001, head_dim=128)
-    yield base.but(score="hashed_noise", mask="prefix_lm", q_len=16384, kv_len=16384, num_heads=2)
+    yield base.but(score="hashed_noise", mask="prefix_lm", q_len=16352, kv_len=16352, num_heads=2)
     yield base.but(blocks=(128, 128), density=0.1, shared=(True, False), head_dim=128)
 
 
