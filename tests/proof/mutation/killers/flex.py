@@ -264,6 +264,10 @@ def killers() -> tuple[Flexed | Property, ...]:
                 (128, 71),
                 (33, 160),
                 (160, 33),
+                (66, 64),
+                (64, 66),
+                (70, 128),
+                (128, 70),
             )
         },
         "half": FlexCase(75, 75, 16, "softcap", "hidden", F16),
