@@ -6,6 +6,7 @@ rounding of float32 would decide otherwise.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +183,47 @@ floats = _trees(
     8,
 )
 scores = floats
+
+
+# ---- the same by a seed, without hypothesis, which draws small ones first
+
+
+class Seeded:
+    """Trees of the same nodes, always the same ones for a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def integers(self, leaves: int) -> Tree:
+        if leaves == 1:
+            found = self._random.choice(_INTEGER_LEAVES)
+        else:
+            found = self._random.choice(_BINARY_INTEGERS)(*self._two(self.integers, leaves))
+        return self._random.choice(_UNARY_INTEGERS)(found) if self._random.random() < 0.5 else found
+
+    def masks(self, leaves: int) -> Tree:
+        if leaves == 1:
+            number = _constant(self._random.choice((-3, 0, 2, 5, 11)))
+            other = self._random.choice((number, self.integers(2)))
+            return self._random.choice(_COMPARED)(self.integers(2), other)
+        found = self._random.choice(_CONDITIONS)(*self._two(self.masks, leaves))
+        return _node("~{}", lambda c: ~c)(found) if self._random.random() < 0.3 else found
+
+    def scores(self, leaves: int) -> Tree:
+        if leaves == 1:
+            small = _node("({} % 16).float()", lambda x: (x % 16).float())(self.integers(2))
+            found = self._random.choice((*_FLOAT_LEAVES, small))
+        elif self._random.random() < 0.25:
+            found = _CHOICES[0](self._condition(), *self._two(self.scores, leaves))
+        else:
+            found = self._random.choice(_BINARY_FLOATS)(*self._two(self.scores, leaves))
+        return self._random.choice(_UNARY_FLOATS)(found) if self._random.random() < 0.6 else found
+
+    def _condition(self) -> Tree:
+        if self._random.random() < 0.3:
+            return self._random.choice(_COMPARED)(_FLOAT_LEAVES[0], _constant(0.5))
+        return self.masks(1)
+
+    def _two(self, of: Callable[[int], Tree], leaves: int) -> tuple[Tree, Tree]:
+        left = self._random.randrange(1, leaves)
+        return of(left), of(leaves - left)
