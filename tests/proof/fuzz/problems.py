@@ -12,8 +12,9 @@ from .caches import CacheExample, cache_examples, check_cache
 from .examples import Example, check, examples, is_known
 from .flex import FlexExample, check_flex, flex_examples
 from .pages import PagesExample, check_pages, pages_examples
+from .trees import TreesExample, check_trees, trees_examples
 
-AnyExample = Example | CacheExample | PagesExample | FlexExample
+AnyExample = Example | CacheExample | PagesExample | FlexExample | TreesExample
 
 
 class Problem(NamedTuple):
@@ -27,10 +28,17 @@ PROBLEMS = {
     "cache": Problem(cache_examples, check_cache),
     "pages": Problem(pages_examples, check_pages),
     "flex": Problem(flex_examples, check_flex),
+    "trees": Problem(trees_examples, check_trees),
 }
-"""flash_attn with its gradients, flash_attn_with_kvcache, flash_attn_varlen_func with pages, and
-flex_attention with its gradients."""
-_KINDS: dict[str, Any] = {"cache": CacheExample, "pages": PagesExample, "flex": FlexExample}
+"""flash_attn with its gradients, flash_attn_with_kvcache, flash_attn_varlen_func with pages,
+flex_attention with its gradients, and the Metal text of functions (by the engine of the simulator).
+"""
+_KINDS: dict[str, Any] = {
+    "cache": CacheExample,
+    "pages": PagesExample,
+    "flex": FlexExample,
+    "trees": TreesExample,
+}
 
 
 def name_of(example: AnyExample) -> str:
