@@ -67,7 +67,7 @@ def test_every_argument_with_pages(example: PagesExample):
     check_as_kept(example)
 
 
-@settings(max_examples=10, **SLICE)
+@settings(max_examples=5, **SLICE)
 @given(example=PROBLEMS["flex"].examples())
 def test_every_argument_of_flex_attention(example: FlexExample):
     check_as_kept(example)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
 
 import orchard_ops
+from orchard_ops.flex.trace import Indexing
 from orchard_ops.testing import Memory, assert_attention_close, math_attention
 
 from .caches import memories, placed
@@ -229,7 +229,7 @@ class _Problem:
         if mask_mod is None:
             return None
         sizes = (e.batch, self.heads, e.q_len, e.kv_len)
-        with TransformGetItemToIndex():
+        with Indexing("cpu"):
             asked = torch.vmap(mask_mod)(*self.places()).view(sizes)
         if e.lists == "made":
             batches, heads = self.mask_sizes
@@ -259,7 +259,7 @@ class _Problem:
             return None
 
         def scores(x: Tensor) -> Tensor:
-            with TransformGetItemToIndex():
+            with Indexing("cpu"):
                 return torch.vmap(score_mod)(x.flatten(), *self.places()).view(x.shape).to(x.dtype)
 
         return scores
