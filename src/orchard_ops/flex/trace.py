@@ -203,12 +203,15 @@ def _forward(joint: GraphModule) -> GraphModule:
 
 
 def _make_graph(function: Callable[..., Any], arguments: Sequence[Any]) -> GraphModule:
-    return make_fx(
-        function,
-        decomposition_table=_decompositions(),
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )(*arguments)
+    # That something is traced is a flag of the process, which makes compiled code of other threads
+    # an error. So they run that call as eager code.
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        return make_fx(
+            function,
+            decomposition_table=_decompositions(),
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(*arguments)
 
 
 @functools.cache
@@ -324,7 +327,7 @@ def _counts(x: Tensor) -> bool:
     return not x.dtype.is_floating_point and not x.is_complex() and x.dtype != torch.bool
 
 
-_TORCH = inspect.getfile(torch).rpartition("/")[0] + "/"
+TORCH = inspect.getfile(torch).rpartition("/")[0] + "/"
 
 
 def _line() -> str:
@@ -332,7 +335,7 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH):
+        if name != __file__ and not name.startswith(TORCH):
             text = linecache.getline(name, frame.f_lineno).strip()
             return f"{name}:{frame.f_lineno}: {text}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -352,7 +355,7 @@ def _of(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH):
+        if name != __file__ and not name.startswith(TORCH):
             text = linecache.getline(name, trace.tb_lineno).strip()
             found = f" ({name}:{trace.tb_lineno}: {text})"
         trace = trace.tb_next

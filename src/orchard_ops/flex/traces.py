@@ -6,11 +6,14 @@ those of the present call.
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +31,7 @@ from . import closure
 from .known import Known, recognise
 from .metal import lower
 from .mod import Mod, NotLowered
-from .trace import Traced, is_written, trace
+from .trace import TORCH, Traced, is_written, trace
 
 _MOST_KEPT = 256
 
@@ -57,12 +60,16 @@ class Kept:
     the same, if there is one. A mask_mod that is traced in every call is a new one in each."""
     lasts: bool = True
     """Whether other calls find it. Else not all of what the mod reads is known."""
+    told: Callable[[Mod], None] | None = None
+    """Is told of the texts."""
 
     def mod(self, first_capture: int) -> Mod:
         found = self.texts.get(first_capture)
         if found is None:
             found = self._lower(first_capture)
             self.texts[first_capture] = found
+            if self.told is not None and isinstance(found, Mod):
+                self.told(found)
         if isinstance(found, NotLowered):
             raise found
         return found
@@ -129,10 +136,52 @@ def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
             kept.popitem(last=False)
 
 
+_MOST_UNSAID = 16
+_texts_of: WeakKeyDictionary[CodeType, set[Any]] = WeakKeyDictionary()
+"""Of each function's code: what has been made of it, see `_count`."""
+_KERNELS = (
+    "has become {} different kernels, since numbers of Python that it reads change. Each is "
+    "compiled by itself, which takes long, and kept as long as the process lives: capture what "
+    "changes as a 0-dim tensor"
+)
+_TRACES = (
+    "has been traced in {} calls, since it reads something in a way that is not followed (an "
+    "object's __getitem__, a property, an import), which takes long: read it before the function "
+    "is made, and capture the tensor"
+)
+
+
+def _code_of(mod: Callable[..., Any]) -> CodeType | None:
+    """None of PyTorch's own functions: what `and_masks` gives has one code for all."""
+    while isinstance(mod, functools.partial):
+        mod = mod.func
+    code = getattr(mod, "__code__", None) or getattr(type(mod).__call__, "__code__", None)
+    return None if code is None or code.co_filename.startswith(TORCH) else code
+
+
+def _count(code: CodeType | None, kind: str, what: Any, message: str) -> None:
+    """Notes what has been made of a function, and says once that it is much."""
+    if code is None:
+        return
+    with _lock:
+        made = _texts_of.setdefault(code, set())
+        if len(made) == _MOST_UNSAID or what in made:
+            return
+        made.add(what)
+        count = len(made)
+    if count == _MOST_UNSAID:
+        warnings.warn(
+            f"orchard_ops.flex_attention: {kind}_mod {code.co_qualname} ({code.co_filename}:"
+            f"{code.co_firstlineno}) {message.format(count)}",
+            stacklevel=2,
+        )
+
+
 def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     """A mod of eager code."""
     snapshot = closure.snapshot(mod)
     if snapshot is None:
+        _count(_code_of(mod), kind, object(), _TRACES)
         traced = _trace(mod, kind, query)
         return Use(kind, mod, Kept(traced, (), lasts=False), traced.captures)
     # What PyTorch makes of integers that are divided depends on its default.
@@ -144,6 +193,8 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
         if not all(id(x) in places or y for x, y in zip(traced.captures, _written(traced))):
             return Use(kind, mod, Kept(traced, ()), traced.captures)  # read by unknown ways
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
+        code = _code_of(mod)
+        kept.told = lambda text: _count(code, kind, hash(text.text), _KERNELS)
         _remember(_of_functions, key, kept)
     captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
     return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
