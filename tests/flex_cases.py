@@ -80,9 +80,7 @@ OUTSIDE = _table(11, 5, seed=9)
 
 def _clamped(table: Tensor, *indices: Tensor) -> Tensor:
     """What a text reads at indices that may lie beyond the ends."""
-    places = (
-        torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, table.shape)
-    )
+    places = (torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, table.shape))
     return table[tuple(places)].double()
 
 
@@ -176,6 +174,26 @@ MASKS = {
     ),
     "pairs": Mod(lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)),
     "heads": Mod(lambda b, h, q, kv: (q + kv) % (h + 2) == 0, "(q + kv) % (h + 2) == 0"),
+    "eight": Mod(  # of no to four dimensions; each decides
+        lambda b, h, q, kv: (
+            (EIGHT[0] > 0)
+            ^ (EIGHT[1][h] > 0)
+            ^ (EIGHT[2][b, -1 - h] > 0)
+            ^ (EIGHT[3][b, h, q % 5] > 0)
+            ^ (EIGHT[4][b, h, q % 5, kv % 3] > 0)
+            ^ (EIGHT[5][q] > 0)
+            ^ (EIGHT[6][kv % 7] > 3)
+            ^ EIGHT[7][kv % 2, q % 3]
+        ),
+        "(captures.at<float>($0) > 0.0f) != (captures.at<float>($1, h) > 0.0f) !=\n"
+        "        (captures.at<float>($2, b, -1 - h) > 0.0f) !=\n"
+        "        (captures.at<float>($3, b, h, q % 5) > 0.0f) !=\n"
+        "        (captures.at<float>($4, b, h, q % 5, kv % 3) > 0.0f) !=\n"
+        "        (float(captures.at<half>($5, q)) > 0.0f) !=\n"
+        "        (captures.at<int>($6, kv % 7) > 3) !=\n"
+        "        (captures.at<uchar>($7, kv % 2, q % 3) != 0)",
+        EIGHT,
+    ),
     "hidden": Mod(
         lambda b, h, q, kv: (kv > 40) & (q != 17) & (kv < 80 + 0 * q),
         "kv > 40 && q != 17 && kv < 80",

@@ -26,7 +26,7 @@ from ..harness import (
     with_seed,
 )
 from . import flex_far, flex_functions
-from .attention import F16, F32, dense
+from .attention import F16, F32, dense, ds_tiles
 from .compiled import compile_kernel
 from .properties import Property
 
@@ -105,6 +105,19 @@ def expected(case: FlexCase) -> dict[str, Tensor]:
                 row_stats=stats)  # fmt: skip
 
 
+def dscores(case: FlexCase) -> Tensor:
+    """dS in float64 (B, Hq, L, S), of a case in which all is seen."""
+    q, k, v, do, dlse = (x.double() for x in case.operands())
+    scores = torch.matmul(q, k.repeat_interleave(2, 1).mT) * case.own_scale
+    scores.requires_grad_()
+    mod = SCORES[case.score]
+    assert mod is not None and case.mask == "none" and case.states is None
+    of_scores = mod.function(scores, *case.places())
+    out = torch.matmul(torch.softmax(of_scores, -1), v.repeat_interleave(2, 1))
+    loss = (out * do).sum() + (torch.logsumexp(of_scores, -1) * dlse).sum()
+    return torch.autograd.grad(loss, scores)[0]
+
+
 @dataclass(frozen=True)
 class Flexed:
     """One kernel on one problem."""
@@ -114,6 +127,7 @@ class Flexed:
     case: FlexCase
     check: bool = False
     shared: tuple[bool, bool] = (False, False)  # whether a map is the same for batches, heads
+    stores: bool = False  # dS, which other kernels read
     beside: tuple[str, ...] = ()
 
     def kernel(self, sources: Sources) -> tuple[dict[str, Any], bytes]:
@@ -123,7 +137,7 @@ class Flexed:
         q, k, v, do, _ = case.operands()
         layouts = dict(zip(("q", "k", "v", "out", "dout"), map(Guarded.like, (q, k, v, do, do),
                                                                 ("dense",) * 5)))  # fmt: skip
-        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=0)
+        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=self.stores << 30)
         if has_map:
             batch, heads = (1 if one else n for one, n in zip(self.shared, (case.batch, HEADS)))
             sizes = (batch, 1, heads, case.q_len, case.kv_len)
@@ -187,6 +201,9 @@ class Flexed:
                 outputs[n] = Guarded(right[n].shape, dense(tuple(right[n].shape)), dtype)
                 if n != "row_stats":
                     strides[n] = dense(tuple(right[n].shape))
+            if self.stores:
+                shape = ds_tiles(dscores(case).flatten(0, 1)).shape
+                outputs["ds"] = Guarded(shape, dense(tuple(shape)), F32)
             if self.family == FORWARD:
                 params.out[:] = strides.pop("out")
                 inputs["sinks"] = _guarded(torch.full((HEADS,), torch.nan))
@@ -200,6 +217,10 @@ class Flexed:
         if self.family == FLEX_MAP:
             assert torch.equal(found["mask_map"], self.map()), "the map is another"
             return
+        if self.stores:
+            right["ds"] = ds_tiles(dscores(case).flatten(0, 1))
+            beyond = ds_tiles(torch.ones_like(dscores(case)).flatten(0, 1)) == 0
+            assert not found["ds"][beyond].any(), "dS of what there is not"
         for n, x in found.items():
             y = right[n]
             if n == "row_stats":
@@ -236,6 +257,8 @@ def killers() -> tuple[Flexed | Property, ...]:
         "as many blocks as simdgroups": replace(of_map, kv_len=128),
         "blocks that end with the keys": _blocks(of_map, 25, 30, 1, 1),
         "one block": _blocks(of_map, 1 << 30, 1 << 30, 1, 1),
+        "one more than whole blocks": replace(of_map, q_len=65, kv_len=129),
+        "captures": replace(of_map, mask="eight"),
     }
     alike = {  # maps that are the same for batches, or for heads
         "of batches": (FlexCase(75, 90, 16, "none", "document"), (False, True)),
@@ -248,6 +271,7 @@ def killers() -> tuple[Flexed | Property, ...]:
         "other states": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 12, 20, 1, HEADS),
         "states that end": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 25, 30, 2, 1),
         "captures": FlexCase(75, 90, 16, "eight", "heads"),
+        "captures of a mask": FlexCase(75, 90, 16, "none", "eight"),
         "steps": FlexCase(33, 75, 16, "steps", "none"),
         "outside": FlexCase(75, 90, 16, "outside", "none"),
         "no derivative beyond": FlexCase(75, 75, 16, "beyond", "none"),
@@ -278,6 +302,12 @@ def killers() -> tuple[Flexed | Property, ...]:
             if case.dtype == F32 and name not in ("steps", "captures", "outside")}  # fmt: skip
     return (
         *flex_functions.killers(),
+        *(
+            Flexed(f"flex {family}: dS, {case.q_len}, {case.kv_len}", family, case, stores=True)
+            for family, width in ((DKV, 64), (DKV_PAIRS, 96))
+            for case in (FlexCase(n, m, width, "beyond", "none")
+                         for n, m in ((75, 75), (64, 66), (64, 71), (67, 64), (33, 60)))
+        ),
         *(Flexed(f"flex map: {name}", FLEX_MAP, case) for name, case in maps.items()),
         *(Flexed(f"flex {family}: {name}", f"{family}_flex", case)
           for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1]) for name, case in tiles.items()),
