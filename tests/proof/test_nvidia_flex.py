@@ -4,6 +4,7 @@ CPU engine."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -243,3 +244,19 @@ def test_docs_show_the_committed_run():
     assert text.count(flex_report.BEGIN) == text.count(flex_report.END) == 1
     timed = result("flex_speed")
     assert flex_report.in_docs(text) == (flex_report.section(timed) if timed else "\n")
+
+
+def test_the_committed_proof_is_of_these_kernels_and_whole():
+    proof = result("flex")
+    assert proof is not None, "run benchmarks.nvidia.prove_flex"
+    made_of = hashlib.sha256()
+    for family in build.embed_shaders.FLEX_FAMILIES:
+        made_of.update(build.family_text(family).encode())
+    assert proof["environment"]["sources"]["digest"] == made_of.hexdigest()[:12]
+    assert not [r["case"] for r in proof["records"] if r["failure"]]
+    proven = {r["case"] for r in proof["records"]}
+    assert set(map(str, (*CASES, *flex_cases.trained()))) <= proven
+    assert {label for label, _, _ in controls.disturbed_parameters_of_flex()} <= proven
+    docs = (ROOT / "docs" / "proof.md").read_text()
+    said = f"of {len(proof['kernels'])} kernels whose scores are functions, on an H200, none of "
+    assert f"{said}{len(proof['records'])} problems" in docs
