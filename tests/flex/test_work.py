@@ -139,9 +139,9 @@ def test_functions_cost_little_more_than_the_fixed_kernels(kernel: tuple[str, st
 
 
 def test_a_function_that_costs_more_would_be_noticed(monkeypatch: pytest.MonkeyPatch):
-    """A tanh as right as float32's, where the operands ask for less, is beyond the limit."""
+    """Two more tanh are beyond the limit."""
     dear = model.MODS["tanh"]
-    text = dear.text.replace("flex_tanh(", "precise::tanh(")
+    text = dear.text.replace("return 20.0f * t", "return 20.0f * flex_tanh(t + flex_tanh(s))")
     assert text != dear.text
     monkeypatch.setitem(model.MODS, "tanh", model.Mod(text, dear.table, dear.fixed))
     own, fixed = model.cycles(counts.FORWARD, 64, "tanh")
