@@ -173,6 +173,7 @@ MASKS = {
         (DOCUMENTS,),
     ),
     "pairs": Mod(lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)),
+    "batches": Mod(lambda b, h, q, kv: kv < 40 + 30 * b + 0 * q, "kv < 40 + 30 * b"),
     "heads": Mod(lambda b, h, q, kv: (q + kv) % (h + 2) == 0, "(q + kv) % (h + 2) == 0"),
     "eight": Mod(  # of no to four dimensions; each decides
         lambda b, h, q, kv: (

@@ -261,7 +261,7 @@ def killers() -> tuple[Flexed | Property, ...]:
         "captures": replace(of_map, mask="eight"),
     }
     alike = {  # maps that are the same for batches, or for heads
-        "of batches": (FlexCase(75, 90, 16, "none", "document"), (False, True)),
+        "of batches": (FlexCase(75, 90, 16, "none", "batches"), (False, True)),
         "of heads": (FlexCase(75, 90, 16, "none", "heads"), (True, False)),
         "of all": (FlexCase(75, 90, 16, "none", "pairs"), (True, True)),
     }

@@ -133,7 +133,9 @@ def _compare(function: str, found: Tensor, right: Tensor, size: Tensor, at: Tens
 def _two_floats(sources: Sources, note: Callable[[str], None]) -> None:
     pairs = torch.tensor(list(itertools.product(_SPECIAL, repeat=2)))
     drawn = torch.rand(400, 2, generator=torch.Generator().manual_seed(3)) * 20 - 10
-    pairs = torch.cat((pairs, drawn))
+    # Quotients that are not whole, as a - rest is rounded before it is divided.
+    far = drawn * torch.tensor([1e5, 1.0])
+    pairs = torch.cat((pairs, drawn, far))
     a, b = pairs.unbind(1)
     out = np.full(3 * len(pairs), 77, np.float32)
     _launch(sources, note, "functions_of_two_floats", a.contiguous().numpy(),
