@@ -203,15 +203,12 @@ def _forward(joint: GraphModule) -> GraphModule:
 
 
 def _make_graph(function: Callable[..., Any], arguments: Sequence[Any]) -> GraphModule:
-    # That something is traced is a flag of the process, which makes compiled code of other threads
-    # an error. So they run that call as eager code.
-    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-        return make_fx(
-            function,
-            decomposition_table=_decompositions(),
-            tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )(*arguments)
+    return make_fx(
+        function,
+        decomposition_table=_decompositions(),
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )(*arguments)
 
 
 @functools.cache

@@ -97,7 +97,7 @@ def _raising_what_was_raised(op: Any) -> Any:
             original = calls.take_pending(str(error))
             if original is None and name.startswith("flex_") and _CANNOT in str(error):
                 # Compiled code comes here: eager code asks first, and takes the reference.
-                raise RuntimeError(f"{str(error).splitlines()[0]}{_REMEDY}") from None
+                raise RuntimeError(f"{str(error).rstrip()}{_REMEDY}") from None
             if original is None:
                 raise
             raise original from None

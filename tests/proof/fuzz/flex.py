@@ -67,7 +67,7 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "nothing": lambda b, h, q, kv, t: q < 0,
     "everything": lambda b, h, q, kv, t: q >= 0,
 }
-TRAINED = ("slopes", "table", "whole", "relative", "gain", "of_places", "of_queries")
+TRAINED = ("slopes", "table", "whole", "relative", "gain", "of_places", "of_queries", "of_keys")
 
 
 @dataclass(frozen=True)
