@@ -172,9 +172,9 @@ def test_numbers_are_printed_here(numbers: tuple[Any, Any]):
 _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 _OURS = re.compile(
     r"v\d+|flex_\w+|struct|static|constant|constexpr|const|thread|return|true|false|bool|char|uchar"
-    r"|short|int|uint|long|half|bfloat|float|for|precise|fast|INFINITY|NAN|METAL_FUNC|ScoreMod"
+    r"|short|int|uint|long|ulong|half|bfloat|float|for|precise|fast|INFINITY|NAN|METAL_FUNC|ScoreMod"
     r"|MaskMod|FlexCaptures|captures|at|kUnitSlope|score|sees|derivative|s|b|h|q|kv|abs|fabs|min|max"
-    r"|clamp|floor|ceil|rint|trunc|exp|exp2|log|log2|sqrt|rsqrt|sin|cos|tanh|atan2|i\d+"
+    r"|clamp|floor|ceil|rint|trunc|exp|exp2|log|log2|sqrt|rsqrt|sin|cos|tan|tanh|atan2|i\d+"
 )
 
 
