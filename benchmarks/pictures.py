@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and docs/performance.md: ``python -m benchmarks.pictures``.
+"""Draws the pictures of README.md and docs/: ``python -m benchmarks.pictures``.
 
 Each is made from one committed result file, and carries that file's SHA-256 in its metadata: a test
 holds every picture to the data that it was drawn from. Nothing is measured here.
@@ -116,6 +116,85 @@ def features(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def hidden_pairs(result: dict[str, Any]) -> Figure:
+    """What hides pairs, by the ideal of the blocks that are seen, on a GPU."""
+    from .feature_page import HIDING, PACKED
+    from .nvidia.features_report import LIMIT
+
+    features = [*HIDING, PACKED][::-1]
+    records = [r for r in result["records"] if r["feature"] in features and r["ratio"]]
+    figure = Figure(figsize=(6.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for offset, work, color in ((0.13, "forward", OURS), (-0.13, "backward", STOCK)):
+        chosen = [r for r in records if r["work"] == work]
+        places = [features.index(r["feature"]) + offset for r in chosen]
+        ratios = [r["ratio"]["median"] / r["share"] for r in chosen]
+        axes.plot(ratios, places, "o", color=color, markersize=4, label=work)
+    axes.axvline(1.0, color=GREY, linewidth=1)
+    axes.axvline(LIMIT, color=GREY, linewidth=1, linestyle="--", label=f"the bound, {LIMIT}")
+    axes.set_yticks(range(len(features)), features, fontsize=8)
+    axes.set_xlabel("time / time of the blocks that are seen")
+    axes.set_title(f"What hides pairs ({result['environment']['gpu']}, not a Mac)", fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def decode_rate(result: dict[str, Any]) -> Figure:
+    """Decode's bytes a second by a copy's, over the length of the cache, on a GPU."""
+    from .nvidia.decode_report import TARGET, main_of
+
+    records = [
+        r
+        for r in result["records"]
+        if not r["failure"] and r["q_len"] == 1 and not r["page_size"] and r["batch"] == 1
+    ]
+    figure = Figure(figsize=(6.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    lengths = sorted({r["length"] for r in records})
+    colors = {"float16": OURS, "bfloat16": OURS_LOW, "float32": STOCK}
+    for dtype, marker in DTYPES.items():
+        for head_dim, line in ((64, ":"), (128, "-")):
+            points: dict[int, list[float]] = {}
+            for r in records:
+                if (r["dtype"], r["head_dim"]) == (dtype, head_dim):
+                    points.setdefault(r["length"], []).append(r["of_copy"][main_of(r)]["median"])
+            if points:
+                at = sorted(points)
+                lowest = [min(points[length]) for length in at]
+                name = f"{dtype}, D {head_dim}"
+                axes.plot(at, lowest, marker + line, color=colors[dtype], label=name, markersize=4)
+    axes.axhline(TARGET, color=GREY, linewidth=1, linestyle="--", label=f"the bound, {TARGET}")
+    _lengths(axes, lengths)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("keys in the cache, one sequence")
+    axes.set_ylabel("bytes a second / those of a copy")
+    axes.set_title(
+        f"Decode, lowest over groups ({result['environment']['gpu']}, not a Mac)", fontsize=9
+    )
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def function_cost(result: dict[str, Any]) -> Figure:
+    """What a function as a score adds to a product, beside the fixed kernel for the same."""
+    rows = [x for x in result["cycles"] if x["score"] != "noop"][::-1]
+    figure = Figure(figsize=(6.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for offset, which, color, label in (
+        (0.2, "own", OURS, "score_mod"),
+        (-0.2, "fixed", OURS_LOW, "fixed kernel"),
+    ):
+        added = [x[which] - x["plain"] for x in rows]
+        places = [place + offset for place in range(len(rows))]
+        axes.barh(places, added, height=0.38, color=color, label=label)
+    names = [f"{x['score']}, {x['work']}, D {x['head_dim']}" for x in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_xlabel("cycles that it adds to a product")
+    axes.set_title("Functions as scores (float16, counted by the model, not timed)", fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _machine(result: dict[str, Any]) -> str:
     """The processor's name, which results of before have under another key."""
     environment = result["environment"]
@@ -228,6 +307,9 @@ PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "memory-of-a-layer.png": ("memory.json", memory),
     "predicted-speed.png": ("apple_model/predictions.json", predicted_speed),
     "feature-cost.png": ("apple_model/counts.json", features),
+    "hidden-pairs.png": ("nvidia/features.json", hidden_pairs),
+    "decode-rate.png": ("nvidia/decode.json", decode_rate),
+    "function-cost.png": ("apple_model/flex.json", function_cost),
     "host-cost.png": ("host_cost.json", host_cost),
     "reference-cost.png": ("reference_cost.json", reference_cost),
 }

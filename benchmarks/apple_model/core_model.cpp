@@ -40,6 +40,14 @@ struct Simdgroup {
   std::vector<double> finished;
 };
 
+/// What a scheduler issues next, and when.
+struct Next {
+  double key, start;
+  size_t simdgroup;
+};
+
+constexpr double kNever = 1e300;
+
 struct Threadgroup {
   int arrived = 0;
   double last_arrival = 0;
@@ -53,6 +61,7 @@ struct Core {
   size_t last_served[kSchedulers] = {};
   double threadgroup_free = 0, device_free = 0;
   double busy[6] = {};
+  bool changed[kSchedulers] = {true, true, true, true};  // since its next issue was chosen
 
   /// Finds out what x's next instruction waits for.
   void prepare(Simdgroup& x) {
@@ -69,12 +78,27 @@ struct Core {
                                                             : &scheduler_free[x.scheduler];
   }
 
+  /// Of the scheduler's simdgroups, the first that can issue; of several, that served longest ago.
+  Next choose(int scheduler, const std::vector<size_t>& among) const {
+    const size_t n = simdgroups.size();
+    Next best{kNever, 0, n};
+    for (size_t i : among) {
+      const Simdgroup& x = simdgroups[i];
+      if (x.waits || x.done) continue;
+      const double s = std::max({x.ready, scheduler_free[scheduler], *x.unit_free});
+      const double key = s + 1e-6 * ((i + 2 * n - last_served[scheduler] - 1) % n);
+      if (key < best.key) best = {key, s, i};
+    }
+    return best;
+  }
+
   /// Issues x's next instruction at `start`; returns when its result is there.
   double issue(Simdgroup& x, double start, int simdgroups_each, double barrier_latency) {
     const Instruction& i = x.body[x.position];
     busy[i.unit] += i.cost;
     scheduler_free[x.scheduler] = start + 1;
     x.issue = start + 1;
+    changed[x.scheduler] = true;
     switch (i.unit) {
       case kAlu:
         x.issue = pipe_free[x.scheduler] = start + i.cost;
@@ -102,6 +126,7 @@ struct Core {
             y.waits = false;
             y.issue = t.last_arrival + barrier_latency;
             if (&y != &x) prepare(y);
+            changed[y.scheduler] = true;
           }
           t.arrived = 0;
           t.last_arrival = 0;
@@ -140,22 +165,22 @@ extern "C" double simulate_core(const Instruction* instructions, const int32_t* 
     }
   }
   const size_t n = core.simdgroups.size();
+  std::vector<size_t> of_scheduler[kSchedulers];
+  for (size_t i = 0; i < n; i++) of_scheduler[core.simdgroups[i].scheduler].push_back(i);
+  Next next[kSchedulers];
   for (size_t live = n; live > 0;) {
-    double best = 1e300, start = 0;
     size_t chosen = n;
-    for (size_t i = 0; i < n; i++) {
-      const Simdgroup& x = core.simdgroups[i];
-      if (x.waits || x.done) continue;
-      const double s = std::max({x.ready, core.scheduler_free[x.scheduler], *x.unit_free});
-      if (s > best) continue;
-      const double key = s + 1e-6 * ((i + 2 * n - core.last_served[x.scheduler] - 1) % n);
-      if (key < best) {
-        best = key;
-        start = s;
-        chosen = i;
+    double best = kNever, start = 0;
+    for (int k = 0; k < kSchedulers; k++) {
+      if (core.changed[k]) next[k] = core.choose(k, of_scheduler[k]);
+      core.changed[k] = false;
+      if (next[k].key < best || (next[k].key == best && next[k].simdgroup < chosen)) {
+        best = next[k].key;
+        start = next[k].start;
+        chosen = next[k].simdgroup;
       }
     }
-    if (chosen == n) return -1;
+    if (best == kNever) return -1;
     Simdgroup& x = core.simdgroups[chosen];
     core.last_served[x.scheduler] = chosen;
     x.finished[x.position] = core.issue(x, start, simdgroups_each, barrier_latency);

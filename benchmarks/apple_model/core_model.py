@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SOURCE = Path(__file__).with_name("core_model.cpp")
 BUILD = Path(__file__).resolve().parents[2] / "build" / "apple_model"
 SIMDGROUP = 32
@@ -46,6 +48,7 @@ class Parameters:
     device_latency: float = 300.0
     device_bytes: float = 32.0  #: of device memory (through the caches) each cycle
     device_line: float = 0.5  #: for each cache line that an access touches
+    device_least: float = 1.0  #: of any access to device memory by 32 lanes
     barrier: float = 20.0
     convert: float = 1.0  #: of a float from or to a half
     bfloat_pair: float = 3.0  #: to widen two bfloats
@@ -57,16 +60,12 @@ class Parameters:
     address: float = 1.0  #: scale of the address arithmetic of a block
     pytorch_registers: int = 70  #: of PyTorch's prefill kernel before its tile's share
     unexplained: float = 0.0  #: share lost by PyTorch's kernel once a block has over 64 products
+    slab_registers: int = 40  #: of mlx-train-perf's kernels besides their tiles
     slowdown: float = 1.0  #: of everything; cancels in ratios
 
 
-class _Instruction(ctypes.Structure):
-    _fields_ = [
-        ("cost", ctypes.c_double),
-        ("latency", ctypes.c_double),
-        ("unit", ctypes.c_int32),
-        ("after", ctypes.c_int32 * 3),
-    ]
+#: core_model.cpp's Instruction.
+_INSTRUCTION = np.dtype([("cost", "f8"), ("latency", "f8"), ("unit", "i4"), ("after", "i4", 3)])
 
 
 @cache
@@ -162,12 +161,13 @@ class Trace:
         moved = nbytes if moved is None else moved
         cost = moved * (cached / 64 + (1 - cached) / self.p.device_bytes)
         latency = self.p.device_latency * (0.4 * cached + 1 - cached)
-        return self._add(DEVICE, max(cost, lines * self.p.device_line), latency, after)
+        least = max(self.p.device_least, lines * self.p.device_line)
+        return self._add(DEVICE, max(cost, least), latency, after)
 
     def write_device(self, nbytes: float, *after: Handle, lines: float = 0) -> int:
         self.counts["device_bytes_written"] += nbytes
-        cost = max(nbytes / self.p.device_bytes, lines * self.p.device_line)
-        return self._add(DEVICE, cost, 50, after)
+        least = max(self.p.device_least, lines * self.p.device_line)
+        return self._add(DEVICE, max(nbytes / self.p.device_bytes, least), 50, after)
 
     def spill(self, nbytes: float, cached: float) -> None:
         """Writes a register to device memory and reads it again, which the engine's kernels never
@@ -239,9 +239,7 @@ def simulate(
         raise ValueError("the simdgroups of a pair must do as many products each")
     instructions = [x for role in roles for x in role.instructions]
     lengths = (ctypes.c_int32 * len(roles))(*(len(role.instructions) for role in roles))
-    body = (_Instruction * len(instructions))()
-    for slot, (cost, latency, unit, after) in zip(body, instructions, strict=True):
-        slot.cost, slot.latency, slot.unit, slot.after[:] = cost, latency, unit, after
+    body = np.array(instructions, _INSTRUCTION)
     utilisation = (ctypes.c_double * 4)()
     total = 0.0
     least = trace.products * trace.p.mma_half * simdgroups / SCHEDULERS  # cycles of a block
@@ -249,7 +247,7 @@ def simulate(
         stagger = 97.0 + 211 * k
         blocks = warm_up + window + 2 * int(stagger / least)
         cycles = _library().simulate_core(
-            body,
+            body.ctypes.data_as(ctypes.c_void_p),
             lengths,
             len(roles),
             threadgroups,

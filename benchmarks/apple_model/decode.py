@@ -3,15 +3,18 @@
 Model A (issue_model.py): exact counts of one simdgroup for a block of 16 keys, weighted with the
 published rates of the Apple7/8 GPU. Beside the bytes of the block that is a rate at full issue,
 which the memory of a Mac (specifications of Apple, clocks as published) has to be below for the
-kernel to be bound by it. It needs the simulator's compiler, no GPU.
+kernel to be bound by it. It needs the simulator's compiler, no GPU. With ``--write`` the figures go
+into results/apple_model/decode.json.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from simulator import engine
@@ -25,6 +28,8 @@ from .issue_model import issue
 sys.path.insert(0, str(ROOT / "native"))
 import embed_shaders
 
+RECORD = ROOT / "benchmarks" / "results" / "apple_model" / "decode.json"
+MADE_BY = "python -m benchmarks.apple_model.decode --write"
 SHORT, LONG = 4, 8  # blocks of a simdgroup: no part has fewer
 BLOCK = 16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -105,30 +110,68 @@ def count(
     return _counts(launch(SHORT), launch(LONG), 4, (SHORT, LONG))
 
 
-def main() -> None:
-    planner = new_planner()
-    print("bytes of memory a core-cycle: " + ", ".join(f"{m.name} {m.rate:.1f}" for m in MACS))
-    fastest = max(MACS, key=lambda mac: mac.rate)
-    for dtype, width, rows, paged, score in (
-        *((dtype, width, 8, False, "") for dtype in DTYPES for width in (64, 128, 256)),
-        *((dtype, 128, 16, False, "") for dtype in DTYPES),
-        ("float16", 128, 8, True, ""),
-        ("float16", 128, 8, False, "softcap alibi"),
-        ("float16", 80, 8, False, ""),
-    ):
-        counts = count(planner, dtype, width, rows, paged, score)
-        cycles = issue("attention_decode", counts)
-        size = counts.steady["device_bytes_read"]
-        rate = SCHEDULERS * size / cycles.cycles
+CASES = (
+    *((dtype, width, 8, False, "") for dtype in DTYPES for width in (64, 128, 256)),
+    *((dtype, 128, 16, False, "") for dtype in DTYPES),
+    ("float16", 128, 8, True, ""),
+    ("float16", 128, 8, False, "softcap alibi"),
+    ("float16", 80, 8, False, ""),
+)
+FASTEST = max(MACS, key=lambda mac: mac.rate)  #: memory for a core
+
+
+def row_of(
+    planner: Planner, dtype: str, width: int, heads: int, paged: bool, score: str
+) -> dict[str, Any]:
+    """Cycles of a product, bytes that a block of keys reads and has in the cache, and the bytes of
+    a core-cycle at full issue, and by the products alone, by those of FASTEST."""
+    counts = count(planner, dtype, width, heads, paged, score)
+    cycles = issue("attention_decode", counts)
+    size = counts.steady["device_bytes_read"]
+    return dict(
+        dtype=dtype,
+        head_dim=width,
+        rows=heads,
+        paged=paged,
+        score=score,
+        cycles=cycles.per_product,
+        parts={k: v / cycles.products for k, v in cycles.parts.items() if v},
+        bytes_read=size,
+        bytes_in_cache=2 * BLOCK * width * DTYPES[dtype].itemsize,
+        rate=SCHEDULERS * size / cycles.cycles / FASTEST.rate,
         # Nothing but the products of the matrix unit, of which 16 rows have twice as many.
-        bound = SCHEDULERS * size / cycles.parts["mma"]
-        words = f"{dtype} D{width}, {rows} rows" + ", paged" * paged + f", {score}" * bool(score)
-        parts = {k: round(v / cycles.products, 1) for k, v in cycles.parts.items() if v}
-        print(
-            f"{words}: {cycles.per_product:.1f} cycles a product, {size:.0f} bytes a block, "
-            f"{rate:.1f} bytes a core-cycle = {rate / fastest.rate:.2f} x {fastest.name}, "
-            f"{bound / fastest.rate:.2f} by its products alone; {parts}"
-        )
+        by_products=SCHEDULERS * size / cycles.parts["mma"] / FASTEST.rate,
+    )
+
+
+def record() -> list[dict[str, Any]]:
+    planner = new_planner()
+    return [row_of(planner, *case) for case in CASES]
+
+
+def line(row: dict[str, Any]) -> str:
+    words = f"{row['dtype']} D{row['head_dim']}, {row['rows']} rows"
+    words += ", paged" * row["paged"] + f", {row['score']}" * bool(row["score"])
+    parts = {name: round(value, 1) for name, value in row["parts"].items()}
+    return (
+        f"{words}: {row['cycles']:.1f} cycles a product, {row['bytes_read']:.0f} bytes a block, "
+        f"{row['rate'] * FASTEST.rate:.1f} bytes a core-cycle = {row['rate']:.2f} x "
+        f"{FASTEST.name}, "
+        f"{row['by_products']:.2f} by its products alone; {parts}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}, too")
+    write = parser.parse_args().write
+    print("bytes of memory a core-cycle: " + ", ".join(f"{m.name} {m.rate:.1f}" for m in MACS))
+    rows = record()
+    if write:
+        content = {"made_by": MADE_BY, "fastest": FASTEST.name, "cases": rows}
+        RECORD.write_text(json.dumps(content, indent=1) + "\n")
+    for row in rows:
+        print(line(row))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def evaluate(kernel: Any, p: Parameters, more: float = 0) -> tuple[Run, int, Tra
     groups = resident_threadgroups(
         p, kernel.threadgroup_bytes(), kernel.simdgroups, registers_of(kernel, p) + more
     )
-    return simulate(trace, groups, kernel.simdgroups), groups * kernel.simdgroups, trace
+    played = getattr(kernel, "played", {})
+    run = simulate(trace, groups, kernel.simdgroups, **played)
+    return run, groups * kernel.simdgroups, trace
 
 
 def pessimism(p: Parameters, products: float) -> float:

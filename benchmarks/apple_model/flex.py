@@ -1,20 +1,27 @@
 """python -m benchmarks.apple_model.flex: what functions as scores add to a product, by model A.
 
 Cycles of a scheduler for an 8x8x8 product in float16, above the kernel with plain scores, of the
-functions in `MODS` and of the fixed kernels for the same scores. Counted anew at each run.
+functions in `MODS` and of the fixed kernels for the same scores. Counted anew at each run; with
+``--write`` into results/apple_model/flex.json.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from . import counts
+from . import counts, gate
 from .counts import Counts, Variant
 from .issue_model import issue
 
+RECORD = gate.RESULTS / "flex.json"
+MADE_BY = "python -m benchmarks.apple_model.flex --write"
 CAPTURES, FIRST_CAPTURE = 8, 23  # shaders/flex_params.h
 KERNELS: tuple[tuple[str, str, int], ...] = (
     ("forward, D 64", counts.FORWARD, 64),
@@ -24,6 +31,12 @@ KERNELS: tuple[tuple[str, str, int], ...] = (
     ("dq, D 64", counts.DQ, 64),
     ("D 128", counts.DQ, 128),
 )
+WORK = {
+    counts.FORWARD: "forward",
+    counts.DKV: "dk/dv",
+    counts.DKV_PAIRS: "dk/dv",
+    counts.DQ: "dq",
+}
 
 
 @dataclass(frozen=True)
@@ -120,24 +133,40 @@ def cycles(family: str, head_dim: int, name: str) -> tuple[float, float]:
     return own, fixed
 
 
-def table() -> list[list[str]]:
-    rows = [["score", *(title for title, _, _ in KERNELS)], ["---"] * (len(KERNELS) + 1)]
-    plain = {
-        (family, head_dim): issue(family, counts.count(family, "float16", head_dim)).per_product
-        for _, family, head_dim in KERNELS
-    }
-    for name in MODS:
-        pairs = [
-            (*cycles(family, head_dim, name), plain[family, head_dim])
-            for _, family, head_dim in KERNELS
-        ]
-        rows.append([name, *(f"{own - base:+.2f}" for own, _, base in pairs)])
-        rows.append([f"{name}, fixed", *(f"{fixed - base:+.2f}" for _, fixed, base in pairs)])
-    return rows
+def record() -> list[dict[str, Any]]:
+    """Of each of MODS in each kernel: cycles of a product with plain scores, with the function, and
+    of the fixed kernel for the same scores."""
+    return [
+        dict(zip(("own", "fixed"), cycles(family, head_dim, name)))
+        | dict(
+            score=name,
+            kernel=title,
+            work=WORK[family],
+            head_dim=head_dim,
+            plain=issue(family, counts.count(family, "float16", head_dim)).per_product,
+        )
+        for name in MODS
+        for title, family, head_dim in KERNELS
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What functions and fixed kernels add to a product."""
+    lines = [["score", *(title for title, _, _ in KERNELS)], ["---"] * (len(KERNELS) + 1)]
+    for name in dict.fromkeys(row["score"] for row in rows):
+        of_score = [row for row in rows if row["score"] == name]
+        for words, which in ((name, "own"), (f"{name}, fixed", "fixed")):
+            lines.append([words, *(f"{row[which] - row['plain']:+.2f}" for row in of_score)])
+    return lines
 
 
 def main() -> None:
-    for line in table():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}, too")
+    rows = record()
+    if parser.parse_args().write:
+        RECORD.write_text(json.dumps({"made_by": MADE_BY, "cycles": rows}, indent=1) + "\n")
+    for line in table(rows):
         print(f"| {' | '.join(line)} |")
 
 

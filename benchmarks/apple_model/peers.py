@@ -39,7 +39,7 @@ class Prefill:
         t = Trace(p)
         size, columns, depth = self.size, self.bk // 8, self.head_dim // 8
         elements = self.bk * self.head_dim // (self.simdgroups * SIMDGROUP)  # of a lane
-        loads = elements * size // 8
+        loads = -(-elements * size // 8)
 
         def load_block() -> list[int]:
             return [t.read_device(256, lines=min(32, elements * size // 4)) for _ in range(loads)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from . import counts, kernels
+from . import counts, held_out, kernels
 from .core_model import CEILING, MAX_REGISTERS, Parameters
 from .ensemble import ENSEMBLE, Spread, ensemble, evaluate, pessimism, registers_of
 from .fit import PUBLISHED, milliseconds
@@ -244,6 +244,7 @@ def everything(step: int = 1) -> dict[str, Any]:
         device=PUBLISHED["device"],
         parameter_sets=len(ensemble(step)),
         leave_one_out=fitted["leave_one_out"],
+        held_out=held_out.rows(step),
         published=published_row(step),
         kernels=[kernel_row(*case, step) for case in cases],
         backward=[

@@ -19,7 +19,7 @@ MODES = ("equal-rate", "native")
 TARGETS = {False: 1.2, True: 2.5}
 """Times of ours that every peer's forward (False) and whole backward (True) should take at least,
 at equal rate."""
-DOCS = ROOT / "docs" / "performance.md"
+PAGE, APPENDIX = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance-tables.md"
 BEGIN, END = "<!-- benchmarks.nvidia.peers -->", "<!-- end -->"
 _DIRECTIONS = {False: "forward", True: "backward"}
 
@@ -261,8 +261,8 @@ def page(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(result: dict) -> list[str]:
-    """What the documents show: each peer's mean and range, and every cell below the target."""
+def summary(result: dict, named: bool = True) -> list[str]:
+    """What the documents show: each peer's mean and range, and the cells below the target."""
     head = ["kernel", "", "mean", "least", "most", "cells", "of them below the target"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for backward, direction in _DIRECTIONS.items():
@@ -272,14 +272,26 @@ def summary(result: dict) -> list[str]:
             values = sorted(c.median for c in of_peer)
             missed = [f"{c.problem}: {c.median:.3f}" for c in of_peer if c.misses]
             numbers = [f"{x:.2f}" for x in (_mean(values), values[0], values[-1])]
-            named = f"{len(missed)}: " + "; ".join(missed) if missed else "none"
-            line = [peer, direction, *numbers, str(len(values)), named]
+            said = str(len(missed)) if missed else "none"
+            if missed and named:
+                said += ": " + "; ".join(missed)
+            line = [peer, direction, *numbers, str(len(values)), said]
             lines.append(f"| {' | '.join(line)} |")
     return lines
 
 
-def section(result: dict) -> str:
+def brief(result: dict) -> str:
     """What stands between the marks in docs/performance.md."""
+    gpus = ", ".join(dict.fromkeys(run["gpu"] for run in result["runs"]))
+    notes = (
+        f"Times at equal rate on an {gpus}, which is no Mac. {_TARGET}",
+        "[Which cells are below it](performance-tables.md#beside-the-kernels-of-others).",
+    )
+    return "\n".join(["", notes[0], "", *summary(result, named=False), "", notes[1], ""])
+
+
+def section(result: dict) -> str:
+    """What stands between the marks in docs/performance-tables.md: every cell below the target."""
     notes = (
         f"At equal rate on an {_where(result)}. {_READING.rstrip()}",
         f"{_TARGET} [Every cell, and what differs](../benchmarks/results/nvidia/peers.md).",
@@ -293,9 +305,11 @@ def in_docs(text: str) -> str:
 
 
 def write_docs(result: dict) -> None:
-    text = DOCS.read_text()
     whole = re.escape(BEGIN) + ".*?" + re.escape(END)
-    DOCS.write_text(re.sub(whole, lambda _: f"{BEGIN}{section(result)}{END}", text, flags=re.S))
+    for path, written in ((PAGE, brief(result)), (APPENDIX, section(result))):
+        new = f"{BEGIN}{written}{END}"
+        text = re.sub(whole, lambda _, new=new: new, path.read_text(), flags=re.S)
+        path.write_text(text)
 
 
 def progress(record: dict) -> str:

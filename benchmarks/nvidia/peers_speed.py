@@ -3,7 +3,7 @@
 ``python -m benchmarks.nvidia.peers_speed`` needs torch with CUDA and what ``build --peers`` made.
 Nothing is timed before its numbers agree with float64 in the same run. It writes one JSON file and
 a Markdown table; the exit status is 1 if anything failed. With ``--docs`` it needs no GPU, and puts
-the table of that file into docs/performance.md.
+the tables of that file into docs/performance.md and its appendix.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def _write(bench: Bench, earlier: dict | None, output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="only docs/performance.md")
+    parser.add_argument("--docs", action="store_true", help="only the tables in docs/")
     parser.add_argument("--seconds", type=float, default=0.4, help="of turns, for each direction")
     parser.add_argument("--budget", type=float, default=1e9, help="no problem begins after these")
     parser.add_argument("--only", nargs="*", default=[], help='words of a problem: "D64", "causal"')

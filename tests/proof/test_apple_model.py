@@ -1,11 +1,9 @@
-"""The speed model of Apple GPUs: its traces are the kernels', its parameters fit what is published,
-and its core does what simple cases demand."""
+"""The speed model of Apple GPUs: its traces are the kernels', its core does what simple cases
+demand, and its committed predictions are new. What it is fitted to: test_apple_model_fit.py."""
 
 from __future__ import annotations
 
-import functools
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +13,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.apple_model import core_model, counts, fit, kernels, problems, targets  # noqa: E402
+from benchmarks.apple_model import __main__ as tables  # noqa: E402
+from benchmarks.apple_model import (  # noqa: E402
+    core_model,
+    counts,
+    kernels,
+    problems,
+    targets,
+)
 from benchmarks.apple_model.__main__ import markdown  # noqa: E402
 from benchmarks.apple_model.core_model import Parameters, Trace, simulate  # noqa: E402
-from benchmarks.apple_model.ensemble import ENSEMBLE, Spread, ensemble  # noqa: E402
+from benchmarks.apple_model.ensemble import ENSEMBLE, Spread  # noqa: E402
 from benchmarks.apple_model.issue_model import issue  # noqa: E402
 from benchmarks.apple_model.peers import prefill  # noqa: E402
-from benchmarks.apple_model.predictions import kernel_row, published_row, result  # noqa: E402
+from benchmarks.apple_model.predictions import kernel_row, result  # noqa: E402
 from benchmarks.apple_model.structures import (  # noqa: E402
     BackwardDkv,
     BackwardDkvPairs,
@@ -31,9 +36,6 @@ from benchmarks.apple_model.structures import (  # noqa: E402
 
 FITTED = json.loads(ENSEMBLE.read_text())
 PREDICTIONS = ROOT / "benchmarks" / "results" / "apple_model" / "predictions.json"
-needs_prefill = pytest.mark.skipif(
-    not counts.PREFILL_HEADER.exists(), reason="this torch has no Metal prefill kernel"
-)
 PAIRS = (kernels.DKV_PAIRS, kernels.DKV_PAIRS_STORING)
 NARROW = tuple(x for x in kernels.FAMILIES if x not in PAIRS)
 WIDE = tuple(x for x in kernels.FAMILIES if x not in (kernels.DKV, kernels.DKV_STORING))
@@ -177,62 +179,6 @@ def test_residency():
     assert core_model.resident_threadgroups(rounded, 9216, 4, 60) == 3
 
 
-# ---- what it is fitted to
-
-
-def test_ensemble_reproduces_the_published_points():
-    """Every tenth set, computed again, and all sets as recorded are within the fit's tolerance."""
-    assert len(FITTED["sets"]) >= 40
-    for entry in FITTED["sets"][::10]:
-        again = fit.ratios(Parameters(**entry["parameters"]))
-        assert again == pytest.approx(entry["predicted_over_measured"], abs=1e-3)
-        assert fit.rms(again) < fit.TOLERANCE
-    for i, point in enumerate(FITTED["points"]):
-        median = statistics.median(x["predicted_over_measured"][i] for x in FITTED["sets"])
-        assert abs(median - 1) < fit.TOLERANCE, point
-
-
-def test_leave_one_out_error():
-    """Docs quote the file's error; predictions are tested below."""
-    errors = {x["point"]: x for x in FITTED["leave_one_out"]}
-    assert list(errors) == FITTED["points"] == [x["name"] for x in fit.POINTS]
-    assert all(x["sets"] == 60 for x in errors.values())
-    text = (ROOT / "docs" / "apple-model.md").read_text()
-    for point in ("prefill 32x16", "MFA head_dim 64", "MFA head_dim 128"):
-        x = errors[point]
-        assert f"{x['median']:.2f} [{x['low']:.2f}..{x['high']:.2f}]" in text, point
-
-
-@needs_prefill
-def test_prefill_of_pytorch_against_its_published_times():
-    """float16, causal, head_dim 128 on M1 Max: the kernel from the wheel, counted here."""
-    row = published_row(step=4)
-    median, low, high = row["b_milliseconds"]
-    for published in row["published"].values():
-        assert abs(median / published - 1) < 0.1
-        assert abs(row["a_milliseconds"] / published - 1) < 0.15
-    assert low < high
-
-
-def test_search_is_deterministic():
-    a, b = (fit.search(7, 6) for _ in range(2))
-    assert a == b and len(a) > 2
-
-
-def test_a_point_left_out_breeds_nothing(monkeypatch: pytest.MonkeyPatch):
-    """The search without a point tries the same sets whatever that point was measured to be; the
-    search without another point does not."""
-    monkeypatch.setattr(fit, "predicted", functools.cache(fit.predicted))
-
-    def tried(without: int) -> list[Parameters]:
-        return [p for p, _ in fit.search(7, 32, without)]
-
-    before = {without: tried(without) for without in (1, 2)}
-    monkeypatch.setitem(fit.POINTS[1], "milliseconds", 2 * fit.POINTS[1]["milliseconds"])
-    assert tried(1) == before[1]
-    assert tried(2) != before[2]
-
-
 # ---- predictions
 
 
@@ -270,6 +216,16 @@ def test_committed_predictions_quote_the_error():
     content = json.loads(PREDICTIONS.read_text())
     assert content["leave_one_out"] == FITTED["leave_one_out"]
     assert markdown(content) == PREDICTIONS.with_suffix(".md").read_text()
+
+
+def test_docs_have_the_tables_of_the_predictions():
+    content = json.loads(PREDICTIONS.read_text())
+    text = tables.DOCS.read_text()
+    assert tables.documented(text, content) == text, (
+        "run python -m benchmarks.apple_model --only-error"
+    )
+    with pytest.raises(ValueError, match="0 marks"):
+        tables.documented("nothing", content)
 
 
 def test_docs_quote_the_targets_tables():
@@ -434,10 +390,3 @@ def test_sweep_prints_structures():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(result.stdout)
     assert len(rows) == 2 and all(17 < r["cycles"][0] < 40 for r in rows)
-
-
-def test_ensemble_is_spread():
-    """The sets must differ, or their range would mean nothing."""
-    sets = ensemble()
-    for name in ("mma_float", "shared_latency", "bank_conflicts", "unexplained"):
-        assert len({getattr(p, name) for p in sets}) > 1

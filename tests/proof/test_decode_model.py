@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("simulator", reason="products are counted by the simulator's engine")
@@ -47,3 +49,13 @@ def test_pages_cost_their_numbers(planner: decode.Planner):
     more = paged.steady["device_bytes_read"] - plain.steady["device_bytes_read"]
     assert more == 4 * 32  # the page of a block, asked for by each lane
     assert paged.steady["mma_half"] == plain.steady["mma_half"]
+
+
+def test_the_committed_record_is_of_the_present_kernel(planner: decode.Planner):
+    """docs/features.md shows it; `benchmarks.apple_model.decode --write` makes it anew."""
+    rows = json.loads(decode.RECORD.read_text())["cases"]
+    assert len(rows) == len(decode.CASES)
+    for number in (1, 9, 12):  # 8 rows, 16 rows, pages
+        now = decode.row_of(planner, *decode.CASES[number])
+        assert now.pop("parts") == pytest.approx(rows[number].pop("parts"))
+        assert now == pytest.approx(rows[number])

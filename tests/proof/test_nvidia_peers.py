@@ -368,17 +368,31 @@ def test_summary_names_each_peer_once_and_its_misses():
     assert len(lines) == 7
 
 
+def test_the_page_has_the_numbers_of_cells_alone():
+    lines = peers_report.summary(RESULT, named=False)
+    assert "| MLX | forward | 1.10 | 1.10 | 1.10 | 1 | 1 |" in lines
+    assert "| PyTorch 2.13 | forward | 1.50 | 1.50 | 1.50 | 1 | none |" in lines
+
+
 def test_docs_are_written_between_their_marks(monkeypatch, tmp_path):
-    docs = tmp_path / "performance.md"
-    docs.write_text(f"before\n{peers_report.BEGIN}old{peers_report.END}\nafter\n")
-    monkeypatch.setattr(peers_report, "DOCS", docs)
+    made = {"PAGE": peers_report.brief(RESULT), "APPENDIX": peers_report.section(RESULT)}
+    for name in made:
+        docs = tmp_path / name
+        docs.write_text(f"before\n{peers_report.BEGIN}old{peers_report.END}\nafter\n")
+        monkeypatch.setattr(peers_report, name, docs)
     peers_report.write_docs(RESULT)
-    text = docs.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert peers_report.in_docs(text) == peers_report.section(RESULT)
+    for name, section in made.items():
+        text = (tmp_path / name).read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert peers_report.in_docs(text) == section
 
 
 def test_docs_show_the_committed_result():
     result = json.loads((RESULTS / "peers.json").read_text())
-    assert peers_report.in_docs(peers_report.DOCS.read_text()) == peers_report.section(result)
+    shown = {
+        path: peers_report.in_docs(path.read_text())
+        for path in (peers_report.PAGE, peers_report.APPENDIX)
+    }
+    assert shown[peers_report.PAGE] == peers_report.brief(result)
+    assert shown[peers_report.APPENDIX] == peers_report.section(result)
     assert (RESULTS / "peers.md").read_text() == peers_report.page(result)

@@ -119,7 +119,7 @@ def _text(problem: Problem, part: str, slab: int, name: str) -> Text:
     return Text(source.encode("ascii", "ignore").decode())  # others stand in comments only
 
 
-def _step(problem: Problem, part: str, slab: int) -> Step:
+def step(problem: Problem, part: str, slab: int) -> Step:
     batch, heads, length, head_dim = problem.sizes()
     name = f"mlx_train_perf_{part}_{problem.dtype}_d{head_dim}"
     groups = (blocks(length, _ROWS), batch * heads, 1)
@@ -150,10 +150,10 @@ def entrants(problem: Problem) -> Iterator[Entrant]:
     if not problem.causal or not problem.backward or problem.window:
         return
     offered = problem.dtype != "float16"
-    delta = _step(problem, "delta", 0)
+    delta = step(problem, "delta", 0)
     for slab in slabs(problem.head_dim):
         variant = f"slab {slab}"
-        forward = (_step(problem, "forward", slab),)
+        forward = (step(problem, "forward", slab),)
         yield Entrant("mlx-train-perf", variant, False, forward, offered)
-        backward = (delta, _step(problem, "dq", slab), _step(problem, "dkv", slab))
+        backward = (delta, step(problem, "dq", slab), step(problem, "dkv", slab))
         yield Entrant("mlx-train-perf", variant, True, backward, offered, wide=("dk", "dv"))
