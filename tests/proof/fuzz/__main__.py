@@ -27,7 +27,6 @@ from .problems import PROBLEMS, AnyExample, check_any, is_known, name_of
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 _DEFAULT = [x for x in PROBLEMS if x != "trees" or sys.platform != "darwin"]
-_BATCH = 100  # examples between two looks at the clock, of one kind of problem
 
 
 def main() -> int:
@@ -54,7 +53,7 @@ def main() -> int:
 
         @hypothesis_seed(args.seed * 1_000_003 + batches)
         @settings(
-            max_examples=_BATCH, deadline=None, database=None,
+            max_examples=PROBLEMS[of].batch, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(example=PROBLEMS[of].examples())

@@ -21,6 +21,8 @@ class Problem(NamedTuple):
     examples: Callable[[], st.SearchStrategy[Any]]
     check: Callable[[Any], str]
     """Runs a call and judges it; which path it took."""
+    batch: int = 100
+    """Examples between two looks at the clock."""
 
 
 PROBLEMS = {
@@ -28,7 +30,7 @@ PROBLEMS = {
     "cache": Problem(cache_examples, check_cache),
     "pages": Problem(pages_examples, check_pages),
     "flex": Problem(flex_examples, check_flex),
-    "trees": Problem(trees_examples, check_trees),
+    "trees": Problem(trees_examples, check_trees, 10),
 }
 """flash_attn with its gradients, flash_attn_with_kvcache, flash_attn_varlen_func with pages,
 flex_attention with its gradients, and the Metal text of functions (by the engine of the simulator).
