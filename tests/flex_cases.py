@@ -75,6 +75,15 @@ EIGHT = (
     torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool),
 )
 
+OUTSIDE = _table(11, 5, seed=9)
+
+
+def _clamped(table: Tensor, *indices: Tensor) -> Tensor:
+    """What a text reads at indices that may lie beyond the ends."""
+    places = (torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, table.shape))
+    return table[tuple(places)].double()
+
+
 SCORES = {
     "none": None,
     "noop": Mod(lambda s, *_: s, "    derivative = 1.0f;\n    return s;", unit_slope=True),
@@ -135,6 +144,18 @@ SCORES = {
         EIGHT,
         unit_slope=True,
     ),
+    "capped": Mod(  # by the tanh of a text, which is as right as the operands' dtype asks
+        lambda s, *_: 5.0 * torch.tanh(s / 5.0),
+        "    const float t = flex_tanh(s / 5.0f);\n"
+        "    derivative = 1.0f - t * t;\n    return 5.0f * t;",
+    ),
+    "outside": Mod(  # indices beyond both ends
+        lambda s, b, h, q, kv: s + _clamped(OUTSIDE, q - 9, 2 * h) + _clamped(OUTSIDE, -kv, h - 7),
+        "    derivative = 1.0f;\n    return s + captures.at<float>($0, q - 9, 2 * h) +\n"
+        "           captures.at<float>($0, -kv, h - 7);",
+        (OUTSIDE,),
+        unit_slope=True,
+    ),
     "beyond": Mod(  # no derivative at 0, which is what there is beyond the ends
         lambda s, *_: (s.abs() + 1e-30).sqrt(),
         "    const float root = precise::sqrt(abs(s) + 1e-30f);\n"
@@ -152,7 +173,28 @@ MASKS = {
         (DOCUMENTS,),
     ),
     "pairs": Mod(lambda b, h, q, kv: PAIRS[q, kv], "captures.at<uchar>($0, q, kv) != 0", (PAIRS,)),
+    "batches": Mod(lambda b, h, q, kv: kv < 40 + 30 * b + 0 * q, "kv < 40 + 30 * b"),
     "heads": Mod(lambda b, h, q, kv: (q + kv) % (h + 2) == 0, "(q + kv) % (h + 2) == 0"),
+    "eight": Mod(  # of no to four dimensions; each decides
+        lambda b, h, q, kv: (
+            (EIGHT[0] > 0)
+            ^ (EIGHT[1][h] > 0)
+            ^ (EIGHT[2][b, -1 - h] > 0)
+            ^ (EIGHT[3][b, h, q % 5] > 0)
+            ^ (EIGHT[4][b, h, q % 5, kv % 3] > 0)
+            ^ (EIGHT[5][q] > 0)
+            ^ (EIGHT[6][kv % 7] > 3)
+            ^ EIGHT[7][kv % 2, q % 3]
+        ),
+        "(captures.at<float>($0) > 0.0f) != (captures.at<float>($1, h) > 0.0f) !=\n"
+        "        (captures.at<float>($2, b, -1 - h) > 0.0f) !=\n"
+        "        (captures.at<float>($3, b, h, q % 5) > 0.0f) !=\n"
+        "        (captures.at<float>($4, b, h, q % 5, kv % 3) > 0.0f) !=\n"
+        "        (float(captures.at<half>($5, q)) > 0.0f) !=\n"
+        "        (captures.at<int>($6, kv % 7) > 3) !=\n"
+        "        (captures.at<uchar>($7, kv % 2, q % 3) != 0)",
+        EIGHT,
+    ),
     "hidden": Mod(
         lambda b, h, q, kv: (kv > 40) & (q != 17) & (kv < 80 + 0 * q),
         "kv > 40 && q != 17 && kv < 80",

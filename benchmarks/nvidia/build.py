@@ -8,6 +8,7 @@ and PyTorch's own, an archive for each mode. With --features it writes build/nvi
 features.py: the kernels of its comparisons at equal rate. With --caches it writes
 build/nvidia/caches/: the kernels for caches that prove_caches.py runs, and those that
 decode_speed.py times, with PyTorch's.
+--flex makes what prove_flex.py and flex_speed.py run, with the texts of their mods.
 --peers and --products make what peers_speed.py runs, others' texts from packages that are
 fetched among them, and products.py.
 """
@@ -36,15 +37,21 @@ from . import (
     cache_cases,
     caches,
     cases,
+    controls,
     decode_peer,
     decode_works,
     feature_works,
     few_queries,
+    flex_cases,
+    flex_texts,
+    flex_works,
     peer,
     peers,
     products_cases,
     workloads,
 )
+from .flex_cases import FlexCase
+from .flex_plans import FlexPlanner
 from .paths import (
     CACHES_KERNELS,
     CACHES_PLANNER,
@@ -53,6 +60,12 @@ from .paths import (
     FEATURES_KERNELS,
     FEATURES_PLANNER,
     FEATURES_SOURCES,
+    FLEX_KERNELS,
+    FLEX_PLANNER,
+    FLEX_SOURCES,
+    FLEX_SPEED_KERNELS,
+    FLEX_SPEED_TEXTS,
+    FLEX_TEXTS,
     KERNELS,
     PEERS_KERNELS,
     PEERS_PLANNER,
@@ -87,6 +100,8 @@ def build_planner(library: Path) -> Planner:
 @functools.cache
 def family_text(family: str) -> str:
     """The sources are read once: somebody may edit the shaders during a long build."""
+    if family in embed_shaders.FLEX_FAMILIES:
+        return embed_shaders.flatten_flex(embed_shaders.FLEX_FAMILIES[family])
     return embed_shaders.flatten((embed_shaders.FAMILIES | embed_shaders.CACHE_FAMILIES)[family])
 
 
@@ -106,18 +121,10 @@ def write_archive(path: Path, texts: Iterable[tuple[str, str]]) -> None:
 
 def build_kernels(variants: dict[str, Kernel], arch: str, jobs: int) -> None:
     started = time.monotonic()
-
-    def compile_all() -> Iterator[tuple[str, str]]:
-        with ThreadPoolExecutor(jobs) as pool:
-            sources = (source_of(kernel) for kernel in variants.values())
-            texts = pool.map(lambda source: ptx.compile(source, arch=arch), sources)
-            for done, text in enumerate(zip(variants, texts), 1):
-                yield text
-                if done % 24 == 0 or done == len(variants):
-                    seconds = time.monotonic() - started
-                    print(f"{done} of {len(variants)}, {seconds:.0f} s", flush=True)
-
-    write_archive(KERNELS, compile_all())
+    with ThreadPoolExecutor(jobs) as pool:
+        sources = (source_of(kernel) for kernel in variants.values())
+        texts = pool.map(lambda source: ptx.compile(source, arch=arch), sources)
+        write_archive(KERNELS, _told(zip(variants, texts), len(variants), started))
 
 
 def in_both_modes(compile_mode: Callable[[bool], str]) -> dict[str, str]:
@@ -236,6 +243,53 @@ def build_cache_kernels(of: caches.CachePlanner, arch: str, jobs: int) -> int:
     return len(proven) + 2 * len(timed) + len(theirs)
 
 
+def flex_problems() -> Iterator[FlexCase]:
+    """All that prove_flex.py runs whose mods have texts."""
+    for group in flex_cases.GROUPS.values():
+        yield from group()
+    yield from flex_cases.small()
+    for _, case, _ in controls.disturbed_parameters_of_flex():
+        yield case
+
+
+def build_flex_kernels(of: FlexPlanner, arch: str, jobs: int, only: str) -> int:
+    """Writes the texts of mods, and the archives; gives the number of kernels."""
+    texts = {str(case): flex_texts.entry_of(case) for case in flex_problems()}
+    FLEX_TEXTS.write_text(json.dumps(texts, indent=1) + "\n")
+    FLEX_SPEED_TEXTS.write_text(json.dumps(flex_works.texts(), indent=1) + "\n")
+    proven: dict[str, Kernel | planner.Kernel] = {}
+    for case in flex_problems():
+        planned = flex_cases.on_meta(case)
+        tables = planned.tables()
+        functions = planned.functions(tables)
+        mods = flex_texts.mods_of(texts[str(case)], functions, tables)
+        proven |= flex_cases.kernels_of(of, case, mods)
+    for trained in flex_cases.trained():
+        proven |= trained.kernels(Planner(of.library))
+    timed = flex_works.kernels(of)
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        for path, kernels, equal_rate in (
+            (FLEX_SPEED_KERNELS, timed, True),
+            (FLEX_KERNELS, proven, False),
+        ):
+            chosen = {name: kernel for name, kernel in kernels.items() if only in name}
+            options = {"arch": arch, "equal_rate": equal_rate}
+            sources = map(source_of, chosen.values())
+            compiled = pool.map(lambda source, given=options: ptx.compile(source, **given), sources)
+            write_archive(path, _told(zip(chosen, compiled), len(chosen), started))
+    return len(proven) + len(timed)
+
+
+def _told(
+    texts: Iterable[tuple[str, str]], count: int, started: float
+) -> Iterator[tuple[str, str]]:
+    for done, text in enumerate(texts, 1):
+        yield text
+        if done % 24 == 0 or done == count:
+            print(f"{done} of {count}, {time.monotonic() - started:.0f} s", flush=True)
+
+
 def write_sources(path: Path, families: Iterable[str] = (), **more: str) -> None:
     """A description of what the kernels of these families are made from, for the result."""
     paths = ["shaders", "native/plan"]
@@ -287,6 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--caches", action="store_true", help="for prove_caches.py and decode_speed.py"
     )
+    parser.add_argument("--flex", action="store_true", help="for prove_flex.py and flex_speed.py")
     parser.add_argument("--peers", action="store_true", help="for peers_speed.py")
     parser.add_argument("--products", action="store_true", help="for products.py")
     workloads.add_options(parser)
@@ -315,6 +370,15 @@ def main() -> None:
         of = caches.CachePlanner(CACHES_PLANNER)
         count = build_cache_kernels(of, options.arch, options.jobs)
         print(f"{CACHES_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
+        return
+    if options.flex:
+        FLEX_PLANNER.parent.mkdir(parents=True, exist_ok=True)
+        write_sources(FLEX_SOURCES, embed_shaders.FLEX_FAMILIES)
+        started = time.monotonic()
+        compile_planner(FLEX_PLANNER, ROOT, "-O2")
+        flex_planner = FlexPlanner(FLEX_PLANNER)
+        count = build_flex_kernels(flex_planner, options.arch, options.jobs, options.only)
+        print(f"{FLEX_PLANNER.parent}: {count} kernels, {time.monotonic() - started:.0f} s")
         return
     if options.features:
         build_equal_rate_for(

@@ -12,6 +12,8 @@ from benchmarks.planner import DecodeParams
 from .append_cases import AppendCase
 from .cache_cases import CacheCase
 from .cases import Case
+from .flex_cases import FlexCase
+from .flex_plans import FlexParams
 from .plans import Params
 
 
@@ -53,6 +55,52 @@ def disturbed_parameters() -> Iterator[tuple[str, Case, Callable[[Params], None]
 def without_barriers(ptx: bytes) -> bytes:
     """A fault that racecheck must notice."""
     return re.sub(rb"bar\.sync[^;]*;", b"", ptx)
+
+
+# ---- scores that are functions
+
+
+def _flex_scale(params: FlexParams) -> None:
+    _scale(params.attention)
+
+
+def _other_table(params: FlexParams) -> None:
+    params.captures[0].strides[0] = 0
+
+
+def _table_without_its_last(params: FlexParams) -> None:
+    params.captures[0].sizes[0] -= 1
+
+
+def _narrower_blocks(params: FlexParams) -> None:
+    params.states.block_kv -= 1
+
+
+def _states_of_the_first_head(params: FlexParams) -> None:
+    params.states.head = 0
+
+
+def _no_states(params: FlexParams) -> None:
+    params.states.given = 0
+
+
+def far_too_many_rows(params: FlexParams) -> None:
+    """Queries that nobody has: each kernel reads and writes beyond the ends."""
+    params.attention.q_len += 4096
+
+
+FlexFault = tuple[str, FlexCase, Callable[[FlexParams], None]]
+
+
+def disturbed_parameters_of_flex() -> Iterator[FlexFault]:
+    base = FlexCase(517, 741, 64, torch.float32)
+    lists = base.but(blocks=(48, 80), mask="causal", dtype=torch.float16)
+    yield "the scale of a score_mod off by 0.01 %", base.but(score="softcap"), _flex_scale
+    yield "one number of a table for all heads", base.but(score="alibi"), _other_table
+    yield "a table without its last head", base.but(score="alibi"), _table_without_its_last
+    yield "blocks that are one key narrower", lists, _narrower_blocks
+    yield "always the block states of the first head", lists, _states_of_the_first_head
+    yield "lists of blocks that nobody reads", lists, _no_states
 
 
 # ---- caches

@@ -127,6 +127,9 @@ class Problem:
         )  # fmt: skip
         return Side(launches, results)
 
+    def lse(self, row_stats: Tensor) -> Tensor:
+        return lse_of(row_stats, self.scoring.plain)
+
     @functools.cached_property
     def _mathematics(self) -> tuple[reference.MathResult, reference.MathResult]:
         head = slice(self._head, self._head + 1)
@@ -149,7 +152,7 @@ class Problem:
             head = slice(self._head, self._head + 1)
             results[name] = x[head] if name == "dsinks" else x[:, head]
         if "row_stats" in results:
-            results["lse"] = lse_of(results.pop("row_stats"), self.scoring.plain)
+            results["lse"] = self.lse(results.pop("row_stats"))
         ref, eager = self._mathematics
         assert_attention_close([results.get(name) for name in _RESULTS], ref, eager)
         errors = {}

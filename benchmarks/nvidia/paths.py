@@ -34,4 +34,12 @@ PRODUCTS_KERNELS = PRODUCTS / "equal-rate.zip"
 PRODUCTS_PLANNER = PRODUCTS / "libplanner.so"
 PRODUCTS_SOURCES = PRODUCTS / "sources.json"
 
+FLEX = BUILD / "flex"
+FLEX_KERNELS = FLEX / "kernels.zip"
+FLEX_SPEED_KERNELS = FLEX / "equal-rate.zip"
+FLEX_PLANNER = FLEX / "libplanner.so"
+FLEX_SOURCES = FLEX / "sources.json"
+FLEX_TEXTS = FLEX / "texts.json"
+FLEX_SPEED_TEXTS = FLEX / "timed.json"
+
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from benchmarks import planner
 from benchmarks.planner import Params
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+ScoreFunctions = Callable[[Tensor, int, int], tuple[Tensor, Tensor | None]]
+"""Of scaled products (B, Hq, rows, S) and the rows' first and end: scores, and derivatives."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Scoring:
     alibi_slopes: Tensor | None = None  # (B, Hq)
     sinks: Tensor | None = None
     key_ranges: Tensor | None = None  # int32 (1 or B, 1 or Hq, L, 4), dense
+    functions: ScoreFunctions | None = None  # for the reference alone
 
     @property
     def plain(self) -> bool:

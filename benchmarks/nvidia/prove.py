@@ -84,7 +84,7 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
-def _compare(
+def compare(
     record: Record, results: Iterable[Tensor | None], ref: MathResult, eager: MathResult
 ) -> None:
     results = tuple(results)
@@ -186,7 +186,7 @@ class Prover:
                 raise AssertionError("a second run gives other bits")
             ref = reference.attention(*dense, scoring, torch.float64)
             eager = reference.attention(*dense, scoring, case.dtype)
-            _compare(record, results, ref, eager)
+            compare(record, results, ref, eager)
 
         self.attempt(group, str(case), work)
 
@@ -205,7 +205,7 @@ class Prover:
             record.dtype = str(operands[0].dtype).removeprefix("torch.")
             ref = reference.attention(*operands, None, scoring, torch.float64)
             eager = reference.attention(*operands, None, scoring, operands[0].dtype)
-            _compare(record, results, ref, eager)
+            compare(record, results, ref, eager)
 
         self.attempt("far addresses", label, work)
         gc.collect()

@@ -19,6 +19,7 @@ from orchard_ops.testing.mathematics import largest
 from .plans import Scoring
 
 _BLOCK_ELEMENTS = 1 << 26
+_BLOCK_ELEMENTS_OF_FUNCTIONS = 1 << 24  # whose every operation has a result of its own
 
 
 def _hidden(rows: Tensor, kv_len: int, s: Scoring, ranges: Ranges | None) -> Tensor | None:
@@ -68,7 +69,8 @@ def attention(
     if s.key_ranges is not None:
         ranges = Ranges(s.key_ranges, kv_len, s.window_left, s.window_right)
     has_dropout = dropout.threshold(s.dropout_p) > 0
-    step = max(16, _BLOCK_ELEMENTS // (b * h * kv_len) // 16 * 16)
+    elements = _BLOCK_ELEMENTS if s.functions is None else _BLOCK_ELEMENTS_OF_FUNCTIONS
+    step = max(16, elements // (b * h * kv_len) // 16 * 16)
     for row0 in range(0, q_len, step):
         row1 = min(q_len, row0 + step)
         rows = slice(row0, row1)
@@ -77,6 +79,11 @@ def attention(
         if s.softcap:
             capped = torch.tanh(scores / s.softcap)
             scores, derivative = s.softcap * capped, 1.0 - capped * capped
+        slope = 1.0
+        if s.functions is not None:
+            scores, derivative = s.functions(scores, row0, row1)
+            # What a product's rounding, and dS, is multiplied by, which softcap never enlarges.
+            slope = 1.0 if derivative is None else derivative.abs()
         if s.alibi_slopes is not None:
             places = torch.arange(row0, row1, device=q.device).unsqueeze(1) + s.diagonal
             distance = (places - torch.arange(kv_len, device=q.device)).abs()
@@ -103,7 +110,7 @@ def attention(
         weights = weights[..., :kv_len]
         del scores
         sizes = torch.matmul(q[:, :, rows].abs(), k_all.abs().transpose(-1, -2)) * abs(s.scale)
-        sizes *= weights
+        sizes *= weights * slope
         lse_size = max(lse_size, largest(sizes.sum(-1)))
         score_size = max(score_size, largest((sizes * (1.0 - weights)).sum(-1)))
         del sizes
@@ -146,7 +153,7 @@ def attention(
         dscores = dscores * s.scale if derivative is None else dscores * derivative * s.scale
         dq[:, :, rows] = torch.matmul(dscores, k_all)
         dk += torch.matmul(dscores.transpose(-1, -2), q[:, :, rows])
-        size = weights * products.abs().sum(-1, keepdim=True) * abs(s.scale)
+        size = weights * slope * products.abs().sum(-1, keepdim=True) * abs(s.scale)
         dq_cancelled = max(dq_cancelled, largest(torch.matmul(size, k_all.abs())))
         dk_size += torch.matmul(size.transpose(-1, -2), q[:, :, rows].abs())
     dk, dv, dk_size, dv_size, dv_squares = (

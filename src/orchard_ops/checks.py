@@ -88,7 +88,7 @@ def check_dense(op: str, name: str, x: Tensor) -> None:
     if x.is_nested:
         raise TypeError(
             f"{op}: {name} must be a dense tensor; got a nested one: pad it with "
-            "torch.nested.to_padded_tensor and hide the padding by attn_mask"
+            "torch.nested.to_padded_tensor and hide the padding by a mask"
         )
     if x.layout != torch.strided:
         raise TypeError(

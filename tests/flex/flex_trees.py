@@ -6,6 +6,7 @@ rounding of float32 would decide otherwise.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ _INTEGER_LEAVES = [
     _leaf("h", lambda s, b, h, q, kv: h),
     _leaf("q", lambda s, b, h, q, kv: q),
     _leaf("kv", lambda s, b, h, q, kv: kv),
-    _leaf("q - kv", lambda s, b, h, q, kv: q - kv),
+    _leaf("(q - kv)", lambda s, b, h, q, kv: q - kv),
     _leaf("DOCUMENTS[kv]", lambda s, b, h, q, kv: mods.DOCUMENTS[kv]),
     _leaf("BUCKETS[q + kv]", lambda s, b, h, q, kv: mods.BUCKETS[q + kv]),
     _leaf("PREFIX[b].int()", lambda s, b, h, q, kv: mods.PREFIX[b].int()),
@@ -71,10 +72,10 @@ def _tensor(x: Any) -> Tensor:
 
 
 _UNARY_INTEGERS = [
-    _node("-{}", lambda x: -x),
+    _node("(-{})", lambda x: -x),
     _node("abs({})", torch.abs),
     _node("sign({})", torch.sign),
-    _node("~{}", lambda x: ~x),
+    _node("(~{})", lambda x: ~x),
     _node("({} << 3)", lambda x: x << 3),
     _node("({} >> 1)", lambda x: x >> 1),
     _node("({} // 3)", lambda x: x // 3),
@@ -110,7 +111,7 @@ _CONDITIONS = [
     _node("logical_and({}, {})", torch.logical_and),
 ]
 _UNARY_FLOATS = [
-    _node("-{}", lambda x: -x),
+    _node("(-{})", lambda x: -x),
     _node("abs({})", torch.abs),
     _node("tanh({})", torch.tanh),
     _node("sigmoid({})", torch.sigmoid),
@@ -163,12 +164,12 @@ conditions = _trees(
     | _applied(
         _COMPARED, st.just(_FLOAT_LEAVES[0]), st.sampled_from([_constant(x) for x in (-1.0, 0.5)])
     ),
-    lambda x: _applied(_CONDITIONS, x, x) | _applied([_node("~{}", lambda c: ~c)], x),
+    lambda x: _applied(_CONDITIONS, x, x) | _applied([_node("(~{})", lambda c: ~c)], x),
     3,
 )
 masks = _trees(
     _applied(_COMPARED, integers, integers | _numbers),
-    lambda x: _applied(_CONDITIONS, x, x) | _applied([_node("~{}", lambda c: ~c)], x),
+    lambda x: _applied(_CONDITIONS, x, x) | _applied([_node("(~{})", lambda c: ~c)], x),
     4,
 )
 _small = _applied([_node("({} % 16).float()", lambda x: (x % 16).float())], integers)
@@ -182,3 +183,66 @@ floats = _trees(
     8,
 )
 scores = floats
+
+
+# ---- the same by a seed, without hypothesis, which draws small ones first
+
+
+class Seeded:
+    """Trees of the same nodes, always the same ones for a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def integers(self, leaves: int) -> Tree:
+        if leaves == 1:
+            found = self._random.choice(_INTEGER_LEAVES)
+        else:
+            found = self._random.choice(_BINARY_INTEGERS)(*self._two(self.integers, leaves))
+        return self._random.choice(_UNARY_INTEGERS)(found) if self._random.random() < 0.5 else found
+
+    def masks(self, leaves: int) -> Tree:
+        if leaves == 1:
+            number = _constant(self._random.choice((-3, 0, 2, 5, 11)))
+            other = self._random.choice((number, self.integers(2)))
+            return self._random.choice(_COMPARED)(self.integers(2), other)
+        found = self._random.choice(_CONDITIONS)(*self._two(self.masks, leaves))
+        return _node("~{}", lambda c: ~c)(found) if self._random.random() < 0.3 else found
+
+    def scores(self, leaves: int) -> Tree:
+        if leaves == 1:
+            small = _node("({} % 16).float()", lambda x: (x % 16).float())(self.integers(2))
+            found = self._random.choice((*_FLOAT_LEAVES, small))
+        elif self._random.random() < 0.25:
+            found = _CHOICES[0](self._condition(), *self._two(self.scores, leaves))
+        else:
+            found = self._random.choice(_BINARY_FLOATS)(*self._two(self.scores, leaves))
+        return self._random.choice(_UNARY_FLOATS)(found) if self._random.random() < 0.6 else found
+
+    def _condition(self) -> Tree:
+        if self._random.random() < 0.3:
+            return self._random.choice(_COMPARED)(_FLOAT_LEAVES[0], _constant(0.5))
+        return self.masks(1)
+
+    def _two(self, of: Callable[[int], Tree], leaves: int) -> tuple[Tree, Tree]:
+        left = self._random.randrange(1, leaves)
+        return of(left), of(leaves - left)
+
+
+# ---- reading what is written --------------------------------------------------------------------
+
+_NAMES = {
+    name: getattr(torch, name)
+    for name in (
+        *("abs", "sign", "fmod", "clamp", "minimum", "maximum", "logical_and", "tanh", "sigmoid"),
+        *("exp", "exp2", "log1p", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "relu", "atan2"),
+        "where",
+    )
+} | {"silu": torch.nn.functional.silu, "softplus": torch.nn.functional.softplus}
+_TABLES = ("DOCUMENTS", "BUCKETS", "PREFIX", "PAGES", "SLOPES", "RELATIVE", "BIAS", "OF_KEYS")
+
+
+def read(written: str) -> Tree:
+    """The tree that is written so."""
+    names = {"__builtins__": {}, **_NAMES, **{name: getattr(mods, name) for name in _TABLES}}
+    return Tree(written, eval(f"lambda score, b, h, q, kv: {written}", names))

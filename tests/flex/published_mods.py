@@ -32,7 +32,9 @@ EDGES = _random(HEADS, 2, 4)
 SINUSOIDS = _random(Q_LEN + KV_LEN)
 RATIOS = HEADS / (8.0 * torch.arange(1, HEADS + 1))
 OF_TOKENS, OF_BATCHES, OF_HEADS = _random(Q_LEN), _random(BATCH), _random(HEADS)
+TURNED_QUERIES, TURNED_KEYS = _random(BATCH, HEADS, Q_LEN, 6), _random(BATCH, 1, KV_LEN, 6)
 STARTS = torch.tensor([0, 5, 13])
+OF_PAGES = torch.tensor([[2, -1, 0, 3, 1], [0, 1, 4, -1, 2]])
 SEQUENCE = torch.tensor([0] * 5 + [1] * 12)
 
 
@@ -128,15 +130,67 @@ def softcap_with_own_rules(score, b, h, q_idx, kv_idx):
     return 3 * _CheaperTanh.apply(score / 3)
 
 
+torch.library.define("approx::tanh", "(Tensor inp) -> Tensor")
+torch.library.impl("approx::tanh", "CompositeExplicitAutograd", torch.tanh)
+torch.library.register_fake("approx::tanh", torch.empty_like)
+
+
+class _ApproximateTanh(_CheaperTanh):
+    """One that calls an operation of another library."""
+
+    @staticmethod
+    def forward(x):
+        return torch.ops.approx.tanh(x)
+
+
+def softcap_of_another_library(score, b, h, q_idx, kv_idx):
+    return 3 * _ApproximateTanh.apply(score / 3)
+
+
+def decoupled_positions(score, b, h, q_idx, kv_idx):
+    """The product of the parts of queries and keys that are turned by their places."""
+    return score + 0.5 * torch.dot(TURNED_QUERIES[b, h, q_idx], TURNED_KEYS[b, h // HEADS, kv_idx])
+
+
+def boost_behind_window(score, b, h, q_idx, kv_idx):
+    distance = torch.abs(q_idx - kv_idx)
+    return torch.where(distance <= 4, score - 1.0, score + distance)
+
+
+def of_heads(score, b, h, q_idx, kv_idx):
+    return score + 2 * h
+
+
+def paged_scores(score, b, h, q_idx, kv_idx):
+    """A mod of logical places, of keys in pages: those of no page are hidden."""
+    page, within = kv_idx // 4, kv_idx % 4
+    logical = OF_PAGES[b, page]
+    moved = relative(score, b, h, q_idx, logical * 4 + within)
+    return torch.where(logical >= 0, moved, float("-inf"))
+
+
 SCORES = {
     f.__name__: f
     for f in (
         *(activation_in_place_of_softmax, rectified_in_place_of_softmax, graph_distances),
         *(edges_of_paths, sandwich, relative, relative_and_inverse_causal, checkerboard, squared),
         *(trigonometric, of_tokens_batches_and_heads, within_sequences, fully_hidden_tokens),
-        softcap_with_own_rules,
+        *(softcap_with_own_rules, softcap_of_another_library, decoupled_positions),
+        *(boost_behind_window, of_heads, paged_scores),
     )
 }
+
+
+def _positions_by_terms(score, b, h, q_idx, kv_idx):
+    terms = (TURNED_QUERIES[b, h, q_idx, n] * TURNED_KEYS[b, 0, kv_idx, n] for n in range(6))
+    return score + 0.5 * sum(terms)
+
+
+PURE = {
+    "decoupled_positions": _positions_by_terms,
+    "softcap_of_another_library": softcap_with_own_rules,
+}
+"""The same without vectors, for all places at once, and in float64."""
 
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -149,6 +203,8 @@ ANCESTORS = torch.eye(Q_LEN).bool() | _integers(0, 2, Q_LEN, Q_LEN).bool().tril(
 TILES = _integers(0, 2, BATCH, HEADS, 4, 5).bool()
 SIZES_OF_TILES = torch.tensor([4, 3, 2, 4, 1])
 SHARED = torch.tensor([0, 0, 1])
+CHOSEN = _integers(0, 5, BATCH, HEADS, 4, 2)
+OFFSETS_OF_BATCHES = torch.tensor([0, 4], dtype=torch.int32)
 
 
 def _causal(b, h, q_idx, kv_idx):
@@ -255,6 +311,53 @@ def chosen_tiles(b, h, q_idx, kv_idx):
     return TILES[b, h, q_idx // 4, tile] & (kv_idx % 4 < SIZES_OF_TILES[tile])
 
 
+def listed_tiles(b, h, q_idx, kv_idx):
+    chosen = CHOSEN[b, h, q_idx // 4]
+    is_chosen = (chosen == (kv_idx // 4).unsqueeze(-1)).any(dim=-1)
+    return is_chosen & (kv_idx % 4 < SIZES_OF_TILES[kv_idx // 4])
+
+
+def _of_documents(mask_mod):
+    def within(b, h, q_idx, kv_idx):
+        is_same = DOCUMENTS[q_idx] == DOCUMENTS[kv_idx]
+        q_place, kv_place = (x - OFFSETS[DOCUMENTS[x]] for x in (q_idx, kv_idx))
+        return is_same & mask_mod(b, h, q_place, kv_place)
+
+    return within
+
+
+causal_within_documents = _of_documents(_causal)
+
+
+def causal_from_the_documents_start(b, h, q_idx, kv_idx):
+    return (kv_idx >= OFFSETS[DOCUMENTS[q_idx]]) & _causal(b, h, q_idx, kv_idx)
+
+
+def paged_mask(b, h, q_idx, kv_idx):
+    logical = OF_PAGES[b, kv_idx // 4]
+    inner = _causal(b, h, q_idx, logical * 4 + kv_idx % 4)
+    return torch.where(logical >= 0, inner, False)
+
+
+def causal_of_shards(b, h, q_idx, kv_idx, _q_start=4, _kv_start=2):
+    return q_idx + _q_start >= kv_idx + _kv_start
+
+
+def causal_by_batches(b, h, q_idx, kv_idx):
+    return q_idx + OFFSETS_OF_BATCHES[b] >= kv_idx
+
+
+def sliding_tiles_of_films(b, h, q_idx, kv_idx):
+    """3 frames of 2 x 2 tiles of 1 token: windows of 2 frames, 1 row and 2 columns."""
+    (q_t, q_y, q_x), (kv_t, kv_y, kv_x) = ((x // 4, x % 4 // 2, x % 4 % 2) for x in (q_idx, kv_idx))
+    t, y, x = q_t.clamp(1, 2), q_y.clamp(0, 1), q_x.clamp(1, 1)
+    near = (kv_t >= t - 1) & (kv_t <= t) & (kv_y >= y) & (kv_y <= y)
+    near = near & (kv_x >= x - 1) & (kv_x <= x)
+    both = (q_idx < 12) & (kv_idx < 12)
+    to_text = (q_idx < 12) & (kv_idx >= 12) & (kv_idx < 15)
+    return (both & near) | to_text | ((q_idx >= 12) & (kv_idx < 15))
+
+
 def padded_tiles(b, h, q_idx, kv_idx):
     return kv_idx % 4 < SIZES_OF_TILES[kv_idx // 4]
 
@@ -266,13 +369,16 @@ def late_start_of_the_first_row(b, h, q_idx, kv_idx):
 MASKS = {
     "global_and_near": global_and_near,
     "causal_global_and_near": causal_global_and_near,
+    "causal_within_documents": causal_within_documents,
     **{
         f.__name__: f
         for f in (
             *(batches_in_a_row, block_diffusion, image_intervals, tree_behind_prefix),
             *(drafts_behind_prefix, tiled_neighbourhood, neighbourhood_on_a_curve),
             *(shared_prefixes, sliding_tiles, within_frames, across_frames, chosen_tiles),
-            *(padded_tiles, late_start_of_the_first_row),
+            *(padded_tiles, late_start_of_the_first_row, listed_tiles, paged_mask),
+            *(causal_from_the_documents_start, causal_of_shards, causal_by_batches),
+            sliding_tiles_of_films,
         )
     },
 }

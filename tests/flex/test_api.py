@@ -73,6 +73,42 @@ def test_what_is_returned(device: str):
     assert aux.lse is None and aux.max_scores is None
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_the_largest_score_of_each_query(device: str, compiled: bool, quiet_fallback: None):
+    q, k = some(device, 2, 4, 20, 8).requires_grad_(), some(device, 2, 2, 33, 8)
+    mask = create_block_mask(
+        lambda b, h, q_idx, kv_idx: q_idx > kv_idx, None, None, 20, 33, device=device, BLOCK_SIZE=16
+    )
+
+    def call(q: Tensor, k: Tensor) -> Any:
+        return orchard_ops.flex_attention(
+            q, k, k, lambda score, *_: 2.0 * score, mask, enable_gqa=True,
+            return_aux=AuxRequest(lse=True, max_scores=True),
+        )  # fmt: skip
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    out, aux = function(q, k)
+    x = 2.0 * q.detach().cpu() @ k.cpu().repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5
+    x = x.masked_fill(torch.arange(20)[:, None] <= torch.arange(33), -torch.inf)
+    torch.testing.assert_close(aux.max_scores.cpu(), x.amax(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(aux.lse.cpu(), x.logsumexp(-1), rtol=1e-5, atol=1e-6)
+    assert not aux.max_scores.requires_grad and out.requires_grad and aux.lse.requires_grad
+    alone = orchard_ops.flex_attention(q, k, k, enable_gqa=True, return_aux=AuxRequest(False, True))
+    assert alone[1].lse is None and alone[1].max_scores.shape == (2, 4, 20)
+    if device == "mps":  # out is Metal's, and the second pass is named
+        assert metal()["flex_attn_fwd"] == 1
+        assert all("max_scores is asked for" in reason for reason in orchard_ops.stats().reference)
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_options_for_tritons_kernels_change_nothing(device: str):
+    q = some(device)
+    options = {"BLOCK_M": 16, "FORCE_USE_FLEX_ATTENTION": True, "of another release": object()}
+    found = orchard_ops.flex_attention(q, q, q, kernel_options=options)
+    assert torch.equal(found, orchard_ops.flex_attention(q, q, q))
+
+
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_rows_that_see_nothing(device: str):
     q = some(device).requires_grad_()
@@ -145,6 +181,25 @@ def test_autocast_leaves_tables_as_they_are():
         out = orchard_ops.flex_attention(q, q, q, score_mod)
     q = q.half()
     assert torch.equal(out, orchard_ops.flex_attention(q, q, q, score_mod))
+
+
+@pytest.mark.parametrize("on_metal", (True, False))
+def test_what_a_mod_asks_for_in_float64_is_float32(on_metal: bool, quiet_fallback: None):
+    """mps has no float64."""
+    q, captured = some("mps"), torch.tensor(0.5, dtype=torch.float64)
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        table = torch.tensor([0.5, 2.0], dtype=torch.float64)
+        gain = torch.full((), 0.25, dtype=torch.float64, device=score.device)
+        found = (score.double() * gain).to(torch.float64) * table[h] * captured
+        return found if on_metal else found + 0 * torch.special.i1(score)
+
+    for number in (0.5, -2.0):  # the second call reads it anew
+        captured.fill_(number)
+        scaled = q.cpu() * 0.25 * number * torch.tensor([0.5, 2.0])[:, None, None]
+        right = torch.nn.functional.scaled_dot_product_attention(scaled, q.cpu(), q.cpu())
+        torch.testing.assert_close(attend(mod, q).cpu(), right, rtol=1e-5, atol=1e-6)
+    assert bool(metal()) == on_metal
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
@@ -280,15 +335,19 @@ def _mask(q_len: int = 20, kv_len: int = 20, batch: int | None = None) -> BlockM
     ("change", "error", "message"),
     (
         ({"query": torch.zeros(2, 20, 8)}, ValueError, r"query must be \(batch, heads, .*got"),
-        ({"query": 1}, TypeError, "query must be a tensor; got a int"),
-        ({"key": torch.zeros(1, 2, 20, 4)}, ValueError, "same head_dim; got 8 and 4"),
-        ({"value": torch.zeros(1, 2, 19, 8)}, ValueError, "same length; got 20 and 19"),
-        ({"value": torch.zeros(1, 1, 20, 8)}, ValueError, "same number of heads; got 2 and 1"),
+        ({"query": 1}, TypeError, "query must be a tensor; got int"),
+        ({"key": torch.zeros(1, 2, 20, 4)}, ValueError, "key must have query's head_dim 8; got 4"),
+        (
+            {"value": torch.zeros(1, 2, 19, 8)},
+            ValueError,
+            "value must have key's length 20; got 19",
+        ),
+        ({"value": torch.zeros(1, 1, 20, 8)}, ValueError, "value must have key's 2 heads; got 1"),
         ({"query": torch.zeros(1, 4, 20, 8)}, ValueError, "or enable_gqa=True; got 4 and 2"),
         (
             {"query": torch.zeros(1, 3, 20, 8), "enable_gqa": True},
             ValueError,
-            "must be a multiple of those of key and value; got 3 and 2",
+            "must be a multiple of .* key/value heads; got 3 and 2",
         ),
         ({"query": torch.zeros(3, 2, 20, 8)}, ValueError, "batch size 3, .*got 1 and no block"),
         ({"query": torch.zeros(1, 2, 20, 8).half()}, TypeError, "same dtype; got torch.float16"),
@@ -300,11 +359,7 @@ def _mask(q_len: int = 20, kv_len: int = 20, batch: int | None = None) -> BlockM
         ({"block_mask": _mask(128, 128)[:, :, :1]}, ValueError, "was sliced"),
         ({"block_mask": _mask(batch=2)}, ValueError, "batch size of block_mask must be 1 or .*got"),
         ({"return_lse": True, "return_aux": AuxRequest(lse=True)}, ValueError, "both given: pass"),
-        (
-            {"return_aux": AuxRequest(max_scores=True)},
-            NotImplementedError,
-            "max_scores is not computed; got .*: ask for lse",
-        ),
+        ({"kernel_options": 16}, TypeError, "kernel_options must be a dict or None; got a int"),
         (
             {"score_mod": lambda score, b, h, i, j: score if i > j else 0 * score},
             TypeError,
@@ -388,65 +443,3 @@ def test_explain_call_says_why_the_reference_runs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ORCHARD_STRICT", "1")
     assert asked(q, lambda score, *_: torch.special.i1(score)).path == "raises"
     assert orchard_ops.stats().reference == {} and metal() == {}
-
-
-# ---- captured tensors that are trained ----------------------------------------------------------
-
-
-def _relative(captured: Tensor) -> Any:
-    return lambda score, b, h, q_idx, kv_idx: score + captured[h, q_idx - kv_idx + 24]
-
-
-def _by_position(captured: Tensor) -> Any:
-    return lambda score, b, h, q_idx, kv_idx: captured[q_idx, kv_idx] + score
-
-
-def _slope(captured: Tensor) -> Any:
-    return lambda score, b, h, q_idx, kv_idx: score - captured[h] * (q_idx - kv_idx)
-
-
-TRAINED = {
-    "relative positions": (_relative, (4, 49)),
-    "a table of positions": (_by_position, (25, 25)),
-    "slopes": (_slope, (4,)),
-}
-
-
-def _dense(name: str, q: Tensor, k: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
-    i, j = torch.arange(25)[:, None], torch.arange(25)
-    bias = {
-        "relative positions": lambda: x[:, i - j + 24],
-        "a table of positions": lambda: x,
-        "slopes": lambda: -x[:, None, None] * (i - j),
-    }[name]()
-    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5 + bias
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1) @ k.repeat_interleave(2, 1)
-
-
-@pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize("name", TRAINED)
-def test_what_is_added_to_the_score_is_trained_on_metal(name: str, masked: bool):
-    make, shape = TRAINED[name]
-    q, k, captured = (torch.randn(s) for s in ((2, 4, 25, 8), (2, 2, 25, 8), shape))
-    seen, mask = None, None
-    if masked:
-        documents = (torch.arange(25) // 11).to("mps")
-        mask = create_block_mask(
-            lambda b, h, i, j: (documents[i] == documents[j]) & (i >= j),
-            None, None, 25, 25, device="mps", BLOCK_SIZE=8,
-        )  # fmt: skip
-        i, j = torch.arange(25)[:, None], torch.arange(25)
-        seen = (i // 11 == j // 11) & (i >= j)
-    right = [x.double().requires_grad_() for x in (q, k, captured)]
-    _dense(name, *right, seen).sin().sum().backward()
-    leaves = [x.to("mps").requires_grad_() for x in (q, k, captured)]
-    out = orchard_ops.flex_attention(
-        leaves[0], leaves[1], leaves[1], make(leaves[2]), mask, enable_gqa=True
-    )
-    out.sin().sum().backward()
-    for x, y in zip(leaves, right):
-        torch.testing.assert_close(x.grad.cpu().double(), y.grad, rtol=1e-4, atol=1e-4)
-    assert metal() == {"flash_attn_fwd": 1, "flash_attn_bwd": 1}
-    assert orchard_ops.stats().reference == {}

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
+from torch.nn.attention import flex_attention as pytorch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import orchard_ops
@@ -189,3 +190,88 @@ def test_a_table_written_in_a_mod_is_named():
 
     with pytest.raises(Exception, match=r"writes a table down.*outside of the function"):
         compiled(q)
+
+
+def test_a_refusal_of_compiled_code_names_the_remedy(monkeypatch: pytest.MonkeyPatch):
+    """Eager code asks before it calls the kernels; a graph has them."""
+    q = torch.randn(1, 2, 20, 8).to("mps")
+    function = torch.compile(
+        lambda q: orchard_ops.flex_attention(q, q, q, lambda score, *_: 2.0 * score),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    function(q)
+    monkeypatch.setenv("ORCHARD_DISABLE_METAL", "1")
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)flex_attn_fwd: .*ORCHARD_DISABLE_METAL is set.*: outside of torch\.compile",
+    ):
+        function(q)
+
+
+class _Model(torch.nn.Module):
+    """Two layers that call PyTorch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(2))
+        self.slopes = torch.nn.Buffer(torch.tensor([0.5, 0.25]))
+
+    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + self.slopes[h] * (j - i)
+
+    def forward(self, x: Tensor, mask: Any) -> Tensor:
+        for layer in self.layers:
+            q, k, v = layer(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            out = pytorch.flex_attention(q, k, v, self.score_mod, mask)
+            x = x + out.transpose(1, 2).flatten(-2)
+        return x
+
+
+def test_a_whole_model_is_compiled_within_a_block():
+    torch.manual_seed(0)
+    model = _Model().to("mps")
+    x = torch.randn(2, 20, 16).to("mps")
+    mask = create_block_mask(
+        lambda b, h, i, j: (i - j).abs() % 3 < 2, None, None, 20, 20, device="mps", BLOCK_SIZE=8
+    )
+
+    def trained(function: Any) -> list[Tensor]:
+        model.zero_grad()
+        with orchard_ops.flex():
+            out = function(x, mask)
+            out.sin().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    eager = trained(model)
+    assert orchard_ops.stats().metal["flex_attn_bwd"] == 2
+    compiled = trained(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, eager):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert orchard_ops.stats().metal["flex_attn_bwd"] == 4
+    assert orchard_ops.stats().reference == {}
+
+
+def test_export():
+    """The exported program has the op, and its text."""
+    model = _Model().to("mps").eval()
+    x = torch.randn(2, 20, 16).to("mps")
+    mask = create_block_mask(
+        lambda b, h, i, j: (i - j).abs() % 3 < 2, None, None, 20, 20, device="mps", BLOCK_SIZE=8
+    )
+
+    class Bound(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x, mask)
+
+    with torch.no_grad(), orchard_ops.flex():
+        right = model(x, mask)
+        program = torch.export.export(Bound(), (x,), strict=True)
+        again = program.module()(x)
+    torch.testing.assert_close(again, right, rtol=1e-5, atol=1e-5)
+    names = [str(n.target) for n in program.graph.nodes]
+    assert sum("flex_attn_fwd" in name for name in names) == 2

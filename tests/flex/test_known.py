@@ -227,6 +227,20 @@ def test_documents_out_of_order_are_no_ranges():
     assert known.arguments(*captures, torch.randn(1, 1, 9, 4), q) is None  # an id is missing
 
 
+def test_the_ranges_of_documents_are_made_once():
+    ids = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    known, *captures = _recognised(mask=lambda b, h, q, kv: ids[q] == ids[kv])
+    assert known is not None
+    q = torch.randn(1, 1, 8, 4)
+    first, again, shorter = (known.arguments(*captures, x, q) for x in (q, q, q[:, :, :5]))
+    assert first["key_ranges"] is again["key_ranges"]
+    assert shorter["key_ranges"].tensor.shape[2] == 5
+    ids[4] = 2
+    changed = known.arguments(*captures, q, q)["key_ranges"]
+    assert changed.tensor[0, 0, 2].tolist()[:2] == [2, 4]
+    assert first["key_ranges"].tensor[0, 0, 2].tolist()[:2] == [2, 5]
+
+
 def test_documents_of_inference_mode_are_no_ranges():
     with torch.inference_mode():
         ids = torch.tensor([0, 0, 1, 1])

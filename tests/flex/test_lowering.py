@@ -11,6 +11,7 @@ import functools
 import flex_mods
 import published_mods
 import pytest
+import pytorch_mods
 import torch
 import torch.nn.functional as F
 from dialect import check as dialect_findings
@@ -32,7 +33,8 @@ from orchard_ops.flex.mod import Mod, NotLowered
 from orchard_ops.flex.trace import SCORE, trace
 
 AT = points(*flex_mods.SHAPE)
-SCORES = flex_mods.SCORES | published_mods.SCORES
+SCORES = flex_mods.SCORES | published_mods.SCORES | pytorch_mods.SCORES
+PURE = flex_mods.PURE | published_mods.PURE | pytorch_mods.PURE
 MASKS = flex_mods.MASKS | published_mods.MASKS
 WEIGHTS = torch.tensor([0.75, -1.25, 2.0])
 
@@ -60,7 +62,7 @@ def _evaluated(mods: dict, at: Points = AT) -> dict:
 def test_scores_that_people_write(name: str):
     function = SCORES[name]
     value, slope = _scores()[name]
-    pure = flex_mods.PURE.get(name, function)
+    pure = PURE.get(name, function)
     true = exact(pure, AT)
     hidden = true.value == -torch.inf
     assert torch.equal(value == -torch.inf, hidden)
@@ -431,7 +433,11 @@ def test_what_is_not_lowered():
     _fails(lambda s, b, h, q, kv: s + sum(t[h] for t in tables), NotLowered, "8 captured")
     _fails(lambda s, b, h, q, kv: s + deep[b, h, q, kv, 0], NotLowered, "5 dimensions")
     _fails(lambda s, b, h, q, kv: s + double[h], NotLowered, "float64")
-    _fails(lambda s, b, h, q, kv: s + WEIGHTS.sum(), NotLowered, "sum")
+    many = torch.ones(3, 1025)
+    _fails(lambda s, b, h, q, kv: s + many[h].sum(), NotLowered, "1025 numbers for each score")
+    _fails(lambda s, b, h, q, kv: s + WEIGHTS.max(0).values, NotLowered, "aten.max.dim")
+    _fails(lambda s, b, h, q, kv: s + WEIGHTS.argmax(), NotLowered, "argmax")
+    _fails(lambda s, b, h, q, kv: s + WEIGHTS.sort().values[h], NotLowered, "sort")
     _fails(lambda s, b, h, q, kv: s + WEIGHTS[h > 1].sum(), Exception)
     _fails(lambda s, b, h, q, kv: s + torch.rand(()), NotLowered, "rand")
     _fails(writes, NotLowered, "changes a tensor")
@@ -456,6 +462,14 @@ def test_python_branches_are_refused_with_the_line():
     _fails(mod, TypeError, "score_mod must not read the value", "if q_idx > 3:", "torch.where")
     _fails(lambda s, b, h, q, kv: s + int(q), TypeError, "must not read the value")
     _fails(lambda s, b, h, q, kv: s + WEIGHTS[0].item(), TypeError, "must not read the value")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_indices_that_pytorch_does_not_take_are_refused_with_a_remedy(dtype: torch.dtype):
+    table = torch.tensor([0, 2, 1], dtype=dtype)
+    said = f"{dtype}", "WEIGHTS[table[h]]", ".long()"
+    _fails(lambda s, b, h, q, kv: s + WEIGHTS[table[h]], TypeError, *said)
+    assert score_text(lambda s, b, h, q, kv: s + WEIGHTS[table[h].long()]).text
 
 
 def test_results_that_are_no_scores():

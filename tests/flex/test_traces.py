@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -351,3 +352,83 @@ def test_what_cannot_be_traced_is_a_type_error():
         attend(writes, q)
     with pytest.raises(TypeError, match=r"score_mod: the derivative.*igamma.*detach\(\)"):
         attend(no_derivative, q)
+
+
+# ---- what is slow is said -----------------------------------------------------------------------
+
+
+def _said(call: Any, times: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in range(times):
+            call(n)
+    return [str(x.message) for x in caught if "orchard_ops.flex_attention" in str(x.message)]
+
+
+def test_a_number_that_changes_with_every_call_is_said_once(made: _Counted):
+    q = some("cpu")
+
+    def anew(n: int) -> None:
+        factor = 1.0 + n / 64
+        use = traces.of_function(lambda score, *_: torch.tanh(score * factor), "score", q)
+        assert use.mod(0).text
+
+    (said,) = _said(anew, 20)
+    assert "16 different kernels" in said and "capture what changes as a 0-dim tensor" in said
+    assert "test_traces.py:" in said and "anew.<locals>.<lambda>" in said
+
+    def by_tensor(n: int) -> None:
+        factor = torch.tensor(1.0 + n / 64)
+        traces.of_function(lambda score, *_: torch.tanh(score * factor), "score", q).mod(0)
+
+    made.count = 0
+    assert _said(by_tensor, 20) == [] and made.count == 1
+
+
+def test_a_function_that_is_traced_in_every_call_is_said_once():
+    class Tables:
+        def __getitem__(self, n: int) -> float:
+            return 2.0
+
+    tables, q = Tables(), some("cpu")
+    (said,) = _said(
+        lambda n: traces.of_function(lambda s, *_: torch.tanh(s) * tables[0], "score", q), 20
+    )
+    assert "traced in 16 calls" in said
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+def test_four_threads_trace_at_once():
+    """Each gets what it gets alone."""
+    q = some("cpu")
+
+    def call(factor: float) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.tanh(score * factor) + 0.1 * factor * (i - j)
+
+        return orchard_ops.flex_attention(q, q, q, score_mod)
+
+    right = {n: call(1.0 + n) for n in range(12)}
+    traces._of_functions.clear()
+    found: dict[int, Tensor] = {}
+    errors: list[BaseException] = []
+    begin = threading.Barrier(4)
+
+    def work(first: int) -> None:
+        try:
+            begin.wait()
+            for n in range(first, 12, 4):
+                found[n] = call(1.0 + n)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for n, out in right.items():
+        torch.testing.assert_close(found[n], out, rtol=1e-5, atol=1e-6)

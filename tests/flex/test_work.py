@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from flex_cases import HEADS, FlexCase, run
+from flex_cases import HEADS, FlexCase, replace, run
 from torch import Tensor
 
 if sys.platform != "linux":
@@ -44,6 +44,31 @@ def states_of(seen: Tensor, block: int) -> Tensor:
     return (some.int() + every.int()).to(torch.uint8)
 
 
+def products(case: FlexCase, seen: Tensor, listed: Tensor | None = None) -> tuple[int, float]:
+    """Products of a forward and a backward, of which each kernel does what its blocks of rows ask
+    for by `listed`, and those of blocks of 32 queries and 32 keys that hold a pair of `seen`."""
+    listed = seen if listed is None else listed
+    operands = [x.to("mps") for x in case.operands()]
+    with simulator.recording() as launches:
+        run(case, *operands)
+
+    def share(of: Tensor, rows: int) -> float:
+        return blocks_of(of, rows, BLOCK).any(5).any(3).double().mean().item()
+
+    counted, done, ideal = set(), 0, 0.0
+    for launch in launches:
+        family = launch.kernel.partition("_float16")[0]
+        if family in PRODUCTS:
+            counted.add(family)
+            r = re.search(r"_r(\d)", launch.kernel)
+            dense = PRODUCTS[family] * 2 * HEADS * (LENGTH // 8) ** 2 * (64 // 8)
+            own = share(listed, BLOCK * int(r[1]) if r else BLOCK)
+            assert 0 < launch.counters.mma <= dense * own, launch.kernel
+            done, ideal = done + launch.counters.mma, ideal + dense * share(seen, BLOCK)
+    assert len(counted) == 3
+    return done, ideal
+
+
 @pytest.mark.parametrize("block", (None, 64, 128))
 @pytest.mark.parametrize("mask", ("causal", "window", "document"))
 @pytest.mark.parametrize("scratch", ("0", "64"))
@@ -59,24 +84,20 @@ def test_products_follow_the_blocks_that_are_seen(
         states = states_of(seen, block)
         case = FlexCase(LENGTH, LENGTH, 64, "none", mask, torch.float16, 2, HEADS, None, states,
                         block, block)  # fmt: skip
-    operands = [x.to("mps") for x in case.operands()]
-    with simulator.recording() as launches:
-        run(case, *operands)
+    done, ideal = products(case, seen)
+    assert done <= 1.15 * ideal
 
-    def share(rows: int) -> float:
-        return blocks_of(seen, rows, BLOCK).any(5).any(3).double().mean().item()
 
-    counted, done, ideal = set(), 0, 0.0
-    for launch in launches:
-        family = launch.kernel.partition("_float16")[0]
-        if family in PRODUCTS:
-            counted.add(family)
-            r = re.search(r"_r(\d)", launch.kernel)
-            dense = PRODUCTS[family] * 2 * HEADS * (LENGTH // 8) ** 2 * (64 // 8)
-            own = share(BLOCK * int(r[1]) if r else BLOCK)
-            assert 0 < launch.counters.mma <= dense * own, launch.kernel
-            done, ideal = done + launch.counters.mma, ideal + dense * share(BLOCK)
-    assert len(counted) == 3 and done <= 1.15 * ideal
+@pytest.mark.parametrize("scratch", ("0", "64"))
+def test_products_of_blocks_that_nobody_sees_would_be_noticed(
+    scratch: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", scratch)
+    case = FlexCase(LENGTH, LENGTH, 64, "none", "causal", torch.float16, num_kv_heads=HEADS)
+    seen = case.seen()
+    everything = torch.full((1, 1, 2, 2), 2, dtype=torch.uint8)
+    done, ideal = products(replace(case, states=everything), seen, seen.new_ones(seen.shape))
+    assert done > 1.15 * ideal
 
 
 @pytest.mark.usefixtures("checked")  # which counts bytes
@@ -123,6 +144,20 @@ def test_functions_cost_little_more_than_the_fixed_kernels(kernel: tuple[str, st
         own, fixed = model.cycles(family, head_dim, name)
         assert own <= fixed + 0.3, name
         assert (own, fixed) == pytest.approx(committed[name])
+
+
+def test_a_function_that_costs_more_would_be_noticed(monkeypatch: pytest.MonkeyPatch):
+    """Two more tanh are beyond the limit."""
+    dear = model.MODS["tanh"]
+    text = dear.text.replace("return 20.0f * t", "return 20.0f * flex_tanh(t + flex_tanh(s))")
+    assert text != dear.text
+    monkeypatch.setitem(model.MODS, "tanh", model.Mod(text, dear.table, dear.fixed))
+    own, fixed = model.cycles(counts.FORWARD, 64, "tanh")
+    assert own > fixed + 0.3
+    unlike = model.Mod(model.MODS["ALiBi"].text, model.MODS["ALiBi"].table, "")
+    monkeypatch.setitem(model.MODS, "noop", unlike)
+    own, plain = model.cycles(counts.FORWARD, 64, "noop")
+    assert own != plain
 
 
 @pytest.mark.parametrize("family", (counts.FORWARD, counts.DKV, counts.DQ))

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from fuzz.caches import CacheExample
 from fuzz.examples import Example
+from fuzz.flex import FlexExample
 from fuzz.pages import PagesExample
 from fuzz.problems import PROBLEMS, AnyExample, check_any, from_json, is_known
+from fuzz.trees import TreesExample
 from hypothesis import HealthCheck, given, settings
 
 REGRESSIONS = sorted((Path(__file__).parent / "fuzz" / "regressions").glob("*.json"))
@@ -62,4 +64,16 @@ def test_every_argument_of_a_cache(example: CacheExample):
 @settings(max_examples=10, **SLICE)
 @given(example=PROBLEMS["pages"].examples())
 def test_every_argument_with_pages(example: PagesExample):
+    check_as_kept(example)
+
+
+@settings(max_examples=5, **SLICE)
+@given(example=PROBLEMS["flex"].examples())
+def test_every_argument_of_flex_attention(example: FlexExample):
+    check_as_kept(example)
+
+
+@settings(max_examples=1, **SLICE)
+@given(example=PROBLEMS["trees"].examples())
+def test_trees_of_operations(example: TreesExample):
     check_as_kept(example)

@@ -18,14 +18,16 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, report, runner
 from mutation.harness import DQ, FORWARD, ROOT, Sources
-from mutation.killers import killers, killers_of_caches, machine_code
+from mutation.killers import killers, killers_of_caches, killers_of_flex, machine_code
 from mutation.operators import OPERATORS
 from mutation.sites import Code
 
 SOURCES = Sources()
 
 
-@pytest.mark.parametrize("killer", (*killers(), *killers_of_caches()), ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "killer", (*killers(), *killers_of_caches(), *killers_of_flex()), ids=lambda k: k.name
+)
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 
@@ -109,8 +111,8 @@ def test_all_files_are_mutated(all_of_them):
     sources.remove(ROOT / "native" / "plan" / "plan_cache.cpp")
     mutated = {*mutants.FILES, *mutants.CACHE_FILES, *mutants.FLEX_FILES}
     assert {str(p.relative_to(ROOT)) for p in sources} == mutated
-    of_caches = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
-    assert {m.file for m in of_caches} == set(mutants.CACHE_FILES)
+    for files in (mutants.CACHE_FILES, mutants.FLEX_FILES):
+        assert {m.file for m in mutants.all_mutants(ROOT, files)} == set(files)
     assert len({m.key for m in all_of_them}) == len(all_of_them)
     assert {m.operator for m in all_of_them} == set(OPERATORS)
     barriers = [m for m in all_of_them if "barrier" in m.before and not m.text]
@@ -122,7 +124,8 @@ def test_all_files_are_mutated(all_of_them):
 
 def test_the_list_of_equivalent_mutants_is_up_to_date(all_of_them):
     listed = mutants.equivalences()
-    every = (*all_of_them, *mutants.all_mutants(ROOT, mutants.CACHE_FILES))
+    others = (*mutants.CACHE_FILES, *mutants.FLEX_FILES)
+    every = (*all_of_them, *mutants.all_mutants(ROOT, others))
     changes = {(m.file, m.function, m.before, m.after) for m in every}
     for entry in listed:
         assert len(entry.reason) > 20, entry
@@ -148,8 +151,10 @@ from collections import Counter
 from pathlib import Path
 from mutation import runner
 from mutation.harness import Sources
-from mutation.killers import killers
-copy, limit, *names = sys.argv[1:]
+from mutation.killers import killers, use_those_of_flex
+copy, limit, of, *names = sys.argv[1:]
+if of == "flex":
+    use_those_of_flex()
 runner.LAUNCH_LIMIT = float(limit)
 tests = [k for k in killers() if k.name in names]
 assert len(tests) == len(names)
@@ -158,7 +163,7 @@ print("FOUND" + json.dumps(runner.run_mutant(tests, Sources(Path(copy), Sources(
 
 
 def _judge(
-    copy: Path, file: str, before: str, after: str, *names: str, limit: float = 30.0
+    copy: Path, file: str, before: str, after: str, *names: str, limit: float = 30.0, of: str = ""
 ) -> dict:
     path = copy / file
     text = path.read_text()
@@ -166,7 +171,7 @@ def _judge(
     path.write_text(text.replace(before, after, 1))
     folders = [str(ROOT / folder) for folder in ("", "tests", "tests/proof", "src")]
     done = subprocess.run(
-        [sys.executable, "-c", JUDGE, str(copy), str(limit), *names],
+        [sys.executable, "-c", JUDGE, str(copy), str(limit), of, *names],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
@@ -176,6 +181,17 @@ def _judge(
 
 
 FIRST = f"{FORWARD}: windows, groups, dropout, elements"
+
+
+def test_a_mutant_of_flex_is_killed(copy: Path):
+    """By its own killers, of which each has a name of its own."""
+    names = [k.name for k in killers_of_flex()]
+    assert len(names) == len(set(names))
+    found = _judge(
+        copy, "shaders/flex_arithmetic.h", "b == T(0) ? T(0)", "b != T(0) ? T(0)",
+        "flex functions of int", of="flex",
+    )  # fmt: skip
+    assert found["status"] == "killed" and "divide" in found["message"]
 
 
 def test_a_mutant_is_killed(copy: Path):

@@ -16,7 +16,7 @@ pytest.importorskip("elftools")
 
 from mutation import mutants, verdicts
 from mutation.harness import DKV, DQ_FROM_DS, FORWARD, ROOT
-from mutation.killers import killers_of_caches
+from mutation.killers import killers_of_caches, killers_of_flex
 from mutation.verdicts import Outcome, Present, Progress
 
 KILLERS = (
@@ -205,20 +205,28 @@ def test_the_last_campaign_kept_its_verdicts():
     assert sum(any(e.covers(m) for e in listed) for m in rest) == report["all"]["equivalent"]
 
 
-def test_the_verdicts_on_kernels_for_caches_are_those_that_the_docs_count():
-    """Their campaign has not run to its end; what it left is no verdict."""
-    everything = mutants.all_mutants(ROOT, mutants.CACHE_FILES)
-    present = Present(killers=killers_of_caches(), mutated=mutants.CACHE_FILES)
-    kept = Progress(Path("none"), everything, present, verdicts.CACHE_VERDICTS).outcomes
+OTHERS = {
+    "caches": (mutants.CACHE_FILES, killers_of_caches, verdicts.CACHE_VERDICTS),
+    "functions": (mutants.FLEX_FILES, killers_of_flex, verdicts.FLEX_VERDICTS),
+}
+
+
+@pytest.mark.parametrize("of", OTHERS)
+def test_the_verdicts_on_other_kernels_are_those_that_the_docs_count(of: str):
+    """A campaign that has not run to its end leaves no verdict on the rest."""
+    files, killers, path = OTHERS[of]
+    everything = mutants.all_mutants(ROOT, files)
+    present = Present(killers=killers(), mutated=files)
+    kept = Progress(Path("none"), everything, present, path).outcomes
     assert all(not outcome.survived for outcome in kept.values())
     listed = mutants.equivalences()
     rest = [mutant for mutant in everything if mutant.key not in kept]
     equivalent = sum(any(e.covers(mutant) for e in listed) for mutant in rest)
     docs = " ".join((ROOT / "docs" / "mutation.md").read_text().split())
     counts = re.search(
-        r"It has (\d+) mutants and has not run to its end: (\d+) are noticed, (\d+) are listed as "
+        rf"The campaign of {of} has (\d+) mutants[^:.]*: (\d+) are noticed, (\d+) are listed as "
         r"equivalent, and (\d+) are open", docs,
     )  # fmt: skip
-    assert counts, "docs/mutation.md has no counts"
-    open_ = len(rest) - equivalent
-    assert [int(n) for n in counts.groups()] == [len(everything), len(kept), equivalent, open_]
+    assert counts, f"docs/mutation.md has no counts of {of}"
+    numbers = [len(everything), len(kept), equivalent, len(rest) - equivalent]
+    assert [int(n) for n in counts.groups()] == numbers

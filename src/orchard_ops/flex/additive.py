@@ -24,7 +24,6 @@ from .trace import Indexing
 from .traces import Use
 
 _aten = torch.ops.aten
-_UNIT_SLOPE = "kUnitSlope = true"
 _SAME = (_aten.clone.default, _aten.detach.default, _aten.alias.default)
 
 
@@ -32,10 +31,9 @@ def takes(score: Use) -> bool:
     """Whether the mod is the score plus something that does not depend on it, with that derivative:
     code may detach the score."""
     try:
-        text, _ = score.text(0)
+        if not score.mod(0).is_unit_slope:
+            return False
     except NotLowered:
-        return False
-    if _UNIT_SLOPE not in text:
         return False
     graph = score.kept.traced.graph.graph
     first = next(n for n in graph.nodes if n.op == "placeholder")
@@ -86,7 +84,7 @@ def attend(
     sizes = (*query.shape[:3], key.shape[2])
     used = _places(score, sizes, query)
     shape = tuple(x.shape[0] for x in used)
-    with Indexing():
+    with Indexing(query.device):
         bias = over_places(score.function, 1)(query.new_zeros(shape, dtype=torch.float32), *used)
         seen = None
         if mask is not None:

@@ -6,7 +6,7 @@ All of it reads shapes, dtypes and devices alone, and torch.compile traces throu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.attention import flex_attention as pytorch
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..arguments import autocast
-from ..checks import DTYPES
+from ..checks import check_kinds, check_problem
 
 OP = "orchard_ops.flex_attention"
 _NO_BLOCKS = pytorch._LARGE_SPARSE_BLOCK_SIZE
@@ -44,9 +44,16 @@ def check(
     enable_gqa: bool,
 ) -> FlexCall:
     """The call in its parts; see `flex_attention` for what it raises."""
-    _check_operands(query, key, value)
+    check_kinds(OP, query, key, value)
     query, key, value = autocast(query, key, value)
-    _check_sizes(query, key, value, enable_gqa)
+    if all(x.dim() == 4 for x in (query, key, value)):
+        key, value = _for_each_sample(query, key, value, block_mask)
+    check_problem(OP, query, key, value)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"{OP}: query must have as many heads as key and value, or enable_gqa=True; got "
+            f"{query.shape[1]} and {key.shape[1]}"
+        )
     if score_mod is not None and not callable(score_mod):
         raise TypeError(
             f"{OP}: score_mod must be a function (score, b, h, q_idx, kv_idx) or None; got a "
@@ -62,15 +69,6 @@ def check(
     mask_mod = None
     if block_mask is not None:
         mask_mod = _check_mask(query, key, block_mask)
-    if key.shape[0] != query.shape[0]:
-        if key.shape[0] != 1 or block_mask is None:
-            raise ValueError(
-                f"{OP}: key and value must have query's batch size {query.shape[0]}, or 1 where "
-                f"there is a block_mask for each sample of query; got {key.shape[0]}"
-                + ("" if block_mask is not None else " and no block_mask")
-            )
-        key = key.expand(query.shape[0], -1, -1, -1)
-        value = value.expand(query.shape[0], -1, -1, -1)
     if score_mod is pytorch._identity:
         score_mod = None
     has_blocks = block_mask is not None and block_mask.BLOCK_SIZE != (_NO_BLOCKS, _NO_BLOCKS)
@@ -78,64 +76,19 @@ def check(
     return FlexCall(query, key, value, score_mod, mask_mod, blocks, scale)
 
 
-def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {name} must be a tensor; got a {type(x).__name__}")
-        if x.is_nested:
-            raise TypeError(
-                f"{OP}: {name} must be a dense tensor; got a nested one: pack the sequences into "
-                "one and let mask_mod compare their document numbers"
-            )
-        if x.dim() != 4:
-            raise ValueError(
-                f"{OP}: {name} must be (batch, heads, length, head_dim); got shape {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{OP}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}"
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"{OP}: query, key and value must have the same dtype; got {query.dtype}, {key.dtype} "
-            f"and {value.dtype}"
-        )
-    if not query.device == key.device == value.device:
+def _for_each_sample(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sample serve every query, where there is a block_mask."""
+    batch, kv_batch = query.shape[0], key.shape[0]
+    if kv_batch != 1 or value.shape[0] != 1 or batch == 1:
+        return key, value
+    if block_mask is None:
         raise ValueError(
-            f"{OP}: query, key and value must be on the same device; got {query.device}, "
-            f"{key.device} and {value.device}"
+            f"{OP}: key and value must have query's batch size {batch}, or 1 where there is a "
+            f"block_mask for each sample of query; got {kv_batch} and no block_mask"
         )
-
-
-def _check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"{OP}: query and key must have the same head_dim; got {query.shape[3]} and "
-            f"{key.shape[3]}"
-        )
-    if query.shape[3] == 0 or value.shape[3] == 0:
-        raise ValueError(
-            f"{OP}: head_dim must be at least 1; got {query.shape[3]} for query and key and "
-            f"{value.shape[3]} for value"
-        )
-    for what, n in (("batch size", 0), ("number of heads", 1), ("length", 2)):
-        if key.shape[n] != value.shape[n]:
-            raise ValueError(
-                f"{OP}: key and value must have the same {what}; got {key.shape[n]} and "
-                f"{value.shape[n]}"
-            )
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    if num_heads != num_kv_heads:
-        if not enable_gqa:
-            raise ValueError(
-                f"{OP}: query must have as many heads as key and value, or enable_gqa=True; got "
-                f"{num_heads} and {num_kv_heads}"
-            )
-        if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
-            raise ValueError(
-                f"{OP}: the heads of query must be a multiple of those of key and value; got "
-                f"{num_heads} and {num_kv_heads}"
-            )
+    return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
 
 def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[..., Any] | None:
@@ -176,18 +129,20 @@ def _check_mask(query: Tensor, key: Tensor, block_mask: BlockMask) -> Callable[.
     return mask_mod
 
 
-def check_results(return_lse: bool, return_aux: Any) -> bool:
-    """Whether lse is asked for, by either way."""
+def check_results(return_lse: bool, return_aux: Any) -> tuple[bool, bool]:
+    """Whether lse is asked for, by either way, and max_scores."""
     if return_aux is None:
-        return bool(return_lse)
+        return bool(return_lse), False
     if return_lse:
         raise ValueError(
             f"{OP}: return_lse and return_aux were both given: pass "
             "return_aux=AuxRequest(lse=True) alone"
         )
-    if return_aux.max_scores:
-        raise NotImplementedError(
-            f"{OP}: max_scores is not computed; got return_aux with max_scores=True: ask for lse, "
-            "which is at least as large as the maximum and within log(kv_len) of it"
+    return bool(return_aux.lse), bool(return_aux.max_scores)
+
+
+def check_options(kernel_options: Any) -> None:
+    if kernel_options is not None and not isinstance(kernel_options, Mapping):
+        raise TypeError(
+            f"{OP}: kernel_options must be a dict or None; got a {type(kernel_options).__name__}"
         )
-    return bool(return_aux.lse)

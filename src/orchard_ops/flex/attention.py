@@ -43,37 +43,44 @@ def flex_attention(
         scale: factor on query @ key^T before score_mod; 1 / sqrt(E) by default.
         enable_gqa: query heads share key and value heads, Hq a multiple of Hkv.
         return_lse: also return lse; PyTorch prefers return_aux.
-        kernel_options: PyTorch's options for its Triton kernels. They are not used.
-        return_aux: `AuxRequest(lse=True)` returns (out, AuxOutput(lse)).
+        kernel_options: PyTorch's options for its Triton kernels, of any names. They are not used.
+        return_aux: `AuxRequest(lse=True)` returns (out, AuxOutput(lse)). `max_scores=True` adds the
+            largest score of each query, which the reference finds, by another pass over the keys.
 
     Returns:
         out (B, Hq, L, Ev) in the query's dtype. Rows without a key are 0. lse (B, Hq, L) float32,
-        the natural logarithm of the softmax's denominator, -inf for rows without a key.
+        the natural logarithm of the softmax's denominator, -inf for rows without a key; max_scores
+        likewise, without a gradient.
 
     Raises:
         ValueError, TypeError: a malformed call; the message says what was wrong and what came.
-        NotImplementedError: max_scores is asked for.
         RuntimeError: ORCHARD_STRICT=1 and Metal cannot run the call.
 
     Reference: J. Dong et al., "Flex Attention: A Programming Model for Generating Optimized
     Attention Kernels", https://arxiv.org/abs/2412.05496.
     """
-    wants_lse = arguments.check_results(return_lse, return_aux)
+    wants_lse, wants_max = arguments.check_results(return_lse, return_aux)
+    arguments.check_options(kernel_options)
     call = arguments.check(query, key, value, score_mod, block_mask, scale, enable_gqa)
     if torch.compiler.is_dynamo_compiling():
-        out, lse = graph.attend(call)
+        out, lse, largest = graph.attend(call, wants_max)
     else:
-        out, lse = _attend(call, wants_lse)
+        out, lse, largest = _attend(call, wants_lse, wants_max)
     if return_aux is not None:
-        return out, AuxOutput(lse=lse if wants_lse else None, max_scores=None)
+        return out, AuxOutput(lse=lse if wants_lse else None, max_scores=largest)
     if not wants_lse:
         return out
     assert lse is not None
     return out, lse
 
 
-def _attend(call: arguments.FlexCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _attend(
+    call: arguments.FlexCall, wants_lse: bool, wants_max: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
-    return route.attend(query, key, value, score, mask, block_mask, scale, wants_lse)
+    found = route.attend(query, key, value, score, mask, block_mask, scale, wants_lse)
+    if not wants_max:
+        return *found, None
+    return *found, route.max_scores(query, key, score, mask, block_mask, scale)

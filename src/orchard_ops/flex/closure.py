@@ -62,11 +62,14 @@ _CONSTANT_PACKAGES = ("torch", "math", "operator", "builtins", "numpy")
 """Packages whose functions and classes a program does not change."""
 _DEEPEST = 16
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-_REFUSED = (
-    "IMPORT_NAME", "IMPORT_FROM", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF",
-    "LOAD_NAME", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "LOAD_FROM_DICT_OR_GLOBALS",
-    "LOAD_LOCALS", "YIELD_VALUE", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR",
-)  # fmt: skip
+_NAMES = {dis.opname[n] for n in (*dis.hasname, *dis.hasfree)}
+"""Instructions that name something other than a local variable, of the Python that runs."""
+_FOLLOWED = (*_ATTRIBUTES, "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLOSURE", "MAKE_CELL")
+_REFUSED = (_NAMES - {*_FOLLOWED}) | {"LOAD_LOCALS", "YIELD_VALUE"}
+"""Imports, names of classes, changes of globals, cells and attributes, and what newer Pythons have
+besides: what is not known is not followed."""
+_READ_ANYTHING = ("super", "globals", "locals", "vars", "eval", "exec", "__import__")
+"""Builtins that read what no instruction names."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,11 +92,14 @@ def _collect(code: types.CodeType, outer: tuple[str, ...]) -> tuple[list[Any], .
         if name in _REFUSED:
             raise _NotFollowed
         if name.startswith("LOAD_GLOBAL"):
+            if value in _READ_ANYTHING:
+                raise _NotFollowed
             of_globals.append((value, *_attributes(instructions, n + 1)))
         elif name in ("LOAD_DEREF", "LOAD_CLOSURE"):
             if value in outer:
                 free.append((value, *_attributes(instructions, n + 1)))
-        elif name.startswith("LOAD_FAST") and first is not None:
+        elif "LOAD_FAST" in name and first is not None:
+            # Python 3.13 and later load two at once, or store one and load the next.
             names = value if isinstance(value, tuple) else (value,)
             if value in outer:  # Python 3.13 makes a closure's cells of these
                 free.append((value,))

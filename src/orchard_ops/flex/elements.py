@@ -16,11 +16,12 @@ from .operations import apply_form, enter, integer_form, name_of, result_dtype
 from .scalars import FLOATS, Scalar, convert, literal
 
 _aten = torch.ops.aten
-Lazy = Callable[[Any, Node, tuple[Scalar, ...]], Scalar]
+Index = tuple[Scalar, ...]
+Lazy = Callable[[Any, Node, Index], Scalar]
 LAZY: dict[Any, Lazy] = {}
 
 
-def _lazy(*names: str) -> Callable[[Lazy], Lazy]:
+def lazy(*names: str) -> Callable[[Lazy], Lazy]:
     return enter(LAZY, names)
 
 
@@ -46,16 +47,16 @@ for _name, _number in _FILLED.items():
     LAZY[getattr(_aten, _name)] = _filled(_number)
 
 
-@_lazy("full", "full_like", "new_full", "scalar_tensor")
-def _full(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("full", "full_like", "new_full", "scalar_tensor")
+def _full(text: Any, node: Node, index: Index) -> Scalar:
     name = name_of(node)
     at = 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1
     fill = node.args[at]
     return text.scalar(fill) if isinstance(fill, Node) else literal(fill, result_dtype(node))
 
 
-@_lazy("arange")
-def _count(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("arange")
+def _count(text: Any, node: Node, index: Index) -> Scalar:
     start: Any = 0
     step: Any = 1
     overload = node.target._overloadname  # type: ignore[union-attr]
@@ -63,29 +64,33 @@ def _count(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
         start = node.args[0]
         step = node.args[2] if len(node.args) > 2 else 1
     dtype = result_dtype(node)
-    product = apply_form(text, node, *_plain(dtype, "*"), (index[0], step))
-    return apply_form(text, node, *_plain(dtype, "+"), (product, start))
+    found = convert(text, index[0], dtype)
+    if step != 1:
+        found = apply_form(text, node, arithmetic_form(dtype, "*"), (found, step))
+    if start != 0:
+        found = apply_form(text, node, arithmetic_form(dtype, "+"), (found, start))
+    return found
 
 
-def _plain(dtype: torch.dtype, sign: str) -> tuple[str]:
-    return (f"{{0}} {sign} {{1}}" if dtype in FLOATS else integer_form(dtype, sign),)
+def arithmetic_form(dtype: torch.dtype, sign: str) -> str:
+    return f"{{0}} {sign} {{1}}" if dtype in FLOATS else integer_form(dtype, sign)
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
 def _dim(node: Node, dim: Any) -> int:
-    return int(dim) % max(len(_shape(node)), 1)
+    return int(dim) % max(len(shape_of(node)), 1)
 
 
 _ZERO = literal(0, torch.int32)
 
 
-@_lazy("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten")
-def _reshape(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten")
+def _reshape(text: Any, node: Node, index: Index) -> Scalar:
     source = node.args[0]
-    before, after = _shape(source), _shape(node)
+    before, after = shape_of(source), shape_of(node)
     kept = [i for i, n in zip(index, after) if n != 1]
     if [n for n in before if n != 1] == [n for n in after if n != 1]:
         rest = iter(kept)
@@ -100,13 +105,60 @@ def _reshape(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     return text.element(source, tuple(found))
 
 
-@_lazy("expand")
-def _expand(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("expand")
+def _expand(text: Any, node: Node, index: Index) -> Scalar:
     return text.operand(node.args[0], index)
 
 
-@_lazy("permute", "transpose", "t")
-def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("prims.broadcast_in_dim")
+def _broadcast(text: Any, node: Node, index: Index) -> Scalar:
+    dims: Any = node.args[2]
+    return text.operand(node.args[0], tuple(index[d] for d in dims))
+
+
+@lazy("cat", "prims.cat")
+def _joined(text: Any, node: Node, index: Index) -> Scalar:
+    """The part whose place it is. Where that is not known, the others are read too, beyond their
+    ends: captured tensors have a last element there."""
+    dim = _dim(node, node.args[1] if len(node.args) > 1 else 0)
+    parts: Any = [x for x in node.args[0] if len(shape_of(x)) == len(index)]  # type: ignore
+    at, begin = convert(text, index[dim], torch.int32), 0
+    found = None
+    for part in parts:
+        end = begin + shape_of(part)[dim]
+        if begin < end and (at.number is None or begin <= at.number < end):
+            place = at if begin == 0 else _moved(text, at, -begin)
+            element = text.element(part, (*index[:dim], place, *index[dim + 1 :]))
+            element = convert(text, element, result_dtype(node))
+            if found is not None:
+                choice = f"{at.text} < {begin} ? {found.text} : {element.text}"
+                element = text.emit(element.dtype, choice)
+            found = element
+        begin = end
+    return literal(0, result_dtype(node)) if found is None else found
+
+
+def _moved(text: Any, x: Scalar, by: int) -> Scalar:
+    if x.number is not None:
+        return literal(x.number + by, torch.int32)
+    return text.emit(torch.int32, f"{x.text} {'-' if by < 0 else '+'} {abs(by)}")
+
+
+@lazy("flip", "prims.rev")
+def _reversed(text: Any, node: Node, index: Index) -> Scalar:
+    dims: Any = node.args[1]
+    found = list(index)
+    for d in (_dim(node, x) for x in dims):
+        last, place = shape_of(node)[d] - 1, convert(text, index[d], torch.int32)
+        if place.number is None:
+            found[d] = text.emit(torch.int32, f"{last} - {place.text}")
+        else:
+            found[d] = literal(last - place.number, torch.int32)
+    return text.element(node.args[0], tuple(found))
+
+
+@lazy("permute", "transpose", "t")
+def _permute(text: Any, node: Node, index: Index) -> Scalar:
     dims = list(range(len(index)))
     name = name_of(node)
     if name == "permute":
@@ -120,21 +172,21 @@ def _permute(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     return text.element(node.args[0], tuple(found))
 
 
-@_lazy("select")
-def _select(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("select")
+def _select(text: Any, node: Node, index: Index) -> Scalar:
     source: Any = node.args[0]
     number: Any = node.args[2]
     dim = _dim(source, node.args[1])
-    at = literal(int(number) % _shape(source)[dim], torch.int32)
+    at = literal(int(number) % shape_of(source)[dim], torch.int32)
     return text.element(source, (*index[:dim], at, *index[dim:]))
 
 
-@_lazy("slice")
-def _slice(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("slice")
+def _slice(text: Any, node: Node, index: Index) -> Scalar:
     given: tuple[Any, ...] = (*node.args, None, None, None, None)
     source, dim, first, last, step = given[:5]
     dim = 0 if dim is None else _dim(source, dim)
-    start, _, stride = slice(first, last, step).indices(_shape(source)[dim])
+    start, _, stride = slice(first, last, step).indices(shape_of(source)[dim])
     moved = convert(text, index[dim], torch.int32)
     if stride != 1:
         moved = text.emit(torch.int32, f"{moved.text} * {stride}")
@@ -143,16 +195,16 @@ def _slice(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     return text.element(source, (*index[:dim], moved, *index[dim + 1 :]))
 
 
-@_lazy("index")
-def _index(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("index")
+def _index(text: Any, node: Node, index: Index) -> Scalar:
     source: Any = node.args[0]
     given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-    shape = _shape(source)
+    shape = shape_of(source)
     given += [None] * (len(shape) - len(given))
     tensors = [x for x in given if x is not None]
     if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in tensors):
         raise text.fail(node, "by a condition has no Metal text")
-    own = max(len(_shape(x)) for x in tensors)
+    own = max(len(shape_of(x)) for x in tensors)
     places = [d for d, x in enumerate(given) if x is not None]
     first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
     shared, rest = index[first : first + own], iter((*index[:first], *index[first + own :]))
@@ -167,8 +219,8 @@ def _index(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
     return text.element(source, tuple(found))
 
 
-@_lazy("embedding")
-def _embedding(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
+@lazy("embedding")
+def _embedding(text: Any, node: Node, index: Index) -> Scalar:
     table, places = node.args[:2]
     place = text.element(places, index[:-1])
     return text.element(table, (place, index[-1]))
@@ -176,7 +228,7 @@ def _embedding(text: Any, node: Node, index: tuple[Scalar, ...]) -> Scalar:
 
 def _from_the_end(text: Any, x: Scalar, size: int) -> Scalar:
     """An index that may be negative, of a tensor that the text computes."""
-    if x.text in ("b", "h", "q", "kv"):
+    if text.counts(x):
         return x
     if x.number is not None:
         return literal(x.number % size, torch.int32)

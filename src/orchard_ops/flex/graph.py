@@ -41,12 +41,15 @@ class _FlexAttention(HigherOrderOperator):
         given: dict[str, bool],
         score_captures: tuple[Any, ...] = (),
         mask_captures: tuple[Any, ...] = (),
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *blocks, mask_mod = block_mask
         score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
         mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
         states = _states(query, key, *blocks) if blocks else None
-        return route.attend(query, key, value, score, mask, states, scale)
+        out, lse = route.attend(query, key, value, score, mask, states, scale)
+        if not given["max_scores"]:
+            return out, lse, None
+        return out, lse, route.max_scores(query, key, score, mask, states, scale)
 
 
 def _states(query: Tensor, key: Tensor, lists: Lists, q_block: int, kv_block: int) -> route.States:
@@ -58,14 +61,15 @@ def _states(query: Tensor, key: Tensor, lists: Lists, q_block: int, kv_block: in
 _operator = _FlexAttention()
 
 
-def attend(call: FlexCall) -> tuple[Tensor, Tensor | None]:
-    """out and lse of a call that Dynamo is tracing."""
+def attend(call: FlexCall, wants_max: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out, lse and, if they are wanted, max_scores of a call that Dynamo is tracing."""
     for x in (call.query, call.key, call.value):
         torch._dynamo.mark_static(x, 1)
         torch._dynamo.mark_static(x, 3)
     given = {
         "score": call.score_mod is not None,
         "mask": call.mask_mod is not None,
+        "max_scores": wants_max,
     }
     score_mod = pytorch._identity if call.score_mod is None else call.score_mod
     mask_mod = pytorch.noop_mask if call.mask_mod is None else call.mask_mod

@@ -10,19 +10,20 @@ The text is made of the tables of `operations.py`, names made here and numbers p
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .elements import LAZY
 from .mod import MAX_CAPTURE_DIM, MAX_CAPTURES, Mod, NotLowered
-from .operations import POINTWISE
-from .scalars import MEMORY, Scalar, Unprintable, convert, literal
+from .operations import BY_NAME, POINTWISE
+from .reductions import LAZY
+from .scalars import FLOATS, MEMORY, Scalar, Unprintable, convert, literal
 from .trace import SCORE, Traced, is_literal, place, trace
 
 _INF = float("inf")
@@ -49,7 +50,10 @@ def lower(traced: Traced, first_capture: int = 0) -> Mod:
     ):
         return Mod("", ())
     if traced.kind == SCORE:
-        return Mod(_score_struct(text, *scalars), tuple(text.captures))
+        score = convert(text, scalars[0], torch.float32)
+        slope = text.slope_where_seen(score, scalars[1])
+        is_unit = slope.number == 1.0
+        return Mod(_score_struct(text, score, slope, is_unit), tuple(text.captures), is_unit)
     return Mod(_mask_struct(text, scalars[0]), tuple(text.captures))
 
 
@@ -83,6 +87,14 @@ def _stand_in(x: Any) -> Tensor:
 # ---- the graph ----------------------------------------------------------------------------------
 
 
+class _Loop(NamedTuple):
+    """What a line goes through before it has its value."""
+
+    number: str
+    size: int
+    start: str
+
+
 class _Text:
     """The lines that a graph needs, as they are asked for."""
 
@@ -91,6 +103,8 @@ class _Text:
         self.captures: list[Tensor] = []
         self.lines: dict[str, tuple[str, str]] = {}
         """The name of a constant -> Metal's type, and the expression."""
+        self.loops: dict[str, _Loop] = {}
+        """The name of a number that a loop makes, whose line says what becomes of it each time."""
         self._made: dict[tuple[str, str], str] = {}
         self.selects: dict[str, tuple[Scalar, Scalar, Scalar]] = {}
         """The name of a choice -> the condition, and what it is where that holds and elsewhere."""
@@ -124,6 +138,8 @@ class _Text:
 
     def _element(self, node: Node, index: tuple[Scalar, ...]) -> Scalar:
         value = node.meta["val"]
+        if node in self._tensors and _is_number(value):
+            return self._capture(node, index)
         if value.dtype not in MEMORY:
             raise NotLowered(f"{value.dtype} has no Metal text{place(node)}")
         if node in self._arguments:
@@ -138,12 +154,15 @@ class _Text:
         try:
             if operation in LAZY:
                 return LAZY[operation](self, node, index)
-            if operation in POINTWISE:
+            pointwise = POINTWISE.get(operation) or BY_NAME.get(_name_of(node))
+            if pointwise is not None:
                 operands = [self.operand(x, index) for x in node.args]
                 found = _number(node, operands)
-                return POINTWISE[operation](self, node, operands) if found is None else found
+                return pointwise(self, node, operands) if found is None else found
         except Unprintable as error:
             raise self.fail(node, f"needs the number {error}") from error
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
         raise self.fail(node, "has no Metal text")
 
     def operand(self, x: Any, index: tuple[Scalar, ...]) -> Any:
@@ -167,6 +186,8 @@ class _Text:
             if self.first_capture + len(self.captures) > MAX_CAPTURES:
                 raise NotLowered(f"more than {MAX_CAPTURES} captured tensors")
         dtype = node.meta["val"].dtype
+        if dtype == torch.float64:  # a number, see `_is_number`
+            dtype = torch.float32
         places = [convert(self, i, torch.int32).text for i in index]
         arguments = ", ".join([str(self._numbers[id(tensor)]), *places])
         read = f"captures.at<{MEMORY[dtype]}>({arguments})"
@@ -187,6 +208,31 @@ class _Text:
             self.lines[name] = (kind, expression)
             self._made[key] = name
         return Scalar(self._made[key], dtype)
+
+    def loop(
+        self,
+        dtype: torch.dtype,
+        size: int,
+        start: Scalar,
+        form: str,
+        term: Callable[[Scalar], Scalar],
+    ) -> Scalar:
+        """`start` and the terms of 0, 1, ..., size - 1, one after another by a form of {0} and {1}.
+
+        The lines that a term adds and that depend on its number are the loop's body.
+        """
+        index = f"i{sum(name.startswith('i') for name in self.limits)}"
+        self.limits[index] = size - 1
+        added = term(Scalar(index, torch.int32))
+        name = f"v{len(self.lines)}"
+        kind = "float" if dtype in FLOATS else "bool" if dtype == torch.bool else MEMORY[dtype]
+        self.lines[name] = (kind, form.format(name, added.text))
+        self.loops[name] = _Loop(index, size, start.text)
+        return Scalar(name, dtype)
+
+    def counts(self, x: Scalar) -> bool:
+        """Whether an integer is one that is never negative: an index, or a loop's."""
+        return x.text in _INDICES or bool(_LOOP_INDEX.fullmatch(x.text))
 
     def reads_whole(self, node: Node) -> bool:
         """Whether a value is a captured tensor, whose elements are counted from the end too."""
@@ -229,6 +275,11 @@ class _Text:
         return NotLowered(f"{node.target} {why}{place(node)}")
 
 
+def _name_of(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name
+
+
 def _number(node: Node, operands: list[Any]) -> Scalar | None:
     """The result for operands that are numbers, as PyTorch computes it on the cpu."""
     scalars = [x for x in operands if isinstance(x, Scalar)]
@@ -245,6 +296,11 @@ def _number(node: Node, operands: list[Any]) -> Scalar | None:
     return literal(found.item(), found.dtype)
 
 
+def _is_number(x: Tensor) -> bool:
+    """Whether a captured tensor is a number on the CPU: it is read as float32 on mps."""
+    return x.dim() == 0 and x.device.type == "cpu" and x.dtype == torch.float64
+
+
 def _is_scalar(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dim() == 0
@@ -253,10 +309,15 @@ def _is_scalar(node: Node) -> bool:
 # ---- the struct ---------------------------------------------------------------------------------
 
 _NAME = re.compile(r"\bv\d+\b")
+_LOOP_INDEX = re.compile(r"\bi\d+\b")
 
 
 def _body(text: _Text, *results: str) -> tuple[list[str], list[str]]:
-    """The lines that results need, numbered anew, and the results as they then are."""
+    """The lines that results need, numbered anew, and the results as they then are.
+
+    A line that depends on a loop's index is in its body, in that of the innermost if there are two:
+    a loop within another has the larger number.
+    """
     needed: set[str] = set()
     for result in results:
         needed.update(_NAME.findall(result))
@@ -268,23 +329,47 @@ def _body(text: _Text, *results: str) -> tuple[list[str], list[str]]:
     def renamed(x: str) -> str:
         return _NAME.sub(lambda m: names[m[0]], x)
 
-    lines = [
-        f"    const {kind} {names[name]} = {renamed(expression)};"
-        for name, (kind, expression) in text.lines.items()
-        if name in needed
-    ]
-    return lines, [renamed(x) for x in results]
+    indices: dict[str, set[str]] = {}
+    bodies: dict[str, list[str]] = {}
+    for name in names:
+        expression = text.lines[name][1]
+        own = set(_LOOP_INDEX.findall(expression))
+        own.update(*(indices[x] for x in _NAME.findall(expression) if x != name))
+        if name in text.loops:
+            own.discard(text.loops[name].number)
+        indices[name] = own
+        bodies.setdefault(max(own, key=_number_of, default=""), []).append(name)
+
+    def written(body: str, indent: str) -> list[str]:
+        lines = []
+        for name in bodies.get(body, ()):
+            kind, expression = text.lines[name]
+            if name not in text.loops:
+                lines.append(f"{indent}const {kind} {names[name]} = {renamed(expression)};")
+                continue
+            i, size, start = text.loops[name]
+            lines += [
+                f"{indent}{kind} {names[name]} = {start};",
+                f"{indent}for (int {i} = 0; {i} < {size}; ++{i}) {{",
+                *written(i, indent + "  "),
+                f"{indent}  {names[name]} = {renamed(expression)};",
+                f"{indent}}}",
+            ]
+        return lines
+
+    return written("", "    "), [renamed(x) for x in results]
 
 
-def _score_struct(text: _Text, score: Scalar, slope: Scalar) -> str:
-    score = convert(text, score, torch.float32)
-    slope = text.slope_where_seen(score, slope)
-    is_unit = "true" if slope.number == 1.0 else "false"
+def _number_of(index: str) -> int:
+    return int(index[1:])
+
+
+def _score_struct(text: _Text, score: Scalar, slope: Scalar, is_unit: bool) -> str:
     lines, (score_text, slope_text) = _body(text, score.text, slope.text)
     return "\n".join(
         [
             "struct ScoreMod {",
-            f"  static constant constexpr const bool kUnitSlope = {is_unit};",
+            f"  static constant constexpr const bool kUnitSlope = {str(is_unit).lower()};",
             "  FlexCaptures captures;",
             "",
             "  METAL_FUNC float score(",

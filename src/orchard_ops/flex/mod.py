@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 MAX_CAPTURES = 8
 """Captured tensors that a score_mod and a mask_mod may have together in a Metal kernel."""
 MAX_CAPTURE_DIM = 4
@@ -21,8 +19,10 @@ class Mod(NamedTuple):
     text: str
     """The struct ScoreMod or MaskMod, empty where the function does nothing. The same graph always
     gives the same text."""
-    captures: tuple[Tensor, ...]
+    captures: tuple[Any, ...]
     """The tensors that the text reads, in the order of its numbers; the user's own objects."""
+    is_unit_slope: bool = True
+    """Whether the derivative by the score is 1 everywhere."""
 
 
 class NotLowered(Exception):

@@ -26,7 +26,8 @@ def _pointwise(*names: str) -> Callable[[Pointwise], Pointwise]:
 def enter(table: dict[Any, Any], names: Sequence[str]) -> Callable[[Any], Any]:
     def enter(function: Any) -> Any:
         for name in names:
-            table[getattr(_aten, name)] = function
+            space, _, own = name.rpartition(".")
+            table[getattr(getattr(torch.ops, space or "aten"), own)] = function
         return function
 
     return enter
@@ -123,6 +124,8 @@ def _quotient(text: Any, node: Node, operands: list[Any]) -> Scalar:
     mode = node.kwargs.get("rounding_mode", operands[2] if len(operands) > 2 else None)
     if name_of(node) == "floor_divide":
         mode = "floor"
+    elif mode is None and dtype not in FLOATS:  # of prims
+        mode = "trunc"
     if mode == "floor":
         return apply_form(text, node, "flex_floor_divide({0}, {1})", operands[:2])
     if mode == "trunc":
@@ -300,16 +303,21 @@ _CHOICES = {
 }
 
 
-def _choice(compared: str, is_nan: str) -> Pointwise:
+def choice_form(name: str, dtype: torch.dtype) -> str:
+    compared, is_nan = _CHOICES[name]
+    condition = f"{compared} || {is_nan}" if dtype in FLOATS else compared
+    return f"{condition} ? {{1}} : {{0}}"
+
+
+def _choice(name: str) -> Pointwise:
     def choice(text: Any, node: Node, operands: list[Any]) -> Scalar:
-        condition = f"{compared} || {is_nan}" if result_dtype(node) in FLOATS else compared
-        return apply_form(text, node, f"{condition} ? {{1}} : {{0}}", operands[:2])
+        return apply_form(text, node, choice_form(name, result_dtype(node)), operands[:2])
 
     return choice
 
 
-for _name, _conditions in _CHOICES.items():
-    POINTWISE[getattr(_aten, _name)] = _choice(*_conditions)
+for _name in _CHOICES:
+    POINTWISE[getattr(_aten, _name)] = _choice(_name)
 
 
 @_pointwise("clamp", "clamp_min", "clamp_max", "hardtanh")
@@ -325,7 +333,7 @@ def _clamp(text: Any, node: Node, operands: list[Any]) -> Scalar:
     x = _as(text, operands[0], result_dtype(node))
     for bound, compared in ((low, "maximum"), (high, "minimum")):
         if bound is not None:
-            x = _choice(*_CHOICES[compared])(text, node, [x, bound])
+            x = _choice(compared)(text, node, [x, bound])
     return x
 
 
@@ -448,10 +456,14 @@ def _copied(text: Any, node: Node, operands: list[Any]) -> Scalar:
     return convert(text, operands[1], result_dtype(node))
 
 
+BY_NAME = {"approx::tanh": POINTWISE[_aten.tanh]}
+"""Operations of other libraries, which may be registered or not. attention-gym has this one for an
+instruction of NVIDIA's."""
+
 # What PyTorch takes operations apart into besides.
 for _name in (
-    *("add", "sub", "mul", "neg", "abs", "sign", "maximum", "minimum", "fmax", "fmin", "where"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor"),
+    *("add", "sub", "mul", "div", "neg", "abs", "sign", "maximum", "minimum", "fmax", "fmin"),
+    *("where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor"),
     *("bitwise_not", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt"),
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh"),
     *("atanh", "erf", "floor", "ceil", "round", "trunc", "reciprocal", "pow", "fmod", "remainder"),

@@ -64,6 +64,29 @@ def attend(
     return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
+def max_scores(
+    query: Tensor,
+    key: Tensor,
+    score_mod: Function | None,
+    mask_mod: Function | None,
+    block_states: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> Tensor:
+    """(B, Hq, L) of lse's dtype: the largest score that a query sees, -inf where it sees none."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    k = key.to(dtype).expand(query.shape[0], -1, -1, -1)
+    call = _Call(score_mod, mask_mod, block_states, block_q, block_kv, scale)
+    found = []
+    with torch.no_grad():
+        for first, end in _blocks(query.shape[2], None if block_states is None else block_q):
+            x = call.scores(query[:, :, first:end].to(dtype), k, first)
+            empty = x.new_full((*x.shape[:3], 1), -torch.inf)
+            found.append(torch.cat([empty, x], -1).amax(-1))
+    return torch.cat(found, 2)
+
+
 def _blocks(q_len: int, block_q: int | None) -> Iterator[tuple[int, int]]:
     """Rows of one block lie in one block of a BlockMask."""
     first = 0
@@ -93,31 +116,11 @@ class _Call:
 
     def block(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """out and lse of the queries from `first` on."""
-        batch, num_heads, rows, _ = q.shape
+        states = self._states(first, k.shape[2])
+        if states is not None:
+            v = self._listed(v, states)
+        x = self.scores(q, k, first)
         kv_len = k.shape[2]
-        states = self._states(first, kv_len)
-        if states is not None:
-            k, v = self._listed(k, states), self._listed(v, states)
-        places = [
-            torch.arange(n, dtype=torch.int32, device=q.device)
-            for n in (batch, num_heads, rows, kv_len)
-        ]
-        places[2] = places[2] + first
-        x = _grouped_product(q, k.transpose(2, 3)) * self.scale
-        seen = None
-        if self.mask_mod is not None and x.numel():
-            with Indexing():
-                seen = over_places(self.mask_mod, 0)(*places)
-        if states is not None:
-            listed = states if seen is None else (states == SEEN) | seen
-            seen = (states != HIDDEN) & listed.to(torch.bool)
-        if self.score_mod is not None and x.numel():
-            if seen is not None:  # where score_mod has no derivative, what is hidden needs none
-                x = torch.where(seen, x, x.detach())
-            with Indexing():
-                x = over_places(self.score_mod, 1)(x, *places).to(x.dtype)
-        if seen is not None:
-            x = torch.where(seen, x, -torch.inf)
         largest = x.detach().amax(-1, keepdim=True) if kv_len else x.new_zeros((*q.shape[:3], 1))
         origin = torch.where(largest == -torch.inf, 0.0, largest)
         e = torch.exp(x - origin)
@@ -127,6 +130,33 @@ class _Call:
         out = _grouped_product(e, v) / total
         lse = torch.where(is_empty, -torch.inf, total.log() + origin)
         return out, lse.squeeze(-1)
+
+    def scores(self, q: Tensor, k: Tensor, first: int) -> Tensor:
+        """Those of the queries from `first` on, -inf where a key is not seen."""
+        batch, num_heads, rows, _ = q.shape
+        kv_len = k.shape[2]
+        states = self._states(first, kv_len)
+        if states is not None:
+            k = self._listed(k, states)
+        places = [
+            torch.arange(n, dtype=torch.int32, device=q.device)
+            for n in (batch, num_heads, rows, kv_len)
+        ]
+        places[2] = places[2] + first
+        x = _grouped_product(q, k.transpose(2, 3)) * self.scale
+        seen = None
+        if self.mask_mod is not None and x.numel():
+            with Indexing(q.device):
+                seen = over_places(self.mask_mod, 0)(*places)
+        if states is not None:
+            listed = states if seen is None else (states == SEEN) | seen
+            seen = (states != HIDDEN) & listed.to(torch.bool)
+        if self.score_mod is not None and x.numel():
+            if seen is not None:  # where score_mod has no derivative, what is hidden needs none
+                x = torch.where(seen, x, x.detach())
+            with Indexing(q.device):
+                x = over_places(self.score_mod, 1)(x, *places).to(x.dtype)
+        return x if seen is None else torch.where(seen, x, -torch.inf)
 
     def _states(self, first: int, kv_len: int) -> Tensor | None:
         """(1 or B, 1 or Hq, 1, S) of the block that query `first` is in."""

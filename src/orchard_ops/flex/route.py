@@ -38,6 +38,11 @@ _GRADIENT = (
     "to the score alone, as in score + table[h, q_idx, kv_idx]; detach() what is not trained"
 )
 
+_MAX_SCORES = (
+    "max_scores is asked for, and the kernels do not keep the largest score of a row, which the "
+    "reference finds; lse is at least as large, and within log(kv_len) of it"
+)
+
 
 class States(NamedTuple):
     """What each block of the scores is, and the sizes of a block."""
@@ -112,6 +117,34 @@ def attend(
             query,
             key,
             value,
+            None if score is None else score.function,
+            None if mask is None else mask.function,
+            states,
+            q_block,
+            kv_block,
+            scale,
+        )
+
+
+def max_scores(
+    query: Tensor,
+    key: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    blocks: BlockMask | States | None,
+    scale: float,
+) -> Tensor:
+    """The largest score of each query. It has no gradient, as PyTorch's has none."""
+    if why_not_metal(query, key) is None:
+        described = describe_flex(query, key, key, score is not None, mask is not None, scale)
+        calls.record_reference(_NAME, _MAX_SCORES, described, "auto")
+        if not is_traced(query):
+            watch.tell(_NAME, (described,), _MAX_SCORES)
+    states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
+    with no_autocast(query):
+        return reference.max_scores(
+            query,
+            key,
             None if score is None else score.function,
             None if mask is None else mask.function,
             states,
@@ -215,13 +248,17 @@ def _texts(score: Use | None, mask: Use | None, query: Tensor) -> _Texts | str:
             texts.append("")
             continue
         try:
-            text, own = use.text(len(captures))
+            mod = use.mod(len(captures))
         except NotLowered as error:
             return f"{use.kind}_mod: {error}"
-        texts.append(text)
-        captures += own
+        texts.append(mod.text)
+        captures += mod.captures
     if len(captures) > MAX_CAPTURES:
         return f"the mods capture {len(captures)} tensors, more than {MAX_CAPTURES}"
     if any(0 in x.shape for x in captures):
         return "a tensor that the mods capture has no elements"
-    return _Texts(texts[0], texts[1], tuple(x.to(query.device) for x in captures))
+    return _Texts(texts[0], texts[1], tuple(_moved(x, query.device) for x in captures))
+
+
+def _moved(capture: Tensor, device: torch.device) -> Tensor:
+    return (capture.float() if capture.dtype == torch.float64 else capture).to(device)

@@ -36,6 +36,16 @@ class Scalar(NamedTuple):
     """What it is, where that is known."""
 
 
+def limits_of(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The least and the largest number of a dtype."""
+    if dtype in FLOATS:
+        return -math.inf, math.inf
+    if dtype == torch.bool:
+        return False, True
+    found = torch.iinfo(dtype)
+    return found.min, found.max
+
+
 class Unprintable(Exception):
     """A number that its dtype does not hold."""
 
@@ -50,9 +60,8 @@ def literal(number: Any, dtype: torch.dtype) -> Scalar:
     if isinstance(number, float) and (not math.isfinite(number) or number != int(number)):
         raise Unprintable(f"{number} as {dtype}")
     number = int(number)
-    bits = _BITS[dtype]
-    lowest = 0 if dtype == torch.uint8 else -(1 << (bits - 1))
-    if not lowest <= number < lowest + (1 << bits):
+    least, largest = limits_of(dtype)
+    if not least <= number <= largest:
         raise Unprintable(f"{number} as {dtype}")
     return Scalar(_integer_text(number, dtype), dtype, number)
 

@@ -22,9 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from .elements import LAZY
 from .mod import Function, NotLowered
 from .operations import POINTWISE
+from .reductions import LAZY
 
 _aten = torch.ops.aten
 SCORE, MASK = "score", "mask"
@@ -73,7 +73,7 @@ def trace(
 
     def joint(score: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         score = score.detach().requires_grad_()
-        with torch.enable_grad(), _Tracing():
+        with torch.enable_grad(), _Tracing(device):
             result = _result(kind, mod(score.clone(), *rest), score)
             slope = None
             if result.requires_grad:
@@ -83,7 +83,7 @@ def trace(
         return result.detach(), torch.zeros_like(score) if slope is None else slope
 
     def seen(*arguments: Any) -> tuple[Tensor]:
-        with torch.no_grad(), _Tracing():
+        with torch.no_grad(), _Tracing(device):
             return (_result(kind, mod(*arguments), arguments[0]),)
 
     score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -98,7 +98,7 @@ def trace(
         raise
     except Exception as error:
         if "modified by an inplace operation" in str(error):
-            return trace(_functional(mod, arguments), kind, device, dtype, captures)
+            return trace(_functional(mod, arguments, device), kind, device, dtype, captures)
         if "derivative for" in str(error):
             raise NotLowered(f"{error}{_of(error)}") from error
         if _asks_for_value(error):
@@ -117,11 +117,11 @@ def trace(
     return Traced(kind, _forward(graph), graph, (*captures, *found))
 
 
-def _functional(mod: Function, arguments: Sequence[Any]) -> Function:
+def _functional(mod: Function, arguments: Sequence[Any], device: torch.device | str) -> Function:
     """The same function without changes in place, which autograd may not be able to undo."""
 
     def forward(score: Tensor, *rest: Any) -> Any:
-        with torch.no_grad(), _Tracing():
+        with torch.no_grad(), _Tracing(device):
             return mod(score.clone(), *rest)
 
     return _make_graph(torch.func.functionalize(forward), arguments)
@@ -237,15 +237,27 @@ def _fake_mode(captures: Sequence[Tensor]) -> FakeTensorMode:
 class Indexing(TorchFunctionMode):
     """Indexing with 0-dim tensors, which PyTorch would ask for their numbers, as `aten.index`.
 
-    While a function is traced it also notes in each node which line of the user's code made it.
+    On mps, which has no float64, what a function asks for in float64 is float32. While a function
+    is traced it is also noted in each node which line of the user's code made it.
     """
+
+    _traces = False
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__()
+        self._narrows = torch.device(device).type == "mps"
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if self._narrows:
+            func = Tensor.float if func is Tensor.double else func
+            args, kwargs = (torch.utils._pytree.tree_map(_narrowed, x) for x in (args, kwargs))
         node_meta.current_meta["stack_trace"] = _line()
         if func is Tensor.__getitem__ and not kwargs:
             table, items = args
+            if not self._traces:
+                table = _beside(table, items)
             return _get(table, items if isinstance(items, tuple) else (items,))
         return func(*args, **(kwargs or {}))
 
@@ -264,6 +276,8 @@ class _ValueAsked(Exception):
 class _Tracing(Indexing):
     """A captured tensor has a value, which a later call may find changed: it is not told."""
 
+    _traces = True
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
@@ -272,9 +286,30 @@ class _Tracing(Indexing):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+def _narrowed(x: Any) -> Any:
+    if x is torch.float64:
+        return torch.float32
+    if isinstance(x, Tensor) and x.dtype == torch.float64:
+        return x.to(torch.float32)
+    return x
+
+
+def _beside(table: Tensor, items: Any) -> Tensor:
+    """A table that a function writes down, where its index is, as a trace has it."""
+    given = items if isinstance(items, tuple) else (items,)
+    index = next((x for x in given if isinstance(x, Tensor)), table)
+    return table.to(index.device) if table.device.type == "cpu" else table
+
+
 def _get(table: Tensor, items: tuple) -> Tensor:
     if not any(isinstance(x, Tensor) and x.dim() == 0 and _counts(x) for x in items):
         return table[items]
+    for x in items:
+        if isinstance(x, Tensor) and x.dtype in (torch.uint8, torch.int8, torch.int16):
+            raise TypeError(
+                f"flex_attention: an index is {x.dtype} ({_line()}), and PyTorch takes int32 and "
+                "int64 ones alone, uint8 for a mask: convert it, as in table[index.long()]"
+            )
     used = sum(1 for x in items if x is not None and x is not Ellipsis)
     rest = (slice(None),) * (table.dim() - used)
     at = next((n for n, x in enumerate(items) if x is Ellipsis), len(items))
@@ -289,7 +324,7 @@ def _counts(x: Tensor) -> bool:
     return not x.dtype.is_floating_point and not x.is_complex() and x.dtype != torch.bool
 
 
-_TORCH = inspect.getfile(torch).rpartition("/")[0] + "/"
+TORCH = inspect.getfile(torch).rpartition("/")[0] + "/"
 
 
 def _line() -> str:
@@ -297,7 +332,7 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH):
+        if name != __file__ and not name.startswith(TORCH):
             text = linecache.getline(name, frame.f_lineno).strip()
             return f"{name}:{frame.f_lineno}: {text}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -317,7 +352,7 @@ def _of(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH):
+        if name != __file__ and not name.startswith(TORCH):
             text = linecache.getline(name, trace.tb_lineno).strip()
             found = f" ({name}:{trace.tb_lineno}: {text})"
         trace = trace.tb_next

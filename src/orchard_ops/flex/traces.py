@@ -6,16 +6,20 @@ those of the present call.
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,8 +30,8 @@ from ..ops.kernels import no_autocast
 from . import closure
 from .known import Known, recognise
 from .metal import lower
-from .mod import NotLowered
-from .trace import Traced, is_written, trace
+from .mod import Mod, NotLowered
+from .trace import TORCH, Traced, is_written, trace
 
 _MOST_KEPT = 256
 
@@ -47,33 +51,37 @@ class Kept:
     sources: tuple[int | Tensor, ...]
     """Of each captured tensor: its place among those that the mod reads, or itself, where the mod
     makes it."""
-    texts: dict[int, tuple[str, tuple[int, ...]] | NotLowered] = field(default_factory=dict)
-    """By the number of the first capture: the text, and the places of what it reads among the
-    captures of the trace."""
+    texts: dict[int, Mod | NotLowered] = field(default_factory=dict)
+    """By the number of the first capture. The captures of such a Mod are their places among those
+    of the trace."""
 
     known: WeakKeyDictionary[Kept, Known | None] = field(default_factory=WeakKeyDictionary)
     """With each mask_mod, or by itself under its own name: the call of `flash_attn` that computes
     the same, if there is one. A mask_mod that is traced in every call is a new one in each."""
     lasts: bool = True
     """Whether other calls find it. Else not all of what the mod reads is known."""
+    told: Callable[[Mod], None] | None = None
+    """Is told of the texts."""
 
-    def text(self, first_capture: int) -> tuple[str, tuple[int, ...]]:
+    def mod(self, first_capture: int) -> Mod:
         found = self.texts.get(first_capture)
         if found is None:
             found = self._lower(first_capture)
             self.texts[first_capture] = found
+            if self.told is not None and isinstance(found, Mod):
+                self.told(found)
         if isinstance(found, NotLowered):
             raise found
         return found
 
-    def _lower(self, first_capture: int) -> tuple[str, tuple[int, ...]] | NotLowered:
+    def _lower(self, first_capture: int) -> Mod | NotLowered:
         try:
             with apart():
                 mod = lower(self.traced, first_capture)
         except NotLowered as error:
             return error
         places = {id(x): n for n, x in enumerate(self.traced.captures)}
-        return mod.text, tuple(places[id(x)] for x in mod.captures)
+        return mod._replace(captures=tuple(places[id(x)] for x in mod.captures))
 
 
 @dataclass
@@ -86,14 +94,14 @@ class Use:
     kept: Kept
     captures: tuple[Tensor, ...]
 
-    def text(self, first_capture: int) -> tuple[str, tuple[Tensor, ...]]:
+    def mod(self, first_capture: int) -> Mod:
         """Metal, and what it reads.
 
         Raises:
             NotLowered: the mod has no text.
         """
-        text, places = self.kept.text(first_capture)
-        return text, tuple(self.captures[n] for n in places)
+        mod = self.kept.mod(first_capture)
+        return mod._replace(captures=tuple(self.captures[n] for n in mod.captures))
 
 
 def known_call(score: Use | None, mask: Use | None) -> Known | None:
@@ -112,10 +120,13 @@ def known_call(score: Use | None, mask: Use | None) -> Known | None:
 
 
 _lock = threading.Lock()
-_tracing = threading.RLock()
-"""PyTorch's tracer keeps what it traces in globals of the process."""
+_tracing = compile_lock
+"""PyTorch's tracer keeps what it traces in globals of the process, as torch.compile does, which
+calls `of_graph` while it holds this lock: with a lock of our own, two threads could wait for each
+other."""
 _of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
-_of_graphs: OrderedDict[tuple[Any, ...], tuple[GraphModule, Kept]] = OrderedDict()
+_of_graphs: WeakKeyDictionary[GraphModule, dict[tuple[Any, ...], Kept]] = WeakKeyDictionary()
+"""They go with the compiled code that has them."""
 
 
 def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
@@ -125,10 +136,52 @@ def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
             kept.popitem(last=False)
 
 
+_MOST_UNSAID = 16
+_texts_of: WeakKeyDictionary[CodeType, set[Any]] = WeakKeyDictionary()
+"""Of each function's code: what has been made of it, see `_count`."""
+_KERNELS = (
+    "has become {} different kernels, since numbers of Python that it reads change. Each is "
+    "compiled by itself, which takes long, and kept as long as the process lives: capture what "
+    "changes as a 0-dim tensor"
+)
+_TRACES = (
+    "has been traced in {} calls, since it reads something in a way that is not followed (an "
+    "object's __getitem__, a property, an import), which takes long: read it before the function "
+    "is made, and capture the tensor"
+)
+
+
+def _code_of(mod: Callable[..., Any]) -> CodeType | None:
+    """None of PyTorch's own functions: what `and_masks` gives has one code for all."""
+    while isinstance(mod, functools.partial):
+        mod = mod.func
+    code = getattr(mod, "__code__", None) or getattr(type(mod).__call__, "__code__", None)
+    return None if code is None or code.co_filename.startswith(TORCH) else code
+
+
+def _count(code: CodeType | None, kind: str, what: Any, message: str) -> None:
+    """Notes what has been made of a function, and says once that it is much."""
+    if code is None:
+        return
+    with _lock:
+        made = _texts_of.setdefault(code, set())
+        if len(made) == _MOST_UNSAID or what in made:
+            return
+        made.add(what)
+        count = len(made)
+    if count == _MOST_UNSAID:
+        warnings.warn(
+            f"orchard_ops.flex_attention: {kind}_mod {code.co_qualname} ({code.co_filename}:"
+            f"{code.co_firstlineno}) {message.format(count)}",
+            stacklevel=2,
+        )
+
+
 def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     """A mod of eager code."""
     snapshot = closure.snapshot(mod)
     if snapshot is None:
+        _count(_code_of(mod), kind, object(), _TRACES)
         traced = _trace(mod, kind, query)
         return Use(kind, mod, Kept(traced, (), lasts=False), traced.captures)
     # What PyTorch makes of integers that are divided depends on its default.
@@ -140,6 +193,8 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
         if not all(id(x) in places or y for x, y in zip(traced.captures, _written(traced))):
             return Use(kind, mod, Kept(traced, ()), traced.captures)  # read by unknown ways
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
+        code = _code_of(mod)
+        kept.told = lambda text: _count(code, kind, hash(text.text), _KERNELS)
         _remember(_of_functions, key, kept)
     captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
     return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
@@ -150,9 +205,10 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     others. A number that the compiler has not fixed is one of them."""
     tensors = tuple(_as_tensor(x, query) for x in captures)
     sizes = tuple((x.dtype, tuple(_known_size(n) for n in x.shape)) for x in tensors)
-    key = (kind, id(graph), query.dtype, query.device, sizes)
-    found = _of_graphs.get(key)
-    if found is None:
+    key = (kind, query.dtype, query.device, sizes)
+    known = _of_graphs.setdefault(graph, {})
+    kept = known.get(key)
+    if kept is None:
         with apart(), FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -167,9 +223,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 "which torch.compile does not carry into the graph: make that tensor outside of "
                 "the function"
             )
-        found = graph, Kept(traced, (*range(len(stand_ins)), *made))
-        _remember(_of_graphs, key, found)
-    kept = found[1]
+        kept = known[key] = Kept(traced, (*range(len(stand_ins)), *made))
     arguments = tuple(captures)
 
     def function(*indices: Any) -> Tensor:

@@ -82,6 +82,14 @@ class FlexScoring(NamedTuple):
             )
 
 
+def _fields(args: Sequence[Any], tensors: int) -> tuple[Any, ...]:
+    """The fields of a call from the flat list, which begins with that many tensors. The dispatcher
+    leaves out a trailing argument with its default."""
+    end = tensors + len(FlexScoring._fields)
+    scoring = FlexScoring._make(args[tensors:end])
+    return (*args[:tensors], scoring, *(args[end:] or ("auto",)))
+
+
 class FlexCall(NamedTuple):
     """The arguments of ``orchard::flex_attn_fwd``."""
 
@@ -93,9 +101,7 @@ class FlexCall(NamedTuple):
 
     @classmethod
     def read(cls, args: Sequence[Any]) -> FlexCall:
-        """From the flat list; the dispatcher leaves out a trailing argument with its default."""
-        end = 3 + len(FlexScoring._fields)
-        return cls._make((*args[:3], FlexScoring._make(args[3:end]), *(args[end:] or ("auto",))))
+        return cls._make(_fields(args, 3))
 
     def check(self, op: str) -> None:
         check_impl(op, self.impl)
@@ -118,9 +124,7 @@ class FlexGradientCall(NamedTuple):
 
     @classmethod
     def read(cls, args: Sequence[Any]) -> FlexGradientCall:
-        """From the flat list; the dispatcher leaves out a trailing argument with its default."""
-        end = 7 + len(FlexScoring._fields)
-        return cls._make((*args[:7], FlexScoring._make(args[7:end]), *(args[end:] or ("auto",))))
+        return cls._make(_fields(args, 7))
 
     def check(self, op: str) -> None:
         FlexCall(self.query, self.key, self.value, self.scoring, self.impl).check(op)

@@ -72,6 +72,13 @@ for _schema in (
     library.define(_schema, tags=_TAGS)
 
 
+_CANNOT = "the Metal kernels cannot run this call"
+_REMEDY = (
+    ": outside of torch.compile (torch.compiler.disable) orchard_ops.flex_attention takes the "
+    "reference for it"
+)
+
+
 def _raising_what_was_raised(op: Any) -> Any:
     """The handle `op`, whose calls raise the very exception of a fallback to the reference.
 
@@ -88,6 +95,9 @@ def _raising_what_was_raised(op: Any) -> Any:
             return call(*args, **kwargs) if kwargs else call(*args)
         except RuntimeError as error:
             original = calls.take_pending(str(error))
+            if original is None and name.startswith("flex_") and _CANNOT in str(error):
+                # Compiled code comes here: eager code asks first, and takes the reference.
+                raise RuntimeError(f"{str(error).rstrip()}{_REMEDY}") from None
             if original is None:
                 raise
             raise original from None

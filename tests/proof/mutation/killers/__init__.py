@@ -42,6 +42,7 @@ __all__ = [
     "forget_libraries",
     "killers",
     "killers_of_caches",
+    "killers_of_flex",
     "library_paths",
     "lines_of",
     "machine_code",
@@ -74,13 +75,18 @@ def killers_of_caches() -> tuple[Property | caches.Filled | caches.Appended | fe
     return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
 
 
+def killers_of_flex() -> tuple[flex.Flexed | Property, ...]:
+    """Those of scores that are functions."""
+    return flex.killers()
+
+
 @functools.cache
 def killers() -> tuple[
     Attention | Property | scores.Scored | caches.Filled | few_queries.Few | flex.Flexed, ...
 ]:
     """All of them; for a kernel, in order of cost."""
     if _of_flex:
-        return flex.killers()
+        return killers_of_flex()
     if _of_caches:
         return killers_of_caches()
     return (

@@ -25,8 +25,10 @@ from ..harness import (
     request,
     with_seed,
 )
-from .attention import F16, F32, dense
+from . import flex_far, flex_functions
+from .attention import F16, F32, dense, ds_tiles
 from .compiled import compile_kernel
+from .properties import Property
 
 FLEX_MAP = "attention_flex_map"
 ORDINARY = ("attention_forward", "attention_backward_dkv", "attention_backward_dkv_pairs",
@@ -103,6 +105,19 @@ def expected(case: FlexCase) -> dict[str, Tensor]:
                 row_stats=stats)  # fmt: skip
 
 
+def dscores(case: FlexCase) -> Tensor:
+    """dS in float64 (B, Hq, L, S), of a case in which all is seen."""
+    q, k, v, do, dlse = (x.double() for x in case.operands())
+    scores = torch.matmul(q, k.repeat_interleave(2, 1).mT) * case.own_scale
+    scores.requires_grad_()
+    mod = SCORES[case.score]
+    assert mod is not None and case.mask == "none" and case.states is None
+    of_scores = mod.function(scores, *case.places())
+    out = torch.matmul(torch.softmax(of_scores, -1), v.repeat_interleave(2, 1))
+    loss = (out * do).sum() + (torch.logsumexp(of_scores, -1) * dlse).sum()
+    return torch.autograd.grad(loss, scores)[0]
+
+
 @dataclass(frozen=True)
 class Flexed:
     """One kernel on one problem."""
@@ -111,6 +126,8 @@ class Flexed:
     family: str
     case: FlexCase
     check: bool = False
+    shared: tuple[bool, bool] = (False, False)  # whether a map is the same for batches, heads
+    stores: bool = False  # dS, which other kernels read
     beside: tuple[str, ...] = ()
 
     def kernel(self, sources: Sources) -> tuple[dict[str, Any], bytes]:
@@ -120,9 +137,10 @@ class Flexed:
         q, k, v, do, _ = case.operands()
         layouts = dict(zip(("q", "k", "v", "out", "dout"), map(Guarded.like, (q, k, v, do, do),
                                                                 ("dense",) * 5)))  # fmt: skip
-        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=0)
+        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=self.stores << 30)
         if has_map:
-            sizes = (case.batch, 1, HEADS, case.q_len, case.kv_len)
+            batch, heads = (1 if one else n for one, n in zip(self.shared, (case.batch, HEADS)))
+            sizes = (batch, 1, heads, case.q_len, case.kv_len)
             fields["mask"] = MaskPlace(sizes, (1,) * 5, 1, 1, BOOL)
         backward = self.family in (DKV, DKV_PAIRS, DQ)
         places = {name: place(x) for name, x in layouts.items()}
@@ -147,6 +165,10 @@ class Flexed:
         text += scoring.score + scoring.mask + line
         return kernel | {"name": name, "instantiation": text}, params
 
+    def map(self) -> Tensor:
+        batches, heads = (slice(1 if one else None) for one in self.shared)
+        return map_of(self.case)[batches, heads].contiguous()
+
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         case = self.case
         kernel, params = self.kernel(sources)
@@ -166,11 +188,11 @@ class Flexed:
         if case.mask != "none" or case.states is not None:
             inputs["mask"] = _guarded(states)
         if self.family == FLEX_MAP:
-            shape = map_of(case).shape
+            shape = self.map().shape
             outputs = {"mask_map": Guarded(shape, dense(tuple(shape)), torch.int32)}
             inputs = {n: x for n, x in inputs.items() if n not in ("query", "key", "value")}
         else:
-            inputs["mask_map"] = _guarded(map_of(case))
+            inputs["mask_map"] = _guarded(self.map())
             outputs = {}
             strides = {}
             results = {FORWARD: ("out", "row_stats"), DQ: ("dq",)}.get(self.family, ("dk", "dv"))
@@ -179,6 +201,9 @@ class Flexed:
                 outputs[n] = Guarded(right[n].shape, dense(tuple(right[n].shape)), dtype)
                 if n != "row_stats":
                     strides[n] = dense(tuple(right[n].shape))
+            if self.stores:
+                shape = ds_tiles(dscores(case).flatten(0, 1)).shape
+                outputs["ds"] = Guarded(shape, dense(tuple(shape)), F32)
             if self.family == FORWARD:
                 params.out[:] = strides.pop("out")
                 inputs["sinks"] = _guarded(torch.full((HEADS,), torch.nan))
@@ -190,8 +215,12 @@ class Flexed:
         launch(library, kernel, numbers, block, inputs, outputs, workers=1)
         found = {n: x.tensor.clone() for n, x in outputs.items()}
         if self.family == FLEX_MAP:
-            assert torch.equal(found["mask_map"], map_of(case)), "the map is another"
+            assert torch.equal(found["mask_map"], self.map()), "the map is another"
             return
+        if self.stores:
+            right["ds"] = ds_tiles(dscores(case).flatten(0, 1))
+            beyond = ds_tiles(torch.ones_like(dscores(case)).flatten(0, 1)) == 0
+            assert not found["ds"][beyond].any(), "dS of what there is not"
         for n, x in found.items():
             y = right[n]
             if n == "row_stats":
@@ -216,7 +245,7 @@ def _blocks(case: FlexCase, block_q: int, block_kv: int, batches: int, heads: in
 
 
 @functools.cache
-def killers() -> tuple[Flexed, ...]:
+def killers() -> tuple[Flexed | Property, ...]:
     """In order of cost."""
     of_map = FlexCase(75, 150, 16, "none", "pairs")
     maps = {
@@ -225,26 +254,73 @@ def killers() -> tuple[Flexed, ...]:
         "whole blocks": _blocks(of_map, 32, 64, 2, HEADS),
         "other blocks": _blocks(of_map, 20, 48, 1, HEADS),
         "states alone": _blocks(replace(of_map, mask="none"), 64, 32, 2, 1),
+        "as many blocks as simdgroups": replace(of_map, kv_len=128),
+        "blocks that end with the keys": _blocks(of_map, 25, 30, 1, 1),
+        "one block": _blocks(of_map, 1 << 30, 1 << 30, 1, 1),
+        "one more than whole blocks": replace(of_map, q_len=65, kv_len=129),
+        "captures": replace(of_map, mask="eight"),
+    }
+    alike = {  # maps that are the same for batches, or for heads
+        "of batches": (FlexCase(75, 90, 16, "none", "batches"), (False, True)),
+        "of heads": (FlexCase(75, 90, 16, "none", "heads"), (True, False)),
+        "of all": (FlexCase(75, 90, 16, "none", "pairs"), (True, True)),
     }
     tiles = {
         "score and mask": FlexCase(75, 90, 16, "where", "document"),
         "states": _blocks(FlexCase(75, 90, 16, "none", "pairs"), 32, 32, 2, HEADS),
         "other states": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 12, 20, 1, HEADS),
+        "states that end": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 25, 30, 2, 1),
         "captures": FlexCase(75, 90, 16, "eight", "heads"),
+        "captures of a mask": FlexCase(75, 90, 16, "none", "eight"),
         "steps": FlexCase(33, 75, 16, "steps", "none"),
+        "outside": FlexCase(75, 90, 16, "outside", "none"),
         "no derivative beyond": FlexCase(75, 75, 16, "beyond", "none"),
+        **{
+            f"no derivative beyond {q_len}, {kv_len}": FlexCase(q_len, kv_len, 16, "beyond", "none")
+            for q_len, kv_len in (
+                (95, 96),
+                (96, 95),
+                (63, 64),
+                (64, 63),
+                (67, 64),
+                (64, 67),
+                (71, 128),
+                (128, 71),
+                (33, 160),
+                (160, 33),
+                (66, 64),
+                (64, 66),
+                (70, 128),
+                (128, 70),
+            )
+        },
         "half": FlexCase(75, 75, 16, "softcap", "hidden", F16),
+        "half, by the tanh of texts": FlexCase(75, 75, 16, "capped", "hidden", F16),
+        "the tanh of texts": FlexCase(75, 75, 16, "capped", "none"),
     }
     wide = {name: replace(case, head_dim=96) for name, case in tiles.items()
-            if case.dtype == F32 and name not in ("steps", "captures")}  # fmt: skip
+            if case.dtype == F32 and name not in ("steps", "captures", "outside")}  # fmt: skip
     return (
+        *flex_functions.killers(),
+        *(
+            Flexed(f"flex {family}: dS, {case.q_len}, {case.kv_len}", family, case, stores=True)
+            for family, width in ((DKV, 64), (DKV_PAIRS, 96))
+            for case in (FlexCase(n, m, width, "beyond", "none")
+                         for n, m in ((75, 75), (64, 66), (64, 71), (67, 64), (33, 60)))
+        ),
         *(Flexed(f"flex map: {name}", FLEX_MAP, case) for name, case in maps.items()),
         *(Flexed(f"flex {family}: {name}", f"{family}_flex", case)
           for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1]) for name, case in tiles.items()),
         *(Flexed(f"flex pairs: {name}", DKV_PAIRS, case) for name, case in wide.items()),
+        *(Flexed(f"flex map: alike {name}", FLEX_MAP, case, shared=shared)
+          for name, (case, shared) in alike.items()),
+        *(Flexed(f"flex {family}: alike {name}", f"{family}_flex", case, shared=shared)
+          for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1])
+          for name, (case, shared) in alike.items()),
+        *flex_far.killers(),
         *(Flexed(f"flex map, checked: {name}", FLEX_MAP, case, True)
           for name, case in maps.items()),
         *(Flexed(f"flex {family}, checked: {name}", f"{family}_flex", tiles[name], True)
           for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1])
-          for name in ("captures", "states", "steps")),
+          for name in ("captures", "states", "states that end", "steps", "outside")),
     )  # fmt: skip
