@@ -144,6 +144,12 @@ SCORES = {
         EIGHT,
         unit_slope=True,
     ),
+    "number": Mod(  # a tensor of no dimensions that is not the first
+        lambda s, b, h, q, kv: s * EIGHT[0] + 0.1 * SLOPES[h] * kv,
+        "    derivative = captures.at<float>($1);\n"
+        "    return s * captures.at<float>($1) + 0.1f * captures.at<float>($0, h) * float(kv);",
+        (SLOPES, EIGHT[0]),
+    ),
     "capped": Mod(  # by the tanh of a text, which is as right as the operands' dtype asks
         lambda s, *_: 5.0 * torch.tanh(s / 5.0),
         "    const float t = flex_tanh(s / 5.0f);\n"

@@ -259,6 +259,8 @@ def killers() -> tuple[Flexed | Property, ...]:
         "one block": _blocks(of_map, 1 << 30, 1 << 30, 1, 1),
         "one more than whole blocks": replace(of_map, q_len=65, kv_len=129),
         "captures": replace(of_map, mask="eight"),
+        "captures of a query": FlexCase(33, 150, 16, "none", "eight"),  # the 33rd is by itself
+        "twice as many blocks as simdgroups": replace(of_map, kv_len=250),
     }
     alike = {  # maps that are the same for batches, or for heads
         "of batches": (FlexCase(75, 90, 16, "none", "batches"), (False, True)),
@@ -270,6 +272,10 @@ def killers() -> tuple[Flexed | Property, ...]:
         "states": _blocks(FlexCase(75, 90, 16, "none", "pairs"), 32, 32, 2, HEADS),
         "other states": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 12, 20, 1, HEADS),
         "states that end": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 25, 30, 2, 1),
+        "states to the last byte": _blocks(
+            FlexCase(75, 90, 16, "softcap", "pairs"), 20, 30, 2, HEADS
+        ),
+        "number": FlexCase(33, 75, 16, "number", "none"),
         "captures": FlexCase(75, 90, 16, "eight", "heads"),
         "captures of a mask": FlexCase(75, 90, 16, "none", "eight"),
         "steps": FlexCase(33, 75, 16, "steps", "none"),
@@ -299,7 +305,8 @@ def killers() -> tuple[Flexed | Property, ...]:
         "the tanh of texts": FlexCase(75, 75, 16, "capped", "none"),
     }
     wide = {name: replace(case, head_dim=96) for name, case in tiles.items()
-            if case.dtype == F32 and name not in ("steps", "captures", "outside")}  # fmt: skip
+            if case.dtype == F32
+            and name not in ("steps", "captures", "outside", "number")}  # fmt: skip
     return (
         *flex_functions.killers(),
         *(
@@ -322,5 +329,6 @@ def killers() -> tuple[Flexed | Property, ...]:
           for name, case in maps.items()),
         *(Flexed(f"flex {family}, checked: {name}", f"{family}_flex", tiles[name], True)
           for family in (ORDINARY[0], ORDINARY[3], ORDINARY[1])
-          for name in ("captures", "states", "states that end", "steps", "outside")),
+          for name in ("captures", "states", "states that end", "states to the last byte",
+                       "steps", "outside")),
     )  # fmt: skip

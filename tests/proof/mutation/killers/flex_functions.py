@@ -54,8 +54,8 @@ _TEXT = "".join(
 
 
 def _launch(sources: Sources, note: Callable[[str], None], name: str, a: np.ndarray,
-            b: np.ndarray, out: np.ndarray) -> None:  # fmt: skip
-    library = compile_kernel(sources, _FAMILY, {"name": name, "instantiation": _TEXT})
+            b: np.ndarray, out: np.ndarray, check: bool = False) -> None:  # fmt: skip
+    library = compile_kernel(sources, _FAMILY, {"name": name, "instantiation": _TEXT}, check)
     note("compiled")
     arrays.launch(library, name, (len(a), 1, 1), (1, 1, 1), {0: a, 1: b, 2: out})
 
@@ -94,13 +94,15 @@ def _numbers(bits: int, signed: bool) -> list[int]:
     return [low, low + 1, *near, 100, high // 3, high - 1, high]
 
 
-def _integers(sources: Sources, note: Callable[[str], None], kind: str) -> None:
+def _integers(
+    sources: Sources, note: Callable[[str], None], kind: str, check: bool = False
+) -> None:
     bits, signed = _INTEGERS[kind]
     pairs = list(itertools.product(_numbers(bits, signed), repeat=2))
     a, b = (np.array([pair[n] for pair in pairs], _TYPES[kind]) for n in (0, 1))
     functions = _functions_of(kind)
     out = np.full(len(functions) * len(pairs), 77, np.int64)
-    _launch(sources, note, f"functions_of_{kind}", a, b, out)
+    _launch(sources, note, f"functions_of_{kind}", a, b, out, check)
     for (n, function), (m, pair) in itertools.product(enumerate(functions), enumerate(pairs)):
         right = _wrapped(_right(function, *pair, bits), bits, signed)
         found = int(out[len(functions) * m + n])
@@ -151,6 +153,20 @@ def _two_floats(sources: Sources, note: Callable[[str], None]) -> None:
         _compare(function, found[:, n], right[function], 4 * size, pairs)
 
 
+def _far_quotients(sources: Sources, note: Callable[[str], None]) -> None:
+    """Of some the rounded quotient is half way between two integers: as PyTorch, bit for bit."""
+    drawn = torch.rand(4000, 2, generator=torch.Generator().manual_seed(5)) + 1.0
+    a, b = drawn[:, 0] * 2**22, drawn[:, 1] * 0.75
+    quotients = (a - torch.fmod(a, b)) / b
+    assert (quotients - quotients.floor() == 0.5).sum() >= 10
+    out = np.full(3 * len(a), 77, np.float32)
+    _launch(sources, note, "functions_of_two_floats", a.contiguous().numpy(),
+            b.contiguous().numpy(), out)  # fmt: skip
+    found = torch.from_numpy(out).view(-1, 3)[:, _OF_TWO.index("floor_divide")]
+    right = torch.floor_divide(a, b)
+    assert torch.equal(found, right), f"{(found != right).sum()} far quotients differ"
+
+
 def _one_float(sources: Sources, note: Callable[[str], None]) -> None:
     small = torch.logspace(-12, 0, 100)
     a = torch.cat((torch.tensor(_SPECIAL), torch.linspace(-5, 5, 801), small, -small * 0.999))
@@ -188,4 +204,8 @@ def _killers() -> Iterator[Property]:
         test = functools.partial(_integers, kind=kind)
         yield Property(f"flex functions of {kind}", _FAMILY, test)
     yield Property("flex functions of two floats", _FAMILY, _two_floats)
+    yield Property("flex functions of two floats: far quotients", _FAMILY, _far_quotients)
     yield Property("flex functions of one float", _FAMILY, _one_float)
+    for kind in ("int", "long"):  # shifts by what C++ does not define
+        test = functools.partial(_integers, kind=kind, check=True)
+        yield Property(f"flex functions of {kind}, checked", _FAMILY, test)
