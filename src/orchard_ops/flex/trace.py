@@ -113,7 +113,8 @@ def trace(
         graph = _make_graph(torch.func.functionalize(graph), arguments)
     if kind == SCORE:
         _drop_own_detach(graph)
-    found = _lift_captures(graph, torch.device(device))
+    with torch.inference_mode(False):  # a later call may be trained
+        found = _lift_captures(graph, torch.device(device))
     return Traced(kind, _forward(graph), graph, (*captures, *found))
 
 
