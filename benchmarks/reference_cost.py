@@ -2,8 +2,10 @@
 
     python -m benchmarks.reference_cost
 
-Both run in turns, so that other work of the machine affects both alike. The ratio is that of the
-fastest runs; beside it stands the median of the ratios of neighbouring runs. Memory is the most
+Both run in turns, every second one the other way round, so that other work of the machine affects
+both alike. On one thread times are those that the process had the CPU, to which others' work adds
+only what it does to caches and clock. The ratio is that of the fastest runs; beside it stands the
+median of the ratios of neighbouring runs. Memory is the most
 that a process of its own held during one forward and backward, above what it held before. Threads
 sleep at barriers: spinning ones, on a machine with other work, would measure its scheduler. Writes
 benchmarks/results/reference_cost.json and prints the tables of docs/performance-tables.md.
@@ -103,9 +105,21 @@ def operands(
 
 
 def seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    """Of the CPU where there is one thread, else by the clock on the wall."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def turn(
+    ours: Callable[[], object], theirs: Callable[[], object], odd: bool
+) -> tuple[float, float]:
+    """Seconds of both; in odd turns theirs goes first."""
+    if odd:
+        second = seconds(theirs)
+        return seconds(ours), second
+    return seconds(ours), seconds(theirs)
 
 
 def compare(
@@ -139,7 +153,7 @@ def compare(
         while len(times) < (5 if length < LONG else 1) or (
             time.perf_counter() - started < budget_s and len(times) < 200
         ):
-            times.append((seconds(ours), seconds(theirs)))
+            times.append(turn(ours, theirs, len(times) % 2 == 1))
         fastest = [min(column) for column in zip(*times)]
         records.append(
             {
@@ -270,6 +284,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--again", action="store_true", help="only replace these in the result")
     parser.add_argument("--masked", action="store_true", help="only steps with a mask")
+    parser.add_argument("--masked-lengths", type=int, nargs="+", default=list(MASKED_LENGTHS))
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -310,7 +325,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
     torch.set_num_threads(1)
-    for heads, length in (COUNTED, *((HEADS, length) for length in MASKED_LENGTHS)):
+    for heads, length in (COUNTED, *((HEADS, length) for length in arguments.masked_lengths)):
         for mask in MASKS:
             keep(compare(length, 64, torch.float32, False, arguments.budget, mask, heads), 1)
     todo = [

@@ -5,7 +5,8 @@ tiles of float sums; operands are read from device memory, an element of each la
 nothing is staged. The sums of D columns are held a slab at a time, and everything that leads to the
 scores is done anew for each slab, so that the body that repeats is a slab's pass over one block.
 
-tests/proof/test_apple_model.py holds the traces to the engine's counts of the text in its wheel.
+tests/proof/test_apple_model_fit.py holds the traces to the engine's counts of the text in its
+wheel.
 """
 
 from __future__ import annotations

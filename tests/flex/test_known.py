@@ -241,6 +241,24 @@ def test_the_ranges_of_documents_are_made_once():
     assert first["key_ranges"].tensor[0, 0, 2].tolist()[:2] == [2, 5]
 
 
+def test_documents_of_one_row_are_not_those_of_its_table():
+    """A row has the memory, the offset and, once it is one of a batch, the strides of its table."""
+    table = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]])
+    row = table[0]
+    q = torch.randn(2, 1, 8, 4)
+    masks = (
+        lambda b, h, q, kv: row[q] == row[kv],
+        lambda b, h, q, kv: table[b, q] == table[b, kv],
+    )
+    for mask in (*masks, masks[0]):
+        known, *captures = _recognised(mask=mask)
+        assert known is not None
+        ranges = known.arguments(*captures, q, q)["key_ranges"].tensor
+        shared = mask is masks[0]
+        assert ranges.shape[0] == (1 if shared else 2)
+        assert ranges[-1, 0, 1].tolist()[:2] == ([0, 2] if shared else [1, 7])
+
+
 def test_documents_of_inference_mode_are_no_ranges():
     with torch.inference_mode():
         ids = torch.tensor([0, 0, 1, 1])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import and_masks
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import orchard_ops
 from orchard_ops.flex import closure, traces
@@ -395,6 +395,38 @@ def test_a_function_that_is_traced_in_every_call_is_said_once():
         lambda n: traces.of_function(lambda s, *_: torch.tanh(s) * tables[0], "score", q), 20
     )
     assert "traced in 16 calls" in said
+
+
+# ---- what is kept, in training ------------------------------------------------------------------
+
+
+def _documents(device: str) -> tuple[Any, Any]:
+    ids = (torch.arange(20) // 6).to(device)
+    return lambda s, b, h, i, j: torch.where(ids[i] == ids[j], s, -torch.inf), None
+
+
+def _blocks(device: str) -> tuple[Any, Any]:
+    mask = create_block_mask(
+        lambda b, h, i, j: (i + j) % 3 == 0, None, None, 20, 20, device=device, BLOCK_SIZE=8
+    )
+    return None, mask
+
+
+def _table_written_down(device: str) -> tuple[Any, Any]:
+    return lambda s, b, h, i, j: s * torch.tensor([0.5, 2.0])[h], None
+
+
+@pytest.mark.parametrize("make", (_documents, _blocks, _table_written_down))
+def test_what_a_call_in_inference_mode_leaves_can_be_trained(make: Any):
+    """Autograd saves no tensor that inference mode made."""
+    q, functions = some("mps"), make("mps")
+    with torch.inference_mode():
+        first = orchard_ops.flex_attention(q, q, q, *functions).clone()
+    leaf = q.clone().requires_grad_()
+    out = orchard_ops.flex_attention(leaf, leaf, leaf, *functions)
+    out.sum().backward()
+    assert torch.equal(out, first) and bool(leaf.grad.any())
+    assert orchard_ops.stats().reference == {}
 
 
 # ---- threads ------------------------------------------------------------------------------------

@@ -350,18 +350,19 @@ def _documents(ids: Tensor, batch: int, q_len: int, kv_len: int) -> KeyRanges | 
     if ids.dim() == 2 and ids.shape[0] < batch:
         return None
     ids = ids[:batch] if ids.dim() == 2 else ids.unsqueeze(0)
-    shape = (batch, q_len, kv_len)
     storage = ids.untyped_storage()
-    key = (shape, ids.storage_offset(), ids.stride(), ids.dtype, versions_of((ids,)))
+    of_memory = (ids.storage_offset(), ids.shape, ids.stride(), ids.dtype, versions_of((ids,)))
+    key = (q_len, kv_len, *of_memory)
     made = _made_of.get(storage)
     if made is not None and made[0] == key:
         return made[1]
-    of_keys, of_queries = ids[:, :kv_len].contiguous(), ids[:, :q_len].contiguous()
-    begin = torch.searchsorted(of_keys, of_queries, out_int32=True)
-    end = torch.searchsorted(of_keys, of_queries, right=True, out_int32=True)
-    position = torch.arange(q_len, dtype=torch.int32, device=ids.device).expand_as(begin)
-    columns = (begin, end, position, torch.zeros_like(begin))
-    found = KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
+    with torch.inference_mode(False):  # a later call may be trained
+        of_keys, of_queries = ids[:, :kv_len].contiguous(), ids[:, :q_len].contiguous()
+        begin = torch.searchsorted(of_keys, of_queries, out_int32=True)
+        end = torch.searchsorted(of_keys, of_queries, right=True, out_int32=True)
+        position = torch.arange(q_len, dtype=torch.int32, device=ids.device).expand_as(begin)
+        columns = (begin, end, position, torch.zeros_like(begin))
+        found = KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
     _made_of[storage] = (key, found)
     return found
 

@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from .arguments import OP
 from .mod import Function, NotLowered
 from .operations import POINTWISE
 from .reductions import LAZY
@@ -104,7 +105,7 @@ def trace(
             raise NotLowered(f"{error}{_of(error)}") from error
         if _asks_for_value(error):
             raise TypeError(
-                f"flex_attention: {name} must not read the value of a tensor in Python (if, while, "
+                f"{OP}: {name} must not read the value of a tensor in Python (if, while, "
                 f"int(), .item()){_of(error)}: there is none before the kernel runs; use "
                 "torch.where, & and |, and a captured tensor itself in the place of its value"
             ) from error
@@ -114,7 +115,8 @@ def trace(
         graph = _make_graph(torch.func.functionalize(graph), arguments)
     if kind == SCORE:
         _drop_own_detach(graph)
-    found = _lift_captures(graph, torch.device(device))
+    with torch.inference_mode(False):  # a later call may be trained
+        found = _lift_captures(graph, torch.device(device))
     return Traced(kind, _forward(graph), graph, (*captures, *found))
 
 
@@ -136,15 +138,15 @@ def _result(kind: str, result: Any, like: Tensor) -> Tensor:
         return torch.full((), float(result), device=like.device)
     wanted = "a score" if kind == SCORE else "a bool"
     if not isinstance(result, Tensor):
-        raise TypeError(f"flex_attention: {name} must return {wanted}; got {type(result).__name__}")
+        raise TypeError(f"{OP}: {name} must return {wanted}; got {type(result).__name__}")
     if result.dim() != 0:
         raise TypeError(
-            f"flex_attention: {name} must return {wanted}, a 0-dim tensor; got shape "
+            f"{OP}: {name} must return {wanted}, a 0-dim tensor; got shape "
             f"{tuple(result.shape)}: index captured tensors with the indices that it is given"
         )
     is_right = not result.is_complex() if kind == SCORE else result.dtype == torch.bool
     if not is_right:
-        raise TypeError(f"flex_attention: {name} must return {wanted}; got {result.dtype}")
+        raise TypeError(f"{OP}: {name} must return {wanted}; got {result.dtype}")
     return result
 
 
@@ -328,7 +330,7 @@ def _get(table: Tensor, items: tuple) -> Tensor:
     for x in items:
         if isinstance(x, Tensor) and x.dtype in (torch.uint8, torch.int8, torch.int16):
             raise TypeError(
-                f"flex_attention: an index is {x.dtype} ({_line()}), and PyTorch takes int32 and "
+                f"{OP}: an index is {x.dtype} ({_line()}), and PyTorch takes int32 and "
                 "int64 ones alone, uint8 for a mask: convert it, as in table[index.long()]"
             )
     used = sum(1 for x in items if x is not None and x is not Ellipsis)

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops.kernels import no_autocast
 from . import closure
+from .arguments import OP
 from .known import Known, recognise
 from .metal import lower
 from .mod import Mod, NotLowered
@@ -171,7 +172,7 @@ def _count(code: CodeType | None, kind: str, what: Any, message: str) -> None:
         count = len(made)
     if count == _MOST_UNSAID:
         warnings.warn(
-            f"orchard_ops.flex_attention: {kind}_mod {code.co_qualname} ({code.co_filename}:"
+            f"{OP}: {kind}_mod {code.co_qualname} ({code.co_filename}:"
             f"{code.co_firstlineno}) {message.format(count)}",
             stacklevel=2,
         )
@@ -219,7 +220,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
         made = traced.captures[len(stand_ins) :]
         if made:
             raise TypeError(
-                f"flex_attention: {kind}_mod writes a table down, of shape {tuple(made[0].shape)}, "
+                f"{OP}: {kind}_mod writes a table down, of shape {tuple(made[0].shape)}, "
                 "which torch.compile does not carry into the graph: make that tensor outside of "
                 "the function"
             )
@@ -245,7 +246,7 @@ def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
             return trace(mod, kind, query.device, query.dtype)
     except NotLowered as error:  # the reference could not run it either
         raise TypeError(
-            f"flex_attention: {kind}_mod: {error}: fill tensors before the call, and detach() the "
+            f"{OP}: {kind}_mod: {error}: fill tensors before the call, and detach() the "
             "score where an operation has no derivative"
         ) from error
 

@@ -172,7 +172,11 @@ class Problem:
             windows = scoring.window_left, scoring.window_right
             self.ranges = Ranges(scoring.key_ranges, self.kv_len, *windows)
         unseen_keys, self.blind_rows = self._unseen()
-        self.k, self.v = (self._seen(x, unseen_keys) for x in (key, value))
+        self.v = self._seen(value, unseen_keys)
+        self._unseen_in_k = None
+        if self._proves_scores_finite(scoring.attn_mask):
+            self._unseen_in_k, unseen_keys = unseen_keys, None
+        self.k = self._seen(key, unseen_keys)
         self._kept: dict[str, Tensor] = {}
         self.sinks = None
         if scoring.sinks is not None:
@@ -192,6 +196,8 @@ class Problem:
                 return None, None
             keys, rows = ~ranges.unseen_keys(), ~ranges.blind_rows()
         elif ranges is None and s.window_left < 0 and s.window_right < 0:
+            if self.device.type == "cpu" and mask.dtype != torch.bool and mask.amin() > -math.inf:
+                return None, None
             keys, rows = _shows_any(mask, -2), _shows_any(mask, -1)
         else:
             shape = mask.shape[:-2]
@@ -326,6 +332,9 @@ class Problem:
             elif self._may_add(mask, x):
                 masked.add_(torch.where(mask, x.new_tensor(0.0), x.new_tensor(-math.inf)))
             else:
+                if self._unseen_in_k is not None:
+                    k = self.k.view(self.batch, self.num_kv_heads, *self.k.shape[1:])
+                    self.k, self._unseen_in_k = self._seen(k, self._unseen_in_k), None
                 masked.masked_fill_(~mask, -math.inf)
         hidden = self.outside(block)
         if hidden is not None:
@@ -336,9 +345,14 @@ class Problem:
         """Whether the scores may take 0 and -inf for a boolean mask, and do so sooner than by
         a choice: where several heads share the mask, and no score is NaN, of which a finite sum
         is the proof. Only the CPU can look without waiting."""
-        if self.device.type != "cpu" or 4 * mask.numel() > x.numel():
+        if not self._proves_scores_finite(mask) or 4 * mask.numel() > x.numel():
             return False
         return math.isfinite(x.sum().item())
+
+    def _proves_scores_finite(self, mask: Tensor | None) -> bool:
+        """Whether `scores` looks for a score that is not finite, of which one follows from a key
+        that is not. So keys need no copy with those left out that no row sees, until then."""
+        return mask is not None and mask.dtype == torch.bool and self.device.type == "cpu"
 
     def _distance(self, block: Block) -> Tensor:
         """How far each key of the block is from the place of each row, for ALiBi."""

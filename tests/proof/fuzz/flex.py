@@ -304,8 +304,6 @@ def check_flex(example: FlexExample) -> str:
     group = e.batch if problem.has_one_cache else 1
     k, v = (x.expand(group * x.shape[0], -1, -1, -1) for x in (problem.k, problem.v))
     dlse = problem.dlse
-    if dlse is not None:  # a row without a key has no gradient
-        dlse = problem.dlse
     ref, eager = (
         math_attention(
             problem.q, k, v, problem.dout, dlse, dtype=compute, scale=e.scale, attn_mask=seen,

@@ -172,10 +172,27 @@ def infinite_ends(sources: Sources, note: Callable[[str], None], **changed: Any)
         out, lse, _, _ = filled.results(call, sources, note)
         problem.check(out, lse)
         value = call.value.clone()
-        value[0, 0, first, 0], value[0, 0, length - 1, 5] = math.inf, -math.inf
+        value[0, 0, first, [0, -2]], value[0, 0, length - 1, [5, -1]] = math.inf, -math.inf
         found = filled.results(call._replace(value=value), sources, note)[0]
-        out[..., 0], out[..., 5] = math.inf, -math.inf
+        out[..., [0, -2]], out[..., [5, -1]] = math.inf, -math.inf
         assert torch.equal(found, out), (length, first)
+
+
+def rows_behind_the_last_query(sources: Sources, note: Callable[[str], None]) -> None:
+    """A block has 8 rows. Those behind 3 queries see nothing: what only they would see is NaN."""
+    x = {n: Sparse((1, 1, rows, 64), dense((1, 1, rows, 64)))
+         for n, rows in (("query", 3), ("key", 300), ("value", 300))}  # fmt: skip
+    generator = torch.Generator().manual_seed(8)
+    for tensor in x.values():
+        tensor.tensor.copy_(torch.randn(tensor.tensor.shape, generator=generator))
+    x["value"].tensor[:, :, 3:] = math.nan
+    plan = _forward_plan(sources, (1, 1), 3, 64, 300, window_right=0)
+    rows = plan.part_rows
+    x |= {"parts": Sparse((rows, 64), (64, 1)), "part_sums": Sparse((rows, 2), (2, 1))}
+    _launch(sources, note, plan.kernels[0], plan.params, x)
+    has_keys = x["part_sums"].tensor[:, 1] != 0
+    assert int(has_keys.sum()) == 3
+    assert bool(x["parts"].tensor[has_keys].isfinite().all())
 
 
 def infinite_and_masked(sources: Sources, note: Callable[[str], None], width: int) -> None:
@@ -224,6 +241,7 @@ def origins_of_zero(sources: Sources, note: Callable[[str], None]) -> None:
 def killers() -> tuple[Property, ...]:
     dense_rows = {
         "heads": (0, 1 << 31, 64, 1), "rows": (0, 1, 9 << 24, 2), "columns": (0, 1, 2, 35 << 20),
+        "a column": (0, 1, 2, (1 << 31) + 1024),
     }  # fmt: skip
     of_decode = [
         Property(
@@ -271,5 +289,6 @@ def killers() -> tuple[Property, ...]:
             )
             for width in (64, 256)
         ),
+        Property("decode: rows behind the last query", DECODE, rows_behind_the_last_query),
         Property("decode: origins of zero", DECODE, origins_of_zero, (DECODE_MERGE,)),
     )  # fmt: skip

@@ -386,6 +386,10 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             changed=_wild(block_table=[[FAR], [-FAR]]),
         ),
         Filled(
+            "decode: pages that a part fills",
+            Cached((64,), page_size=16, capacity=64, heads=(1, 1)),
+        ),
+        Filled(
             "decode: added alone", Cached((70, 70)), changed={"cache_seqlens": None, "added": 70}
         ),
         Filled("decode: no keys", Cached((0, 3), q_len=5, options=_CAUSAL)),
