@@ -144,6 +144,59 @@ def _moved(text: Any, x: Scalar, by: int) -> Scalar:
     return text.emit(torch.int32, f"{x.text} {'-' if by < 0 else '+'} {abs(by)}")
 
 
+@lazy("constant_pad_nd")
+def _padded(text: Any, node: Node, index: Index) -> Scalar:
+    """The number outside, and the element inside: as in `_joined` it is read outside too."""
+    source, given = node.args[:2]
+    dtype = result_dtype(node)
+    fill = node.args[2] if len(node.args) > 2 else 0
+    outside = text.scalar(fill) if isinstance(fill, Node) else literal(fill, dtype)
+    shape, pads = shape_of(source), list(given)  # type: ignore[arg-type]
+    if 0 in shape:
+        return convert(text, outside, dtype)
+    places, bounds = list(index), []
+    for n in range(len(pads) // 2):
+        d, before, after = len(shape) - 1 - n, pads[2 * n], pads[2 * n + 1]
+        places[d] = at = _moved(text, convert(text, index[d], torch.int32), -before)
+        bounds += [f"{at.text} >= 0"] * (before > 0)
+        bounds += [f"{at.text} < {shape[d]}"] * (after > 0)
+    element = convert(text, text.element(source, tuple(places)), dtype)
+    if not bounds:
+        return element
+    outside = convert(text, outside, dtype)
+    return text.emit(dtype, f"{' && '.join(bounds)} ? {element.text} : {outside.text}")
+
+
+def _diagonal_of(node: Node, given: tuple[Any, ...]) -> tuple[int, int, int]:
+    """How far beside the main one, to the right, and the two dimensions."""
+    offset, first, second = given + (0, 0, 1)[len(given) :]
+    return offset, _dim(node, first), _dim(node, second)
+
+
+@lazy("diagonal")
+def _diagonal(text: Any, node: Node, index: Index) -> Scalar:
+    source: Any = node.args[0]
+    offset, row, column = _diagonal_of(source, node.args[1:])
+    at, rest = convert(text, index[-1], torch.int32), iter(index[:-1])
+    places = {row: _moved(text, at, max(-offset, 0)), column: _moved(text, at, max(offset, 0))}
+    found = tuple(places[d] if d in places else next(rest) for d in range(len(shape_of(source))))
+    return text.element(source, found)
+
+
+@lazy("diagonal_scatter")
+def _with_diagonal(text: Any, node: Node, index: Index) -> Scalar:
+    source, diagonal = node.args[:2]
+    offset, row, column = _diagonal_of(node, node.args[2:])
+    element, dtype = text.element(source, index), result_dtype(node)
+    if 0 in shape_of(diagonal):
+        return element
+    i, j = (convert(text, index[d], torch.int32) for d in (row, column))
+    rest = tuple(x for d, x in enumerate(index) if d not in (row, column))
+    other = text.element(diagonal, (*rest, _moved(text, i, -max(-offset, 0))))
+    other = convert(text, other, dtype)
+    return text.emit(dtype, f"{j.text} - {i.text} == {offset} ? {other.text} : {element.text}")
+
+
 @lazy("flip", "prims.rev")
 def _reversed(text: Any, node: Node, index: Index) -> Scalar:
     dims: Any = node.args[1]

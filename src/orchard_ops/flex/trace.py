@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import linecache
 import sys
 from collections.abc import Callable, Sequence
@@ -213,11 +214,31 @@ def _make_graph(function: Callable[..., Any], arguments: Sequence[Any]) -> Graph
     )(*arguments)
 
 
+def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """By slices, which have a text: PyTorch's own way has strides in it."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [_aten.slice(x, dim, a, b) for a, b in itertools.pairwise(ends)]
+
+
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    length = x.shape[dim] if x.dim() else 1
+    count = max(-(-length // size), 1) if size else 1
+    sizes = [min(size, length - n * size) for n in range(count)]
+    return _split_with_sizes(x, sizes, dim)
+
+
+_OWN = {
+    _aten.split.Tensor: _split,
+    _aten.split_with_sizes.default: _split_with_sizes,
+    torch.ops.prims.copy_to.default: Tensor.copy_,  # which `functionalize` knows
+}
+
+
 @functools.cache
 def _decompositions() -> dict[Any, Any]:
     """PyTorch's ways to take an operation apart, of all that have no text of their own."""
     known = POINTWISE.keys() | LAZY.keys()
-    every = {**decomposition_table, **core_aten_decompositions()}
+    every = {**decomposition_table, **core_aten_decompositions(), **_OWN}
     return {
         operation: function
         for operation, function in every.items()
