@@ -81,7 +81,7 @@ OUTSIDE = _table(11, 5, seed=9)
 def _clamped(table: Tensor, *indices: Tensor) -> Tensor:
     """What a text reads at indices that may lie beyond the ends."""
     places = (torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, table.shape))
-    return table[tuple(places)].double()
+    return table[tuple(places)]
 
 
 SCORES = {

@@ -37,7 +37,7 @@ def functional(*operands: torch.Tensor, **scoring: object) -> object:
 HEADS = "the number of query heads must be a multiple of the number of key/value heads; got 4 and"
 NESTED = (
     "must be a dense tensor; got a nested one: pad it with torch.nested.to_padded_tensor and hide "
-    "the padding by attn_mask"
+    "the padding by a mask"
 )
 
 MALFORMED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {

@@ -421,7 +421,7 @@ WRONG: dict[str, dict[str, Any]] = {
     },
     "block_table must be int32 or int64; got torch.float32": {"block_table": torch.zeros(4, 3)},
     r"seqused_k must have shape \(4,\); got \(3,\)": {"seqused_k": torch.zeros(3).int()},
-    "leftpad_k must be a tensor; got list": {"leftpad_k": [1, 2, 3, 4]},
+    "leftpad_k must be a tensor; got the list": {"leftpad_k": [1, 2, 3, 4]},
     "keys in pages know no dropout; got dropout_p 0.5": {"dropout_p": 0.5},
     "the longest sequence must be an integer": {"max_seqlen_q": 1.5},
     "no gradient; got a k that requires grad": {
