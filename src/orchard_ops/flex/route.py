@@ -27,7 +27,7 @@ from . import additive, reference
 from .arguments import OP
 from .block_lists import lists_follow
 from .block_mask import states_of
-from .mod import MAX_CAPTURES, NotLowered
+from .mod import MAX_CAPTURES, Function, NotLowered
 from .traces import Use, known_call
 
 _NAME = "flex_attention"
@@ -113,17 +113,8 @@ def attend(
     if not is_traced(query):
         watch.tell(_NAME, (described,), reason)
     with no_autocast(query):
-        return reference.attend(
-            query,
-            key,
-            value,
-            None if score is None else score.function,
-            None if mask is None else mask.function,
-            states,
-            q_block,
-            kv_block,
-            scale,
-        )
+        functions = _functions(score, mask)
+        return reference.attend(query, key, value, *functions, states, q_block, kv_block, scale)
 
 
 def max_scores(
@@ -142,16 +133,13 @@ def max_scores(
             watch.tell(_NAME, (described,), _MAX_SCORES)
     states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
     with no_autocast(query):
-        return reference.max_scores(
-            query,
-            key,
-            None if score is None else score.function,
-            None if mask is None else mask.function,
-            states,
-            q_block,
-            kv_block,
-            scale,
-        )
+        functions = _functions(score, mask)
+        return reference.max_scores(query, key, *functions, states, q_block, kv_block, scale)
+
+
+def _functions(score: Use | None, mask: Use | None) -> tuple[Function | None, Function | None]:
+    """score_mod and mask_mod as the reference calls them."""
+    return None if score is None else score.function, None if mask is None else mask.function
 
 
 def _by_fixed_kernels(
