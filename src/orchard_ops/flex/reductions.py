@@ -41,8 +41,7 @@ def _reduced(
             node, f"of {count} numbers for each score, more than {_MOST_TERMS}, has no Metal text"
         )
     dtype = result_dtype(node)
-    if held is None:
-        held = torch.float32 if dtype in FLOATS else dtype
+    held = held or _held(dtype)
     if count == 0:
         return literal(start, dtype)
     if count == 1:
@@ -53,6 +52,11 @@ def _reduced(
         return convert(text, term(_unravelled(text, flat, sizes)), held)
 
     return convert(text, text.loop(held, count, literal(start, held), form, of), dtype)
+
+
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are added up in."""
+    return torch.float32 if dtype in FLOATS else dtype
 
 
 def _unravelled(text: Any, flat: Scalar, sizes: Sequence[int]) -> Index:
@@ -132,7 +136,7 @@ def _dot(text: Any, node: Node, index: Index) -> Scalar:
     a, b = node.args[:2]
     (*_, size) = shape_of(a)
     dtype = result_dtype(node)
-    held = torch.float32 if dtype in FLOATS else dtype
+    held = _held(dtype)
     name = name_of(node)
     columns = 1 if name in ("mm", "bmm") else 0
     rows, last = index[: len(index) - columns], index[len(index) - columns :]

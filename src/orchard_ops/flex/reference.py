@@ -81,7 +81,8 @@ def max_scores(
     found = []
     with torch.no_grad():
         for first, end in _blocks(query.shape[2], None if block_states is None else block_q):
-            x = call.scores(query[:, :, first:end].to(dtype), k, first)
+            states = call.states_of(first, k.shape[2])
+            x = call.scores(query[:, :, first:end].to(dtype), k, first, states)
             empty = x.new_full((*x.shape[:3], 1), -torch.inf)
             found.append(torch.cat([empty, x], -1).amax(-1))
     return torch.cat(found, 2)
@@ -116,10 +117,10 @@ class _Call:
 
     def block(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """out and lse of the queries from `first` on."""
-        states = self._states(first, k.shape[2])
+        states = self.states_of(first, k.shape[2])
         if states is not None:
             v = self._listed(v, states)
-        x = self.scores(q, k, first)
+        x = self.scores(q, k, first, states)
         kv_len = k.shape[2]
         largest = x.detach().amax(-1, keepdim=True) if kv_len else x.new_zeros((*q.shape[:3], 1))
         origin = torch.where(largest == -torch.inf, 0.0, largest)
@@ -131,11 +132,10 @@ class _Call:
         lse = torch.where(is_empty, -torch.inf, total.log() + origin)
         return out, lse.squeeze(-1)
 
-    def scores(self, q: Tensor, k: Tensor, first: int) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, first: int, states: Tensor | None) -> Tensor:
         """Those of the queries from `first` on, -inf where a key is not seen."""
         batch, num_heads, rows, _ = q.shape
         kv_len = k.shape[2]
-        states = self._states(first, kv_len)
         if states is not None:
             k = self._listed(k, states)
         places = [
@@ -158,7 +158,7 @@ class _Call:
                 x = over_places(self.score_mod, 1)(x, *places).to(x.dtype)
         return x if seen is None else torch.where(seen, x, -torch.inf)
 
-    def _states(self, first: int, kv_len: int) -> Tensor | None:
+    def states_of(self, first: int, kv_len: int) -> Tensor | None:
         """(1 or B, 1 or Hq, 1, S) of the block that query `first` is in."""
         if self.states is None or 0 in self.states.shape:
             return None
