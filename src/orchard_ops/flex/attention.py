@@ -63,7 +63,7 @@ def flex_attention(
     arguments.check_options(kernel_options)
     call = arguments.check(query, key, value, score_mod, block_mask, scale, enable_gqa)
     if torch.compiler.is_dynamo_compiling():
-        out, lse, largest = graph.attend(call, wants_max)
+        out, lse, largest = graph.attend(call, wants_lse, wants_max)
     else:
         out, lse, largest = _attend(call, wants_lse, wants_max)
     if return_aux is not None:
@@ -80,7 +80,8 @@ def _attend(
     query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
-    found = route.attend(query, key, value, score, mask, block_mask, scale, wants_lse)
+    blocks = route.blocks_of(block_mask)
+    found = route.attend(query, key, value, score, mask, blocks, scale, wants_lse)
     if not wants_max:
         return *found, None
-    return *found, route.max_scores(query, key, score, mask, block_mask, scale)
+    return *found, route.max_scores(query, key, score, mask, blocks, scale)

@@ -4,107 +4,115 @@ seen, and the fixed kernels, which read no lists, may take the call.
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from .block_mask import ASK, lists_of, states_of, versions_of
-from .conditions import arguments_of, is_read
-from .traces import Kept, Use, apart
+from ..key_ranges import KeyRanges
+from .apart import apart
+from .block_mask import ASK, HIDDEN, SEEN, Lists, states_of_lists
+from .known import RangeRule
+from .memory import ByMemory
 
-MOST_PAIRS = 1 << 28
-"""Masks of more pairs, over their batches and heads, are not judged: the mask_mod is asked for each
-pair once, as by `create_block_mask`, which the maker of a longer mask may have avoided."""
-_PAIRS_AT_ONCE = 1 << 24
-
-
-class _Judged(NamedTuple):
-    """What was found for a BlockMask, and for which mask_mod and tensors."""
-
-    kept: Kept | None
-    tensors: tuple[weakref.ref[Tensor], ...]
-    numbers: tuple[Any, ...]
-    verdict: bool
-
-    def is_of(self, kept: Kept | None, tensors: Sequence[Tensor], numbers: tuple[Any, ...]) -> bool:
-        if self.kept is not kept or self.numbers != numbers or len(self.tensors) != len(tensors):
-            return False
-        return all(known() is x for known, x in zip(self.tensors, tensors))
+_NUMBERS_AT_ONCE = 1 << 22
+"""The judgement holds so many numbers of (row, block of keys) at a time."""
 
 
-_judged: weakref.WeakKeyDictionary[BlockMask, _Judged] = weakref.WeakKeyDictionary()
+class Said(NamedTuple):
+    """What a known mask_mod sees."""
+
+    window_left: int
+    window_right: int
+    ranges: Tensor | None
+    """Of `KeyRanges`."""
+    source: Tensor | None
+    """What the ranges were made of, with `number`; both tell them from others."""
+    kind: str
+    number: int
+
+    @classmethod
+    def of(
+        cls, window_left: int, window_right: int, ranges: KeyRanges | None, rule: RangeRule | None
+    ) -> Said:
+        if ranges is None or rule is None:
+            return cls(window_left, window_right, None, None, "", 0)
+        return cls(window_left, window_right, ranges.tensor, rule.source, rule.kind, rule.number)
 
 
-def lists_follow(block_mask: BlockMask, mask: Use | None, query: Tensor) -> bool:
-    """Whether a BlockMask sees what its mask_mod says, for each of the query's batches and heads.
+_judged: ByMemory[bool] = ByMemory()
 
-    The mask_mod is asked for every pair of a query and a key, once for each object, the present
-    numbers of its lists and of what the mask_mod captured. That waits for the device. A BlockMask
-    of other lists than `create_block_mask` makes means what they say.
 
-    False also where that may not be asked: a compiler or a transform is at work, nothing tells
-    whether a tensor or the mask_mod has changed, or the mask has more than MOST_PAIRS.
+def lists_follow(
+    lists: Lists, block_size: tuple[int, int], said: Said, sizes: tuple[int, int, int, int]
+) -> bool:
+    """Whether lists let every query of the call see what the mask_mod says.
+
+    `sizes` are those of the scores, (B, Hq, L, S). That is found once for the present numbers of
+    the lists and of what the mask_mod captured, by waiting for the device. False also where nothing
+    tells of changes.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    kept, captures = (None, ()) if mask is None else (mask.kept, mask.captures)
-    if kept is not None:
-        if not kept.lasts:
-            return False
-        indices = arguments_of(kept.traced)[:2]
-        for node, lists, present in zip(indices, block_mask.kv_num_blocks.shape, query.shape):
-            if is_read(node) and lists != present:
-                return False
-    tensors = (*(x for x in lists_of(block_mask) if x is not None), *captures)
-    versions = versions_of(tensors)
-    if versions is None:
-        return False
-    q_block, kv_block = block_mask.BLOCK_SIZE
-    numbers = (*versions, *block_mask.seq_lengths, q_block, kv_block)
-    judged = _judged.get(block_mask)
-    if judged is None or not judged.is_of(kept, tensors, numbers):
+    given = [x for x in (*lists, said.source) if x is not None]
+    numbers = (*block_size, *sizes, *said[:2], *said[4:], *(x is None for x in lists))
+
+    def make() -> bool:
         with apart(), torch.no_grad():
-            verdict = _judge(block_mask)
-        judged = _Judged(kept, tuple(map(weakref.ref, tensors)), numbers, verdict)
-        _judged[block_mask] = judged
-    return judged.verdict
+            return _judge(lists, block_size, said, sizes)
+
+    return bool(_judged.find(given, numbers, make))
 
 
-def _judge(block_mask: BlockMask) -> bool:
-    q_len, kv_len = block_mask.seq_lengths
-    q_block, _ = block_mask.BLOCK_SIZE
-    states = states_of(block_mask, q_len, kv_len)
-    batches, heads, q_blocks, _ = states.shape
-    if 0 in (q_len, kv_len) or math.prod((batches, heads, q_len, kv_len)) > MOST_PAIRS:
+def _judge(lists: Lists, block_size: tuple[int, int], said: Said, sizes: tuple[int, ...]) -> bool:
+    q_len, kv_len = sizes[2:]
+    if 0 in sizes:
         return False
-    same = torch.ones((), dtype=torch.bool, device=states.device)
-    step = max(1, _PAIRS_AT_ONCE // (batches * heads * kv_len * q_block))
-    for first in range(0, q_blocks, step):
+    (q_block, kv_block), device = block_size, lists[0].device
+    states = states_of_lists(lists, -(-q_len // q_block), -(-kv_len // kv_block))
+    first_keys = torch.arange(0, kv_len, kv_block, device=device)
+    end_keys = (first_keys + kv_block).clamp(max=kv_len)
+    leading = 1 if said.ranges is None else said.ranges[..., 0, 0].numel()
+    step = max(1, _NUMBERS_AT_ONCE // (leading * len(first_keys) * q_block))
+    same = torch.ones((), dtype=torch.bool, device=device)
+    for first in range(0, states.shape[2], step):
         own = states[:, :, first : first + step]
-        true = _states_of_mod(block_mask, first * q_block, (first + step) * q_block)
+        rows = torch.arange(own.shape[2] * q_block, device=device) + first * q_block
+        # The last row stands for those behind it.
+        seen = _seen_keys(said, rows.clamp(max=q_len - 1), first_keys, end_keys, kv_len)
+        seen = seen.unflatten(2, (-1, q_block))
+        hides_all = (seen == 0).all(3)
+        sees_all = (seen == end_keys - first_keys).all(3)
         # Where the mask_mod is asked, it says what is seen whatever it is.
-        same &= ((own == true) | (own == ASK)).all()
+        agrees = (own == ASK) | ((own == HIDDEN) & hides_all) | ((own == SEEN) & sees_all)
+        same &= agrees.all()
     return bool(same)
 
 
-def _states_of_mod(block_mask: BlockMask, begin: int, end: int) -> Tensor:
-    """The states that `create_block_mask` gives the blocks of queries from begin to end."""
-    batches, heads = block_mask.kv_num_blocks.shape[:2]
-    q_len, kv_len = block_mask.seq_lengths
-    mask_mod, rows = block_mask.mask_mod, min(end, q_len) - begin
-
-    def shifted(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_idx + begin, kv_idx)
-
-    anew = create_block_mask(
-        shifted,
-        *(batches, heads, rows, kv_len),
-        device=str(block_mask.kv_num_blocks.device),
-        BLOCK_SIZE=block_mask.BLOCK_SIZE,
+def _seen_keys(
+    said: Said, rows: Tensor, first_keys: Tensor, end_keys: Tensor, kv_len: int
+) -> Tensor:
+    """(batches, heads, rows, blocks of keys): how many keys of a block a row sees."""
+    if said.ranges is None:
+        position = rows[None, None]
+        begin, prefix = torch.zeros_like(position), torch.zeros_like(position)
+        end = torch.full_like(position, kv_len)
+    else:
+        begin, end, position, prefix = said.ranges[:, :, rows].long().unbind(-1)
+    if said.window_left >= 0:
+        begin = torch.maximum(begin, position - said.window_left)
+    if said.window_right >= 0:
+        last = position + said.window_right + 1
+        end, prefix = torch.minimum(end, last), torch.minimum(prefix, last)
+    end = torch.maximum(begin, end)
+    # The keys of the interval [begin, end), and those of the prefix that are before it or behind.
+    return (
+        _within(begin, end, first_keys, end_keys)
+        + _within(torch.zeros_like(prefix), torch.minimum(prefix, begin), first_keys, end_keys)
+        + _within(end, prefix, first_keys, end_keys)
     )
-    return states_of(anew, rows, kv_len)
+
+
+def _within(begin: Tensor, end: Tensor, first_keys: Tensor, end_keys: Tensor) -> Any:
+    """How many numbers from `begin` to before `end` are keys of each block."""
+    low = torch.maximum(begin.unsqueeze(-1), first_keys)
+    high = torch.minimum(end.unsqueeze(-1), end_keys)
+    return (high - low).clamp(min=0)

@@ -6,12 +6,12 @@ whatever mask_mod says, and mask_mod is asked in the others alone.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+
+from .apart import apart
+from .memory import ByMemory
 
 HIDDEN, ASK, SEEN = 0, 1, 2
 """The states: no pair of the block is seen, mask_mod says which are, all are."""
@@ -56,9 +56,7 @@ def block_states(
 
 
 Lists = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-_known: weakref.WeakKeyDictionary[BlockMask, tuple[Lists, tuple[int, ...], Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: ByMemory[Tensor] = ByMemory()
 
 
 def lists_of(block_mask: BlockMask) -> Lists:
@@ -71,33 +69,21 @@ def lists_of(block_mask: BlockMask) -> Lists:
     )
 
 
-def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
-    """What changes when a tensor is written to; None where nothing tells."""
-    given = tuple(tensors)
-    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in given):
-        return None
-    return tuple(x._version for x in given)
-
-
 def states_of(block_mask: BlockMask, q_len: int, kv_len: int) -> Tensor:
-    """`block_states` of a BlockMask for these lengths.
-
-    They are kept with the object, and made anew when it has other lists or these have changed.
-    """
+    """`states_of_lists` of a BlockMask for these lengths."""
     block_q, block_kv = block_mask.BLOCK_SIZE
-    q_blocks, kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
-    lists = lists_of(block_mask)
-    given = (x for x in lists if x is not None)
-    versions = None if torch.compiler.is_compiling() else versions_of(given)
-    if versions is None:
+    return states_of_lists(lists_of(block_mask), -(-q_len // block_q), -(-kv_len // block_kv))
+
+
+def states_of_lists(lists: Lists, q_blocks: int, kv_blocks: int) -> Tensor:
+    """`block_states`, made once for the memory of the lists, and anew when that is written to."""
+
+    def make() -> Tensor:
+        with torch.inference_mode(False), apart():  # a later call may be trained
+            return block_states(*lists, q_blocks, kv_blocks)
+
+    if torch.compiler.is_compiling():
         return block_states(*lists, q_blocks, kv_blocks)
-    key = (q_blocks, kv_blocks, *versions)
-    known = _known.get(block_mask)
-    if known is not None:
-        their_lists, their_key, states = known
-        if their_key == key and all(x is y for x, y in zip(lists, their_lists, strict=True)):
-            return states
-    with torch.inference_mode(False):  # a later call may be trained
-        states = block_states(*lists, q_blocks, kv_blocks)
-    _known[block_mask] = (lists, key, states)
-    return states
+    given = [x for x in lists if x is not None]
+    found = _known.find(given, (q_blocks, kv_blocks, len(given)), make)
+    return block_states(*lists, q_blocks, kv_blocks) if found is None else found

@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention as pytorch
 from ..namespace import NAME
 from . import route
 from .arguments import FlexCall
-from .block_mask import Lists, block_states, lists_of
+from .block_mask import lists_of
 from .traces import of_graph
 
 
@@ -45,30 +45,29 @@ class _FlexAttention(HigherOrderOperator):
         *blocks, mask_mod = block_mask
         score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
         mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
-        states = _states(query, key, *blocks) if blocks else None
-        out, lse = route.attend(query, key, value, score, mask, states, scale)
+        found = route.Blocks(*blocks) if blocks else None
+        rest = (score, mask, found, scale)
+        out, lse = route.attend(query, key, value, *rest, wants_lse=given["lse"], in_graph=True)
         if not given["max_scores"]:
             return out, lse, None
-        return out, lse, route.max_scores(query, key, score, mask, states, scale)
-
-
-def _states(query: Tensor, key: Tensor, lists: Lists, q_block: int, kv_block: int) -> route.States:
-    q_blocks = (query.shape[2] + q_block - 1) // q_block
-    kv_blocks = (key.shape[2] + kv_block - 1) // kv_block
-    return route.States(block_states(*lists, q_blocks, kv_blocks), q_block, kv_block)
+        return out, lse, route.max_scores(query, key, *rest)
 
 
 _operator = _FlexAttention()
 
 
-def attend(call: FlexCall, wants_max: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out, lse and, if they are wanted, max_scores of a call that Dynamo is tracing."""
+def attend(
+    call: FlexCall, wants_lse: bool, wants_max: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out, lse and, if they are wanted, max_scores of a call that Dynamo is tracing. An lse that is
+    not wanted may be anything."""
     for x in (call.query, call.key, call.value):
         torch._dynamo.mark_static(x, 1)
         torch._dynamo.mark_static(x, 3)
     given = {
         "score": call.score_mod is not None,
         "mask": call.mask_mod is not None,
+        "lse": wants_lse,
         "max_scores": wants_max,
     }
     score_mod = pytorch._identity if call.score_mod is None else call.score_mod

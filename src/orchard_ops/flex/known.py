@@ -7,10 +7,9 @@ Conditions on q_idx and kv_idx are read with the symbols that read the masks of 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..key_ranges import KeyRanges
 from ..mask_symbols import _ALWAYS, Symbol
-from .block_mask import versions_of
+from .apart import apart
 from .conditions import FAR, Conditions, arguments_of, constant, packet_of, passed
+from .memory import ByMemory
 from .metal import lower, lower_graph
 from .mod import NotLowered
 from .trace import SCORE, Traced
@@ -58,6 +58,17 @@ class Known:
         Documents have to be in ascending order. That is looked up once for a tensor, by waiting for
         the device.
         """
+        found = self.of_score(score_captures, query, key)
+        rule = self.rule(score_captures, mask_captures)
+        if found is None or rule is None:
+            return found
+        ranges = rule.key_ranges(query, key)
+        return None if ranges is None else {**found, "key_ranges": ranges}
+
+    def of_score(
+        self, captures: Sequence[Tensor], query: Tensor, key: Tensor
+    ) -> dict[str, Any] | None:
+        """The same, all but the key ranges."""
         sizes = (*query.shape[:3], key.shape[2])
         found: dict[str, Any] = {
             "window_left": self.window_left,
@@ -65,22 +76,60 @@ class Known:
             "softcap": self.softcap,
         }
         if self.slopes is not None:
-            slopes = _slopes(self.slopes, score_captures, sizes, query.device)
+            slopes = _slopes(self.slopes, captures, sizes, query.device)
             if slopes.requires_grad and torch.is_grad_enabled():
                 return None
             found["alibi_slopes"] = slopes
         if self.table is not None:
             number, axes = self.table
-            mask = _spread(score_captures[number], axes, sizes)
+            mask = _spread(captures[number], axes, sizes)
             if mask is None or mask.device != query.device:
                 return None
             found["attn_mask"] = mask
-        if self.ranges is not None:
-            ranges = _key_ranges(self.ranges, (*score_captures, *mask_captures), sizes, query)
-            if ranges is None:
-                return None
-            found["key_ranges"] = ranges
         return found
+
+    def rule(
+        self, score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor]
+    ) -> RangeRule | None:
+        if self.ranges is None:
+            return None
+        kind, length, *shift = self.ranges
+        number = shift[0] if shift else 0
+        if isinstance(length, tuple):
+            return RangeRule(kind, (*score_captures, *mask_captures)[length[1]], number)
+        return RangeRule(kind, None, length + number)
+
+
+class RangeRule(NamedTuple):
+    """How key ranges are made."""
+
+    kind: str
+    """"documents", "keys" or "prefix"."""
+    source: Tensor | None
+    """The documents, or the lengths."""
+    number: int
+    """What is added to the lengths, or the length itself."""
+
+    def key_ranges(self, query: Tensor, key: Tensor) -> KeyRanges | None:
+        """None where the sizes or the numbers of `source` do not allow it."""
+        batch, _, q_len, kv_len = *query.shape[:3], key.shape[2]
+        source = self.source
+        if self.kind == "documents":
+            assert source is not None
+            return _documents(source, batch, q_len, kv_len)
+        if source is not None:
+            if source.shape[0] < batch or source.device != query.device:
+                return None
+            # Ends as far as int64's are not to wrap round.
+            lengths = source[:batch].to(torch.int64).clamp(-4 * FAR, 4 * FAR) + self.number
+        else:
+            number = min(max(self.number, 0), kv_len)
+            lengths = torch.full((1,), number, dtype=torch.int64, device=query.device)
+        lengths = lengths.clamp(0, kv_len)
+        make: Callable[..., KeyRanges] = (
+            KeyRanges.prefix_lm if self.kind == "prefix" else KeyRanges.from_lengths
+        )
+        return make(lengths.to(torch.int32), q_len)
 
 
 def recognise(score: Traced | None, mask: Traced | None) -> Known | None:
@@ -321,65 +370,31 @@ def _spread(table: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor 
     return table
 
 
-def _key_ranges(
-    ranges: tuple[Any, ...], captures: Sequence[Tensor], sizes: Sequence[int], query: Tensor
-) -> KeyRanges | None:
-    kind, length, *shift = ranges
-    batch, _, q_len, kv_len = sizes
-    if kind == "documents":
-        return _documents(captures[length[1]], batch, q_len, kv_len)
-    if isinstance(length, tuple):
-        table = captures[length[1]]
-        if table.shape[0] < batch or table.device != query.device:
-            return None
-        # Ends as far as int64's are not to wrap round.
-        lengths = table[:batch].to(torch.int64).clamp(-4 * FAR, 4 * FAR) + shift[0]
-    else:
-        number = min(max(length + shift[0], 0), kv_len)
-        lengths = torch.full((1,), number, dtype=torch.int64, device=query.device)
-    lengths = lengths.clamp(0, kv_len)
-    make: Callable[..., KeyRanges] = (
-        KeyRanges.prefix_lm if kind == "prefix" else KeyRanges.from_lengths
-    )
-    return make(lengths.to(torch.int32), q_len)
+_made_of: ByMemory[KeyRanges] = ByMemory()
+_ascending: ByMemory[bool] = ByMemory()
 
 
 def _documents(ids: Tensor, batch: int, q_len: int, kv_len: int) -> KeyRanges | None:
-    if ids.shape[-1] < max(q_len, kv_len) or not _ascends(ids):
+    if ids.shape[-1] < max(q_len, kv_len) or (ids.dim() == 2 and ids.shape[0] < batch):
         return None
-    if ids.dim() == 2 and ids.shape[0] < batch:
+    if torch.compiler.is_compiling():
+        return None  # the numbers are not there yet
+
+    def ascends() -> bool:
+        with apart():
+            return bool((ids[..., 1:] >= ids[..., :-1]).all())
+
+    if not _ascending.find((ids,), (), ascends):
         return None
-    ids = ids[:batch] if ids.dim() == 2 else ids.unsqueeze(0)
-    storage = ids.untyped_storage()
-    of_memory = (ids.storage_offset(), ids.shape, ids.stride(), ids.dtype, versions_of((ids,)))
-    key = (q_len, kv_len, *of_memory)
-    made = _made_of.get(storage)
-    if made is not None and made[0] == key:
-        return made[1]
-    with torch.inference_mode(False):  # a later call may be trained
-        of_keys, of_queries = ids[:, :kv_len].contiguous(), ids[:, :q_len].contiguous()
-        begin = torch.searchsorted(of_keys, of_queries, out_int32=True)
-        end = torch.searchsorted(of_keys, of_queries, right=True, out_int32=True)
-        position = torch.arange(q_len, dtype=torch.int32, device=ids.device).expand_as(begin)
-        columns = (begin, end, position, torch.zeros_like(begin))
-        found = KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
-    _made_of[storage] = (key, found)
-    return found
+    rows = ids[:batch] if ids.dim() == 2 else ids.unsqueeze(0)
 
+    def make() -> KeyRanges:
+        with torch.inference_mode(False), torch.no_grad(), apart():  # a later call may be trained
+            of_keys, of_queries = rows[:, :kv_len].contiguous(), rows[:, :q_len].contiguous()
+            begin = torch.searchsorted(of_keys, of_queries, out_int32=True)
+            end = torch.searchsorted(of_keys, of_queries, right=True, out_int32=True)
+            position = torch.arange(q_len, dtype=torch.int32, device=ids.device).expand_as(begin)
+            columns = (begin, end, position, torch.zeros_like(begin))
+            return KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
 
-_made_of: weakref.WeakKeyDictionary[Any, tuple[Any, KeyRanges]] = weakref.WeakKeyDictionary()
-_ascending: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
-
-
-def _ascends(ids: Tensor) -> bool:
-    """Whether each row is in ascending order, as far as that may be asked."""
-    versions = None if torch.compiler.is_compiling() else versions_of((ids,))
-    if versions is None:
-        return False
-    storage = ids.untyped_storage()
-    known = _ascending.get(storage)
-    key = (versions, ids.dtype, ids.storage_offset(), ids.shape, ids.stride())
-    if known is None or known[0] != key:
-        known = (key, bool((ids[..., 1:] >= ids[..., :-1]).all()))
-        _ascending[storage] = known
-    return known[1]
+    return _made_of.find((ids,), (len(rows), q_len, kv_len), make)

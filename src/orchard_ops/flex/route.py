@@ -25,8 +25,10 @@ from ..ops.kernels import no_autocast
 from ..ops.schema import FLEX_FORWARD
 from . import additive, reference
 from .arguments import OP
-from .block_lists import lists_follow
-from .block_mask import states_of
+from .block_lists import Said, lists_follow
+from .block_mask import Lists, lists_of, states_of_lists
+from .decided import FORWARD_OP, KnownCall
+from .known import Known, RangeRule
 from .mod import MAX_CAPTURES, Function, NotLowered
 from .traces import Use, known_call
 
@@ -44,12 +46,23 @@ _MAX_SCORES = (
 )
 
 
-class States(NamedTuple):
-    """What each block of the scores is, and the sizes of a block."""
+class Blocks(NamedTuple):
+    """The lists of a BlockMask, and the sizes of a block."""
 
-    states: Tensor
+    lists: Lists
     q_block: int
     kv_block: int
+
+    def states(self, query: Tensor, key: Tensor) -> Tensor:
+        q_blocks = (query.shape[2] + self.q_block - 1) // self.q_block
+        kv_blocks = (key.shape[2] + self.kv_block - 1) // self.kv_block
+        return states_of_lists(self.lists, q_blocks, kv_blocks)
+
+
+def blocks_of(block_mask: BlockMask | None) -> Blocks | None:
+    if block_mask is None:
+        return None
+    return Blocks(lists_of(block_mask), *block_mask.BLOCK_SIZE)
 
 
 class _Texts(NamedTuple):
@@ -64,28 +77,32 @@ def attend(
     value: Tensor,
     score: Use | None,
     mask: Use | None,
-    blocks: BlockMask | States | None,
+    blocks: Blocks | None,
     scale: float,
     wants_lse: bool = True,
+    in_graph: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """out and lse of a call that has been checked. An lse that is not wanted may be None.
+    """out and lse of a call that has been checked. An lse that is not wanted may be None, or empty.
 
-    `blocks` is the user's object in eager code, and what was made of it in a graph.
+    `in_graph`: torch.compile makes a graph of the call, which will run with other numbers.
     """
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
     reason = why_not_metal(query, value)
-    if reason is None and _is_mapped(query, key, value, score, mask):
+    if reason is None:
+        found = _by_fixed_kernels(
+            query, key, value, score, mask, blocks, scale, wants_lse, in_graph
+        )
+        if found is not None:
+            return found
+    if reason is None and _is_mapped(query, key, value, *_captures_of(score, mask)):
         reason = (
             "torch.vmap is active, and the kernels have no rule for it: make what is mapped a part "
             "of query's batch"
         )
-    if reason is None and not isinstance(blocks, States):
-        found = _by_fixed_kernels(query, key, value, score, mask, blocks, scale, wants_lse)
-        if found is not None:
-            return found
-    states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
+    states = None if blocks is None else blocks.states(query, key)
+    q_block, kv_block = (1, 1) if blocks is None else blocks[1:]
     if reason is None and score is not None and _is_trained(score):
         if additive.takes(score):
             with no_autocast(query):
@@ -122,7 +139,7 @@ def max_scores(
     key: Tensor,
     score: Use | None,
     mask: Use | None,
-    blocks: BlockMask | States | None,
+    blocks: Blocks | None,
     scale: float,
 ) -> Tensor:
     """The largest score of each query. It has no gradient, as PyTorch's has none."""
@@ -131,7 +148,8 @@ def max_scores(
         calls.record_reference(_NAME, _MAX_SCORES, described, "auto")
         if not is_traced(query):
             watch.tell(_NAME, (described,), _MAX_SCORES)
-    states, q_block, kv_block = _states(blocks, query, key) or (None, 1, 1)
+    states = None if blocks is None else blocks.states(query, key)
+    q_block, kv_block = (1, 1) if blocks is None else blocks[1:]
     with no_autocast(query):
         functions = _functions(score, mask)
         return reference.max_scores(query, key, *functions, states, q_block, kv_block, scale)
@@ -148,39 +166,124 @@ def _by_fixed_kernels(
     value: Tensor,
     score: Use | None,
     mask: Use | None,
-    block_mask: BlockMask | None,
+    blocks: Blocks | None,
     scale: float,
     wants_lse: bool,
+    in_graph: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """out and lse by `flash_attn`, where its arguments say the same as the mods and the blocks."""
     known = known_call(score, mask)
-    if known is None or (block_mask is not None and is_traced(query)):
+    of_mask = Known() if mask is None else known_call(None, mask)
+    if known is None or of_mask is None or _is_mapped(*_captures_of(score, mask)):
         return None
     of_score = () if score is None else score.captures
-    of_mask = () if mask is None else mask.captures
-    arguments = known.arguments(of_score, of_mask, query, key)
+    rule = known.rule(of_score, () if mask is None else mask.captures)
+    asks_numbers = blocks is not None or (rule is not None and rule.kind == "documents")
+    if asks_numbers and in_graph:
+        return _decided(
+            query, key, value, score, mask, blocks, scale, wants_lse, known, of_mask, rule
+        )
+    if asks_numbers and _has_no_numbers(query):
+        return None
+    arguments = known.arguments(of_score, () if mask is None else mask.captures, query, key)
     if arguments is None:
         return None
-    if block_mask is not None and not lists_follow(block_mask, mask, query):
-        return None
+    if blocks is not None:
+        ranges = None if of_mask.ranges is None else arguments["key_ranges"]
+        said = Said.of(of_mask.window_left, of_mask.window_right, ranges, rule)
+        sizes = (*query.shape[:3], key.shape[2])
+        if not lists_follow(blocks.lists, blocks[1:], said, sizes):
+            return None
     enable_gqa = query.shape[1] != key.shape[1]
     with no_autocast(query):  # the operands are cast; a table is added to scores as it is
         call = prepare(query, key, value, scale=scale, enable_gqa=enable_gqa, **arguments)
     return run_with_lse(call) if wants_lse else (run(call), None)
 
 
-def _states(blocks: BlockMask | States | None, query: Tensor, key: Tensor) -> States | None:
-    if not isinstance(blocks, BlockMask):
-        return blocks
-    found = states_of(blocks, query.shape[2], key.shape[2])
-    return States(found, *blocks.BLOCK_SIZE)
+def _decided(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Use | None,
+    mask: Use | None,
+    blocks: Blocks | None,
+    scale: float,
+    wants_lse: bool,
+    known: Known,
+    of_mask: Known,
+    rule: RangeRule | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The same in a graph: an op that decides when it runs. It remembers what it finds of a
+    tensor's memory, which is right where that is the user's and not one that the graph takes for
+    one tensor after another."""
+    lists = () if blocks is None else tuple(x for x in blocks.lists if x is not None)
+    source = None if rule is None else rule.source
+    if not all(is_given(x) for x in (*lists, source) if x is not None):
+        return None
+    if _is_mapped(query, key, value) or (score is not None and _is_trained(score)):
+        return None
+    texts = _texts(score, mask, query)
+    arguments = known.of_score(() if score is None else score.captures, query, key)
+    if isinstance(texts, str) or arguments is None:
+        return None
+    windows = (known.window_left, known.window_right, of_mask.window_left, of_mask.window_right)
+    q_block, kv_block = (1, 1) if blocks is None else blocks[1:]
+    call = KnownCall(
+        captures=list(texts.captures),
+        lists=list(lists),
+        block_q=q_block,
+        block_kv=kv_block,
+        score=texts.score,
+        mask=texts.mask,
+        scale=scale,
+        attn_mask=arguments.get("attn_mask"),
+        alibi_slopes=arguments.get("alibi_slopes"),
+        softcap=known.softcap,
+        windows=[*windows, int(of_mask.ranges is not None)],
+        ranges="" if rule is None else rule.kind,
+        source=source,
+        number=0 if rule is None else rule.number,
+        lse=wants_lse,
+        alone=not torch.is_grad_enabled(),
+    )
+    out, _, _, lse = FORWARD_OP(query, key, value, *call)
+    return out, lse
+
+
+def is_given(x: Tensor) -> bool:
+    """Whether a tensor of a graph is one that the graph is given, and not one that it makes."""
+    x = _unwrapped(x)
+    if isinstance(x, FunctionalTensor):
+        x = torch._from_functional_tensor(x.elem)
+    if not isinstance(x, FakeTensor):
+        return type(x) in (Tensor, torch.nn.Parameter)
+    # What FakeTensorMode has made of real tensors.
+    given = x.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.values()
+    return any(
+        own.untyped_storage() is x.untyped_storage()
+        and own.dtype == x.dtype
+        and own.shape == x.shape
+        and own.stride() == x.stride()
+        and own.storage_offset() == x.storage_offset()
+        for own in given
+    )
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether a compiler or a transform asks, with tensors that have no memory of their own."""
-    return isinstance(x, (FakeTensor, FunctionalTensor)) or _functorch.is_functorch_wrapped_tensor(
-        x
-    )
+    return _functorch.is_functorch_wrapped_tensor(x) or _has_no_numbers(x)
+
+
+def _has_no_numbers(x: Tensor) -> bool:
+    """Whether a compiler asks."""
+    return isinstance(_unwrapped(x), (FakeTensor, FunctionalTensor))
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """What a transform of torch.func has wrapped."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def why_not_metal(query: Tensor, value: Tensor) -> str | None:
@@ -198,14 +301,15 @@ def why_not_metal(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _is_mapped(
-    query: Tensor, key: Tensor, value: Tensor, score: Use | None, mask: Use | None
-) -> bool:
+def _captures_of(score: Use | None, mask: Use | None) -> tuple[Tensor, ...]:
+    return tuple(x for use in (score, mask) if use is not None for x in use.captures)
+
+
+def _is_mapped(*tensors: Tensor) -> bool:
     """Whether torch.vmap maps one of the tensors."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    uses = (use for use in (score, mask) if use is not None)
-    for x in (query, key, value, *(x for use in uses for x in use.captures)):
+    for x in tensors:
         while _functorch.is_functorch_wrapped_tensor(x):
             if _functorch.is_batchedtensor(x):
                 return True

@@ -10,8 +10,7 @@ import functools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -20,14 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops.kernels import no_autocast
 from . import closure
+from .apart import apart
 from .arguments import OP
 from .known import Known, recognise
 from .metal import lower
@@ -35,13 +32,6 @@ from .mod import Mod, NotLowered
 from .trace import TORCH, Traced, is_written, trace
 
 _MOST_KEPT = 256
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Whatever is being traced, compiled or transformed does not see what the block does."""
-    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
-        yield
 
 
 @dataclass(eq=False)
