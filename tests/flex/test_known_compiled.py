@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from torch.utils.checkpoint import checkpoint
 
 import orchard_ops
-from orchard_ops.flex import block_lists
+from orchard_ops.flex import block_lists, route
 
 if SIMULATED:
     import simulator
@@ -29,6 +29,9 @@ IDS = torch.arange(LENGTH) // 9
 PREFIX = torch.tensor([3, 12], dtype=torch.int32)
 SLOPES = torch.tensor([0.5, 0.25, 0.125])
 TABLE = torch.arange(HEADS * LENGTH * LENGTH).view(HEADS, LENGTH, LENGTH).sin()
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+"""All but that of the autograd kernel's registration, which PyTorch has for CPU and CUDA alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -365,21 +368,72 @@ def test_a_graph_follows_its_documents():
     _assert_equal(found, _trained(orchard_ops.flex_attention, operands, mods)())
 
 
-def test_the_backward_follows_its_forward():
-    """In between another call has found other numbers, of lists that a graph has copied."""
+def test_the_backward_follows_its_forward(monkeypatch: pytest.MonkeyPatch):
+    """Whatever would be found then."""
     operands, made = _operands(), _made(causal)
     right = _trained(orchard_ops.flex_attention, operands, {"block_mask": made})()
+    compiled = _compiled()
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        return orchard_ops.flex_attention(q, k, v, block_mask=mask)
-
-    with orchard_ops.report(show=False) as report:
-        out = call(*operands, made)
+    def call() -> list[Tensor]:
+        out = compiled(*operands, block_mask=made)
         block_lists._judged._kept.clear()
-        grads = torch.autograd.grad(out.sin().sum(), operands)
-    assert not any("flex" in name for x in report.calls for name in x.kernels)
-    _assert_equal([out, *grads], right)
+        with monkeypatch.context() as patch:
+            patch.setattr(block_lists, "_judge", lambda *_: False)
+            return [out, *torch.autograd.grad(out.sin().sum(), operands)]
+
+    found, is_fixed = _called(call)
+    assert is_fixed
+    _assert_equal(found, right)
+
+
+def test_lists_that_a_graph_writes_to():
+    """The numbers that the call sees are the graph's own, and those of the next call are new."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, made: BlockMask, first: bool) -> Tensor:
+        if first:
+            made.kv_num_blocks.clamp_(max=1)
+        out = orchard_ops.flex_attention(q, k, v, block_mask=made)
+        if not first:
+            made.kv_num_blocks.clamp_(max=1)
+        return out
+
+    operands = [x.detach() for x in _operands()]
+    for first, answers in ((True, (False, False)), (False, (True, False))):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        made, other = _made(documents), _made(documents)
+        for says in answers:
+            found, is_fixed = _called(lambda: [compiled(*operands, made, first)])  # noqa: B023
+            assert is_fixed == says
+            right = call(*operands, other, first)
+            torch.testing.assert_close(found[0], right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lists", ("right", "wrong"))
+def test_opcheck(lists: str, monkeypatch: pytest.MonkeyPatch):
+    given: list[tuple[Any, ...]] = []
+    op, mods = route.FORWARD_OP, _of("alibi", "causal documents")
+    if lists == "wrong":
+        mods["block_mask"].full_kv_num_blocks.zero_()
+        mods["block_mask"].kv_num_blocks.clamp_(max=1)
+    monkeypatch.setattr(route, "FORWARD_OP", lambda *args: (given.append(args), op(*args))[1])
+    mods["return_aux"] = pytorch.AuxRequest(lse=True)
+    _compiled("eager")(*_operands(), **mods)
+    for requires_grad in (True, False):
+        operands = [x.requires_grad_(requires_grad) for x in (y.detach() for y in given[-1][:3])]
+        args = (*operands, *given[-1][3:])
+        torch.library.opcheck(op, args, test_utils=CHECKS)
+    out, row_stats, choice, lse = op(*args)
+    assert choice.item() == (lists == "right")
+    args = (out, lse, *args[:3], out, row_stats, choice, *args[3:])
+    torch.library.opcheck(torch.ops.orchard.flex_attn_known_bwd.default, args, test_utils=CHECKS)
+
+
+def test_second_derivatives_are_refused():
+    operands, mods = _operands(), _of(None, "causal")
+    out = _compiled("eager")(*operands, **mods)
+    (dq,) = torch.autograd.grad(out.square().sum(), operands[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        dq.sum().backward()
 
 
 def test_lists_that_a_graph_makes_are_not_looked_at():

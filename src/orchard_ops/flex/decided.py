@@ -85,7 +85,7 @@ class KnownCall(NamedTuple):
     lse: bool
     """Whether lse is asked for."""
     alone: bool
-    """Whether no backward will use the results."""
+    """Whether no backward will use the results. Where autograd records the op, it says no."""
 
     def of_lists(self) -> Lists:
         first, second, *full = self.lists
