@@ -370,7 +370,7 @@ def _spread(table: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor 
     return table
 
 
-_made_of: ByMemory[KeyRanges] = ByMemory()
+_made_of: ByMemory[KeyRanges | None] = ByMemory()
 _ascending: ByMemory[bool] = ByMemory()
 
 
@@ -380,16 +380,17 @@ def _documents(ids: Tensor, batch: int, q_len: int, kv_len: int) -> KeyRanges | 
     if torch.compiler.is_compiling():
         return None  # the numbers are not there yet
 
+    count = batch if ids.dim() == 2 else 1
+
     def ascends() -> bool:
         with apart():
             return bool((ids[..., 1:] >= ids[..., :-1]).all())
 
-    if not _ascending.find((ids,), (), ascends):
-        return None
-    rows = ids[:batch] if ids.dim() == 2 else ids.unsqueeze(0)
-
-    def make() -> KeyRanges:
+    def make() -> KeyRanges | None:
+        if not _ascending.find((ids,), (), ascends):
+            return None
         with torch.inference_mode(False), torch.no_grad(), apart():  # a later call may be trained
+            rows = ids[:count] if ids.dim() == 2 else ids.unsqueeze(0)
             of_keys, of_queries = rows[:, :kv_len].contiguous(), rows[:, :q_len].contiguous()
             begin = torch.searchsorted(of_keys, of_queries, out_int32=True)
             end = torch.searchsorted(of_keys, of_queries, right=True, out_int32=True)
@@ -397,4 +398,4 @@ def _documents(ids: Tensor, batch: int, q_len: int, kv_len: int) -> KeyRanges | 
             columns = (begin, end, position, torch.zeros_like(begin))
             return KeyRanges(torch.stack(columns, -1).unsqueeze(1), 0, has_prefix=False)
 
-    return _made_of.find((ids,), (len(rows), q_len, kv_len), make)
+    return _made_of.find((ids,), (count, q_len, kv_len), make)
