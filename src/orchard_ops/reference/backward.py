@@ -55,8 +55,8 @@ def backward(
         dsinks = torch.zeros(scoring.sinks.shape, dtype=p.dtype, device=p.device)
     for block in p.blocks():
         q = p.rows_by_kv_head(query, block)
-        x, tanh = p.scores(q, block)
-        _, total, sink = p.exponentials(x)
+        x, tanh, top = p.scores(q, block)
+        _, total, sink = p.exponentials(x, top)
         total.clamp_(min=1.0)  # 0 without a key
         do = p.rows(dout, block) / total
         delta = (do * block.rows(out)).sum(-1, keepdim=True)

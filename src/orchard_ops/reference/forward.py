@@ -25,8 +25,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
     stats: list[Tensor] = []
     logarithm = torch.log2 if scoring.plain else torch.log
     for block in p.blocks():
-        x, _ = p.scores(p.rows_by_kv_head(query, block), block)
-        origin, total, _ = p.exponentials(x)
+        x, _, top = p.scores(p.rows_by_kv_head(query, block), block)
+        origin, total, _ = p.exponentials(x, top)
         stats.append(torch.cat((origin, logarithm(total)), dim=-1))
         keep = p.keep(block)
         if keep is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -171,6 +171,8 @@ class Problem:
         if scoring.key_ranges is not None:
             windows = scoring.window_left, scoring.window_right
             self.ranges = Ranges(scoring.key_ranges, self.kv_len, *windows)
+        self._seen_range = (0, self.kv_len)  # other keys are in no block
+        self._range_is_shown = False  # the mask hides nothing there
         unseen_keys, self.blind_rows = self._unseen()
         self.v = self._seen(value, unseen_keys)
         self._unseen_in_k = None
@@ -215,7 +217,26 @@ class Problem:
                 block.rows(rows, -1).copy_(shown.any(dim=-1))
         if keys.shape[-2] not in (1, self.num_kv_heads):  # all query heads of a key/value head
             keys = keys.unflatten(-2, (self.num_kv_heads, -1)).any(dim=-2)
-        return self._hidden(keys), self._hidden(rows)
+        unseen = self._hidden(keys)
+        if unseen is not None and self.device.type == "cpu" and keys.shape[-1] == self.kv_len:
+            unseen = self._unseen_among_seen(keys, unseen)
+        return unseen, self._hidden(rows)
+
+    def _unseen_among_seen(self, keys: Tensor, unseen: Tensor) -> Tensor | None:
+        """Leaves out of all blocks the keys at both ends that no row of the call sees, as padding
+        is. `keys` is True for those that some row sees; returns what is left of `unseen`."""
+        in_any = keys.flatten(0, -2)
+        alike = len(in_any) == 1
+        seen = (in_any[0] if alike else in_any.any(dim=0)).nonzero()
+        begin, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+        self._seen_range = begin, end
+        if len(seen) < end - begin or not (alike or keys[..., begin:end].all()):
+            return unseen
+        mask, s = self.scoring.attn_mask, self.scoring
+        alone = self.ranges is None and s.window_left < 0 and s.window_right < 0
+        if mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1 and alone:
+            self._range_is_shown = mask.numel() == keys.numel()  # of each head, not of a group
+        return None
 
     def _hidden(self, shown: Tensor) -> Tensor | None:
         """True where `shown` is not, with a last dimension of 1; None if that is known to be
@@ -263,7 +284,13 @@ class Problem:
     def blocks(self) -> Iterator[Block]:
         limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
         sizes = self.batch, self.num_heads, self.q_len, self.kv_len
-        return blocks(*sizes, self.scoring, limits, self.ranges)
+        begin, end = self._seen_range
+        for block in blocks(*sizes, self.scoring, limits, self.ranges):
+            if end - begin == self.kv_len:
+                yield block
+                continue
+            col0 = min(max(block.col0, begin), end)
+            yield replace(block, col0=col0, col1=max(min(block.col1, end), col0))
 
     def kept(self, name: str, block: Block) -> Tensor | None:
         """Memory for a number of each score of the block, (N, group * rows, cols), on the CPU.
@@ -308,11 +335,39 @@ class Problem:
         """(B, Hq, rows, E) -> (N, group * rows, E)."""
         return x.reshape(len(self.k), self.group * x.shape[2], x.shape[3])
 
-    def scores(self, q: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
-        """(B, Hq, rows, cols) in the unit of the exponent, hidden ones -inf; softcap's tanh.
+    def scores(self, q: Tensor, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, Hq, rows, cols) in the unit of the exponent, hidden ones -inf; softcap's tanh; and
+        the largest score of each row, where that has been found on the way.
 
         The tanh is None without a softcap.
         """
+        s = self.scoring
+        x, tanh = self._unmasked_scores(q, block)
+        hidden = self.outside(block)
+        top = None
+        if s.attn_mask is not None and not self._range_is_shown:
+            mask = block.of_mask(s.attn_mask)
+            if mask.dtype != torch.bool:
+                self.as_masked(x).add_(mask)
+            elif self._may_add(mask, x, hidden):
+                self.as_masked(x).add_(mask.to(x.dtype).log_())  # 0 or -inf
+                if self._unseen_in_k is None and hidden is None:
+                    top = x.amax(dim=-1, keepdim=True)
+                    if math.isnan(top.sum().item()):  # maybe of a score that the mask hides
+                        x, tanh = self._unmasked_scores(q, block)
+                        self.as_masked(x).masked_fill_(~mask, -math.inf)
+                        top = None
+            else:
+                if self._unseen_in_k is not None:
+                    k = self.k.view(self.batch, self.num_kv_heads, *self.k.shape[1:])
+                    self.k, self._unseen_in_k = self._seen(k, self._unseen_in_k), None
+                self.as_masked(x).masked_fill_(~mask, -math.inf)
+        if hidden is not None:
+            x.masked_fill_(hidden, -math.inf)
+        return x, tanh, top
+
+    def _unmasked_scores(self, q: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
+        """`scores` before a mask, windows and key ranges hide any."""
         s = self.scoring
         k = block.cols(self.k).transpose(1, 2)
         into = self.kept("scores", block)
@@ -324,29 +379,20 @@ class Problem:
         if s.alibi_slopes is not None:
             distance = self._distance(block).to(self.dtype)
             x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
-        if s.attn_mask is not None:
-            mask = block.of_mask(s.attn_mask)
-            masked = self.as_masked(x)
-            if mask.dtype != torch.bool:
-                masked.add_(mask)
-            elif self._may_add(mask, x):
-                masked.add_(torch.where(mask, x.new_tensor(0.0), x.new_tensor(-math.inf)))
-            else:
-                if self._unseen_in_k is not None:
-                    k = self.k.view(self.batch, self.num_kv_heads, *self.k.shape[1:])
-                    self.k, self._unseen_in_k = self._seen(k, self._unseen_in_k), None
-                masked.masked_fill_(~mask, -math.inf)
-        hidden = self.outside(block)
-        if hidden is not None:
-            x.masked_fill_(hidden, -math.inf)
         return x, tanh
 
-    def _may_add(self, mask: Tensor, x: Tensor) -> bool:
+    def _may_add(self, mask: Tensor, x: Tensor, hidden: Tensor | None) -> bool:
         """Whether the scores may take 0 and -inf for a boolean mask, and do so sooner than by
-        a choice: where several heads share the mask, and no score is NaN, of which a finite sum
-        is the proof. Only the CPU can look without waiting."""
+        a choice: where several heads share the mask, and no score is NaN.
+
+        That no row's largest score is NaN says so later. Where keys are left as they are though no
+        row sees them, or more is hidden, a finite sum of the scores is the proof. Only the CPU can
+        look without waiting.
+        """
         if not self._proves_scores_finite(mask) or 4 * mask.numel() > x.numel():
             return False
+        if self._unseen_in_k is None and hidden is None:
+            return True
         return math.isfinite(x.sum().item())
 
     def _proves_scores_finite(self, mask: Tensor | None) -> bool:
@@ -362,9 +408,10 @@ class Problem:
         j = torch.arange(block.col0, block.col1, device=self.device)
         return (i.unsqueeze(1) - j).abs()
 
-    def exponentials(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def exponentials(self, x: Tensor, top: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Turns the scores into exponentials counted from the largest of their row, in place.
 
+        `top` is the largest of each row where it is known.
         Returns the origin and the sum of each row, (B, Hq, rows, 1), and the sinks' exponentials.
         A row without a key counts from the lowest finite number, and its sum is 0. Every other sum
         is at least 1, since the largest score's exponential is.
@@ -373,7 +420,8 @@ class Problem:
         if x.shape[3] == 0:  # no key in sight
             origin = x.new_full((*x.shape[:3], 1), lowest)
         else:
-            origin = x.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+            top = x.amax(dim=-1, keepdim=True) if top is None else top
+            origin = top.clamp_(min=lowest)
         if self.sinks is not None:
             origin = torch.maximum(origin, self.sinks)
         self._exp_(x.sub_(origin))
