@@ -14,7 +14,7 @@ import orchard_ops
 from orchard_ops import dropout, reference
 from orchard_ops.reference import products, scores
 from orchard_ops.scoring import Scoring
-from orchard_ops.testing import math_attention
+from orchard_ops.testing import assert_attention_close, math_attention
 
 CASES = [
     Case(37, 51, 24, batch=2, num_heads=4, num_kv_heads=2),
@@ -147,15 +147,27 @@ def test_a_scale_of_zero_hides_no_nan(scale: float):
 class Operations(TorchDispatchMode):
     """The aten ops that ran; `computing` are those that return no view of an argument."""
 
+    def __init__(self, of_numbers: int = 1):
+        """Counts apart those that read or write a tensor of so many numbers."""
+        super().__init__()
+        self.of_numbers = of_numbers
+
     def __enter__(self) -> Operations:
         self.seen: set[str] = set()
         self.computing = 0
+        self.large = 0
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.add(func._schema.name)
         self.computing += not func.is_view
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+        sizes = [x.numel() for x in tensors]
+        allocates = func._schema.name == "aten::new_empty"
+        computes = not func.is_view and not allocates
+        self.large += computes and max(sizes, default=0) >= self.of_numbers
+        return result
 
 
 def mask_of(kind: str, length: int) -> torch.Tensor:
@@ -169,17 +181,21 @@ def mask_of(kind: str, length: int) -> torch.Tensor:
     }[kind]()
 
 
-def computing_operations(kind: str, device: str, heads: int, length: int) -> int:
-    """Those of a forward and a backward."""
+def operations_of_step(kind: str, device: str, heads: int, length: int) -> Operations:
+    """Those of a forward and a backward. Large ones go over all scores."""
     q, k, v = (torch.zeros(1, heads, length, 4, device=device) for _ in range(3))
     scoring = Scoring(attn_mask=mask_of(kind, length).to(device), scale=0.3)
-    with Operations() as operations:
+    with Operations(heads * length * (length - 16)) as operations:
         out, row_stats = reference.forward(q, k, v, scoring)
         reference.backward(
             out, None, q, k, v, out, row_stats, scoring=scoring, mask_grad="gradient" in kind
         )
     assert operations.seen & {"aten::bmm", "aten::baddbmm_"}  # or nothing was counted
-    return operations.computing
+    return operations
+
+
+def computing_operations(kind: str, device: str, heads: int, length: int) -> int:
+    return operations_of_step(kind, device, heads, length).computing
 
 
 KINDS = ("bool", "key padding", "additive", "additive, with gradient", "-inf")
@@ -191,6 +207,66 @@ def test_operations_of_a_masked_step(kind: str, device: str):
     """A step with a mask is at most 60 operations, where 315 were too many on a CPU, and 182 on a
     device where each is a launch. Meta tensors stand in for such a device."""
     assert 30 < computing_operations(kind, device, 16, 1024) <= 60
+
+
+@pytest.mark.parametrize(("kind", "most"), (("bool", 19), ("key padding", 17), ("additive", 21)))
+def test_passes_over_the_scores_of_a_short_step(kind: str, most: int):
+    """What a step costs at L 256 on a CPU, where the clock is too noisy for a test; 23 of them for
+    the boolean masks were too many."""
+    found = operations_of_step(kind, "cpu", 8, 256).large
+    assert 12 < found <= most
+
+
+PADDED = {
+    "behind": [(0, 30)],
+    "before": [(9, 50)],
+    "both, by sample": [(9, 30), (4, 41)],
+    "one sample without keys": [(0, 0), (3, 40)],
+    "no keys": [(0, 0)],
+    "a gap": [(5, 20, 25, 40)],
+}
+
+
+@pytest.mark.parametrize("kind", ("bool", "float32"))
+@pytest.mark.parametrize("name", PADDED)
+def test_keys_at_the_ends_that_no_row_sees(name: str, kind: str):
+    """They are in no block, whatever was left in them."""
+    batch, heads, q_len, kv_len = len(PADDED[name]), 4, 33, 50
+    shown = torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
+    for sample, ends in enumerate(PADDED[name]):
+        for begin, end in zip(ends[::2], ends[1::2]):
+            shown[sample, ..., begin:end] = True
+    mask = shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -math.inf)
+    q, do = torch.randn(2, batch, heads, q_len, 16)
+    k, v = torch.randn(2, batch, 2, kv_len, 16)
+    unseen = ~shown[:, :, 0, :, None]
+    dirty = [x.masked_fill(unseen, math.nan) for x in (k, v)]
+    scoring = Scoring(attn_mask=mask, dropout_seed=torch.tensor(0), scale=0.25)
+    out, stats = reference.forward(q, *dirty, scoring)
+    grads = reference.backward(
+        do, None, q, *dirty, out, stats, scoring=scoring, mask_grad=kind != "bool"
+    )
+    ref, eager = (
+        math_attention(q, k, v, do, dtype=x, attn_mask=mask, scale=0.25)
+        for x in (torch.float64, torch.float32)
+    )
+    dmask = grads[3] if kind != "bool" else None
+    assert_attention_close((out, lse_of(stats, scoring), *grads[:3], dmask), ref, eager)
+    lowest = torch.finfo(torch.float32).min
+    blind = ~shown.any(-1).expand(batch, heads, q_len)
+    assert torch.equal(stats[..., 0] == lowest, blind)
+
+
+def test_hidden_scores_that_are_no_numbers():
+    """Rows that do not see such a key are as if it were another; the others are NaN."""
+    q, k, v = torch.randn(3, 1, 8, 128, 16)
+    scoring = Scoring(attn_mask=mask_of("bool", 128), dropout_seed=torch.tensor(0), scale=0.25)
+    clean, _ = reference.forward(q, k, v, scoring)
+    for garbage in (math.nan, math.inf, -math.inf):
+        k[..., 100, :] = garbage
+        found, _ = reference.forward(q, k, v, scoring)
+        torch.testing.assert_close(found[:, :, :100], clean[:, :, :100], rtol=0, atol=1e-6)
+        assert not found[:, :, 100:].isfinite().all()
 
 
 @pytest.mark.parametrize(("device", "most"), (("cpu", 700), ("meta", 325)))

@@ -27,7 +27,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tupl
     for block in p.blocks():
         x, _, top = p.scores(p.rows_by_kv_head(query, block), block)
         origin, total, _ = p.exponentials(x, top)
-        stats.append(torch.cat((origin, logarithm(total)), dim=-1))
+        stats.append(torch.cat((p.in_unit(origin, total), logarithm(total)), dim=-1))
         keep = p.keep(block)
         if keep is not None:
             x.mul_(keep)

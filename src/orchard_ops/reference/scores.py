@@ -166,7 +166,8 @@ class Problem:
             window_left=min(scoring.window_left, _OPEN),
             window_right=min(scoring.window_right, _OPEN),
         )
-        self.per_exponent = 1.0 / scoring.unit
+        self.scores_in_powers = scoring.plain or self._are_only_hidden(scoring)
+        self.per_exponent = _LOG2_E if self.scores_in_powers else 1.0 / scoring.unit
         self.ranges = None
         if scoring.key_ranges is not None:
             windows = scoring.window_left, scoring.window_right
@@ -185,6 +186,13 @@ class Problem:
             self.sinks = self._per_head(scoring.sinks)
         self.seed = 0 if scoring.dropout_seed is None else int(scoring.dropout_seed)
         self.has_dropout = dropout.threshold(scoring.dropout_p) > 0
+
+    def _are_only_hidden(self, s: Scoring) -> bool:
+        """Whether a mask hides scores and nothing is added to them: on the CPU they are powers of
+        two then as plain ones are, which saves a pass over them (`_exp_`)."""
+        boolean = s.attn_mask is not None and s.attn_mask.dtype == torch.bool
+        bare = s.alibi_slopes is None and s.softcap == 0.0 and s.sinks is None
+        return self.device.type == "cpu" and boolean and bare
 
     def _unseen(self) -> tuple[Tensor | None, Tensor | None]:
         """By a mask or key ranges: the keys that no row sees, and the rows that see no key.
@@ -350,7 +358,9 @@ class Problem:
             if mask.dtype != torch.bool:
                 self.as_masked(x).add_(mask)
             elif self._may_add(mask, x, hidden):
-                self.as_masked(x).add_(mask.to(x.dtype).log_())  # 0 or -inf
+                self.as_masked(x).add_(
+                    torch.where(mask, x.new_tensor(0.0), x.new_tensor(-math.inf))
+                )
                 if self._unseen_in_k is None and hidden is None:
                     top = x.amax(dim=-1, keepdim=True)
                     if math.isnan(top.sum().item()):  # maybe of a score that the mask hides
@@ -431,6 +441,13 @@ class Problem:
         sink = self._exp_(self.sinks - origin)
         return origin, total.add_(sink), sink
 
+    def in_unit(self, origin: Tensor, total: Tensor) -> Tensor:
+        """The rows' origins in the call's unit, where the scores may be powers of two."""
+        if self.scores_in_powers == self.scoring.plain:
+            return origin
+        lowest = torch.finfo(origin.dtype).min
+        return origin.div_(_LOG2_E).masked_fill_(total == 0.0, lowest)
+
     def _exp_(self, x: Tensor) -> Tensor:
         """The exponential in the call's unit, in place.
 
@@ -438,7 +455,7 @@ class Problem:
         numbers of which nothing is left, as -inf (MKL). x is a difference by now, no mask that
         could overflow, and far below 0 a digit more or less of it is lost on a weight of nearly 0.
         """
-        if self.scoring.plain:
+        if self.scores_in_powers:
             return torch.exp2(x, out=x)
         if self.device.type == "cpu":
             return torch.exp2(x.mul_(_LOG2_E), out=x)
