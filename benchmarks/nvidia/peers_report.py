@@ -19,7 +19,8 @@ MODES = ("equal-rate", "native")
 TARGETS = {False: 1.2, True: 2.5}
 """Times of ours that every peer's forward (False) and whole backward (True) should take at least,
 at equal rate."""
-PAGE, APPENDIX = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance-tables.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+APPENDIX = ROOT / "docs" / "performance-tables.md"
 BEGIN, END = "<!-- benchmarks.nvidia.peers -->", "<!-- end -->"
 _DIRECTIONS = {False: "forward", True: "backward"}
 
@@ -290,6 +291,17 @@ def brief(result: dict) -> str:
     return "\n".join(["", notes[0], "", *summary(result, named=False), "", notes[1], ""])
 
 
+def in_readme(result: dict) -> str:
+    """What stands between the marks in README.md: the table, in which each miss has its name."""
+    gpus = ", ".join(dict.fromkeys(run["gpu"] for run in result["runs"]))
+    notes = (
+        f"Each one's time by that of our kernels, on an {gpus}, which is no Mac; by the same "
+        f"compiler, on the same operands, in turns. Above 1, ours is faster. {_TARGET}",
+        "[How, and every cell](benchmarks/results/nvidia/peers.md).",
+    )
+    return "\n".join(["", notes[0], "", *summary(result), "", notes[1], ""])
+
+
 def section(result: dict) -> str:
     """What stands between the marks in docs/performance-tables.md: every cell below the target."""
     notes = (
@@ -306,7 +318,8 @@ def in_docs(text: str) -> str:
 
 def write_docs(result: dict) -> None:
     whole = re.escape(BEGIN) + ".*?" + re.escape(END)
-    for path, written in ((PAGE, brief(result)), (APPENDIX, section(result))):
+    texts = ((README, in_readme(result)), (PAGE, brief(result)), (APPENDIX, section(result)))
+    for path, written in texts:
         new = f"{BEGIN}{written}{END}"
         text = re.sub(whole, lambda _, new=new: new, path.read_text(), flags=re.S)
         path.write_text(text)

@@ -375,7 +375,11 @@ def test_the_page_has_the_numbers_of_cells_alone():
 
 
 def test_docs_are_written_between_their_marks(monkeypatch, tmp_path):
-    made = {"PAGE": peers_report.brief(RESULT), "APPENDIX": peers_report.section(RESULT)}
+    made = {
+        "README": peers_report.in_readme(RESULT),
+        "PAGE": peers_report.brief(RESULT),
+        "APPENDIX": peers_report.section(RESULT),
+    }
     for name in made:
         docs = tmp_path / name
         docs.write_text(f"before\n{peers_report.BEGIN}old{peers_report.END}\nafter\n")
@@ -391,8 +395,9 @@ def test_docs_show_the_committed_result():
     result = json.loads((RESULTS / "peers.json").read_text())
     shown = {
         path: peers_report.in_docs(path.read_text())
-        for path in (peers_report.PAGE, peers_report.APPENDIX)
+        for path in (peers_report.README, peers_report.PAGE, peers_report.APPENDIX)
     }
+    assert shown[peers_report.README] == peers_report.in_readme(result)
     assert shown[peers_report.PAGE] == peers_report.brief(result)
     assert shown[peers_report.APPENDIX] == peers_report.section(result)
     assert (RESULTS / "peers.md").read_text() == peers_report.page(result)
