@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask
 
 import orchard_ops
-from orchard_ops.flex import block_lists, block_mask, route
+from orchard_ops.flex import block_lists, route
 from orchard_ops.flex.block_lists import Said, lists_follow
-from orchard_ops.flex.block_mask import ASK, HIDDEN, SEEN, lists_of
+from orchard_ops.flex.block_mask import ASK, HIDDEN, SEEN, Blocks
 from orchard_ops.flex.traces import known_call, of_function
 
 if SIMULATED:
@@ -68,7 +68,7 @@ def _follows(made: BlockMask, mask_mod: Any, batch: int = BATCH) -> bool:
     assert (ranges is None) == (rule is None)
     said = Said.of(known.window_left, known.window_right, ranges, rule)
     sizes = (*query.shape[:3], query.shape[2])
-    return lists_follow(lists_of(made), made.BLOCK_SIZE, said, sizes)
+    return lists_follow(Blocks.of(made), said, sizes)
 
 
 @pytest.fixture
@@ -76,9 +76,12 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The first of the lists, as often as they are judged."""
     seen: list[Tensor] = []
     judge = block_lists._judge
-    monkeypatch.setattr(
-        block_lists, "_judge", lambda lists, *rest: (seen.append(lists[0]), judge(lists, *rest))[1]
-    )
+
+    def judged(blocks: Blocks, *rest: Any) -> bool:
+        seen.append(blocks.lists[0])
+        return judge(blocks, *rest)
+
+    monkeypatch.setattr(block_lists, "_judge", judged)
     return seen
 
 
@@ -112,7 +115,7 @@ def test_each_block_is_judged(name: str, block: tuple[int, int]):
         "mixed": and_masks(documents, causal, behind),
     }[name]  # fmt: skip
     made = create_block_mask(mask_mod, BATCH, None, LENGTH, LENGTH, "cpu", BLOCK_SIZE=block)
-    right = block_mask.states_of(made, LENGTH, LENGTH)
+    right = Blocks.of(made).states(LENGTH, LENGTH)
     seen = create_mask(mask_mod, BATCH, 1, LENGTH, LENGTH, "cpu")
     assert _follows(made, mask_mod)
     for place in itertools.product(*map(range, right.shape)):

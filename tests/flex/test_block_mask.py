@@ -8,7 +8,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from orchard_ops.flex import block_mask
-from orchard_ops.flex.block_mask import ASK, HIDDEN, SEEN, block_states, states_of
+from orchard_ops.flex.block_mask import ASK, HIDDEN, SEEN, Blocks, block_states
+
+
+def states_of(mask: BlockMask, q_len: int, kv_len: int) -> Tensor:
+    return Blocks.of(mask).states(q_len, kv_len)
 
 
 def states_by_hand(mask: BlockMask, rows: int, cols: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from . import arguments, graph, route
+from .block_mask import Blocks
 from .traces import of_function
 
 
@@ -80,7 +81,7 @@ def _attend(
     query, key, value, score_mod, mask_mod, block_mask, scale = call
     score = None if score_mod is None else of_function(score_mod, "score", query)
     mask = None if mask_mod is None else of_function(mask_mod, "mask", query)
-    blocks = route.blocks_of(block_mask)
+    blocks = None if block_mask is None else Blocks.of(block_mask)
     found = route.attend(query, key, value, score, mask, blocks, scale, wants_lse)
     if not wants_max:
         return *found, None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..key_ranges import KeyRanges
 from .apart import apart
-from .block_mask import ASK, HIDDEN, SEEN, Lists, states_of_lists
+from .block_mask import ASK, HIDDEN, SEEN, Blocks
 from .known import RangeRule
 from .memory import ByMemory
 
@@ -43,31 +43,31 @@ class Said(NamedTuple):
 _judged: ByMemory[bool] = ByMemory()
 
 
-def lists_follow(
-    lists: Lists, block_size: tuple[int, int], said: Said, sizes: tuple[int, int, int, int]
-) -> bool:
+def lists_follow(blocks: Blocks, said: Said, sizes: tuple[int, int, int, int]) -> bool:
     """Whether lists let every query of the call see what the mask_mod says.
 
     `sizes` are those of the scores, (B, Hq, L, S). That is found once for the present numbers of
     the lists and of what the mask_mod captured, by waiting for the device. False also where nothing
     tells of changes.
     """
+    lists, *block_size = blocks
     given = [x for x in (*lists, said.source) if x is not None]
     numbers = (*block_size, *sizes, *said[:2], *said[4:], *(x is None for x in lists))
 
     def make() -> bool:
         with apart(), torch.no_grad():
-            return _judge(lists, block_size, said, sizes)
+            return _judge(blocks, said, sizes)
 
     return bool(_judged.find(given, numbers, make))
 
 
-def _judge(lists: Lists, block_size: tuple[int, int], said: Said, sizes: tuple[int, ...]) -> bool:
+def _judge(blocks: Blocks, said: Said, sizes: tuple[int, ...]) -> bool:
     q_len, kv_len = sizes[2:]
     if 0 in sizes:
         return False
-    (q_block, kv_block), device = block_size, lists[0].device
-    states = states_of_lists(lists, -(-q_len // q_block), -(-kv_len // kv_block))
+    lists, q_block, kv_block = blocks
+    device = lists[0].device
+    states = blocks.states(q_len, kv_len)
     first_keys = torch.arange(0, kv_len, kv_block, device=device)
     end_keys = (first_keys + kv_block).clamp(max=kv_len)
     leading = 1 if said.ranges is None else said.ranges[..., 0, 0].numel()

@@ -6,6 +6,8 @@ whatever mask_mod says, and mask_mod is asked in the others alone.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -59,31 +61,36 @@ Lists = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _known: ByMemory[Tensor] = ByMemory()
 
 
-def lists_of(block_mask: BlockMask) -> Lists:
+class Blocks(NamedTuple):
+    """The lists of a BlockMask, and the sizes of a block."""
+
+    lists: Lists
     """The partial blocks of each row of blocks, their number and which, and the full ones."""
-    return (
-        block_mask.kv_num_blocks,
-        block_mask.kv_indices,
-        block_mask.full_kv_num_blocks,
-        block_mask.full_kv_indices,
-    )
+    q_block: int
+    kv_block: int
 
+    @classmethod
+    def of(cls, block_mask: BlockMask) -> Blocks:
+        lists = (
+            block_mask.kv_num_blocks,
+            block_mask.kv_indices,
+            block_mask.full_kv_num_blocks,
+            block_mask.full_kv_indices,
+        )
+        return cls(lists, *block_mask.BLOCK_SIZE)
 
-def states_of(block_mask: BlockMask, q_len: int, kv_len: int) -> Tensor:
-    """`states_of_lists` of a BlockMask for these lengths."""
-    block_q, block_kv = block_mask.BLOCK_SIZE
-    return states_of_lists(lists_of(block_mask), -(-q_len // block_q), -(-kv_len // block_kv))
+    def states(self, q_len: int, kv_len: int) -> Tensor:
+        """`block_states` for these lengths, made once for the memory of the lists, and anew when
+        that is written to."""
+        q_blocks = (q_len + self.q_block - 1) // self.q_block
+        kv_blocks = (kv_len + self.kv_block - 1) // self.kv_block
 
+        def make() -> Tensor:
+            with torch.inference_mode(False), apart():  # a later call may be trained
+                return block_states(*self.lists, q_blocks, kv_blocks)
 
-def states_of_lists(lists: Lists, q_blocks: int, kv_blocks: int) -> Tensor:
-    """`block_states`, made once for the memory of the lists, and anew when that is written to."""
-
-    def make() -> Tensor:
-        with torch.inference_mode(False), apart():  # a later call may be trained
-            return block_states(*lists, q_blocks, kv_blocks)
-
-    if torch.compiler.is_compiling():
-        return block_states(*lists, q_blocks, kv_blocks)
-    given = [x for x in lists if x is not None]
-    found = _known.find(given, (q_blocks, kv_blocks, len(given)), make)
-    return block_states(*lists, q_blocks, kv_blocks) if found is None else found
+        if torch.compiler.is_compiling():
+            return block_states(*self.lists, q_blocks, kv_blocks)
+        given = [x for x in self.lists if x is not None]
+        found = _known.find(given, (q_blocks, kv_blocks, len(given)), make)
+        return block_states(*self.lists, q_blocks, kv_blocks) if found is None else found

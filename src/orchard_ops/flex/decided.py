@@ -19,8 +19,9 @@ from ..arguments import Call, prepare
 from ..layout import empty_in_order_of
 from ..namespace import NAME, OPS
 from ..ops.autograd import (
-    _below_transform,
+    _below_autograd,
     _Formula,
+    _of_operands,
     _refuse_tangents,
     needs_grad,
     without_backward,
@@ -37,7 +38,7 @@ from ..ops.schema import (
     stats_dtype,
 )
 from .block_lists import Said, lists_follow
-from .block_mask import Lists, states_of_lists
+from .block_mask import Blocks
 from .known import RangeRule
 
 _FIXED, _FLEX = 1, 0
@@ -87,9 +88,11 @@ class KnownCall(NamedTuple):
     alone: bool
     """Whether no backward will use the results. Where autograd records the op, it says no."""
 
-    def of_lists(self) -> Lists:
+    def blocks(self) -> Blocks | None:
+        if not self.lists:
+            return None
         first, second, *full = self.lists
-        return (first, second, *(full or (None, None)))
+        return Blocks((first, second, *(full or (None, None))), self.block_q, self.block_kv)
 
     def fixed(self, query: Tensor, key: Tensor, value: Tensor) -> Call | None:
         """The call of `flash_attn`, if it sees the same."""
@@ -100,11 +103,11 @@ class KnownCall(NamedTuple):
             ranges = rule.key_ranges(query, key)
             if ranges is None:
                 return None
-        if self.lists:
+        blocks = self.blocks()
+        if blocks is not None:
             of_mask = ranges if in_mask else None
             said = Said.of(mask_left, mask_right, of_mask, rule)
-            sizes = (*query.shape[:3], key.shape[2])
-            if not lists_follow(self.of_lists(), (self.block_q, self.block_kv), said, sizes):
+            if not lists_follow(blocks, said, (*query.shape[:3], key.shape[2])):
                 return None
         with no_autocast(query):
             return prepare(
@@ -122,11 +125,8 @@ class KnownCall(NamedTuple):
             )
 
     def flex(self, query: Tensor, key: Tensor) -> FlexScoring:
-        states = None
-        if self.lists:
-            q_blocks = -(-query.shape[2] // self.block_q)
-            kv_blocks = -(-key.shape[2] // self.block_kv)
-            states = states_of_lists(self.of_lists(), q_blocks, kv_blocks)
+        blocks = self.blocks()
+        states = None if blocks is None else blocks.states(query.shape[2], key.shape[2])
         sizes = (self.block_q, self.block_kv)
         return FlexScoring(list(self.captures), states, *sizes, self.score, self.mask, self.scale)
 
@@ -194,14 +194,6 @@ BACKWARD_OP = OPS.flex_attn_known_bwd.default
 # ---- the derivative -----------------------------------------------------------------------------
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    if torch._C._are_functorch_transforms_active():
-        with _below_transform():
-            return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 def _parted(call: KnownCall) -> tuple[tuple[int, int], tuple[Tensor | None, ...], KnownCall]:
     """How many captures and lists there are, all tensors one by one, since autograd saves no lists,
     and the rest."""
@@ -254,9 +246,7 @@ class _KnownAttention(_Formula):
             dout = torch.zeros_like(out)
         call = _joined(ctx.counts, tensors, ctx.rest)
         grads = BACKWARD_OP(dout, dlse, query, key, value, out, row_stats, choice, *call)
-        wanted = ctx.needs_input_grad[:3]
-        own = tuple(x if needs else None for x, needs in zip(grads, wanted, strict=True))
-        return (*own, *(None,) * (len(ctx.needs_input_grad) - 3))
+        return _of_operands(ctx, grads)
 
 
 class _KnownAttentionBackward(_Formula):

@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention as pytorch
 from ..namespace import NAME
 from . import route
 from .arguments import FlexCall
-from .block_mask import lists_of
+from .block_mask import Blocks
 from .traces import of_graph
 
 
@@ -45,7 +45,7 @@ class _FlexAttention(HigherOrderOperator):
         *blocks, mask_mod = block_mask
         score = of_graph(score_mod, "score", query, score_captures) if given["score"] else None  # type: ignore[arg-type]
         mask = of_graph(mask_mod, "mask", query, mask_captures) if given["mask"] else None
-        found = route.Blocks(*blocks) if blocks else None
+        found = Blocks(*blocks) if blocks else None
         rest = (score, mask, found, scale)
         out, lse = route.attend(query, key, value, *rest, wants_lse=given["lse"], in_graph=True)
         if not given["max_scores"]:
@@ -72,9 +72,7 @@ def attend(
     }
     score_mod = pytorch._identity if call.score_mod is None else call.score_mod
     mask_mod = pytorch.noop_mask if call.mask_mod is None else call.mask_mod
-    blocks: tuple[Any, ...] = ()
-    if call.block_mask is not None:
-        blocks = (lists_of(call.block_mask), *call.block_mask.BLOCK_SIZE)
+    blocks = () if call.block_mask is None else Blocks.of(call.block_mask)
     return _operator(
         call.query, call.key, call.value, score_mod, (*blocks, mask_mod), call.scale, given
     )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from .. import calls, native, plan, watch
 from ..arguments import prepare
@@ -26,7 +25,7 @@ from ..ops.schema import FLEX_FORWARD
 from . import additive, reference
 from .arguments import OP
 from .block_lists import Said, lists_follow
-from .block_mask import Lists, lists_of, states_of_lists
+from .block_mask import Blocks
 from .decided import FORWARD_OP, KnownCall
 from .known import Known, RangeRule
 from .mod import MAX_CAPTURES, Function, NotLowered
@@ -46,23 +45,26 @@ _MAX_SCORES = (
 )
 
 
-class Blocks(NamedTuple):
-    """The lists of a BlockMask, and the sizes of a block."""
+class _Asked(NamedTuple):
+    """A call of `attend` that has been checked."""
 
-    lists: Lists
-    q_block: int
-    kv_block: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score: Use | None
+    mask: Use | None
+    blocks: Blocks | None
+    scale: float
+    wants_lse: bool
 
-    def states(self, query: Tensor, key: Tensor) -> Tensor:
-        q_blocks = (query.shape[2] + self.q_block - 1) // self.q_block
-        kv_blocks = (key.shape[2] + self.kv_block - 1) // self.kv_block
-        return states_of_lists(self.lists, q_blocks, kv_blocks)
+    @property
+    def of_score(self) -> tuple[Tensor, ...]:
+        """What score_mod captures."""
+        return () if self.score is None else self.score.captures
 
-
-def blocks_of(block_mask: BlockMask | None) -> Blocks | None:
-    if block_mask is None:
-        return None
-    return Blocks(lists_of(block_mask), *block_mask.BLOCK_SIZE)
+    @property
+    def of_mask(self) -> tuple[Tensor, ...]:
+        return () if self.mask is None else self.mask.captures
 
 
 class _Texts(NamedTuple):
@@ -89,20 +91,18 @@ def attend(
     for use in (score, mask):
         if use is not None:
             _check_captures(use, query)
+    asked = _Asked(query, key, value, score, mask, blocks, scale, wants_lse)
     reason = why_not_metal(query, value)
     if reason is None:
-        found = _by_fixed_kernels(
-            query, key, value, score, mask, blocks, scale, wants_lse, in_graph
-        )
+        found = _by_fixed_kernels(asked, in_graph)
         if found is not None:
             return found
-    if reason is None and _is_mapped(query, key, value, *_captures_of(score, mask)):
+    if reason is None and _is_mapped(query, key, value, *asked.of_score, *asked.of_mask):
         reason = (
             "torch.vmap is active, and the kernels have no rule for it: make what is mapped a part "
             "of query's batch"
         )
-    states = None if blocks is None else blocks.states(query, key)
-    q_block, kv_block = (1, 1) if blocks is None else blocks[1:]
+    states, q_block, kv_block = _states(blocks, query, key)
     if reason is None and score is not None and _is_trained(score):
         if additive.takes(score):
             with no_autocast(query):
@@ -148,11 +148,17 @@ def max_scores(
         calls.record_reference(_NAME, _MAX_SCORES, described, "auto")
         if not is_traced(query):
             watch.tell(_NAME, (described,), _MAX_SCORES)
-    states = None if blocks is None else blocks.states(query, key)
-    q_block, kv_block = (1, 1) if blocks is None else blocks[1:]
+    states, q_block, kv_block = _states(blocks, query, key)
     with no_autocast(query):
         functions = _functions(score, mask)
         return reference.max_scores(query, key, *functions, states, q_block, kv_block, scale)
+
+
+def _states(blocks: Blocks | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, int, int]:
+    """The states of blocks for the call's lengths, and the sizes of a block."""
+    if blocks is None:
+        return None, 1, 1
+    return blocks.states(query.shape[2], key.shape[2]), *blocks[1:]
 
 
 def _functions(score: Use | None, mask: Use | None) -> tuple[Function | None, Function | None]:
@@ -160,39 +166,26 @@ def _functions(score: Use | None, mask: Use | None) -> tuple[Function | None, Fu
     return None if score is None else score.function, None if mask is None else mask.function
 
 
-def _by_fixed_kernels(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score: Use | None,
-    mask: Use | None,
-    blocks: Blocks | None,
-    scale: float,
-    wants_lse: bool,
-    in_graph: bool,
-) -> tuple[Tensor, Tensor | None] | None:
+def _by_fixed_kernels(asked: _Asked, in_graph: bool) -> tuple[Tensor, Tensor | None] | None:
     """out and lse by `flash_attn`, where its arguments say the same as the mods and the blocks."""
+    query, key, value, score, mask, blocks, scale, wants_lse = asked
     known = known_call(score, mask)
     of_mask = Known() if mask is None else known_call(None, mask)
-    if known is None or of_mask is None or _is_mapped(*_captures_of(score, mask)):
+    if known is None or of_mask is None or _is_mapped(*asked.of_score, *asked.of_mask):
         return None
-    of_score = () if score is None else score.captures
-    rule = known.rule(of_score, () if mask is None else mask.captures)
+    rule = known.rule(asked.of_score, asked.of_mask)
     asks_numbers = blocks is not None or (rule is not None and rule.kind == "documents")
     if asks_numbers and in_graph:
-        return _decided(
-            query, key, value, score, mask, blocks, scale, wants_lse, known, of_mask, rule
-        )
+        return _decided(asked, known, of_mask, rule)
     if asks_numbers and _has_no_numbers(query):
         return None
-    arguments = known.arguments(of_score, () if mask is None else mask.captures, query, key)
+    arguments = known.arguments(asked.of_score, asked.of_mask, query, key)
     if arguments is None:
         return None
     if blocks is not None:
         ranges = None if of_mask.ranges is None else arguments["key_ranges"]
         said = Said.of(of_mask.window_left, of_mask.window_right, ranges, rule)
-        sizes = (*query.shape[:3], key.shape[2])
-        if not lists_follow(blocks.lists, blocks[1:], said, sizes):
+        if not lists_follow(blocks, said, (*query.shape[:3], key.shape[2])):
             return None
     enable_gqa = query.shape[1] != key.shape[1]
     with no_autocast(query):  # the operands are cast; a table is added to scores as it is
@@ -201,21 +194,12 @@ def _by_fixed_kernels(
 
 
 def _decided(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score: Use | None,
-    mask: Use | None,
-    blocks: Blocks | None,
-    scale: float,
-    wants_lse: bool,
-    known: Known,
-    of_mask: Known,
-    rule: RangeRule | None,
+    asked: _Asked, known: Known, of_mask: Known, rule: RangeRule | None
 ) -> tuple[Tensor, Tensor] | None:
     """The same in a graph: an op that decides when it runs. It remembers what it finds of a
     tensor's memory, which is right where that is the user's and not one that the graph takes for
     one tensor after another."""
+    query, key, value, score, mask, blocks, scale, wants_lse = asked
     lists = () if blocks is None else tuple(x for x in blocks.lists if x is not None)
     source = None if rule is None else rule.source
     if not all(is_given(x) for x in (*lists, source) if x is not None):
@@ -223,7 +207,7 @@ def _decided(
     if _is_mapped(query, key, value) or (score is not None and _is_trained(score)):
         return None
     texts = _texts(score, mask, query)
-    arguments = known.of_score(() if score is None else score.captures, query, key)
+    arguments = known.of_score(asked.of_score, query, key)
     if isinstance(texts, str) or arguments is None:
         return None
     windows = (known.window_left, known.window_right, of_mask.window_left, of_mask.window_right)
@@ -299,10 +283,6 @@ def why_not_metal(query: Tensor, value: Tensor) -> str | None:
     if query.shape[-1] > plan.WIDEST_HEAD_DIM or value.shape[-1] > plan.WIDEST_HEAD_DIM:
         return f"head_dim is above {plan.WIDEST_HEAD_DIM}"
     return None
-
-
-def _captures_of(score: Use | None, mask: Use | None) -> tuple[Tensor, ...]:
-    return tuple(x for use in (score, mask) if use is not None for x in use.captures)
 
 
 def _is_mapped(*tensors: Tensor) -> bool:

@@ -90,6 +90,15 @@ def _below_transform() -> AbstractContextManager:
     return stack
 
 
+def _below_autograd(op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Calls an op from an autograd.Function, which has entered autograd for it."""
+    if torch._C._are_functorch_transforms_active():
+        with _below_transform():
+            return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 class _Formula(_SingleLevelFunction):
     """An autograd.Function for calls from an Autograd kernel.
 
@@ -105,6 +114,14 @@ class _Formula(_SingleLevelFunction):
             return cls.apply(*args)
         with enable_single_level_autograd_function():
             return cls.apply(*args)
+
+
+def _of_operands(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What the backward of a function of query, key and value first, and of nothing else that has
+    a gradient, returns for dq, dk and dv."""
+    needed = ctx.needs_input_grad
+    own = tuple(x if needs else None for x, needs in zip(grads, needed[:3], strict=True))
+    return (*own, *(None,) * (len(needed) - 3))
 
 
 def _compute(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -172,11 +189,7 @@ class _FlashAttentionBackward(_Formula):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        if torch._C._are_functorch_transforms_active():
-            with _below_transform():
-                return BACKWARD(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return BACKWARD(*args)
+        return _below_autograd(BACKWARD, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -18,7 +18,7 @@ from .. import native
 from ..checks import check_impl, check_problem
 from ..layout import empty_in_order_of
 from ..namespace import NAME, OPS
-from .autograd import _below_transform, _Formula, _refuse_tangents, needs_grad
+from .autograd import _below_autograd, _Formula, _of_operands, _refuse_tangents, needs_grad
 from .schema import FLEX_BACKWARD, FLEX_FORWARD, library, public_lse, stats_dtype
 
 
@@ -172,14 +172,6 @@ library.impl("flex_attn_bwd", _backward_elsewhere, "CompositeExplicitAutograd")
 # ---- the derivative -----------------------------------------------------------------------------
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    if torch._C._are_functorch_transforms_active():
-        with _below_transform():
-            return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 class _FlexAttention(_Formula):
     """Computes out and row_stats, with flex_attn_bwd as the derivative. Captured tensors come one
     by one, since autograd saves no lists."""
@@ -215,9 +207,7 @@ class _FlexAttention(_Formula):
         if dout is None:
             dout = torch.zeros_like(out)
         grads = FLEX_BACKWARD(dout, dlse, query, key, value, out, row_stats, *scoring, ctx.rest[-1])
-        wanted = ctx.needs_input_grad[:3]
-        own = tuple(x if needs else None for x, needs in zip(grads, wanted, strict=True))
-        return (*own, *(None,) * (len(ctx.needs_input_grad) - 3))
+        return _of_operands(ctx, grads)
 
 
 class _FlexAttentionBackward(_Formula):
