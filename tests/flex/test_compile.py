@@ -124,6 +124,51 @@ def test_a_number_that_the_compiler_has_not_fixed():
     assert counter.frame_count <= 2
 
 
+class _Annealed(torch.nn.Module):
+    """A model with a number of Python that changes from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cap = 1.5
+
+    def forward(self, q: Tensor) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            capped = self.cap * torch.tanh(score / self.cap) + (i - j) * 0.5
+            return torch.where(i - j < 3, capped, -self.cap)
+
+        return orchard_ops.flex_attention(q, q, q, score_mod)
+
+
+@pytest.mark.parametrize(("device", "dtype"), (("mps", torch.float32), ("cpu", torch.float64)))
+def test_a_float_of_a_model_that_changes_between_steps(device: str, dtype: torch.dtype):
+    """torch.compile makes a tensor of such a number, and lets the mod read its value."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = _Annealed()
+    function = torch.compile(model, fullgraph=True, backend=counter)
+    q = torch.randn(1, 2, 20, 8).to(device, dtype).requires_grad_()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for model.cap in (1.5, 2.1, 3.3, 4.7, 5.1, 6.9):
+        outs = function(q), model(q)
+        torch.testing.assert_close(*outs, rtol=tolerance, atol=tolerance)
+        grads = [torch.autograd.grad(out.sin().sum(), q)[0] for out in outs]
+        torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+    assert counter.frame_count <= 3
+
+
+def test_what_a_mod_cannot_do_with_a_number_that_changes_is_said():
+    def call(q: Tensor, model: _Annealed) -> Tensor:
+        return orchard_ops.flex_attention(
+            q, q, q, lambda score, b, h, i, j: score * round(model.cap)
+        )
+
+    model, q = _Annealed(), torch.randn(1, 2, 20, 8).to("mps")
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(function(q, model), call(q, model), rtol=1e-5, atol=1e-5)
+    model.cap = 2.5
+    with pytest.raises(Exception, match="compute with the number before the mod is made"):
+        function(q, model)
+
+
 def test_a_table_that_is_trained():
     q = torch.randn(1, 2, 20, 8).to("mps")
     table = torch.randn(2, 39).to("mps").requires_grad_()

@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ..ops.kernels import no_autocast
 from . import closure
@@ -194,7 +194,8 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
 def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[Any]) -> Use:
     """A mod that torch.compile has traced: it takes what it captures as arguments behind the
     others. A number that the compiler has not fixed is one of them."""
-    tensors = tuple(_as_tensor(x, query) for x in captures)
+    graph, numbers = _numbers_as_tensors(graph, 5 if kind == "score" else 4)
+    tensors = tuple(_as_tensor(x, query, n in numbers) for n, x in enumerate(captures))
     sizes = tuple((x.dtype, tuple(_known_size(n) for n in x.shape)) for x in tensors)
     key = (kind, query.dtype, query.device, sizes)
     known = _of_graphs.setdefault(graph, {})
@@ -205,8 +206,18 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for x, (_, shape) in zip(tensors, sizes)
             ]
-        with _tracing, apart(), no_autocast(query):
-            traced = trace(graph, kind, query.device, query.dtype, stand_ins)
+        try:
+            with _tracing, apart(), no_autocast(query):
+                traced = trace(graph, kind, query.device, query.dtype, stand_ins)
+        except (TypeError, AttributeError) as error:
+            if all(isinstance(x, Tensor) for x in captures) and not numbers:
+                raise
+            raise TypeError(
+                f"{OP}: {kind}_mod reads a number of Python that torch.compile has not fixed, and "
+                "does with it what has no text where it is a 0-dim tensor; got "
+                f"{type(error).__name__}: {error}: compute with the number before the mod is made, "
+                "or let the mod read a 0-dim tensor, whose value may change"
+            ) from error
         made = traced.captures[len(stand_ins) :]
         if made:
             raise TypeError(
@@ -215,7 +226,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 "the function"
             )
         kept = known[key] = Kept(traced, (*range(len(stand_ins)), *made))
-    arguments = tuple(captures)
+    arguments = tuple(tensors[n] if n in numbers else x for n, x in enumerate(captures))
 
     def function(*indices: Any) -> Tensor:
         return graph(*indices, *arguments)
@@ -253,11 +264,44 @@ def _lightened(traced: Traced) -> Traced:
         return traced._replace(captures=tuple(empty))
 
 
-def _as_tensor(x: Any, query: Tensor) -> Tensor:
+class _Rewritten(NamedTuple):
+    graph: GraphModule | None
+    """None where the graph stays as it is."""
+    numbers: frozenset[int]
+    """Which of the captures are Python's numbers."""
+
+
+_rewritten: WeakKeyDictionary[GraphModule, _Rewritten] = WeakKeyDictionary()
+
+
+def _numbers_as_tensors(graph: GraphModule, inputs: int) -> tuple[GraphModule, frozenset[int]]:
+    """The graph with tensors in the place of Python floats that torch.compile has not fixed, and
+    which captures those are. Such a float comes as a tensor of the CPU, and the graph reads its
+    value, which is not there when kernels are made."""
+    found = _rewritten.get(graph)
+    if found is None:
+        own, numbers = Graph(), set()
+        own.output(own.graph_copy(graph.graph, {}))
+        captured = [n for n in own.nodes if n.op == "placeholder"][inputs:]
+        for place, node in enumerate(captured):
+            reads = list(node.users)
+            if reads and all(n.op == "call_method" and n.target == "item" for n in reads):
+                numbers.add(place)
+                for read in reads:
+                    read.replace_all_uses_with(node)
+                    own.erase_node(read)
+        made = GraphModule(graph, own) if numbers else None
+        found = _rewritten[graph] = _Rewritten(made, frozenset(numbers))
+    return found.graph or graph, found.numbers
+
+
+def _as_tensor(x: Any, query: Tensor, is_number: bool) -> Tensor:
+    """What a mod reads: a tensor as it is, and a number as one of the query's device."""
+    real = torch.float64 if query.dtype == torch.float64 else torch.float32
     if isinstance(x, Tensor):
-        return x
+        return x.to(query.device, real) if is_number else x
     is_real = isinstance(x, (float, torch.SymFloat))
-    return torch.full((), x, dtype=torch.float32 if is_real else torch.int64, device=query.device)
+    return torch.full((), x, dtype=real if is_real else torch.int64, device=query.device)
 
 
 def _known_size(n: Any) -> int:
