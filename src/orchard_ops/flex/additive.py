@@ -35,7 +35,7 @@ def takes(score: Use) -> bool:
             return False
     except NotLowered:
         return False
-    graph = score.kept.traced.graph.graph
+    graph = score.traced.graph.graph
     first = next(n for n in graph.nodes if n.op == "placeholder")
     dependent = {first}
     for node in graph.nodes:
@@ -107,7 +107,7 @@ def attend(
 def _places(use: Use, sizes: tuple[int, ...], query: Tensor) -> list[Tensor]:
     """The numbers of batches, heads, queries and keys; of the first two only one, where the mod
     does not look at them."""
-    placeholders = [n for n in use.kept.traced.graph.graph.nodes if n.op == "placeholder"]
-    indices = placeholders[use.kept.traced.inputs - 4 :][:4]
+    placeholders = [n for n in use.traced.graph.graph.nodes if n.op == "placeholder"]
+    indices = placeholders[use.traced.inputs - 4 :][:4]
     wanted = [n if is_read(x) or at > 1 else 1 for at, (n, x) in enumerate(zip(sizes, indices))]
     return [torch.arange(n, dtype=torch.int32, device=query.device) for n in wanted]

@@ -38,7 +38,11 @@ _GRADIENT = (
     "a tensor that score_mod captures requires grad, and Metal has the gradient of what is added "
     "to the score alone, as in score + table[h, q_idx, kv_idx]; detach() what is not trained"
 )
-
+_TRANSFORMED = (
+    "a transform of torch.func maps a tensor that a mod captures, or differentiates by it, and "
+    "Metal has no rule for that: take gradients with torch.autograd.grad, and make what is mapped "
+    "a part of query's batch"
+)
 _MAX_SCORES = (
     "max_scores is asked for, and the kernels do not keep the largest score of a row, which the "
     "reference finds; lse is at least as large, and within log(kv_len) of it"
@@ -93,6 +97,8 @@ def attend(
             _check_captures(use, query)
     asked = _Asked(query, key, value, score, mask, blocks, scale, wants_lse)
     reason = why_not_metal(query, value)
+    if reason is None and any(use is not None and use.kept is None for use in (score, mask)):
+        reason = _TRANSFORMED
     if reason is None:
         found = _by_fixed_kernels(asked, in_graph)
         if found is not None:

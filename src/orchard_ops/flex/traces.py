@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.forward_ad import unpack_dual
 from torch.fx import Graph, GraphModule
 
 from ..ops.kernels import no_autocast
@@ -32,6 +33,7 @@ from .mod import Mod, NotLowered
 from .trace import TORCH, Traced, is_written, trace
 
 _MOST_KEPT = 256
+_functorch = torch._C._functorch
 
 
 @dataclass(eq=False)
@@ -82,8 +84,14 @@ class Use:
     kind: str
     function: Callable[..., Any]
     """([score,] b, h, q_idx, kv_idx) -> result, with everything captured."""
-    kept: Kept
+    kept: Kept | None
+    """None where torch.func transforms what the mod reads: it was not traced."""
     captures: tuple[Tensor, ...]
+
+    @property
+    def traced(self) -> Traced:
+        assert self.kept is not None
+        return self.kept.traced
 
     def mod(self, first_capture: int) -> Mod:
         """Metal, and what it reads.
@@ -91,6 +99,7 @@ class Use:
         Raises:
             NotLowered: the mod has no text.
         """
+        assert self.kept is not None
         mod = self.kept.mod(first_capture)
         return mod._replace(captures=tuple(self.captures[n] for n in mod.captures))
 
@@ -171,6 +180,8 @@ def _count(code: CodeType | None, kind: str, what: Any, message: str) -> None:
 def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     """A mod of eager code."""
     snapshot = closure.snapshot(mod)
+    if _is_transformed(kind, snapshot):
+        return Use(kind, mod, None, () if snapshot is None else snapshot.tensors)
     if snapshot is None:
         _count(_code_of(mod), kind, object(), _TRACES)
         traced = _trace(mod, kind, query)
@@ -182,13 +193,36 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
         traced = _trace(mod, kind, query)
         places = {id(x): n for n, x in enumerate(snapshot.tensors)}
         if not all(id(x) in places or y for x, y in zip(traced.captures, _written(traced))):
-            return Use(kind, mod, Kept(traced, ()), traced.captures)  # read by unknown ways
+            # Read by unknown ways, or what a transform has wrapped and does not follow.
+            return Use(kind, mod, Kept(traced, ()), traced.captures)
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
         code = _code_of(mod)
         kept.told = lambda text: _count(code, kind, hash(text.text), _KERNELS)
         _remember(_of_functions, key, kept)
     captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
     return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
+
+
+def _is_transformed(kind: str, snapshot: closure.Snapshot | None) -> bool:
+    """Whether torch.func transforms what a mod reads. A trace, which is made apart from transforms,
+    has the tensors within, and what is computed of them reaches no transform."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if snapshot is None:
+        return True  # one cannot tell
+    return any(_is_followed(kind, x) for x in snapshot.tensors)
+
+
+def _is_followed(kind: str, x: Tensor) -> bool:
+    """Whether a transform maps a tensor or, of a score_mod, differentiates by it."""
+    while True:
+        if _functorch.is_batchedtensor(x):
+            return True
+        if kind == "score" and (x.requires_grad or unpack_dual(x).tangent is not None):
+            return _functorch.is_functorch_wrapped_tensor(x)
+        if not _functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
 
 
 def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[Any]) -> Use:
