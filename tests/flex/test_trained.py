@@ -79,3 +79,33 @@ def test_what_is_added_to_the_score_is_trained_on_metal(name: str, masked: bool)
     metal = {name: n for name, n in orchard_ops.stats().metal.items() if n}
     assert metal == {"flash_attn_fwd": 1, "flash_attn_bwd": 1}
     assert orchard_ops.stats().reference == {}
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("trained_score", (False, True))
+def test_a_mask_that_reads_what_is_trained_elsewhere(compiled: bool, trained_score: bool):
+    """A mask has no derivative, as in PyTorch: a spread that is learned, say."""
+    q, spread = torch.randn(1, 2, 20, 8).to("mps"), torch.tensor([3.0, 7.5]).to("mps")
+    slope = torch.tensor([0.1, -0.2]).to("mps").requires_grad_(trained_score)
+
+    def results(spread: Tensor) -> list[Tensor]:
+        leaf = q.clone().requires_grad_()
+        mask = create_block_mask(
+            lambda b, h, i, j: i - j < spread[h], None, 2, 20, 20, device="mps", BLOCK_SIZE=16
+        )
+
+        def call(leaf: Tensor, mask: Any) -> Tensor:
+            return orchard_ops.flex_attention(
+                leaf, leaf, leaf, lambda score, b, h, i, j: score + slope[h] * j, mask
+            )
+
+        function = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+        out = function(leaf, mask)
+        wanted = [leaf, slope] if trained_score else [leaf]
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), wanted)]
+
+    torch._dynamo.reset()
+    right = results(spread)
+    found = results(torch.nn.Parameter(spread))
+    assert all(torch.equal(x, y) for x, y in zip(found, right))
+    assert orchard_ops.stats().reference == {}

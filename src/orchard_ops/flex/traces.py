@@ -185,7 +185,8 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
     if snapshot is None:
         _count(_code_of(mod), kind, object(), _TRACES)
         traced = _trace(mod, kind, query)
-        return Use(kind, mod, Kept(traced, (), lasts=False), traced.captures)
+        captures = _without_gradient(kind, traced.captures)
+        return Use(kind, mod, Kept(traced, (), lasts=False), captures)
     # What PyTorch makes of integers that are divided depends on its default.
     key = (kind, query.dtype, query.device, torch.get_default_dtype(), snapshot.key)
     kept = _of_functions.get(key)
@@ -194,13 +195,21 @@ def of_function(mod: Callable[..., Any], kind: str, query: Tensor) -> Use:
         places = {id(x): n for n, x in enumerate(snapshot.tensors)}
         if not all(id(x) in places or y for x, y in zip(traced.captures, _written(traced))):
             # Read by unknown ways, or what a transform has wrapped and does not follow.
-            return Use(kind, mod, Kept(traced, ()), traced.captures)
+            captures = _without_gradient(kind, traced.captures)
+            return Use(kind, mod, Kept(traced, ()), captures)
         kept = Kept(_lightened(traced), tuple(places.get(id(x), x) for x in traced.captures))
         code = _code_of(mod)
         kept.told = lambda text: _count(code, kind, hash(text.text), _KERNELS)
         _remember(_of_functions, key, kept)
-    captures = tuple(snapshot.tensors[x] if type(x) is int else x for x in kept.sources)
-    return Use(kind, mod, kept, captures)  # type: ignore[arg-type]
+    captures = tuple(snapshot.tensors[x] if isinstance(x, int) else x for x in kept.sources)
+    return Use(kind, mod, kept, _without_gradient(kind, captures))
+
+
+def _without_gradient(kind: str, captures: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a mask_mod reads may be trained elsewhere; what it sees has no derivative."""
+    if kind == "score" or not any(x.requires_grad for x in captures):
+        return captures
+    return tuple(x.detach() for x in captures)
 
 
 def _is_transformed(kind: str, snapshot: closure.Snapshot | None) -> bool:
@@ -266,7 +275,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
         return graph(*indices, *arguments)
 
     used = tuple(tensors[x] if type(x) is int else x for x in kept.sources)
-    return Use(kind, function, kept, used)  # type: ignore[arg-type]
+    return Use(kind, function, kept, _without_gradient(kind, used))  # type: ignore[arg-type]
 
 
 def _written(traced: Traced) -> list[bool]:
