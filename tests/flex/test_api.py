@@ -274,6 +274,29 @@ def test_a_mask_of_documents_stays_on_metal_within_torch_func():
     assert orchard_ops.stats().reference == {}
 
 
+def test_several_gradients_of_one_output_at_once():
+    """jacrev maps the backward alone, which stays on Metal."""
+    q, gain = some("mps"), torch.tensor([0.5, 2.0]).to("mps")
+
+    def out(x: Tensor) -> Tensor:
+        return attend(lambda score, b, h, *_: score * gain[h], x)
+
+    leaf = q.clone().requires_grad_()
+    result, douts = out(leaf), torch.randn(3, *q.shape).to("mps")
+    right = [torch.autograd.grad(result, leaf, x, retain_graph=True)[0] for x in douts]
+    vjp = torch.func.vjp(out, q)[1]
+    assert torch.equal(torch.vmap(vjp)(douts)[0], torch.stack(right))
+    none = torch.empty(0, *q.shape).to("mps")
+    assert torch.vmap(vjp)(none)[0].shape == none.shape
+    with pytest.raises(NotImplementedError, match="is_grads_batched=True is not"):
+        torch.autograd.grad(result, leaf, douts, is_grads_batched=True)
+    jacobian = torch.func.jacrev(lambda x: out(x)[0, 1, 2, :3])(q)
+    for n in range(3):
+        (row,) = torch.autograd.grad(out(leaf)[0, 1, 2, n], leaf)
+        assert torch.equal(jacobian[n], row)
+    assert orchard_ops.stats().reference == {}
+
+
 def test_second_derivatives_are_refused():
     q = some("mps").requires_grad_()
     out = attend(lambda score, *_: 2.0 * score, q)

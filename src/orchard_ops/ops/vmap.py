@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..cache import CacheCall
 from ..namespace import NAME
 from ..scoring import Scoring
-from .schema import BACKWARD, DECODE, FORWARD, BackwardArgs, ForwardArgs, library
+from .flex import FlexGradientCall
+from .schema import BACKWARD, DECODE, FLEX_BACKWARD, FORWARD, BackwardArgs, ForwardArgs, library
 
 
 def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -123,6 +125,35 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     *grads, dmask, dsinks = BACKWARD(*operands, *scoring, call.mask_grad, call.impl)
     grads = [x.unflatten(0, (size, batch)) for x in grads]
     return (*grads, dmask, dsinks), (0, 0, 0, None, None)
+
+
+@torch.library.register_vmap(f"{NAME}::flex_attn_bwd", lib=library)
+def _flex_backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """Of several gradients of one output, as jacrev has them: one by one,
+    since a mod may tell the samples of a batch apart."""
+    if info.batch_size == 0:
+        operands = FlexGradientCall.read(args)[2:5]
+        return tuple(x.new_empty((0, *x.shape)) for x in operands), (0, 0, 0)
+    leaves, shape = tree_flatten(args)
+    dims = tree_flatten(in_dims, is_leaf=lambda x: x is None or isinstance(x, int))[0]
+
+    def sample(n: int) -> Any:
+        own = [x if d is None else x.select(d, n) for x, d in zip(leaves, dims, strict=True)]
+        return tree_unflatten(own, shape)
+
+    grads = [FLEX_BACKWARD(*sample(n)) for n in range(info.batch_size)]
+    return tuple(torch.stack(g) for g in zip(*grads)), (0, 0, 0)
+
+
+def _refuse_batched_gradients(*args: Any) -> tuple[Tensor, ...]:
+    raise NotImplementedError(
+        "orchard::flex_attn_bwd: is_grads_batched=True is not implemented; got gradients that "
+        "torch.autograd.grad has batched: use torch.vmap of torch.func.vjp, or a loop over them"
+    )
+
+
+# The key of autograd's own batching, which is older than torch.vmap's and knows no lists.
+library.impl("flex_attn_bwd", _refuse_batched_gradients, "Batched")
 
 
 # ---- caches -------------------------------------------------------------------------------------
