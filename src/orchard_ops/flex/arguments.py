@@ -6,17 +6,20 @@ All of it reads shapes, dtypes and devices alone, and torch.compile traces throu
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as pytorch
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..arguments import autocast
-from ..checks import check_kinds, check_problem
+from ..checks import LARGEST_FLOAT32, check_kinds, check_problem
 
 OP = "orchard_ops.flex_attention"
+_REAL = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
 _NO_BLOCKS = pytorch._LARGE_SPARSE_BLOCK_SIZE
 """The block size of masks that have one block for everything."""
 
@@ -65,6 +68,15 @@ def check(
         raise TypeError(
             f"{OP}: scale must be a number or None; got a tensor: multiply query by it and pass "
             "scale=1.0"
+        )
+    elif isinstance(scale, bool) or not isinstance(scale, _REAL):
+        raise TypeError(
+            f"{OP}: scale must be a number or None; got a {type(scale).__name__}, {scale!r}: None "
+            "is 1 / sqrt(head_dim)"
+        )
+    elif not abs(scale) <= LARGEST_FLOAT32:
+        raise ValueError(
+            f"{OP}: scale must be finite in float32; got {scale}: None is 1 / sqrt(head_dim)"
         )
     mask_mod = None
     if block_mask is not None:
