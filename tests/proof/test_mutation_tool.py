@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -274,8 +275,11 @@ def test_report_of_outcomes(all_of_them):
     entry = mutants.Equivalence(
         last.file, last.function, "why", frozenset({(last.before, last.after)})
     )
-    result = report.Report(some, outcomes, [entry])
+    progress = SimpleNamespace(outcomes=outcomes, carried={some[0].key}, drawn={some[1].key})
+    result = report.Report(some, progress, [entry])
     facts = result.as_dict()
+    assert (facts["carried"], facts["drawn"]) == (1, 1)
+    assert "1 were drawn at random" in result.markdown(facts)
     counts = {k: n for k, n in facts["all"].items() if n}
     assert counts == {"killed": 1, "compiler": 1, "equivalent": 1, "survived": 1}
     assert facts["survivors"] == [str(some[2])]

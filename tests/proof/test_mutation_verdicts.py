@@ -1,4 +1,4 @@
-"""Which edits make a mutant run again, and that verdicts are kept."""
+"""Which edits make a mutant run again, what is drawn to be confirmed, and what is kept."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ KILLERS = (
     SimpleNamespace(name="plan", family=None),
 )
 KERNELS = {"forward": "kernels of forward", "dkv": "kernels of dkv"}
-VERDICTS = (  # the mutated file and the outcome, by a name
-    ("its own file", "shaders/forward.h", Outcome("a", "killed", "forward")),
-    ("shared, by forward", "shaders/keys.h", Outcome("b", "killed", "forward")),
-    ("shared, by dkv", "shaders/keys.h", Outcome("c", "compiler", "dkv")),
-    ("shared, by both", "shaders/keys.h", Outcome("d", "hang", "dkv and dq")),
-    ("shared, survived", "shaders/keys.h", Outcome("e", "survived")),
-    ("shared, same code", "shaders/keys.h", Outcome("f", "survived", same_code=True)),
-    ("plan, by the plan", "native/plan/tiles.cpp", Outcome("g", "killed", "plan")),
-    ("plan, by forward", "native/plan/tiles.cpp", Outcome("h", "killed", "forward")),
-)
-ALL = {name for name, _, _ in VERDICTS}
-OF_SHADERS = {name for name in ALL if not name.startswith("plan")}
+VERDICTS = (  # the mutated file and function, and the outcome, by a name
+    ("its own file", "shaders/forward.h", "attention_forward", Outcome("a", "killed", "forward")),
+    ("shared, by forward", "shaders/keys.h", "sees", Outcome("b", "killed", "forward")),
+    ("shared, by dkv", "shaders/keys.h", "sees", Outcome("c", "compiler", "dkv")),
+    ("shared, by both", "shaders/keys.h", "sees", Outcome("d", "hang", "dkv and dq")),
+    ("shared, survived", "shaders/keys.h", "sees", Outcome("e", "survived")),
+    ("shared, same code", "shaders/keys.h", "sees", Outcome("f", "survived", same_code=True)),
+    ("plan, by the plan", "native/plan/tiles.cpp", "padded_head_dim",
+     Outcome("g", "killed", "plan")),
+    ("plan, by forward", "native/plan/tiles.cpp", "padded_head_dim",
+     Outcome("h", "killed", "forward")),
+)  # fmt: skip
+ALL = {name for name, *_ in VERDICTS}
 SURVIVED = {"shared, survived", "shared, same code"}
-BY_FORWARD = {name for name, _, outcome in VERDICTS if outcome.killer == "forward"}
+NOTICED = ALL - SURVIVED
+BY_FORWARD = {name for name, *_, outcome in VERDICTS if outcome.killer == "forward"}
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def _edit(root: Path, file: str, before: str, after: str) -> None:
 
 
 BY_PLAN = {"plan, by the plan", "plan, by forward"}
-EDITS = {  # the file, what is replaced by what, the verdicts that no longer count
+EDITS = {  # the file, what is replaced by what, the verdicts that are no longer of the present
     "a comment": ("shaders/keys.h", "// ", "// Another comment. ", set()),
     "a family's file": (
         "shaders/forward.h", "const int kDepth", "const int kMore = 0;\n  const int kDepth",
@@ -94,59 +96,77 @@ EDITS = {  # the file, what is replaced by what, the verdicts that no longer cou
     ),
     "what keeps plans": ("native/plan/plan_cache.cpp", "{", "{ ;", set()),
 }  # fmt: skip
+OWN = {  # the verdicts on mutants of the function that the edit changes
+    "a family's file": {"its own file"},
+    "a shared file": {name for name in ALL if name.startswith("shared")},
+}
+
+
+def _stamps(present: Present) -> dict[str, dict[str, str]]:
+    return {name: present.stamp(file, function, o) for name, file, function, o in VERDICTS}
+
+
+def _standing(present: Present, stamps: dict[str, dict[str, str]], standing: str) -> set[str]:
+    """The verdicts of this standing."""
+    return {n for n, f, function, o in VERDICTS
+            if present.standing(f, function, o, stamps[n]) == standing}  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_costs_the_verdicts_that_it_may_change(copy: Path, edit: str):
-    """The plan's edits cost those of shaders whose killer's kernels are not known: "dkv and dq"."""
+def test_what_an_edit_leaves_of_verdicts(copy: Path, edit: str):
+    """The plan's edits cost those of shaders whose killer's kernels are not known: "dkv and dq".
+    Of what is no longer of the present, what was noticed in other functions is carried on.
+    """
     file, before, after, gone = EDITS[edit]
-    earlier = _present(copy)
-    stamps = {name: earlier.stamp(f, outcome) for name, f, outcome in VERDICTS}
+    stamps = _stamps(_present(copy))
     _edit(copy, file, before, after)
     now = _present(copy)
-    assert {n for n, f, outcome in VERDICTS if now.counts(f, outcome, stamps[n])} == ALL - gone
+    assert _standing(now, stamps, "present") == ALL - gone
+    assert _standing(now, stamps, "carried") == gone - SURVIVED - OWN.get(edit, set())
 
 
 def test_a_new_kernel_costs_what_survived_in_what_it_includes(copy: Path):
-    earlier = _present(copy)
-    stamps = {name: earlier.stamp(f, outcome) for name, f, outcome in VERDICTS}
+    stamps = _stamps(_present(copy))
     (copy / "shaders" / "decode.h").write_text('#pragma once\n\n#include "keys.h"\n')
     _edit(copy, "native/embed_shaders.py", "FAMILIES = {", 'FAMILIES = {"decode": "decode.h",')
     now = _present(copy, SimpleNamespace(name="decode", family="decode"))
     assert now.headers["decode"][0] == "shaders/decode.h"
-    counting = {n for n, f, outcome in VERDICTS if now.counts(f, outcome, stamps[n])}
-    assert counting == ALL - SURVIVED
+    assert _standing(now, stamps, "present") == ALL - SURVIVED
+    assert _standing(now, stamps, "carried") == set()
 
 
 def test_killers_that_changed(copy: Path):
-    earlier = _present(copy)
-    stamps = {name: earlier.stamp(f, outcome) for name, f, outcome in VERDICTS}
+    stamps = _stamps(_present(copy))
     _edit(copy, "native/plan/tiles.cpp", "32768", "32767")
-    for kernels, counts in (("kernels of forward", True), ("others", False), ("", False)):
+    for kernels, standing in (
+        ("kernels of forward", "present"), ("others", "carried"), ("", "carried"),
+    ):  # fmt: skip
         now = _present(copy)
         now.kernels["forward"] = kernels
-        _, file, outcome = VERDICTS[0]
-        assert now.counts(file, outcome, stamps["its own file"]) == counts
+        assert "its own file" in _standing(now, stamps, standing)
     gone = Present(copy, KILLERS[1:])
-    assert not gone.counts("shaders/keys.h", VERDICTS[1][2], stamps["shared, by forward"])
+    assert _standing(gone, stamps, "").issuperset(BY_FORWARD)
 
 
 def test_more_killers_cost_survivors_unless_the_machine_code_is_the_same(copy: Path):
-    stamps = {name: _present(copy).stamp(f, outcome) for name, f, outcome in VERDICTS}
+    stamps = _stamps(_present(copy))
     now = _present(copy)
     now.killers = "others"
-    counting = {n for n, f, outcome in VERDICTS if now.counts(f, outcome, stamps[n])}
-    assert counting == ALL - {"shared, survived"}
+    assert _standing(now, stamps, "present") == ALL - {"shared, survived"}
+    assert _standing(now, stamps, "") == {"shared, survived"}
 
 
-def test_verdicts_of_all_sources_at_once(copy: Path):
-    """As campaigns stamped them before: they count for the very same words."""
-    now = _present(copy)
-    stamp = {"sources": now.sources, "killers": "earlier ones"}
-    counting = {n for n, f, outcome in VERDICTS if now.counts(f, outcome, stamp)}
-    assert counting == ALL - {"shared, survived"}
-    stamp["sources"] = "others"
-    assert not any(now.counts(f, outcome, stamp) for _, f, outcome in VERDICTS)
+def test_a_draw_is_the_same_until_the_sources_change():
+    """A campaign that goes on confirms the same ones: at least 400, or a tenth."""
+    few, many = [f"{i}" for i in range(300)], [f"{i}" for i in range(9000)]
+    assert verdicts.drawn(few, "of these sources") == set(few)
+    draw = verdicts.drawn(many, "of these sources")
+    assert len(draw) == 900 and len(verdicts.drawn(many[:1000], "of these sources")) == 400
+    assert draw == verdicts.drawn(list(reversed(many)), "of these sources")
+    other = verdicts.drawn(many, "of others")
+    assert len(draw & other) < 200  # 90 on average
+    fewer = [key for key in many if key not in draw or key == min(draw)]
+    assert min(draw) in verdicts.drawn(fewer, "of these sources")
 
 
 def test_all_declarations_of_params_are_told_apart():
@@ -165,39 +185,100 @@ def test_all_declarations_of_params_are_told_apart():
 # ---- on disk
 
 
-def _mutant(key: str, file: str) -> mutants.Mutant:
-    mutant = mutants.Mutant(file, "f", "word", key, "", 1, 1, 0, 1, "", (1, 1))
+def _mutant(key: str, file: str, function: str) -> mutants.Mutant:
+    mutant = mutants.Mutant(file, function, "word", key, "", 1, 1, 0, 1, "", (1, 1))
     mutant.__dict__["key"] = key
     return mutant
 
 
+SOME = [_mutant(outcome.key, file, function) for _, file, function, outcome in VERDICTS]
+
+
+def _keys(names: set[str]) -> set[str]:
+    return {outcome.key for name, *_, outcome in VERDICTS if name in names}
+
+
 def test_what_counts_is_kept_in_the_repository(copy: Path, tmp_path: Path):
-    some = [_mutant(outcome.key, file) for _, file, outcome in VERDICTS]
     build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
-    progress = Progress(build, some, _present(copy), kept)
-    for _, _, outcome in VERDICTS:
+    progress = Progress(build, SOME, _present(copy), kept)
+    for *_, outcome in VERDICTS:
         progress.add(outcome)
     progress.keep()
-    noticed = {outcome.key for _, _, outcome in VERDICTS if not outcome.survived}
-    assert set(Progress(build, some, _present(copy), kept).outcomes) == {m.key for m in some}
+    assert set(Progress(build, SOME, _present(copy), kept).outcomes) == _keys(ALL)
     build.unlink()
-    again = Progress(build, some, _present(copy), kept)
-    assert set(again.outcomes) == noticed and again.suspects["a"] == "forward"
+    again = Progress(build, SOME, _present(copy), kept)
+    assert set(again.outcomes) == _keys(NOTICED) and again.suspects["a"] == "forward"
     assert again.present.kernels == {"forward": "kernels of forward", "dkv": "kernels of dkv"}
+    assert not again.carried and not again.drawn
 
     _edit(copy, "native/plan/tiles.cpp", "32768", "32767")
     now = Present(copy, KILLERS)  # whose kernels nobody has looked at yet
-    again = Progress(build, some, now, kept)
-    assert not again.outcomes and again.hangs_on_kernels()
+    again = Progress(build, SOME, now, kept)
+    assert again.carried == set(again.outcomes) == _keys(NOTICED) and again.hangs_on_kernels()
     again.decide({"forward": "kernels of forward", "dkv": "others"})
-    assert set(again.outcomes) == {"a", "b"}
+    assert set(again.outcomes) == _keys(NOTICED)
+    assert again.carried == _keys(NOTICED) - {"a", "b"} == again.drawn
+
+
+def test_what_is_drawn_is_confirmed_and_kept(copy: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(verdicts, "LEAST_DRAWN", 2)
+    build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
+    progress = Progress(build, SOME, _present(copy), kept)
+    for *_, outcome in VERDICTS:
+        progress.add(outcome)
+    progress.keep()
+    build.unlink()
+    _edit(copy, *EDITS["another shared file"][:3])
+    progress = Progress(build, SOME, _present(copy), kept)
+    assert progress.carried == _keys(NOTICED - {"plan, by the plan"})
+    draw = progress.drawn
+    assert len(draw) == 2 and draw < progress.carried
+    outcomes = {outcome.key: outcome for *_, outcome in VERDICTS}
+    for key in draw:
+        progress.add(outcomes[key])
+    assert Progress(build, SOME, _present(copy), kept).drawn == draw  # a campaign that goes on
+    progress.keep()
+    again = Progress(tmp_path / "none", SOME, _present(copy), kept)
+    assert again.drawn == draw and not again.carried & draw
+    assert set(again.outcomes) == _keys(NOTICED) and len(again.carried) == 3
+
+    # Other sources, another draw: of all that are of earlier ones.
+    _edit(copy, "shaders/tile.h", "naught(thread", "nothing(thread")
+    later = Progress(tmp_path / "none", SOME, _present(copy), kept)
+    assert later.carried == again.carried | draw and len(later.drawn) == 2
+
+
+def test_a_drawn_one_that_is_not_noticed_puts_its_function_in_doubt(copy: Path, tmp_path: Path):
+    build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
+    progress = Progress(build, SOME, _present(copy), kept)
+    for *_, outcome in VERDICTS:
+        progress.add(outcome)
+    progress.keep()
+    build.unlink()
+    _edit(copy, *EDITS["another shared file"][:3])
+    progress = Progress(build, SOME, _present(copy), kept)
+    assert not progress.doubted()
+    progress.add(Outcome("b", "survived"))
+    assert progress.doubted() == {"c", "d"}
+    progress.add(Outcome("c", "compiler", "dkv"))
+    assert progress.doubted() == {"d"}
+
+
+def _is_confirmed(progress: Progress) -> bool:
+    """Whether what a campaign had to draw has run."""
+    population = progress.carried | progress.drawn
+    least = min(len(population), max(verdicts.LEAST_DRAWN, len(population) // 10))
+    return not progress.drawn & progress.carried and len(progress.drawn) >= least
 
 
 def test_the_last_campaign_kept_its_verdicts():
     """They are of these sources, and the report counts the same."""
     everything = mutants.all_mutants(ROOT)
     progress = Progress(Path("none"), everything, Present())
+    assert _is_confirmed(progress)
     report = json.loads((ROOT / "tests/proof/mutation/report.json").read_text())
+    assert report["carried"] == len(progress.carried)
+    assert report["drawn"] == len(progress.drawn)
     noticed = sum(report["all"][status] for status in ("killed", "compiler", "hang", "crash"))
     assert len(progress.outcomes) == noticed
     listed = mutants.equivalences()
@@ -217,7 +298,9 @@ def test_the_verdicts_on_other_kernels_are_those_that_the_docs_count(of: str):
     files, killers, path = OTHERS[of]
     everything = mutants.all_mutants(ROOT, files)
     present = Present(killers=killers(), mutated=files)
-    kept = Progress(Path("none"), everything, present, path).outcomes
+    progress = Progress(Path("none"), everything, present, path)
+    assert _is_confirmed(progress)
+    kept = progress.outcomes
     assert all(not outcome.survived for outcome in kept.values())
     listed = mutants.equivalences()
     rest = [mutant for mutant in everything if mutant.key not in kept]

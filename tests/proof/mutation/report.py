@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from .mutants import Equivalence, Mutant
 
 if TYPE_CHECKING:
-    from .verdicts import Outcome
+    from .verdicts import Outcome, Progress
 
 STATUSES = ("killed", "compiler", "hang", "crash", "equivalent", "survived")
 _MEANING = {
@@ -38,11 +32,12 @@ _MEANING = {
 @contextlib.contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[Outcome], None]]:
     columns = (
-        TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
+        rich_progress.TextColumn("mutants"), rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[counts]}"),
     )  # fmt: skip
     counts: Counter[str] = Counter()
-    with Progress(*columns) as bar:
+    with rich_progress.Progress(*columns) as bar:
         task = bar.add_task("", total=total, counts="")
 
         def advance(outcome: Outcome) -> None:
@@ -56,8 +51,10 @@ def progress_bar(total: int) -> Iterator[Callable[[Outcome], None]]:
 class Report:
     """Mutants with their outcomes; those that have not run are counted."""
 
-    def __init__(self, mutants: Sequence[Mutant], outcomes: Mapping[str, Outcome],
+    def __init__(self, mutants: Sequence[Mutant], progress: Progress,
                  listed: Sequence[Equivalence]):  # fmt: skip
+        outcomes = progress.outcomes
+        self.carried, self.drawn = len(progress.carried), len(progress.drawn)
         self.rows: list[tuple[Mutant, str, Outcome | None]] = []
         self.refuted: list[Mutant] = []  # listed as equivalent, and killed
         self.unused = list(listed)
@@ -120,6 +117,8 @@ class Report:
         return {
             "mutants": len(self.rows),
             "not_run": self.not_run,
+            "carried": self.carried,
+            "drawn": self.drawn,
             "all": order(self._total()),
             "files": {k: order(v) for k, v in sorted(self.counts("file").items())},
             "operators": {k: order(v) for k, v in sorted(self.counts("operator").items())},
@@ -137,7 +136,14 @@ class Report:
     def markdown(self, facts: dict) -> str:
         lines = ["# Mutants of the kernels and the plan", ""]
         lines += [f"Made by `make mutants`: {facts['mutants']} mutants."]
-        lines += [f"{facts['not_run']} more have not run."] * (facts["not_run"] > 0) + [""]
+        lines += [f"{facts['not_run']} more have not run."] * (facts["not_run"] > 0)
+        if facts["carried"]:
+            lines += [
+                f"{facts['carried']} verdicts are of earlier sources: their functions and what "
+                "noticed them are the same, but not all that surrounds them. Besides these, "
+                f"{facts['drawn']} were drawn at random and ran again."
+            ]
+        lines += [""]
         for kind in ("files", "operators"):
             lines += [
                 f"| {kind[:-1]} | {' | '.join(STATUSES)} |",

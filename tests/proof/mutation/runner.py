@@ -3,8 +3,9 @@
 A worker keeps a copy of shaders/ and native/, writes one mutated file into it at a time and forks:
 the child starts with torch, the references and the engine loaded, so that a mutant costs little
 more than compiling a kernel or two. Results are appended to build/mutation/progress.jsonl; what is
-there already and still counts (verdicts.py) is not run again. What killed a mutant of earlier
-sources goes first now, then what killed others of its function.
+there already and still counts (verdicts.py) is not run again, but for those that are drawn to be
+confirmed. What killed a mutant of earlier sources goes first now, then what killed others of its
+function.
 """
 
 from __future__ import annotations
@@ -415,23 +416,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {m.key for m in mutants if any(e.covers(m) for e in listed)}
     todo = [
         m for m in mutants
-        if m.key not in progress.outcomes and (arguments.equivalents or m.key not in known)
+        if (m.key not in progress.outcomes or m.key in progress.drawn & progress.carried)
+        and (arguments.equivalents or m.key not in known)
     ]  # fmt: skip
-    if todo and not arguments.report:
+    while todo and not arguments.report:
         random.Random(1).shuffle(todo)  # so that the time left can be told
         suspects = Suspects(progress.suspects)
         for mutant in mutants:
             if mutant.key in progress.outcomes:
                 suspects.learn(mutant, progress.outcomes[mutant.key])
-        original = original or prepare(arguments.jobs)
-        progress.decide(original.kernels)
+        if original is None:
+            original = prepare(arguments.jobs)
+            progress.decide(original.kernels)
         workers = Workers(todo, suspects, arguments.jobs, original, arguments.first)
         with report.progress_bar(len(todo)) as advance:
             for outcome in workers:
                 if outcome.status != "open":
                     progress.add(outcome)
                 advance(outcome)
-    result = report.Report(mutants, progress.outcomes, listed)
+        todo = [m for m in mutants if m.key in progress.doubted()]
+    result = report.Report(mutants, progress, listed)
     result.print()
     if mutants == everything:
         if not own:

@@ -1,6 +1,6 @@
 """When a verdict on a mutant still counts, and where verdicts are kept.
 
-A verdict is of what decided it, and of nothing else:
+A verdict is of the present sources as long as what decided it stays, and that is:
 
 - the words of the mutated file: comments and line breaks make no difference. Of native/plan and
   params.h, which the plan's compiler reads as one, all of them;
@@ -11,10 +11,15 @@ A verdict is of what decided it, and of nothing else:
   kernels of the same names are the same;
 - of a survivor: every family whose text includes the file, and the killers.
 
-So a new kernel, or an edit of one, costs the mutants of its file and those that this family's
-killers noticed in what it shares with others. What the killer reads of other families (dS, sums,
-statistics of rows) is not among it: their own killers hold it to the reference. Nor is the killer's
-text: one that is made weaker has to get another name.
+What the killer reads of other families (dS, sums, statistics of rows) is not among it: their own
+killers hold it to the reference. Nor is the killer's text: one that is made weaker has to get
+another name.
+
+A verdict that is no longer of the present sources is carried on, if the mutant was noticed, its
+killer is still there, and so are the words of the mutated function. Of those that are carried a
+campaign draws some at random (`drawn`) and runs them again: if one of them is no longer noticed,
+all that are carried in its function run again. So an edit of a kernel costs the mutants of the
+functions that it changes, and a sample of the rest.
 
 `build/mutation/progress.jsonl` has a line for each mutant as soon as it has run;
 `verdicts.json` beside this file is in the repository and has what counted at the end of the last
@@ -26,10 +31,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from . import killers as killing
 from .harness import ROOT, Sources
@@ -43,6 +49,8 @@ CACHE_VERDICTS = Path(__file__).with_name("verdicts_of_caches.json")
 FLEX_VERDICTS = Path(__file__).with_name("verdicts_of_flex.json")
 _LINE = re.compile(r'^#line 1 "(\w+\.h)"$', re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+LEAST_DRAWN, SHARE_DRAWN = 400, 10
+"""Of the verdicts that are carried so many run again, or one of so many if that is more."""
 _DECLARED = re.compile(r"^#define (\w+)|^\s+(\w+) = \d+,$|^\s+\w+ (\w+)(?:\[\d+\])?;$")
 
 
@@ -76,6 +84,22 @@ def _digest(data: object) -> str:
 
 def _words(path: Path) -> list[str]:
     return Code(path.read_text(encoding="ascii")).words
+
+
+def _functions(path: Path) -> dict[str, str]:
+    """Digests of the words of a file's functions; "" has what is outside of them."""
+    code, words = Code(path.read_text(encoding="ascii")), dict[str, list[str]]()
+    for word, function in zip(code.words, code.functions):
+        words.setdefault(function, []).append(word)
+    return {function: _digest(found) for function, found in words.items()}
+
+
+def drawn(carried: Collection[str], sources: str) -> set[str]:
+    """Those of the carried verdicts, by the keys of their mutants, that have to be confirmed: the
+    same ones whenever a campaign goes on, and others for other sources.
+    """
+    count = min(len(carried), max(LEAST_DRAWN, len(carried) // SHARE_DRAWN))
+    return set(sorted(carried, key=lambda key: _digest([sources, key]))[:count])
 
 
 def sources_digest(root: Path = ROOT, files: Sequence[str] = FILES) -> str:
@@ -154,6 +178,10 @@ class Present:
         return {file: own.get(file, self.plan) for file in self.mutated}
 
     @cached_property
+    def functions(self) -> dict[str, dict[str, str]]:
+        return {file: _functions(self.root / file) for file in self.mutated}
+
+    @cached_property
     def headers(self) -> dict[str, list[str]]:
         """The files of a family's text."""
         families = {family for of_one in self.families_of.values() for family in of_one}
@@ -174,9 +202,10 @@ class Present:
             found[family] = _digest([*words, _named(params, (w for ws in words for w in ws))])
         return found
 
-    def stamp(self, file: str, outcome: Outcome) -> dict[str, str]:
+    def stamp(self, file: str, function: str, outcome: Outcome) -> dict[str, str]:
         """What a verdict from now is of."""
-        stamp = {"file": self.files[file], "plan": self.plan}
+        words = self.functions[file].get(function, "")
+        stamp = {"function": words, "file": self.files[file], "plan": self.plan}
         if outcome.survived:
             families = set(self.texts) if changes_plan(file) else self.families[file]
             stamp["text"] = _text(sorted(families), self.texts)
@@ -184,16 +213,19 @@ class Present:
         stamp["text"] = _text(self.families_of[outcome.killer], self.texts)
         return stamp | {"kernels": self.kernels.get(outcome.killer, "")}
 
-    def counts(self, file: str, outcome: Outcome, stamp: Mapping[str, str]) -> bool:
+    def standing(
+        self, file: str, function: str, outcome: Outcome, stamp: Mapping[str, str]
+    ) -> Literal["present", "carried", ""]:
+        """What a verdict with this stamp is worth now."""
         if not outcome.survived and outcome.killer not in self.families_of:
-            return False
-        now = self.stamp(file, outcome)
-        if "sources" in stamp:  # of all that is mutated
-            killers = stamp["killers"] if "killers" in now else ""
-            return stamp["sources"] == self.sources and killers == now.get("killers", "")
-        if any(stamp.get(name) != now[name] for name in now if name not in ("plan", "kernels")):
-            return False
-        return stamp["plan"] == now["plan"] or self._same_kernels(stamp, now)
+            return ""
+        now = self.stamp(file, function, outcome)
+        same = {name for name in now if stamp.get(name) == now[name]}
+        if set(now) - same <= {"plan", "kernels"} and (
+            "plan" in same or self._same_kernels(stamp, now)
+        ):
+            return "present"
+        return "carried" if "function" in same and not outcome.survived else ""
 
     @staticmethod
     def _same_kernels(stamp: Mapping[str, str], now: Mapping[str, str]) -> bool:
@@ -205,58 +237,99 @@ class Present:
 
 @dataclass
 class _Record:
-    file: str
     outcome: Outcome
     stamp: dict[str, str]
 
 
 class Progress:
-    """The last verdict on each mutant. `outcomes` are of those that count."""
+    """The last verdict on each mutant. `outcomes` are of those that count, `carried` the keys of
+    those among them that are of earlier sources, and `drawn` the keys of those that a campaign has
+    to confirm.
+    """
 
     def __init__(self, path: Path, mutants: Iterable[Mutant], present: Present,
                  kept: Path = VERDICTS):  # fmt: skip
         self.path, self.present, self.kept = path, present, kept
         self.outcomes: dict[str, Outcome] = {}
+        self.carried: set[str] = set()
+        self.drawn: set[str] = set()
         #: The last killer of each mutant, of whatever sources.
         self.suspects: dict[str, str] = {}
-        self._records: dict[str, list[_Record]] = {}
-        self._file_of = {mutant.key: mutant.file for mutant in mutants}
-        for outcome, stamp in (*self._from_repository(), *self._from_build()):
-            self._learn(outcome, stamp)
+        self._mutants = {mutant.key: mutant for mutant in mutants}
+        self._last_sources = ""  # of the campaign that the repository has
+        self._records: dict[str, list[_Record]] = {}  # in the repository
+        self._news: dict[str, list[_Record]] = {}  # of the present campaign
+        for outcome, stamp in self._from_repository():
+            self._learn(outcome, stamp, self._records)
+        for outcome, stamp in self._from_build():
+            self._learn(outcome, stamp, self._news)
         self.decide()
 
-    def _learn(self, outcome: Outcome, stamp: dict[str, str]) -> None:
+    def _learn(
+        self, outcome: Outcome, stamp: dict[str, str], records: dict[str, list[_Record]]
+    ) -> None:
         if outcome.killer:
             self.suspects[outcome.key] = outcome.killer
-        if outcome.key in self._file_of:
-            record = _Record(self._file_of[outcome.key], outcome, stamp)
-            self._records.setdefault(outcome.key, []).append(record)
+        if outcome.key in self._mutants:
+            records.setdefault(outcome.key, []).append(_Record(outcome, stamp))
 
     def decide(self, kernels: Mapping[str, str] | None = None) -> None:
         """Sees what counts, with the kernels of each killer where they have been looked at."""
         if kernels is not None:
             self.present.kernels = dict(kernels)
-        self.outcomes = {
-            record.outcome.key: record.outcome
-            for records in self._records.values()
-            for record in records
-            if self.present.counts(record.file, record.outcome, record.stamp)
-        }
+        self.outcomes, self.carried = {}, set()
+        self._weigh(self._records)
+        if self._last_sources != self.present.sources:
+            self.drawn = drawn(self.carried, self.present.sources)
+        self._weigh(self._news)
+
+    def _weigh(self, records: Mapping[str, list[_Record]]) -> None:
+        for key, of_one in records.items():
+            for record in of_one:
+                standing = self._standing(record)
+                if standing == "present":
+                    self.outcomes[key] = record.outcome
+                    self.carried.discard(key)
+                elif standing == "carried" and key not in self.outcomes:
+                    self.outcomes[key] = record.outcome
+                    self.carried.add(key)
+
+    def _standing(self, record: _Record) -> str:
+        mutant = self._mutants[record.outcome.key]
+        return self.present.standing(mutant.file, mutant.function, record.outcome, record.stamp)
 
     def hangs_on_kernels(self) -> bool:
-        """Whether some verdicts count only if killers still launch the same kernels."""
+        """Whether some verdicts are of the present sources only if killers still launch the same
+        kernels.
+        """
         return any(
             record.stamp.get("kernels") and record.stamp["plan"] != self.present.plan
-            for key, records in self._records.items()
-            if key not in self.outcomes
-            for record in records
+            for records in (self._records, self._news)
+            for key, of_one in records.items()
+            if key not in self.outcomes or key in self.carried
+            for record in of_one
         )
 
     def add(self, outcome: Outcome) -> None:
         self.outcomes[outcome.key] = outcome
-        stamp = self.present.stamp(self._file_of[outcome.key], outcome)
+        self.carried.discard(outcome.key)
+        mutant = self._mutants[outcome.key]
+        stamp = self.present.stamp(mutant.file, mutant.function, outcome)
         with self.path.open("a") as file:
             file.write(json.dumps({**outcome.__dict__, "stamp": stamp}) + "\n")
+
+    def doubted(self) -> set[str]:
+        """The carried ones in functions of which a mutant that was drawn is no longer noticed."""
+        places = {
+            (self._mutants[key].file, self._mutants[key].function)
+            for key in self.drawn
+            if key in self.outcomes and self.outcomes[key].survived
+        }
+        return {
+            key
+            for key in self.carried
+            if (self._mutants[key].file, self._mutants[key].function) in places
+        }
 
     def _from_build(self) -> Iterable[tuple[Outcome, dict[str, str]]]:
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
@@ -270,37 +343,50 @@ class Progress:
         kept = json.loads(self.kept.read_text())
         if kept["plan"] == self.present.plan:
             self.present.kernels = kept["kernels"]
-        for entry in kept["verdicts"]:
-            killer, file = entry["killer"], entry["file"]
-            stamp = {
-                "file": kept["files"][file],
-                "text": _text(entry["families"], kept["texts"]),
-                "plan": kept["plan"],
-                "kernels": kept["kernels"].get(killer, ""),
-            }
+        self._last_sources, self.drawn = kept["sources"], set(kept["drawn"].split())
+        for entry in (*kept["verdicts"], *kept["carried"]):
             for key in entry["mutants"].split():
-                yield Outcome(key, entry["status"], killer), stamp
+                mutant = self._mutants.get(key)
+                if mutant is None:
+                    continue
+                file, function = mutant.file, mutant.function
+                stamp = {"function": kept["functions"][file].get(function, "")}
+                if "families" in entry:
+                    stamp |= {
+                        "file": kept["files"][file],
+                        "text": _text(entry["families"], kept["texts"]),
+                        "plan": kept["plan"],
+                        "kernels": kept["kernels"].get(entry["killer"], ""),
+                    }
+                yield Outcome(key, entry["status"], entry["killer"]), stamp
 
     def keep(self) -> None:
         """Writes what counts, but for survivors, into the repository."""
-        present, grouped = self.present, dict[tuple[str, str, str], list[str]]()
+        present = self.present
+        groups = dict[tuple[bool, str, str, str], list[str]]()
         for key, outcome in self.outcomes.items():
             if not outcome.survived:
-                place = self._file_of[key], outcome.killer, outcome.status
-                grouped.setdefault(place, []).append(key)
-        named = {killer for _, killer, _ in grouped}
+                place = self._mutants[key].file, outcome.killer, outcome.status
+                groups.setdefault((key in self.carried, *place), []).append(key)
+        named = {killer for carried, _, killer, _ in groups if not carried}
         facts = {
             "sources": present.sources,
             "plan": present.plan,
             "files": present.files,
+            "functions": present.functions,
             "texts": dict(sorted(present.texts.items())),
             "kernels": {k: x for k, x in sorted(present.kernels.items()) if k in named},
+            "drawn": " ".join(sorted(self.drawn)),
         }
-        entries = [
-            {"file": file, "families": present.families_of[killer], "killer": killer,
-             "status": status, "mutants": " ".join(sorted(keys))}
-            for (file, killer, status), keys in sorted(grouped.items())
-        ]  # fmt: skip
+        lists: dict[bool, list[str]] = {False: [], True: []}
+        for (carried, file, killer, status), keys in sorted(groups.items()):
+            entry = {"file": file, "killer": killer, "status": status,
+                     "mutants": " ".join(sorted(keys))}  # fmt: skip
+            if not carried:
+                entry["families"] = present.families_of[killer]
+            lists[carried].append(f"  {json.dumps(entry)}")
         head = json.dumps(facts, indent=1).removesuffix("\n}")
-        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
-        self.kept.write_text(f'{head},\n "verdicts": [\n{lines}\n ]\n}}\n')
+        verdicts, carried_on = (",\n".join(lists[carried]) for carried in (False, True))
+        self.kept.write_text(
+            f'{head},\n "verdicts": [\n{verdicts}\n ],\n "carried": [\n{carried_on}\n ]\n}}\n'
+        )
