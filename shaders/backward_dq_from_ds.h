@@ -11,6 +11,7 @@
 #pragma once
 
 #include "dscore.h"
+#include "hidden_blocks.h"
 #include "keys.h"
 #include "loader.h"
 #include "ranges.h"
@@ -115,13 +116,14 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin; block < blocks.end; block++) {
-    const int key0 = block * BK;
+  for (int block = blocks.begin, key0, steps; block < blocks.end; block += steps, k.advance(steps),
+           tile = ds_tiles.behind(tile, key0, steps * BK, row0)) {
+    steps = 1;
+    key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      k.advance();
-      tile = ds_tiles.behind(tile, key0, BK, row0);
+      steps = steps_past_keys<kGroupRows, BK>(visible, group_row0, block, lane, params);
       continue;
     }
     const bool all_seen = unmasked.has(key0);
@@ -141,8 +143,6 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     k.store(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
-    k.advance();
-    tile = ds_tiles.behind(tile, key0, BK, row0);
   }
 
   if (params.key_end < params.kv_len) {
