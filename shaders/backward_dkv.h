@@ -102,11 +102,12 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
-      for (int steps; block < last; block += steps, rows.advance(steps)) {
+      int steps;  // to the next block
+      for (; block < last; block += steps, rows.advance(steps)) {
         steps = 1;
         const int row0 = block * BQ;
         if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
-          steps = steps_past_queries<BQ>(visible, group_key0, block, lane);
+          steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
           continue;
         }
         const bool masked = visible.template keys<BQ>(row0, group_key0).masked();

@@ -116,14 +116,15 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin, key0, steps; block < blocks.end; block += steps, k.advance(steps),
-           tile = ds_tiles.behind(tile, key0, steps * BK, row0)) {
+  int steps;  // to the next block
+  for (int block = blocks.begin; block < blocks.end; k.advance(steps),
+           tile = ds_tiles.behind(tile, block * BK, steps * BK, row0), block += steps) {
     steps = 1;
-    key0 = block * BK;
+    const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      steps = steps_past_keys<kGroupRows, BK>(visible, group_row0, block, lane, params);
+      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       continue;
     }
     const bool all_seen = unmasked.has(key0);

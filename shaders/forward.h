@@ -81,13 +81,14 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin, steps; block < blocks.end; block += steps, kv.advance(steps)) {
+  int steps;  // to the next block
+  for (int block = blocks.begin; block < blocks.end; block += steps, kv.advance(steps)) {
     steps = 1;
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      steps = steps_past_keys<kGroupRows, BK>(visible, group_row0, block, lane, params);
+      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       continue;
     }
     scores.fetch(key0, seen.masked());

@@ -1,43 +1,45 @@
-// How far a loop goes on where a mask hides blocks of its map (MaskMap): past all of a run at once.
-// The lanes read ORCHARD_SIMD_WIDTH blocks of the map together, all simdgroups of a threadgroup the
-// same ones.
+// How far a loop goes on where a mask hides blocks of its map (MaskMap): past a run of them at
+// once. The lanes look at ORCHARD_SIMD_WIDTH blocks of the map together, all simdgroups of a
+// threadgroup at the same ones.
 #pragma once
 
 #include "masks.h"
 #include "params.h"
 
-/// The first of the lanes whose block of the map lets any pair through, or their number.
-METAL_FUNC int first_passing(bool passes, ushort lane) {
-  return ctz(simd_or(passes ? 1u << lane : 0u));
+/// Steps from a loop's block, of BLOCK keys or queries, to the next one that is not known to be
+/// hidden. `passes`: whether the lane-th block of the map, from the one that holds it on, lets any
+/// pair through.
+template <int BLOCK>
+METAL_FUNC int steps_past(int block, bool passes, ushort lane) {
+  const int kBlocks = ORCHARD_MAP_BLOCK / BLOCK;  // of one of the map
+  const int hidden = ctz(simd_or(passes ? 1u << lane : 0u));
+  return max(hidden * kBlocks - block % kBlocks, 1);
 }
 
-/// From a block of BK keys that ROWS queries from row0 on do not see to the next one that is to be
-/// looked at.
+/// From a block of BK keys, of which ROWS queries from row0 on see none.
 template <int ROWS, int BK>
-METAL_FUNC int steps_past_keys(MaskMap<NoMask>, int, int, ushort, constant AttentionParams&) {
+METAL_FUNC int steps_past_keys(int, MaskMap<NoMask>, int, constant AttentionParams&, ushort) {
   return 1;
 }
 
 template <int ROWS, int BK, typename E, bool PAIRS>
-METAL_FUNC int steps_past_keys(MaskMap<Mask<E, PAIRS>> map, int row0, int block, ushort lane,
-    constant AttentionParams& params) {
-  const int index = block * BK / ORCHARD_MAP_BLOCK;
-  const int key0 = (index + lane) * ORCHARD_MAP_BLOCK;
-  const bool passes = key0 < params.kv_len &&
-                      map.template keys<ROWS>(row0, key0).template any<ORCHARD_MAP_BLOCK>();
-  return max((index + first_passing(passes, lane)) * ORCHARD_MAP_BLOCK / BK - block, 1);
+METAL_FUNC int steps_past_keys(int block, MaskMap<Mask<E, PAIRS>> map, int row0,
+    constant AttentionParams& params, ushort lane) {
+  const int key0 = (block * BK / ORCHARD_MAP_BLOCK + lane) * ORCHARD_MAP_BLOCK;
+  const bool exists = key0 < params.kv_len;
+  const bool passes =
+      exists && map.template keys<ROWS>(row0, key0).template any<ORCHARD_MAP_BLOCK>();
+  return steps_past<BK>(block, passes, lane);
 }
 
-/// The same, from a block of BQ queries that do not see the keys of the map's block with key0.
+/// From a block of BQ queries, which see none of the keys that key0's block of the map has.
 template <int BQ>
-METAL_FUNC int steps_past_queries(MaskMap<NoMask>, int, int, ushort) {
+METAL_FUNC int steps_past_queries(int, MaskMap<NoMask>, int, ushort) {
   return 1;
 }
 
 template <int BQ, typename E, bool PAIRS>
-METAL_FUNC int steps_past_queries(
-    MaskMap<Mask<E, PAIRS>> map, int key0, int block, ushort lane) {
-  const int index = block * BQ / ORCHARD_MAP_BLOCK;
-  const bool passes = map.passes((index + lane) * ORCHARD_MAP_BLOCK, key0);
-  return max((index + first_passing(passes, lane)) * ORCHARD_MAP_BLOCK / BQ - block, 1);
+METAL_FUNC int steps_past_queries(int block, MaskMap<Mask<E, PAIRS>> map, int key0, ushort lane) {
+  const int row0 = (block * BQ / ORCHARD_MAP_BLOCK + lane) * ORCHARD_MAP_BLOCK;
+  return steps_past<BQ>(block, map.passes(row0, key0), lane);
 }
