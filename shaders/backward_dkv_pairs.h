@@ -12,6 +12,7 @@
 
 #include "dropout.h"
 #include "dscore.h"
+#include "hidden_blocks.h"
 #include "key_sums.h"
 #include "keys.h"
 #include "loader.h"
@@ -124,10 +125,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
-      for (; block < last; block++) {
+      int steps;  // to the next block
+      for (; block < last; block += steps, rows.advance(steps)) {
+        steps = 1;
         const int row0 = block * BQ;
         if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
-          rows.advance();
+          steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
           continue;
         }
         const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
@@ -183,7 +186,6 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         } else {
           mma_AB(sum, x, summed);
         }
-        rows.advance();
       }
       if (parts.ended()) {
         const OutputRows<T> rows_of_sum = second

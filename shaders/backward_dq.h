@@ -14,6 +14,7 @@
 
 #include "dropout.h"
 #include "dscore.h"
+#include "hidden_blocks.h"
 #include "keys.h"
 #include "loader.h"
 #include "ranges.h"
@@ -93,12 +94,14 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   Tile<float, R, kDepth> dq_sum;
   zero(dq_sum);
 
-  for (int block = blocks.begin; block < blocks.end; block++) {
+  int steps;  // to the next block
+  for (int block = blocks.begin; block < blocks.end; block += steps, kv.advance(steps)) {
+    steps = 1;
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      kv.advance();
+      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       continue;
     }
     scores.fetch(key0, seen.masked());
@@ -126,7 +129,6 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
       times_derivative<kHides>(ds, derivatives);
     }
     mma_AB(dq_sum, ds, kv.k);
-    kv.advance();
   }
 
   scale(dq_sum, score_derivative(params));

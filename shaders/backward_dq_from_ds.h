@@ -11,6 +11,7 @@
 #pragma once
 
 #include "dscore.h"
+#include "hidden_blocks.h"
 #include "keys.h"
 #include "loader.h"
 #include "ranges.h"
@@ -115,13 +116,15 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin; block < blocks.end; block++) {
+  int steps;  // to the next block
+  for (int block = blocks.begin; block < blocks.end; k.advance(steps),
+           tile = ds_tiles.behind(tile, block * BK, steps * BK, row0), block += steps) {
+    steps = 1;
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      k.advance();
-      tile = ds_tiles.behind(tile, key0, BK, row0);
+      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       continue;
     }
     const bool all_seen = unmasked.has(key0);
@@ -141,8 +144,6 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     k.store(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
-    k.advance();
-    tile = ds_tiles.behind(tile, key0, BK, row0);
   }
 
   if (params.key_end < params.kv_len) {

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "hidden_blocks.h"
 #include "keys.h"
 #include "loader.h"
 #include "ranges.h"
@@ -80,12 +81,14 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin; block < blocks.end; block++) {
+  int steps;  // to the next block
+  for (int block = blocks.begin; block < blocks.end; block += steps, kv.advance(steps)) {
+    steps = 1;
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      kv.advance();
+      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       continue;
     }
     scores.fetch(key0, seen.masked());
@@ -106,7 +109,6 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     const Tile<F, R, BK / 8> p = as_operand<F>(s);
     kv.wait_for_values();
     mma_AB(o, p, kv.v);
-    kv.advance();
   }
 
   const bool has_sink = kNatural && params.has_sinks;

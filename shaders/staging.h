@@ -67,10 +67,10 @@ struct KeyValueBlocks {
   /// Behind it V can be read.
   METAL_FUNC void wait_for_values() const { barrier_if<BUFFERS == 1>(); }
 
-  /// To the next keys.
-  METAL_FUNC void advance() {
-    k.advance();
-    v.advance();
+  /// To the keys so many blocks on.
+  METAL_FUNC void advance(int blocks) {
+    k.advance(blocks);
+    v.advance(blocks);
   }
 };
 
@@ -103,9 +103,9 @@ struct QueryBlocks {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  /// To the next queries.
-  METAL_FUNC void advance() {
-    q.advance();
-    dout.advance();
+  /// To the queries so many blocks on.
+  METAL_FUNC void advance(int blocks) {
+    q.advance(blocks);
+    dout.advance(blocks);
   }
 };

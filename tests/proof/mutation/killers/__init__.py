@@ -18,6 +18,7 @@ from . import (
     few_queries,
     flex,
     forward,
+    hidden_runs,
     long_sums,
     mask_sums,
     plan,
@@ -99,11 +100,13 @@ def killers() -> tuple[
         *mask_sums.properties(),
         *far_masks.properties(),
         *long_sums.properties(),
+        *hidden_runs.killers(),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
         *backward.checked(),
         *mask_sums.checked(),
+        *hidden_runs.checked(),
         *scores.checked(),
     )
 

@@ -17,6 +17,10 @@ from orchard_ops.testing import MathResult, math_attention
 
 from ..harness import BOOL, DTYPE_NUMBERS, MaskPlace
 
+_RUNS = torch.tensor((2, 34, 68, 71, 104, 107))
+"""Blocks of 32 queries and 32 keys that are seen, by the sum of their numbers: between them, 31,
+33, 2, 32 and 2 are hidden."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -24,7 +28,8 @@ class Scores:
 
     case: Case
     #: "": as the case draws it; "blocks", "entries", "padding", "rows", "sixteens", "firsts" (of
-    #: blocks), "first keys" (of blocks); "half": half as much; "late" raises keys instead.
+    #: blocks), "first keys" (of blocks), "runs" (of blocks), "tail"; "half": half as much; "late"
+    #: raises keys instead.
     hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
@@ -62,6 +67,8 @@ class Scores:
         hidden = {
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
             "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
+            "runs": (rows // 32 + keys // 32)[..., None].ne(_RUNS).all(-1),
+            "tail": (rows >= 32) | (keys >= 32),
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
             "first keys": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
         }[self.hides]  # fmt: skip
