@@ -13,16 +13,18 @@ constexpr int64_t kGroupsOfCore = 8;
 // would cost more than a tenth of the products.
 constexpr int64_t kPartQueries = 256;
 
-// The sums take no more than this part of what a backward may take for dS, on top of it.
+// The sums take no more than this part of what a backward may take for dS, on top of it, and so few
+// bytes that the kernels count elements in int32.
 constexpr int64_t kShareOfScratch = 8;
+constexpr int64_t kMostBytes = int64_t{1} << 30;
 
 }  // namespace
 
 int64_t dkv_parts(int64_t heads, int64_t threadgroups, int64_t gpu_cores, int64_t most) {
   int64_t parts = 1;
-  for (int64_t n = 2; n <= std::min(heads, most); n++) {
-    if (parts * threadgroups >= kGroupsOfCore * gpu_cores) break;
-    if (heads % n == 0) parts = n;
+  for (int64_t n = 2; n <= heads; n++) {
+    const bool idle = parts * threadgroups < kGroupsOfCore * gpu_cores;
+    if (idle && heads % n == 0 && n <= most) parts = n;
   }
   return parts;
 }
@@ -31,7 +33,8 @@ GroupDivision divide_groups(const Problem& p, const DsDivision& ds, int keys_of_
   const int64_t of_one = ds.kv_heads * p.k.sizes[2] * (p.k.sizes[3] + p.v.sizes[3]);  // of a part
   if (of_one == 0) return {1, 0};
   const int64_t heads = query_heads(p) / kv_heads(p);
-  const int64_t fitting = p.scratch_bytes / kShareOfScratch / (of_one * int64_t{sizeof(float)});
+  const int64_t bytes = std::min(p.scratch_bytes / kShareOfScratch, kMostBytes);
+  const int64_t fitting = bytes / (of_one * int64_t{sizeof(float)});
   const int64_t threadgroups = ds.kv_heads * blocks_of(ds.keys, keys_of_group);
   const int64_t parts = dkv_parts(
       heads, threadgroups, p.gpu_cores, std::min(fitting, heads * p.q.sizes[2] / kPartQueries));
