@@ -198,7 +198,7 @@ def scratch_budget(megabytes: int) -> contextlib.AbstractContextManager[None]:
 
 
 def planned_scratch(problem: Problem, length: int) -> int:
-    """Bytes that the plan wants for dS, on the simulated device with the budget of this moment."""
+    """Bytes of the plan's scratch, on the simulated device with the budget of this moment."""
     import orchard_ops
 
     q, k, v, _ = problem.operands(length, "mps")
@@ -213,9 +213,11 @@ def check_ours(
     `others` is the most bytes that may be allocated besides, by something that is known.
 
     Raises:
-        AssertionError: something else was allocated, or the scratch is above its budget.
+        AssertionError: something else was allocated, or the scratch is above its budget, which is
+            for dS: sums of dk and dv may take an eighth of it on top.
     """
-    if not 0 <= scratch_bytes <= budget_mb << 20:
+    budget = budget_mb << 20
+    if not 0 <= scratch_bytes <= budget + budget // 8:
         raise AssertionError(f"a scratch of {scratch_bytes} bytes, the budget is {budget_mb} MiB")
     for name, nbytes in asdict(measured).items():
         if not 0 <= nbytes - expected - scratch_bytes <= others:

@@ -21,6 +21,7 @@ PLAN_SOURCES = tuple(
         "forward",
         "backward",
         "decode",
+        "dkv_parts",
         "dscore_scratch",
         "instantiate",
         "params",

@@ -32,6 +32,7 @@ class Scoring:
     window_right: int = -1
     diagonal: int = 0
     scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
+    gpu_cores: int = 8
     tiles: str = ""  # instead of the plan's: "family=tile,..."
     softcap: float = 0.0
     mask_grad: bool = False
@@ -51,7 +52,8 @@ class Scoring:
         """What orchard::Problem has of it."""
         numbers = ("scale", "dropout_p", "window_left", "window_right", "diagonal")
         found: dict[str, Any] = {name: getattr(self, name) for name in numbers}
-        found |= {name: getattr(self, name) for name in ("scratch_bytes", "tiles", "softcap")}
+        found |= {name: getattr(self, name) for name in ("scratch_bytes", "gpu_cores")}
+        found |= {name: getattr(self, name) for name in ("tiles", "softcap")}
         found |= {"mask_grad": self.mask_grad, "has_sinks": self.sinks is not None}
         if self.alibi_slopes is not None:
             batch, head = self.alibi_slopes.stride()
@@ -97,6 +99,7 @@ class Plan:
     map_elements: int = 0
     dmask_part_elements: int = 0
     hull_elements: int = 0
+    dkv_part_elements: int = 0
 
 
 class Planner:
@@ -144,6 +147,7 @@ class Planner:
             plan.map_elements,
             plan.dmask_part_elements,
             plan.hull_elements,
+            plan.dkv_part_elements,
         )
 
 

@@ -106,10 +106,10 @@ class Bench:
         found = {}
         for budget, kernels in case.launches.items():
             scoring = case.problem.scoring(BUDGETS[budget])
-            elements = self.planner.backward(q, k, v, q, dout, scoring).ds_elements
-            products = 5 if elements else 7
-            same_as = case.same_as(budget)
-            found[budget] = Outcome(len(kernels), products, 4 * elements, same_as)
+            plan = self.planner.backward(q, k, v, q, dout, scoring)
+            products = 5 if plan.ds_elements else 7
+            scratch = 4 * (plan.ds_elements + plan.dkv_part_elements)
+            found[budget] = Outcome(len(kernels), products, scratch, case.same_as(budget))
         return found
 
     def _run(self, case: Case, record: Record) -> None:

@@ -65,6 +65,7 @@ KernelRole role_of(const std::string& family) {
   const auto has = [&](const char* part) { return family.find(part) != std::string::npos; };
   if (has("_mask_map")) return KernelRole::kMap;
   if (has("_delta")) return KernelRole::kRows;
+  if (has("_dkv_sums")) return KernelRole::kKeySums;
   if (has("_dkv")) return KernelRole::kKeys;
   if (has("_dmask_sum")) return KernelRole::kMaskGradientSum;
   if (has("_dmask")) return KernelRole::kMaskGradient;
@@ -84,6 +85,15 @@ KernelPlan named_kernel(const std::string& family, const std::string& name,
       join("template [[host_name(\"", name, "\")]] [[kernel]] decltype(", args, ") ", args, ";\n");
   kernel.groups = groups;
   kernel.threads = kSimdgroups * ORCHARD_SIMD_WIDTH;
+  return kernel;
+}
+
+/// A kernel that knows of the problem only a dtype.
+KernelPlan kernel_of_type(
+    const std::string& family, const DTypeNames& dtype, const std::array<uint64_t, 2>& groups) {
+  KernelPlan kernel = named_kernel(
+      family, join(family, "_", dtype.torch), join(dtype.metal, ", ", kSimdgroups), groups);
+  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
   return kernel;
 }
 
@@ -111,6 +121,13 @@ Variant variant_of_sinks(const Problem& p, bool chunks) {
   Variant variant = visibility(p, chunks, own_value_dim(p));
   variant.type += p.has_sinks ? ", Sinks" : ", NoSinks";
   variant.suffix += p.has_sinks ? "_sinks" : "";
+  return variant;
+}
+
+Variant variant_of_keys(const Problem& p, bool chunks, bool parts) {
+  Variant variant = full_variant(p, chunks);
+  variant.type += parts ? ", PartOfGroup" : "";
+  variant.suffix += parts ? "_parts" : "";
   return variant;
 }
 
@@ -155,12 +172,15 @@ void add_mask_map(const Problem& p, Plan& plan) {
   plan.add(std::move(kernel));
 }
 
+KernelPlan make_key_sums(const Problem& p) {
+  return kernel_of_type("attention_backward_dkv_sums", names(p.dtype),
+      {static_cast<uint64_t>(kv_heads(p)),
+          static_cast<uint64_t>(blocks_of(p.k.sizes[2], kSimdgroups))});
+}
+
 void add_mask_kernel(const Problem& p, const std::string& family,
     const std::array<uint64_t, 2>& groups, Plan& plan) {
-  KernelPlan kernel = named_kernel(family, join(family, "_", names(p.mask_dtype).torch),
-      join(mask_element(p), ", ", kSimdgroups), groups);
-  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
-  plan.add(std::move(kernel));
+  plan.add(kernel_of_type(family, names(p.mask_dtype), groups));
 }
 
 void add_mask_gradient_from_ds(
