@@ -20,6 +20,7 @@ PLAN_SOURCES = tuple(
     for name in (
         "forward",
         "backward",
+        "backward_cost",
         "decode",
         "dscore_scratch",
         "instantiate",
@@ -40,6 +41,7 @@ SOURCES = (
             "environment",
             "flex",
             "flex_plan",
+            "machine",
             "shader_library",
         )
     ),

@@ -15,6 +15,8 @@ from benchmarks import planner
 from benchmarks.planner import Params
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GPU_CORES = 132
+"""Streaming multiprocessors of an H100 or H200, for which all plans of these programs are made."""
 
 
 ScoreFunctions = Callable[[Tensor, int, int], tuple[Tensor, Tensor | None]]
@@ -32,6 +34,7 @@ class Scoring:
     window_right: int = -1
     diagonal: int = 0
     scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
+    stores_ds: bool = False  # wherever a buffer for it fits, also where that should take longer
     tiles: str = ""  # instead of the plan's: "family=tile,..."
     softcap: float = 0.0
     mask_grad: bool = False
@@ -53,6 +56,7 @@ class Scoring:
         found: dict[str, Any] = {name: getattr(self, name) for name in numbers}
         found |= {name: getattr(self, name) for name in ("scratch_bytes", "tiles", "softcap")}
         found |= {"mask_grad": self.mask_grad, "has_sinks": self.sinks is not None}
+        found |= {"gpu_cores": GPU_CORES, "stores_ds": self.stores_ds}
         if self.alibi_slopes is not None:
             batch, head = self.alibi_slopes.stride()
             found |= {"has_alibi": True, "alibi_batch": batch, "alibi_head": head}

@@ -201,6 +201,7 @@ class Planner:
             "ds_elements", "map_elements", "dmask_part_elements", "hull_elements", "part_rows"
         ):  # fmt: skip
             self._function(name).restype = ctypes.c_int64
+        self._function("time_of_backward").restype = ctypes.c_double
         self._check_mirrors()
 
     def _function(self, name: str) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
@@ -246,6 +247,21 @@ class Planner:
             return self._read(answer)
         finally:
             self._library.bridge_delete_plan(answer)
+
+    def time_of_backward(
+        self, layouts: Mapping[str, Place], dtype: int, at_once: tuple[int, int] | None,
+        **fields: float,
+    ) -> float:  # fmt: skip
+        """What dk, dv and dq take by the plan's estimate.
+
+        Args:
+            at_once: key/value heads and keys that share the buffer for dS; None: it is computed
+                twice.
+        """
+        whole = (layouts["k"][0][0] * layouts["k"][0][1], layouts["k"][0][2])
+        numbers = map(ctypes.c_int64, at_once or whole)
+        with self._problem(layouts, dtype, "", None, fields) as address:
+            return self._library.bridge_time_of_backward(address, at_once is not None, *numbers)
 
     @contextmanager
     def _problem(

@@ -20,24 +20,28 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import gpu
+
 _FLOAT32 = 4
 _FAR = 1 << 30
 """No length is as large."""
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-DEFAULT_SCRATCH_MB = 256
 _STORING_HEAD_DIM = 64
 """From this head_dim on a backward stores dS."""
 
 
-def scratch_budget_mb() -> int:
+def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
     """ORCHARD_BACKWARD_SCRATCH_MB, or its default, by the rule of ``native/environment.cpp``.
+
+    Args:
+        machine: The GPU whose default it is, unless that of this machine.
 
     Raises:
         RuntimeError: the variable is no whole number of MiB.
     """
     text = os.environ.get("ORCHARD_BACKWARD_SCRATCH_MB", "").strip()
     if not text:
-        return DEFAULT_SCRATCH_MB
+        return (machine or gpu.here()).scratch_mb
     if not text.isdecimal():
         raise RuntimeError(
             "orchard::flash_attn: ORCHARD_BACKWARD_SCRATCH_MB must be a whole number of MiB, 0 or "
