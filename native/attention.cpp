@@ -266,8 +266,10 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
   Bindings for_delta{{kBufferOut, out}, {kBufferDout, dout},
       {kBufferDlse, dlse.has_value() ? *dlse : row_stats}, {kBufferDelta, delta}};
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
-      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
-      {kBufferDk, grads.dk}, {kBufferDv, grads.dv}};
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}};
+  Bindings for_key_sums;
+  const OptionalTensor dkv_parts =
+      bind_key_gradients(*plan, grads.dk, grads.dv, for_keys, for_key_sums);
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
       {kBufferDq, grads.dq}};  // as far as a kernel has them
@@ -307,8 +309,8 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
   const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {
     launch.set(params);
-    const Bindings* tensors[] = {
-        &for_map, &for_delta, &for_keys, &for_queries, &for_mask, &for_mask_sum, &for_sinks};
+    const Bindings* tensors[] = {&for_map, &for_delta, &for_keys, &for_key_sums, &for_queries,
+        &for_mask, &for_mask_sum, &for_sinks};
     const KernelPlan& kernel = plan->kernels[launch.kernel];
     const bool for_rows = kernel.role == KernelRole::kRows;
     if (k.numel() == 0 && !for_rows && kernel.role != KernelRole::kSinkGradient) continue;

@@ -22,6 +22,7 @@ PLAN_SOURCES = tuple(
         "backward",
         "backward_cost",
         "decode",
+        "dkv_parts",
         "dscore_scratch",
         "instantiate",
         "params",

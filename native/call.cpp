@@ -105,6 +105,18 @@ Tensor empty_floats(const Tensor& like, int64_t elements) {
   return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
 
+OptionalTensor bind_key_gradients(
+    const Plan& plan, const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums) {
+  OptionalTensor parts;
+  if (plan.dkv_part_elements > 0) {
+    parts = empty_floats(dk, plan.dkv_part_elements);
+    for_sums = {{kBufferDkvParts, *parts}, {kBufferDk, dk}, {kBufferDv, dv}};
+  }
+  for_keys.bind({kBufferDk, parts.has_value() ? *parts : dk});
+  for_keys.bind({kBufferDv, parts.has_value() ? *parts : dv});
+  return parts;
+}
+
 void log_metal(const char* op, const Plan& plan, const Environment& environment) {
   if (!environment.debug_enabled()) return;
   for (const KernelPlan& kernel : plan.kernels) {
@@ -147,7 +159,7 @@ void put_plan(StableIValue* stack, Plan plan, Plan backward) {
     }
   }
   const int64_t bytes =
-      (plan.ds_elements + backward.ds_elements) * static_cast<int64_t>(sizeof(float));
+      (backward.ds_elements + backward.dkv_part_elements) * static_cast<int64_t>(sizeof(float));
   using torch::stable::detail::from;
   for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
   for (const auto* texts :

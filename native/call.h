@@ -49,6 +49,11 @@ Layout layout_of_out(const Problem& problem);
 /// float32 scratch and results of the kernels.
 Tensor empty_floats(const Tensor& like, int64_t elements);
 
+/// Binds where the key's side stores its sums: dk and dv, or a buffer for those of its parts.
+/// Returns that, with what sums them up in `for_sums`.
+OptionalTensor bind_key_gradients(
+    const Plan& plan, const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums);
+
 void log_metal(const char* op, const Plan& plan, const Environment& environment);
 
 extern const char* const kPlanResults;  ///< of an op that says a plan, as its schema has them

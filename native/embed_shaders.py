@@ -17,6 +17,7 @@ FAMILIES = {
     "attention_backward_delta": "backward_delta.h",
     "attention_backward_dkv": "backward_dkv.h",
     "attention_backward_dkv_pairs": "backward_dkv_pairs.h",
+    "attention_backward_dkv_sums": "backward_dkv_sums.h",
     "attention_backward_dq": "backward_dq.h",
     "attention_backward_dq_from_ds": "backward_dq_from_ds.h",
     "attention_backward_dmask": "backward_dmask.h",

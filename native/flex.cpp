@@ -263,8 +263,9 @@ std::array<Tensor, 3> run_backward(const FlexBackward& call, const Environment& 
       {kBufferDlse, dlse.has_value() ? *dlse : row_stats}, {kBufferDelta, delta}};
   if (mods.has_map()) for_delta.bind({kBufferRowStats, row_stats});
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
-      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDk, dk},
-      {kBufferDv, dv}};
+      {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}};
+  Bindings for_key_sums;
+  const OptionalTensor dkv_parts = bind_key_gradients(*plan, dk, dv, for_keys, for_key_sums);
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}};
   for (Bindings* tensors : {&for_map, &for_keys, &for_queries}) scores.bind(*tensors);
@@ -274,7 +275,7 @@ std::array<Tensor, 3> run_backward(const FlexBackward& call, const Environment& 
   }
   for (const KernelLaunch& launch : plan->launches) {
     const KernelPlan& kernel = plan->kernels[launch.kernel];
-    const Bindings* tensors[] = {&for_map, &for_delta, &for_keys, &for_queries};
+    const Bindings* tensors[] = {&for_map, &for_delta, &for_keys, &for_key_sums, &for_queries};
     launch.set(params.attention);
     dispatch(kernel, launch.groups, *tensors[static_cast<int>(kernel.role)], params);
   }

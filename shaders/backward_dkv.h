@@ -10,11 +10,13 @@
 //
 // A threadgroup takes 8 SIMDGROUPS keys of one key/value head, each simdgroup 8 of them; Q and dO
 // are staged once for all. Summing the group's heads here, in order, keeps the result
-// deterministic. T is the tensors' type, F that of the operands. dS is multiplied as float, since
-// over long sequences it leaves half's range. P is at most 1, so that it can be scaled up into it.
+// deterministic. G is the heads that it takes, all of the group or a part of them (dkv_parts.h). T
+// is the tensors' type, F that of the operands. dS is multiplied as float, since over long
+// sequences it leaves half's range. P is at most 1, so that it can be scaled up into it.
 // K, V, dK and dV stay in registers; backward_dkv_pairs.h is for wide heads, where they do not fit.
 #pragma once
 
+#include "dkv_parts.h"
 #include "dropout.h"
 #include "dscore.h"
 #include "key_sums.h"
@@ -26,7 +28,8 @@
 #include "staging.h"
 #include "sum_parts.h"
 
-template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V>
+template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V,
+    typename G = WholeGroup>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                         // (B, Hkv, S, D)
@@ -34,8 +37,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     const device float2* row_stats [[buffer(kBufferRowStats)]],         // (B, Hq, L)
     const device T* dout [[buffer(kBufferDout)]],                       // (B, Hq, L, D)
     const device float* delta [[buffer(kBufferDelta)]],                 // (B, Hq, L)
-    device T* dk [[buffer(kBufferDk)]],                                 // (B, Hkv, S, D)
-    device T* dv [[buffer(kBufferDv)]],                                 // (B, Hkv, S, D)
+    device typename G::template Sum<T>* dk [[buffer(kBufferDk)]],       // (B, Hkv, S, D), or parts
+    device typename G::template Sum<T>* dv [[buffer(kBufferDv)]],
     device float* ds [[buffer(kBufferDs)]],  // DscoreTiles, bound and written if STORE_DS
     constant AttentionParams& params [[buffer(kBufferParams)]],
     const device uchar* attn_mask [[buffer(kBufferMask)]],
@@ -55,11 +58,12 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const bool kHides = V::Score::Mask::kAny || V::kListed;
   const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec>;
+  using Sum = typename G::template Sum<T>;
   threadgroup uint4 storage[Blocks::kStorage];
 
-  Head head = first_of_group(group.x + params.first_kv_head, params);
+  Head head = G::first_head(group.x, params);
   const Window window = head.window;
-  const int heads = params.num_heads / params.num_kv_heads;        // of the group
+  const int heads = G::heads(params);
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int key0 = group_key0 + simdgroup * 8;
   const LanePosition at = lane_position(lane);
@@ -75,8 +79,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
-  const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
-  const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
+  const OutputRows<Sum> dk_rows = G::dk_rows(dk, group.x, head, params);
+  const OutputRows<Sum> dv_rows = G::dv_rows(dv, group.x, head, params);
   SumParts<T, BQ, V::kVec> parts;
   parts.start();
 

@@ -10,6 +10,7 @@
 // matrices. A threadgroup takes 4 SIMDGROUPS keys. P and dS are multiplied as float.
 #pragma once
 
+#include "dkv_parts.h"
 #include "dropout.h"
 #include "dscore.h"
 #include "key_sums.h"
@@ -42,7 +43,8 @@ struct HandedOver {
   }
 };
 
-template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V>
+template <typename T, typename F, int BD, int BQ, bool STORE_DS, int SIMDGROUPS, typename V,
+    typename G = WholeGroup>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],                               // (B, Hkv, S, D)
@@ -50,8 +52,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     const device float2* row_stats [[buffer(kBufferRowStats)]],               // (B, Hq, L)
     const device T* dout [[buffer(kBufferDout)]],                             // (B, Hq, L, D)
     const device float* delta [[buffer(kBufferDelta)]],                       // (B, Hq, L)
-    device T* dk [[buffer(kBufferDk)]],                                       // (B, Hkv, S, D)
-    device T* dv [[buffer(kBufferDv)]],                                       // (B, Hkv, S, D)
+    device typename G::template Sum<T>* dk [[buffer(kBufferDk)]],  // (B, Hkv, S, D), or parts
+    device typename G::template Sum<T>* dv [[buffer(kBufferDv)]],
     device float* ds [[buffer(kBufferDs)]],  // DscoreTiles, bound and written if STORE_DS
     constant AttentionParams& params [[buffer(kBufferParams)]],
     const device uchar* attn_mask [[buffer(kBufferMask)]],
@@ -75,11 +77,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const bool kNatural = V::Score::kNatural;
   using Blocks = QueryBlocks<T, F, BQ, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, kValueBD>;
   using Staged = SharedBlock<F, StagedRow<F, BD>::kLength>;
+  using Sum = typename G::template Sum<T>;
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
 
-  Head head = first_of_group(group.x + params.first_kv_head, params);
+  Head head = G::first_head(group.x, params);
   const Window window = head.window;
-  const int heads = params.num_heads / params.num_kv_heads;        // of the group
+  const int heads = G::heads(params);
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int pair = simdgroup / 2;
   const bool second = simdgroup % 2 == 1;
@@ -186,9 +189,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         rows.advance();
       }
       if (parts.ended()) {
-        const OutputRows<T> rows_of_sum = second
-                                              ? head.key_output(dk, params.dk, params.head_dim)
-                                              : head.key_output(dv, params.dv, params.v_head_dim);
+        const OutputRows<Sum> rows_of_sum =
+            second ? G::dk_rows(dk, group.x, head, params) : G::dv_rows(dv, group.x, head, params);
         parts.put_aside(sum, rows_of_sum, key0, at);
         parts.start_next();
       }
@@ -199,12 +201,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   }
 
   if (second) {
-    const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
+    const OutputRows<Sum> dk_rows = G::dk_rows(dk, group.x, head, params);
     parts.add_earlier(sum, dk_rows, key0, at);
     scale(sum, score_derivative(params));
     store_rows<V::kVec>(dk_rows, sum, key0, at);
   } else {
-    const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
+    const OutputRows<Sum> dv_rows = G::dv_rows(dv, group.x, head, params);
     parts.add_earlier(sum, dv_rows, key0, at);
     store_rows<V::kVec>(dv_rows, sum, key0, at);
   }

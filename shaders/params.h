@@ -33,6 +33,7 @@ enum AttentionBuffer {
   kBufferDmaskParts = 20,
   kBufferKeyRanges = 21,
   kBufferRangeHulls = 22,
+  kBufferDkvParts = 23,
 };
 
 /// Threads of a simdgroup.
@@ -114,6 +115,7 @@ struct AttentionParams {
   int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
+  int32_t dkv_parts;           ///< parts of a group's query heads on the key's side (backward)
 };
 
 /// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal +
@@ -138,5 +140,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 24 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 26 * 4,
     "host and shader must agree on AttentionParams");

@@ -38,18 +38,18 @@ struct SumParts {
   }
 
   /// Adds the earlier parts to x. The output is read only where this thread has stored to it.
-  template <int COLS>
+  template <typename O, int COLS>
   METAL_FUNC void add_earlier(
-      thread Tile<float, 1, COLS>& x, OutputRows<T> from, int row0, LanePosition at) const {
+      thread Tile<float, 1, COLS>& x, OutputRows<O> from, int row0, LanePosition at) const {
     if (kDivided && stored) {
       add_stored_rows<VEC>(x, from, row0, at);
     }
   }
 
   /// Moves x, the sum of this part, to the output.
-  template <int COLS>
+  template <typename O, int COLS>
   METAL_FUNC void put_aside(
-      thread Tile<float, 1, COLS>& x, OutputRows<T> to, int row0, LanePosition at) const {
+      thread Tile<float, 1, COLS>& x, OutputRows<O> to, int row0, LanePosition at) const {
     add_earlier(x, to, row0, at);
     store_rows<VEC>(to, x, row0, at);
     zero(x);

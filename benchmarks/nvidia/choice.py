@@ -63,16 +63,19 @@ def comparisons(records: list[dict], library: Path) -> Iterator[Comparison]:
         scoring = problem.scoring()
         windows = {name: getattr(scoring, name) for name in ("window_left", "window_right")}
 
-        def estimate(at_once: tuple[int, int] | None) -> float:
-            return plans.time_of_backward(layouts, number, at_once, gpu_cores=GPU_CORES, **windows)  # noqa: B023
+        def estimate(outcome: dict) -> float:
+            at_once = (outcome["kv_heads_at_once"], outcome["keys_at_once"])
+            return plans.time_of_backward(
+                layouts, number, outcome["products"] == 5, at_once, outcome["dkv_parts"],  # noqa: B023
+                gpu_cores=GPU_CORES, **windows,  # noqa: B023
+            )  # fmt: skip
 
         for budget, outcome in outcomes.items():
             if seven is None or outcome["products"] == 7 or outcome["same_as"] != budget:
                 continue
-            five = estimate((outcome["kv_heads_at_once"], outcome["keys_at_once"]))
             yield Comparison(
                 record["problem"], budget, measured[budget] / measured[seven],
-                five / estimate(None),
+                estimate(outcome) / estimate(outcomes[seven]),
             )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class Outcome:
     scratch_bytes: int
     kv_heads_at_once: int
     keys_at_once: int
+    dkv_parts: int
     same_as: str
     milliseconds: list[float] = field(default_factory=list)
     failure: str = ""
@@ -108,7 +109,8 @@ class Bench:
         for budget, plan in case.plans.items():
             found[budget] = Outcome(
                 len(plan.kernels), 5 if plan.ds_elements else 7, 4 * plan.ds_elements,
-                *products_cases.at_once(case.problem, plan), case.same_as(budget),
+                *products_cases.at_once(case.problem, plan), plan.params.dkv_parts,
+                case.same_as(budget),
             )  # fmt: skip
         return found
 

@@ -249,19 +249,19 @@ class Planner:
             self._library.bridge_delete_plan(answer)
 
     def time_of_backward(
-        self, layouts: Mapping[str, Place], dtype: int, at_once: tuple[int, int] | None,
-        **fields: float,
+        self, layouts: Mapping[str, Place], dtype: int, stored: bool,
+        at_once: tuple[int, int], parts: int, **fields: float,
     ) -> float:  # fmt: skip
         """What dk, dv and dq take by the plan's estimate.
 
         Args:
-            at_once: key/value heads and keys that share the buffer for dS; None: it is computed
-                twice.
+            stored: whether dS is, rather than computed twice.
+            at_once: key/value heads and keys of a launch.
+            parts: of a group's query heads.
         """
-        whole = (layouts["k"][0][0] * layouts["k"][0][1], layouts["k"][0][2])
-        numbers = map(ctypes.c_int64, at_once or whole)
+        numbers = map(ctypes.c_int64, (*at_once, parts))
         with self._problem(layouts, dtype, "", None, fields) as address:
-            return self._library.bridge_time_of_backward(address, at_once is not None, *numbers)
+            return self._library.bridge_time_of_backward(address, stored, *numbers)
 
     @contextmanager
     def _problem(

@@ -61,13 +61,13 @@ Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dou
 }
 
 /// What dk, dv and dq take by the plan's estimate: with dS stored, of so many key/value heads and
-/// keys at once, or computed twice.
-double bridge_time_of_backward(
-    const Problem* problem, int32_t stored, int64_t heads_at_once, int64_t keys_at_once) {
+/// keys at once, or computed twice, and so many parts of a group.
+double bridge_time_of_backward(const Problem* problem, int32_t stored, int64_t heads_at_once,
+    int64_t keys_at_once, int64_t parts) {
   const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
   const orchard::TileRow& row = orchard::tiles(bd, orchard::names(problem->dtype));
   return orchard::time_of_backward(
-      *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, 0});
+      *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, 0}, parts);
 }
 
 /// `numbers` are paged, pages, page_size, entries, added, table_row, has_lengths, has_starts,

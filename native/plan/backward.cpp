@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "dscore_scratch.h"
+#include "dkv_parts.h"
 #include "instantiate.h"
 #include "params.h"
 #include "plan.h"
@@ -10,7 +10,8 @@ namespace orchard {
 namespace {
 
 /// dk and dv, and dq from the dS that they store or with dS computed again: launches in turns,
-/// where dS is divided. Returns whether they leave dS of the whole call.
+/// where dS is divided. Where groups are, dk and dv are summed up behind them. Returns whether they
+/// leave dS of the whole call.
 bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Plan& plan) {
   const DTypeNames dtype = names(p.dtype);
   const int keys = keys_of_group(row.dkv);
@@ -20,10 +21,14 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
   plan.params.dq_sums = ds.tile_elements;
   plan.params.ranges.ds_keys = static_cast<int32_t>(ds.stored_keys);
   plan.params.ranges.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
-  const size_t dkv = plan.kernels.size(), dq = dkv + 1;
+  const GroupDivision groups = divide_groups(p, ds, keys);
+  const bool divided = groups.parts > 1;
+  plan.dkv_part_elements = groups.elements;
+  plan.params.dkv_parts = static_cast<int32_t>(groups.parts);
+  const size_t dkv = plan.kernels.size(), dq = dkv + 1, sums = dq + 1;
   plan.kernels.push_back(
       make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
-          full_variant(p, chunks), kv_heads(p), p.k.sizes[2]));
+          variant_of_keys(p, chunks, divided), kv_heads(p) * groups.parts, p.k.sizes[2]));
   if (store_ds) {
     plan.kernels.push_back(
         make_kernel(p, "attention_backward_dq_from_ds", dq_choice(row.dq_from_ds, "float"),
@@ -32,18 +37,25 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
     plan.kernels.push_back(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),
         full_variant(p, chunks), query_heads(p), p.q.sizes[2]));
   }
+  if (divided) plan.kernels.push_back(make_key_sums(p));
   const uint64_t query_heads_of_one =
       kv_heads(p) > 0 ? static_cast<uint64_t>(query_heads(p) / kv_heads(p)) : 0;
   for (int64_t head = 0; head < kv_heads(p); head += ds.kv_heads) {
+    const uint64_t heads = static_cast<uint64_t>(std::min(ds.kv_heads, kv_heads(p) - head));
     for (int64_t key = 0; key < p.k.sizes[2]; key += ds.keys) {
-      const uint64_t heads = static_cast<uint64_t>(std::min(ds.kv_heads, kv_heads(p) - head));
       const int64_t key_end = std::min(key + ds.keys, p.k.sizes[2]);
-      KernelLaunch launch{dkv, {heads, static_cast<uint64_t>(blocks_of(key_end - key, keys))},
+      KernelLaunch launch{dkv,
+          {heads * static_cast<uint64_t>(groups.parts),
+              static_cast<uint64_t>(blocks_of(key_end - key, keys))},
           static_cast<int32_t>(head), static_cast<int32_t>(key), static_cast<int32_t>(key_end)};
       plan.launches.push_back(launch);
       launch.kernel = dq;
       launch.groups = {heads * query_heads_of_one, plan.kernels[dq].groups[1]};
       plan.launches.push_back(launch);
+    }
+    if (divided) {
+      plan.launches.push_back({sums, {heads, plan.kernels[sums].groups[1]},
+          static_cast<int32_t>(head), 0, plan.params.kv_len});
     }
   }
   if (plan.params.ranges.ds_partial == 0) {

@@ -20,9 +20,9 @@ constexpr double kGroupsOfCore = 1.5, kTallGroupsOfCore = 1.1;
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
 constexpr double kLaunchColumns = 65536;
 
-// A row of dq that an earlier launch has begun is loaded and stored: two floats a column, by the
-// rate of memory so many pairs.
-constexpr double kPairsOfColumn = 0.25;
+// A float that is stored and loaded again, of a sum that another launch goes on with: by the rate
+// of memory so many pairs.
+constexpr double kPairsOfFloat = 0.25;
 
 /// The pairs of one query head and its key head that the window lets through.
 class Visible {
@@ -73,19 +73,20 @@ class Visible {
   int64_t rows_, first_, last_;  // row i sees the keys from i + first_ to i + last_
 };
 
+double cores(const Problem& p) { return static_cast<double>(std::max<int64_t>(p.gpu_cores, 1)); }
+
 /// A launch lasts as long as its work takes on all cores, or its longest threadgroup on a core that
 /// has few of them. `heaviest`: pairs of that threadgroup.
 double time_of_launch(const Problem& p, double pairs, double heaviest, double groups_of_core) {
-  const double cores = static_cast<double>(std::max<int64_t>(p.gpu_cores, 1));
-  return std::max(pairs / cores, groups_of_core * heaviest);
+  return std::max(pairs / cores(p), groups_of_core * heaviest);
 }
 
 double groups_of_core(DqTile tile) { return tile.r == 1 ? kGroupsOfCore : kTallGroupsOfCore; }
 
 /// Of so many key/value heads, with their query heads, and of keys [begin, end): dk and dv, and dq,
 /// or their part of it.
-double time_of_launches(const Problem& p, const TileRow& row, int bd, bool stored, int64_t heads,
-    int64_t begin, int64_t end) {
+double time_of_launches(const Problem& p, const TileRow& row, int bd, bool stored, int64_t parts,
+    int64_t heads, int64_t begin, int64_t end) {
   const Visible visible(p);
   const DqTile tile = stored ? row.dq_from_ds : row.dq;
   const int64_t group = query_heads(p) / kv_heads(p);
@@ -94,9 +95,9 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
   const double pairs = static_cast<double>(heads * group) * visible.pairs(begin, end);
   double for_queries = pairs;
   if (end - begin < p.k.sizes[2]) {
-    for_queries += kPairsOfColumn * bd * static_cast<double>(heads * group * p.q.sizes[2]);
+    for_queries += kPairsOfFloat * bd * static_cast<double>(heads * group * p.q.sizes[2]);
   }
-  const double of_keys = static_cast<double>(group * keys) * visible.most_rows(begin, end);
+  const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
   return kKeysWeight * time_of_launch(p, pairs, of_keys, kGroupsOfCore) +
          (stored ? kStoredWeight : kQueriesWeight) *
@@ -106,12 +107,18 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
 
 }  // namespace
 
-double time_of_backward(const Problem& p, const TileRow& row, int bd, const DsDivision& ds) {
+double time_of_backward(
+    const Problem& p, const TileRow& row, int bd, const DsDivision& ds, int64_t parts) {
   double time = 0;
+  if (parts > 1) {
+    const double sums = static_cast<double>(kv_heads(p) * parts * p.k.sizes[2] * 2 * bd);
+    time += kPairsOfFloat * sums / cores(p);
+    time += kLaunchColumns / bd * static_cast<double>(blocks_of(kv_heads(p), ds.kv_heads));
+  }
   for (int64_t begin = 0; begin < p.k.sizes[2]; begin += ds.keys) {
     const auto of_heads = [&](int64_t heads) {
       const int64_t end = std::min(begin + ds.keys, p.k.sizes[2]);
-      return time_of_launches(p, row, bd, ds.tile_elements > 0, heads, begin, end);
+      return time_of_launches(p, row, bd, ds.tile_elements > 0, parts, heads, begin, end);
     };
     time += static_cast<double>(kv_heads(p) / ds.kv_heads) * of_heads(ds.kv_heads);
     if (kv_heads(p) % ds.kv_heads > 0) time += of_heads(kv_heads(p) % ds.kv_heads);

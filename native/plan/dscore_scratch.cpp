@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "backward_cost.h"
+#include "dkv_parts.h"
 
 namespace orchard {
 namespace {
@@ -26,36 +27,42 @@ int64_t stored_keys(const Problem& p) {
 /// Of `all`, so many at once that each turn has as many, or fewer the last: at most `fitting`.
 int64_t even_turns(int64_t all, int64_t fitting) { return blocks_of(all, blocks_of(all, fitting)); }
 
-}  // namespace
-
-std::vector<DsDivision> ds_divisions(const Problem& p, int bd) {
-  const int64_t q_len = p.q.sizes[2], kv_len = p.k.sizes[2], heads = kv_heads(p);
-  const int64_t query_heads_of_one = heads > 0 ? query_heads(p) / heads : 0;
-  const int64_t rows = query_heads_of_one * 8 * blocks_of(q_len, 8);
-  const int64_t budget = p.scratch_bytes / int64_t{sizeof(float)};
-  if (bd < kDsHeadDim || rows == 0 || kv_len == 0) return {};
+/// Adds the divisions that fit into so many floats.
+void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivision>& found) {
+  const int64_t kv_len = p.k.sizes[2], heads = kv_heads(p);
+  const int64_t query_heads_of_one = query_heads(p) / heads;
+  const int64_t rows = query_heads_of_one * 8 * blocks_of(p.q.sizes[2], 8);
   const int64_t stored = stored_keys(p);
   const int64_t of_one = rows * stored;
-  std::vector<DsDivision> found;
-  if (of_one <= budget) {
-    const int64_t at_once = even_turns(heads, std::min(budget / of_one, heads));
+  if (of_one <= floats) {
+    const int64_t at_once = even_turns(heads, std::min(floats / of_one, heads));
     found.push_back({at_once, kv_len, at_once * of_one, 0, p.has_key_ranges ? stored : 0});
   }
   // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
   // whole.
-  if (p.has_key_ranges) return found;
-  const int64_t sums_of_one = query_heads_of_one * q_len * bd;
+  if (p.has_key_ranges) return;
+  const int64_t sums_of_one = query_heads_of_one * p.q.sizes[2] * bd;
   for (int64_t wanted = 1; wanted < 2 * heads; wanted *= 2) {
     const int64_t at_once = std::min(wanted, heads);
-    const int64_t fitting = (budget - at_once * sums_of_one) / (at_once * rows);
-    if (fitting < ORCHARD_KEY_CHUNK) break;
+    const int64_t fitting = (floats - at_once * sums_of_one) / (at_once * rows);
+    if (fitting < ORCHARD_KEY_CHUNK) return;
     if (fitting >= kv_len) continue;
-    const int64_t chunks = fitting / ORCHARD_KEY_CHUNK;
-    const int64_t keys =
-        ORCHARD_KEY_CHUNK * even_turns(blocks_of(kv_len, ORCHARD_KEY_CHUNK), chunks);
+    const int64_t chunks = blocks_of(kv_len, ORCHARD_KEY_CHUNK);
+    const int64_t keys = ORCHARD_KEY_CHUNK * even_turns(chunks, fitting / ORCHARD_KEY_CHUNK);
     if (blocks_of(heads, at_once) * blocks_of(kv_len, keys) > kMostTurns) continue;
     found.push_back({at_once, keys, at_once * rows * keys, at_once * sums_of_one, 0});
   }
+}
+
+}  // namespace
+
+std::vector<DsDivision> ds_divisions(const Problem& p, int bd) {
+  std::vector<DsDivision> found;
+  if (bd < kDsHeadDim || p.q.sizes[2] == 0 || p.k.sizes[2] == 0 || query_heads(p) == 0)
+    return found;
+  const int64_t floats = p.scratch_bytes / int64_t{sizeof(float)}, parts = most_part_elements(p);
+  add_divisions(p, bd, floats, found);
+  if (parts > 0 && !p.has_key_ranges) add_divisions(p, bd, floats - parts, found);
   return found;
 }
 
@@ -64,10 +71,13 @@ DsDivision divide_ds(const Problem& p, const TileRow& row, int bd) {
   const std::vector<DsDivision> divisions = ds_divisions(p, bd);
   if (divisions.empty()) return best;
   if (p.has_key_ranges) return divisions.front();  // what the rows see is not known
-  double least =
-      p.stores_ds ? std::numeric_limits<double>::infinity() : time_of_backward(p, row, bd, best);
+  const auto time_of = [&](const DsDivision& division) {
+    const int64_t parts = divide_groups(p, division, keys_of_group(row.dkv)).parts;
+    return time_of_backward(p, row, bd, division, parts);
+  };
+  double least = p.stores_ds ? std::numeric_limits<double>::infinity() : time_of(best);
   for (const DsDivision& division : divisions) {
-    const double time = time_of_backward(p, row, bd, division);
+    const double time = time_of(division);
     if (time < least) {
       best = division;
       least = time;

@@ -15,8 +15,8 @@ struct DsDivision {
   int64_t stored_keys;    // of key_ranges: keys that the buffer has for each 8 queries
 };
 
-/// The divisions that fit into Problem::scratch_bytes, the undivided whole before all others if it
-/// does; none where storing dS does not pay whatever the GPU. `bd` is the padded head dim.
+/// Divisions that fit into Problem::scratch_bytes, alone and beside the sums of a divided group
+/// (dkv_parts.h); none where storing dS does not pay on any GPU. `bd` is the padded head dim.
 std::vector<DsDivision> ds_divisions(const Problem& problem, int bd);
 
 /// The one of them that takes the least time; the undivided whole, with no buffer, where computing

@@ -65,6 +65,7 @@ KernelRole role_of(const std::string& family) {
   const auto has = [&](const char* part) { return family.find(part) != std::string::npos; };
   if (has("_mask_map")) return KernelRole::kMap;
   if (has("_delta")) return KernelRole::kRows;
+  if (has("_dkv_sums")) return KernelRole::kKeySums;
   if (has("_dkv")) return KernelRole::kKeys;
   if (has("_dmask_sum")) return KernelRole::kMaskGradientSum;
   if (has("_dmask")) return KernelRole::kMaskGradient;
@@ -114,6 +115,13 @@ Variant variant_of_sinks(const Problem& p, bool chunks) {
   return variant;
 }
 
+Variant variant_of_keys(const Problem& p, bool chunks, bool parts) {
+  Variant variant = full_variant(p, chunks);
+  variant.type += parts ? ", PartOfGroup" : "";
+  variant.suffix += parts ? "_parts" : "";
+  return variant;
+}
+
 Variant variant_of_mask_gradient(const Problem& p, bool chunks, bool parts) {
   Variant variant = full_variant(p, chunks);
   variant.type += join(", ", parts ? "float" : mask_element(p));
@@ -153,6 +161,17 @@ void add_mask_map(const Problem& p, Plan& plan) {
       " x ", blocks, " threadgroups of ", kernel.threads, " threads");
   plan.map_elements = heads * sizes[3] * sizes[4];
   plan.add(std::move(kernel));
+}
+
+KernelPlan make_key_sums(const Problem& p) {
+  const DTypeNames dtype = names(p.dtype);
+  const int64_t heads = kv_heads(p), blocks = blocks_of(p.k.sizes[2], kSimdgroups);
+  KernelPlan kernel = named_kernel("attention_backward_dkv_sums",
+      join("attention_backward_dkv_sums_", dtype.torch), join(dtype.metal, ", ", kSimdgroups),
+      {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
+  kernel.tile = join("a simdgroup for each key; ", heads, " x ", blocks, " threadgroups of ",
+      kernel.threads, " threads");
+  return kernel;
 }
 
 void add_mask_kernel(const Problem& p, const std::string& family,

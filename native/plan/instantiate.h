@@ -18,6 +18,9 @@ Variant variant_of_visibility(const Problem& problem, bool chunks);
 /// Besides that only whether there are sinks, and the units of scores where there are.
 Variant variant_of_sinks(const Problem& problem, bool chunks);
 
+/// `parts`: whether a threadgroup takes a part of a group's query heads (shaders/dkv_parts.h).
+Variant variant_of_keys(const Problem& problem, bool chunks, bool parts);
+
 /// `parts`: whether the threadgroups that share an element of the mask's gradient store floats.
 Variant variant_of_mask_gradient(const Problem& problem, bool chunks, bool parts);
 
@@ -27,6 +30,9 @@ KernelPlan make_kernel(const Problem& problem, const std::string& family, const 
 
 /// Plans the map of what the mask lets through, where there is a mask.
 void add_mask_map(const Problem& problem, Plan& plan);
+
+/// The kernel that sums up the parts of dk and dv.
+KernelPlan make_key_sums(const Problem& problem);
 
 /// Plans a kernel that knows of the problem only the mask's dtype.
 void add_mask_kernel(const Problem& problem, const std::string& family,

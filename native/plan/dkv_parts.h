@@ -1,0 +1,27 @@
+// Whether the key's side of a backward divides the query heads of a group between threadgroups
+// (shaders/dkv_parts.h): where too few threadgroups would leave the GPU idle.
+#pragma once
+
+#include "dscore_scratch.h"
+
+namespace orchard {
+
+/// As few equal parts of a group of `heads` query heads as give a launch, which has so many
+/// `threadgroups` undivided, enough of them to fill the GPU; never more than `most`, or than there
+/// are heads.
+int64_t dkv_parts(int64_t heads, int64_t threadgroups, int64_t gpu_cores, int64_t most);
+
+/// What the sums of parts may take of Problem::scratch_bytes, in floats.
+int64_t most_part_elements(const Problem& problem);
+
+/// How groups are divided, and what the sums of the parts take.
+struct GroupDivision {
+  int64_t parts;     // of a group; 1: undivided
+  int64_t elements;  // of the float buffer for their sums; 0: none
+};
+
+/// The division for launches of `ds`, with a buffer that an eighth of Problem::scratch_bytes holds,
+/// and that it holds beside dS.
+GroupDivision divide_groups(const Problem& problem, const DsDivision& ds, int keys_of_group);
+
+}  // namespace orchard
