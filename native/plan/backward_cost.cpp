@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "params.h"
+
 namespace orchard {
 namespace {
 
@@ -20,21 +22,18 @@ constexpr double kGroupsOfCore = 1.5, kTallGroupsOfCore = 1.1;
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
 constexpr double kLaunchColumns = 65536;
 
-// A float that is stored and loaded again, of a sum that another launch goes on with: by the rate
-// of memory so many pairs.
-constexpr double kPairsOfFloat = 0.25;
+// A float of a sum that another launch goes on with is stored and loaded again: in the time of
+// these 8 bytes an M1, whose cores have less bandwidth than any other's, multiplies so many
+// columns.
+constexpr double kFloatColumns = 24;
 
 /// The pairs of one query head and its key head that the window lets through.
 class Visible {
  public:
-  explicit Visible(const Problem& p) : rows_(p.q.sizes[2]) {
-    const auto width = [](int64_t window) {
-      return window < 0 ? int64_t{ORCHARD_WINDOW_OPEN}
-                        : std::min<int64_t>(window, ORCHARD_WINDOW_OPEN);
-    };
-    first_ = p.diagonal - width(p.window_left);
-    last_ = p.diagonal + width(p.window_right);
-  }
+  explicit Visible(const Problem& p)
+      : rows_(p.q.sizes[2]),
+        first_(p.diagonal - clamp_window(p.window_left)),
+        last_(p.diagonal + clamp_window(p.window_right)) {}
 
   double pairs(int64_t begin, int64_t end) const {
     return pairs_up_to(last_ - begin, end - begin) - pairs_up_to(first_ - 1 - begin, end - begin);
@@ -42,7 +41,7 @@ class Visible {
 
   /// Rows that see one of the keys: the most that any of the keys has.
   double most_rows(int64_t begin, int64_t end) const {
-    const int64_t key = std::clamp(last_, begin, end - 1);  // the first of all that row 0 sees last
+    const int64_t key = std::clamp(last_, begin, end - 1);  // rows from 0 on see its like
     return overlap(key - last_, key - first_, 0, rows_ - 1);
   }
 
@@ -73,7 +72,7 @@ class Visible {
   int64_t rows_, first_, last_;  // row i sees the keys from i + first_ to i + last_
 };
 
-double cores(const Problem& p) { return static_cast<double>(std::max<int64_t>(p.gpu_cores, 1)); }
+double cores(const Problem& p) { return static_cast<double>(p.gpu_cores); }
 
 /// A launch lasts as long as its work takes on all cores, or its longest threadgroup on a core that
 /// has few of them. `heaviest`: pairs of that threadgroup.
@@ -95,7 +94,7 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
   const double pairs = static_cast<double>(heads * group) * visible.pairs(begin, end);
   double for_queries = pairs;
   if (end - begin < p.k.sizes[2]) {
-    for_queries += kPairsOfFloat * bd * static_cast<double>(heads * group * p.q.sizes[2]);
+    for_queries += kFloatColumns * static_cast<double>(heads * group * p.q.sizes[2]);
   }
   const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
@@ -111,8 +110,8 @@ double time_of_backward(
     const Problem& p, const TileRow& row, int bd, const DsDivision& ds, int64_t parts) {
   double time = 0;
   if (parts > 1) {
-    const double sums = static_cast<double>(kv_heads(p) * parts * p.k.sizes[2] * 2 * bd);
-    time += kPairsOfFloat * sums / cores(p);
+    const double rows = static_cast<double>(kv_heads(p) * parts * p.k.sizes[2]);
+    time += 2 * kFloatColumns * rows / cores(p);  // of dk and of dv
     time += kLaunchColumns / bd * static_cast<double>(blocks_of(kv_heads(p), ds.kv_heads));
   }
   for (int64_t begin = 0; begin < p.k.sizes[2]; begin += ds.keys) {

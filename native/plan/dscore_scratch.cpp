@@ -58,8 +58,9 @@ void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivis
 
 std::vector<DsDivision> ds_divisions(const Problem& p, int bd) {
   std::vector<DsDivision> found;
-  if (bd < kDsHeadDim || p.q.sizes[2] == 0 || p.k.sizes[2] == 0 || query_heads(p) == 0)
-    return found;
+  const bool empty =
+      query_heads(p) == 0 || kv_heads(p) == 0 || p.q.sizes[2] == 0 || p.k.sizes[2] == 0;
+  if (bd < kDsHeadDim || empty) return found;
   const int64_t floats = p.scratch_bytes / int64_t{sizeof(float)}, parts = most_part_elements(p);
   add_divisions(p, bd, floats, found);
   if (parts > 0 && !p.has_key_ranges) add_divisions(p, bd, floats - parts, found);
