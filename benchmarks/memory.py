@@ -198,7 +198,7 @@ def scratch_budget(megabytes: int) -> contextlib.AbstractContextManager[None]:
 
 
 def planned_scratch(problem: Problem, length: int) -> int:
-    """Bytes that the plan wants for dS, on the simulated device with the budget of this moment."""
+    """Bytes of the plan's scratch, on the simulated device with the budget of this moment."""
     import orchard_ops
 
     q, k, v, _ = problem.operands(length, "mps")

@@ -22,8 +22,8 @@ attention_backward_dkv_sums(const device float* dkv_parts
   const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
   const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
   const int width = params.head_dim + params.v_head_dim;
-  const int64_t part = (int64_t)params.kv_len * width;  // elements
-  const device float* of_key = dkv_parts + group.x * params.dkv_parts * part + (int64_t)key * width;
+  const int part = params.kv_len * width;  // elements: those of all parts fit into int32
+  const device float* of_key = dkv_parts + group.x * params.dkv_parts * part + key * width;
   for (int col = lane; col < width; col += ORCHARD_SIMD_WIDTH) {
     float sum = 0.0f;
     for (int i = 0; i < params.dkv_parts; i++) {

@@ -196,7 +196,8 @@ class Attention:
     def _prepare(self, plan: Plan, s: Scoring, **tensors: Tensor) -> list[Launch]:
         """Every tensor is bound to every kernel, which takes those it declares.
 
-        Where several threadgroups share dmask, its kernel writes to dmask_parts, as on a Mac.
+        Where several threadgroups share dmask, its kernel writes to dmask_parts, as on a Mac, and
+        where they share a group of query heads, dk and dv are bound as bind_key_gradients does.
         """
         for name in ("mask", "alibi_slopes", "sinks", "key_ranges"):
             if getattr(s, name) is not None:
@@ -207,6 +208,8 @@ class Attention:
                 tensors[name] = torch.full(
                     (elements,), -7, dtype=torch.int32, device=tensors["q"].device
                 )
+        if plan.dkv_part_elements:
+            tensors["dkv_parts"] = parts_of_sums(plan.dkv_part_elements, tensors["q"])
         if self.disturb is not None:
             self.disturb(plan.params)
         buffers = {self._index[name]: tensor for name, tensor in tensors.items()}
@@ -216,11 +219,21 @@ class Attention:
             in_parts = ("attention_backward_dmask", "attention_backward_dmask_from_ds")
             if x.family in in_parts and "dmask_parts" in tensors:
                 own[self._index["dmask"]] = tensors["dmask_parts"]
+            if x.family in KEYS_SIDE and "dkv_parts" in tensors:
+                own[self._index["dk"]] = own[self._index["dv"]] = tensors["dkv_parts"]
             params = Params.from_buffer_copy(plan.params)
             x.set(params)
             of_params = (self._index["params"], params)
             launches.append(self._kernels.prepare(x.name, x.groups, (x.threads,), own, of_params))
         return launches
+
+
+KEYS_SIDE = ("attention_backward_dkv", "attention_backward_dkv_pairs")
+
+
+def parts_of_sums(elements: int, like: Tensor) -> Tensor:
+    """The buffer for parts of dk and dv."""
+    return torch.full((elements,), torch.nan, device=like.device)
 
 
 def _set_seed(params: Params, seed: int) -> None:

@@ -269,6 +269,10 @@ def options() -> Iterator[Case]:
         yield base.but(scale=0.5, kv_len=9000)  # largest scores rise for long, little by little
         yield base.but(q_len=1, num_heads=32, num_kv_heads=8, head_dim=128, kv_len=5000)
         yield base.but(kv_len=1)
+        # A group's query heads are divided: 3 parts, 8 of 3 heads, 8 of 2.
+        yield base.but(kv_len=300, scratch_bytes=14 << 20, dropout_p=0.1)
+        yield base.but(kv_len=37, batch=1, num_heads=24, num_kv_heads=1, head_dim=128)
+        yield base.but(kv_len=70, num_heads=16, num_kv_heads=1, head_dim=248, has_dlse=True)
         yield base.but(q_len=3, kv_len=2, head_dim=1)
         yield base.but(q_len=4099, kv_len=4097, head_dim=256, batch=1, num_heads=2, num_kv_heads=1)
         yield base.but(scratch_bytes=0, window_right=0, has_dlse=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from .. import planner
 from .paths import RESULTS
-from .peers.problems import Problem
-from .plans import GPU_CORES
+from .peers.problems import MULTIPROCESSORS, Problem
 from .products_report import LOSS, times
 
 
@@ -67,7 +66,7 @@ def comparisons(records: list[dict], library: Path) -> Iterator[Comparison]:
             at_once = (outcome["kv_heads_at_once"], outcome["keys_at_once"])
             return plans.time_of_backward(
                 layouts, number, outcome["products"] == 5, at_once, outcome["dkv_parts"],  # noqa: B023
-                gpu_cores=GPU_CORES, **windows,  # noqa: B023
+                gpu_cores=MULTIPROCESSORS, **windows,  # noqa: B023
             )  # fmt: skip
 
         for budget, outcome in outcomes.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.planner import Plan
 
-from .attention import Guarded, lse_of
+from .attention import KEYS_SIDE, Guarded, lse_of, parts_of_sums
 from .driver import Kernels, Launch
 from .flex_plans import FlexParams, FlexPlanner, Mods
 
@@ -131,6 +131,9 @@ class FlexAttention:
             )
         short = {"q": "query", "k": "key", "v": "value"}
         index = self._planner.buffers
+        parts: Tensor | None = None
+        if plan.dkv_part_elements:
+            parts = parts_of_sums(plan.dkv_part_elements, call.q)
         buffers = {index[short.get(name, name)]: x for name, x in tensors.items()}
         has_mods = mods.has_map or bool(mods.score)
         launches = []
@@ -140,12 +143,15 @@ class FlexAttention:
             launch.set(params.attention)
             if self.disturb is not None:
                 self.disturb(params)
+            own = dict(buffers)
+            if parts is not None and kernel.family.removesuffix("_flex") in KEYS_SIDE:
+                own[index["dk"]] = own[index["dv"]] = parts
+            elif parts is not None and kernel.family == "attention_backward_dkv_sums":
+                own[index["dkv_parts"]] = parts  # a number that captures have in other kernels
             # Ordinary kernels read the first of the fields.
             of_params = (index["params"], params if has_mods else params.attention)
             launches.append(
-                self._kernels.prepare(
-                    kernel.name, launch.groups, (kernel.threads,), dict(buffers), of_params
-                )
+                self._kernels.prepare(kernel.name, launch.groups, (kernel.threads,), own, of_params)
             )
         return launches
 

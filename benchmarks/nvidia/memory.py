@@ -59,7 +59,7 @@ def our_step(attention: Attention, budget_mb: int) -> memory.Step:
 def planned_bytes(
     planner: Planner, problem: Problem, length: int, budget_mb: int
 ) -> tuple[int, int]:
-    """The bytes of the scratch for dS, and of the parameters of all launches.
+    """The bytes of the scratch, and of the parameters of all launches.
 
     The parameters are tensors here, which they are not on a Mac.
     """
@@ -68,7 +68,8 @@ def planned_bytes(
     forward = planner.forward(q, k, v, q, scoring)
     backward = planner.backward(q, k, v, q, dout, scoring)
     launches = len(forward.kernels) + len(backward.kernels)
-    return backward.ds_elements * torch.float32.itemsize, launches * ctypes.sizeof(Params)
+    scratch = backward.ds_elements + backward.dkv_part_elements
+    return scratch * torch.float32.itemsize, launches * ctypes.sizeof(Params)
 
 
 def _stat(name: str) -> int:

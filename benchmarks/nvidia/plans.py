@@ -15,8 +15,6 @@ from benchmarks import planner
 from benchmarks.planner import Params
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-GPU_CORES = 132
-"""Streaming multiprocessors of an H100 or H200, for which all plans of these programs are made."""
 
 
 ScoreFunctions = Callable[[Tensor, int, int], tuple[Tensor, Tensor | None]]
@@ -35,6 +33,7 @@ class Scoring:
     diagonal: int = 0
     scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
     stores_ds: bool = False  # wherever a buffer for it fits, also where that should take longer
+    gpu_cores: int = 8
     tiles: str = ""  # instead of the plan's: "family=tile,..."
     softcap: float = 0.0
     mask_grad: bool = False
@@ -54,9 +53,9 @@ class Scoring:
         """What orchard::Problem has of it."""
         numbers = ("scale", "dropout_p", "window_left", "window_right", "diagonal")
         found: dict[str, Any] = {name: getattr(self, name) for name in numbers}
-        found |= {name: getattr(self, name) for name in ("scratch_bytes", "tiles", "softcap")}
+        found |= {name: getattr(self, name) for name in ("scratch_bytes", "gpu_cores")}
+        found |= {name: getattr(self, name) for name in ("stores_ds", "tiles", "softcap")}
         found |= {"mask_grad": self.mask_grad, "has_sinks": self.sinks is not None}
-        found |= {"gpu_cores": GPU_CORES, "stores_ds": self.stores_ds}
         if self.alibi_slopes is not None:
             batch, head = self.alibi_slopes.stride()
             found |= {"has_alibi": True, "alibi_batch": batch, "alibi_head": head}
@@ -101,6 +100,7 @@ class Plan:
     map_elements: int = 0
     dmask_part_elements: int = 0
     hull_elements: int = 0
+    dkv_part_elements: int = 0
 
 
 class Planner:
@@ -148,6 +148,7 @@ class Planner:
             plan.map_elements,
             plan.dmask_part_elements,
             plan.hull_elements,
+            plan.dkv_part_elements,
         )
 
 

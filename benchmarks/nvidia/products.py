@@ -108,7 +108,8 @@ class Bench:
         found = {}
         for budget, plan in case.plans.items():
             found[budget] = Outcome(
-                len(plan.kernels), 5 if plan.ds_elements else 7, 4 * plan.ds_elements,
+                len(plan.kernels), 5 if plan.ds_elements else 7, 
+                4 * (plan.ds_elements + plan.dkv_part_elements),
                 *products_cases.at_once(case.problem, plan), plan.params.dkv_parts,
                 case.same_as(budget),
             )  # fmt: skip

@@ -158,6 +158,7 @@ void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
 
 const AttentionParams* bridge_params(const Answer* answer) { return &answer->plan.params; }
 int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elements; }
+int64_t bridge_dkv_part_elements(const Answer* answer) { return answer->plan.dkv_part_elements; }
 int64_t bridge_dmask_part_elements(const Answer* answer) {
   return answer->plan.dmask_part_elements;
 }

@@ -13,23 +13,25 @@ constexpr int64_t kGroupsOfCore = 8;
 // would cost more than a tenth of the products.
 constexpr int64_t kPartQueries = 256;
 
-// The sums take no more than this part of what a backward may take for dS and for them.
+// The sums take no more than this part of what a backward may take for dS and for them, and so few
+// bytes that the kernels count elements in int32.
 constexpr int64_t kShareOfScratch = 8;
+constexpr int64_t kMostBytes = int64_t{1} << 30;
 
 }  // namespace
 
 int64_t dkv_parts(int64_t heads, int64_t threadgroups, int64_t gpu_cores, int64_t most) {
   int64_t parts = 1;
-  for (int64_t n = 2; n <= std::min(heads, most); n++) {
-    if (parts * threadgroups >= kGroupsOfCore * gpu_cores) break;
-    if (heads % n == 0) parts = n;
+  for (int64_t n = 2; n <= heads; n++) {
+    const bool idle = parts * threadgroups < kGroupsOfCore * gpu_cores;
+    if (idle && heads % n == 0 && n <= most) parts = n;
   }
   return parts;
 }
 
 int64_t most_part_elements(const Problem& p) {
-  return query_heads(p) > kv_heads(p) ? p.scratch_bytes / int64_t{sizeof(float)} / kShareOfScratch
-                                      : 0;
+  if (query_heads(p) <= kv_heads(p)) return 0;
+  return std::min(p.scratch_bytes / kShareOfScratch, kMostBytes) / int64_t{sizeof(float)};
 }
 
 GroupDivision divide_groups(const Problem& p, const DsDivision& ds, int keys_of_group) {

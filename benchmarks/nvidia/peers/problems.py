@@ -13,6 +13,8 @@ from ..workloads import DTYPES
 
 DEFAULT_SCRATCH = 256 << 20
 """What a backward of ours may take for dS unless the user says otherwise."""
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200, which plans take for the cores of the GPU."""
 BOTH_WAYS = (64, 128)
 """The head dims whose backward is timed."""
 
@@ -59,6 +61,7 @@ class Problem:
             window_left=self.window - 1 if self.window else -1,
             window_right=0 if self.causal or self.window else -1,
             scratch_bytes=scratch_bytes,
+            gpu_cores=MULTIPROCESSORS,
             stores_ds=stores_ds,
         )
 

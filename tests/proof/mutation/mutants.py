@@ -15,15 +15,17 @@ from .sites import Code
 
 FILES = (
     *(f"shaders/{name}.h" for name in (
-        "backward_delta", "backward_dkv", "backward_dkv_pairs", "backward_dmask",
+        "backward_delta", "backward_dkv", "backward_dkv_pairs", "backward_dkv_sums",
+        "backward_dmask",
         "backward_dmask_from_ds", "backward_dmask_rows", "backward_dmask_sum",
         "backward_dmask_sum_keys", "backward_dq", "backward_dq_from_ds", "backward_dsinks",
-        "dropout", "dscore", "forward", "key_sums", "keys", "loader", "long_sum", "mask_gradient",
-        "mask_map", "mask_sharers", "masks", "params", "philox", "ranges", "scores", "softmax",
-        "staging", "sum_parts", "tile",
+        "dkv_parts", "dropout", "dscore", "forward", "key_sums", "keys", "loader", "long_sum",
+        "mask_gradient", "mask_map", "mask_sharers", "masks", "params", "philox", "ranges",
+        "scores", "softmax", "staging", "sum_parts", "tile",
     )),
     *(f"native/plan/{name}.cpp" for name in (
-        "backward", "dscore_scratch", "forward", "instantiate", "params", "refusals", "tiles",
+        "backward", "dkv_parts", "dscore_scratch", "forward", "instantiate", "params", "refusals",
+        "tiles",
     )),
 )  # fmt: skip
 CACHE_FILES = (

@@ -14,6 +14,7 @@ from . import (
     backward,
     cache_parts,
     caches,
+    divided_groups,
     far_masks,
     few_queries,
     flex,
@@ -95,6 +96,7 @@ def killers() -> tuple[
         *(k for k in problems() if not k.check),
         *forward.properties(),
         *backward.properties(),
+        *divided_groups.properties(),
         *positions.properties(),
         *mask_sums.properties(),
         *far_masks.properties(),
@@ -103,6 +105,7 @@ def killers() -> tuple[
         *(k for k in problems() if k.check),
         *forward.checked(),
         *backward.checked(),
+        *divided_groups.checked(),
         *mask_sums.checked(),
         *scores.checked(),
     )

@@ -152,10 +152,7 @@ class Attention:
         kernel, params = self._plan(sources, x)
         library = compile_kernel(sources, self.family, kernel, self.check)
         note("compiled")
-        delta = given.delta
-        if self.family in (DQ, *KEYS_SIDE):
-            delta = delta + self._rounding_of_delta(given)
-        delta = Guarded.like(delta.float()[None], "dense")
+        delta = self._delta(given)
         rows = (1, *given.delta.shape)
         key, value, dout = ({name: x[name]} for name in ("key", "value", "dout"))
         if self.family == FORWARD:
@@ -213,6 +210,12 @@ class Attention:
         else:
             assert counters.threadgroup_memory == self._staged(kernel), "threadgroup memory"
 
+    def _delta(self, given: Reference) -> Guarded:
+        delta = given.delta
+        if self.family in (DQ, *KEYS_SIDE):
+            delta = delta + self._rounding_of_delta(given)
+        return Guarded.like(delta.float()[None], "dense")
+
     def _rounding_of_delta(self, given: Reference) -> Tensor:
         """As the weights are the forward's, so is the output that delta is made of."""
         out = forward_results(self.case, self.shifts)[0].double()
@@ -255,6 +258,20 @@ class Attention:
         return placed
 
     def _plan(self, sources: Sources, x: dict[str, Guarded]) -> tuple[dict, Params]:
+        plan, params = self._whole_plan(
+            sources, x, scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40
+        )
+        kernel = kernel_of(plan, self.family, self.case.kv_len)
+        if self.tile:
+            self._retile(kernel)
+        if self.kv_heads:
+            heads = self._query_heads() if self.family == DQ_FROM_DS else slice(*self.kv_heads)
+            kernel["groups"][0] = heads.stop - heads.start
+        return kernel, params
+
+    def _whole_plan(
+        self, sources: Sources, x: dict[str, Guarded], **fields: int
+    ) -> tuple[dict, Params]:
         case = self.case
         scale = case.head_dim**-0.5 if case.scale is None else case.scale
         short = {"q": "query", "k": "key", "v": "value", "out": "out", "dout": "dout"}
@@ -263,18 +280,11 @@ class Attention:
                 {name: place(x[full]) for name, full in short.items()},
                 DTYPE_NUMBERS[case.dtype], self.family != FORWARD, dropout_p=case.dropout_p,
                 scale=scale, window_left=case.window_left, window_right=case.window_right,
-                diagonal=case.diagonal,
-                scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40,
+                diagonal=case.diagonal, **fields,
             )
         )  # fmt: skip
         assert not plan["refusal"], plan["refusal"]
-        kernel = kernel_of(plan, self.family, case.kv_len)
-        if self.tile:
-            self._retile(kernel)
-        if self.kv_heads:
-            heads = self._query_heads() if self.family == DQ_FROM_DS else slice(*self.kv_heads)
-            kernel["groups"][0] = heads.stop - heads.start
-        return kernel, params
+        return plan, params
 
     def _retile(self, kernel: dict) -> None:
         arguments = template_arguments(kernel)

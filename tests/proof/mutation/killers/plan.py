@@ -144,6 +144,7 @@ def plan_of_every_width(sources: Sources) -> None:
                 "kernels": kernels,
                 "scratch_bytes": stored,
                 "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
+                "dkv_part_elements": 0,
                 "launches": [
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
                 ],
@@ -440,6 +441,7 @@ def plan_of_refusals(sources: Sources) -> None:
             assert plan == {
                 "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
                 "launches": [], "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
+                "dkv_part_elements": 0,
             }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),

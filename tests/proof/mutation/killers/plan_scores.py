@@ -32,8 +32,8 @@ from .properties import Property
 
 _METAL = {"float16": "half", "bfloat16": "bfloat", "float32": "float", "bool": "uchar"}
 _ROLES = {
-    MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 3, DQ: 3, DQ_FROM_DS: 3, DMASK: 4,
-    DMASK_FROM_DS: 4, DMASK_ROWS: 4, DMASK_SUM: 5, DMASK_SUM_KEYS: 5, DSINKS: 6,
+    MASK_MAP: 0, DELTA: 1, DKV: 2, DKV_PAIRS: 2, FORWARD: 4, DQ: 4, DQ_FROM_DS: 4, DMASK: 5,
+    DMASK_FROM_DS: 5, DMASK_ROWS: 5, DMASK_SUM: 6, DMASK_SUM_KEYS: 6, DSINKS: 7,
 }  # fmt: skip
 _FULL = (1, 2, 4, 40, 70)  # (outer, inner, Hq, L, S) of _layouts
 
@@ -259,7 +259,7 @@ def plan_of_mask_gradients(sources: Sources) -> None:
         assert not plan["refusal"], plan["refusal"]
         for kernel in plan["kernels"]:
             assert kernel["role"] == _ROLES[kernel["family"]], kernel["family"]
-        kernels = [kernel for kernel in plan["kernels"] if kernel["role"] in (4, 5)]
+        kernels = [kernel for kernel in plan["kernels"] if kernel["role"] in (5, 6)]
         for kernel in kernels:
             element, family = names[dtype], kernel["family"]
             listed = bool(fields.get("has_key_ranges"))
