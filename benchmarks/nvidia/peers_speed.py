@@ -197,7 +197,12 @@ class Bench:
             for mode in self.modes([kernel.name for kernel in kernels]):
                 attention = self.attention[self.archive(mode)]
                 make = functools.partial(
-                    contenders.ours_backward, attention, x, mode, x.problem.scoring(scratch_bytes), name
+                    contenders.ours_backward,
+                    attention,
+                    x,
+                    mode,
+                    x.problem.scoring(scratch_bytes),
+                    name,
                 )
                 self._add(found, record, gates, make, name, mode, True)
         return found

@@ -29,7 +29,9 @@ class Case:
     @property
     def distinct(self) -> dict[str, Plan]:
         """Without the budgets under which the launches are those of another one before."""
-        return {budget: plan for budget, plan in self.plans.items() if self.same_as(budget) == budget}
+        return {
+            budget: plan for budget, plan in self.plans.items() if self.same_as(budget) == budget
+        }
 
     def same_as(self, budget: str) -> str:
         """The first budget that has the same launches: itself, or one before."""

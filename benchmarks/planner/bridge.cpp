@@ -70,6 +70,19 @@ double bridge_time_of_backward(const Problem* problem, int32_t stored, int64_t h
       *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, 0}, parts);
 }
 
+/// The divisions of dS that fit, five numbers each as DsDivision has them: writes as many as fit,
+/// and returns how many there are.
+uint64_t bridge_ds_divisions(const Problem* problem, int64_t* numbers, uint64_t capacity) {
+  const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
+  const auto all = orchard::ds_divisions(*problem, bd);
+  for (size_t i = 0; i < std::min<size_t>(capacity, all.size()); i++) {
+    const orchard::DsDivision& x = all[i];
+    for (int64_t number : {x.kv_heads, x.keys, x.tile_elements, x.sum_elements, x.stored_keys})
+      *numbers++ = number;
+  }
+  return all.size();
+}
+
 /// `numbers` are paged, pages, page_size, entries, added, table_row, has_lengths, has_starts,
 /// has_entries.
 Answer* bridge_plan_decode(const Problem* problem, const int64_t* numbers, const Layout* out) {

@@ -36,7 +36,9 @@ class Visible {
         last_(p.diagonal + clamp_window(p.window_right)) {}
 
   double pairs(int64_t begin, int64_t end) const {
-    return pairs_up_to(last_ - begin, end - begin) - pairs_up_to(first_ - 1 - begin, end - begin);
+    const int64_t keys = end - begin;
+    return static_cast<double>(
+        pairs_up_to(last_ - begin, keys) - pairs_up_to(first_ - 1 - begin, keys));
   }
 
   /// Rows that see one of the keys: the most that any of the keys has.
@@ -58,13 +60,10 @@ class Visible {
   }
 
   /// 1 + 2 + ... + n; none if n is negative.
-  static double triangle(int64_t n) {
-    const double x = static_cast<double>(std::max<int64_t>(n, 0));
-    return x * (x + 1) / 2;
-  }
+  static int64_t triangle(int64_t n) { return n < 0 ? 0 : n * (n + 1) / 2; }
 
   /// Pairs of all rows and so many keys in which the key is at most so far ahead of the row.
-  double pairs_up_to(int64_t ahead, int64_t keys) const {
+  int64_t pairs_up_to(int64_t ahead, int64_t keys) const {
     return triangle(rows_ + ahead) - triangle(ahead) - triangle(rows_ + ahead - keys) +
            triangle(ahead - keys);
   }

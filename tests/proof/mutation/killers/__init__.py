@@ -24,6 +24,7 @@ from . import (
     plan,
     plan_scores,
     positions,
+    products,
     scores,
 )  # fmt: skip
 from .attention import Attention, forward_results, reference
@@ -93,6 +94,7 @@ def killers() -> tuple[
     return (
         *plan.properties(),
         *plan_scores.properties(),
+        *products.properties(),
         *(k for k in problems() if not k.check),
         *forward.properties(),
         *backward.properties(),
