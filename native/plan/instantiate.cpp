@@ -88,6 +88,15 @@ KernelPlan named_kernel(const std::string& family, const std::string& name,
   return kernel;
 }
 
+/// A kernel that knows of the problem only a dtype.
+KernelPlan kernel_of_type(
+    const std::string& family, const DTypeNames& dtype, const std::array<uint64_t, 2>& groups) {
+  KernelPlan kernel = named_kernel(
+      family, join(family, "_", dtype.torch), join(dtype.metal, ", ", kSimdgroups), groups);
+  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
+  return kernel;
+}
+
 }  // namespace
 
 Variant full_variant(const Problem& p, bool chunks) {
@@ -164,22 +173,14 @@ void add_mask_map(const Problem& p, Plan& plan) {
 }
 
 KernelPlan make_key_sums(const Problem& p) {
-  const DTypeNames dtype = names(p.dtype);
-  const int64_t heads = kv_heads(p), blocks = blocks_of(p.k.sizes[2], kSimdgroups);
-  KernelPlan kernel = named_kernel("attention_backward_dkv_sums",
-      join("attention_backward_dkv_sums_", dtype.torch), join(dtype.metal, ", ", kSimdgroups),
-      {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
-  kernel.tile = join("a simdgroup for each key; ", heads, " x ", blocks, " threadgroups of ",
-      kernel.threads, " threads");
-  return kernel;
+  return kernel_of_type("attention_backward_dkv_sums", names(p.dtype),
+      {static_cast<uint64_t>(kv_heads(p)),
+          static_cast<uint64_t>(blocks_of(p.k.sizes[2], kSimdgroups))});
 }
 
 void add_mask_kernel(const Problem& p, const std::string& family,
     const std::array<uint64_t, 2>& groups, Plan& plan) {
-  KernelPlan kernel = named_kernel(family, join(family, "_", names(p.mask_dtype).torch),
-      join(mask_element(p), ", ", kSimdgroups), groups);
-  kernel.tile = join(groups[0], " x ", groups[1], " threadgroups of ", kernel.threads, " threads");
-  plan.add(std::move(kernel));
+  plan.add(kernel_of_type(family, names(p.mask_dtype), groups));
 }
 
 void add_mask_gradient_from_ds(

@@ -1,10 +1,57 @@
-from attention_cases import Case, check_case
-import pytest, torch
-pytestmark = pytest.mark.usefixtures("checked")
-@pytest.mark.parametrize("d", (64,128))
-def test_x(d, recording):
-    case = Case(256, 40, d, batch=2, num_heads=8, num_kv_heads=2, dtype=torch.float16)
+"""Few key/value heads: the key's side of the backward divides a group's query heads between
+threadgroups, and adds up their sums (shaders/dkv_parts.h)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case, check_case, run
+
+from orchard_ops import explain
+
+CASES = {  # the parts of a group, and how many heads each has
+    "causal": Case(128, 40, 64, batch=2, num_heads=8, num_kv_heads=2, dtype=torch.float16,
+                   window_right=0, diagonal=-50),
+    "dropout, windows, pairs": Case(90, 24, 128, num_heads=12, num_kv_heads=2, dropout_p=0.2,
+                                    dtype=torch.bfloat16, window_left=40, window_right=5),
+    "narrow values, D 256": Case(129, 20, 256, num_heads=4, num_kv_heads=1, value_dim=200,
+                                 dtype=torch.float32),
+    "softcap, documents": Case(64, 64, 30, num_heads=16, num_kv_heads=1, dtype=torch.float32,
+                               softcap=2.0, ranges="documents", window_right=0),
+    "bias, alibi, sinks": Case(256, 36, 40, num_heads=4, num_kv_heads=2, dtype=torch.float16,
+                               mask="float32", alibi="head", sinks=True),
+    "bias of keys": Case(130, 33, 64, batch=2, num_heads=4, num_kv_heads=1, dtype=torch.float16,
+                         mask="same", mask_full=(True, True, False, True)),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("name", CASES)
+def test_results_obey_the_rule(name: str, recording):
     with recording() as launches:
-        check_case(case)
-    for x in launches: print(x.kernel, x)
-    assert 0
+        check_case(CASES[name])
+    if launches is None:
+        return
+    kernels = [launch.kernel for launch in launches]
+    assert sum("_dkv_" in kernel and kernel.endswith("_parts") for kernel in kernels) == 1
+    assert sum("_dkv_sums_" in kernel for kernel in kernels) == 1
+
+
+def test_twice_the_same_bits():
+    case = CASES["dropout, windows, pairs"]
+    operands = [x.to("mps") for x in case.operands()]
+    first, second = run(case, *operands), run(case, *operands)
+    assert all(map(torch.equal, first, second))
+
+
+def test_parts_are_scratch(recording, monkeypatch: pytest.MonkeyPatch):
+    """4 parts of 4 heads, whose sums take 64 x (64 + 64) floats each, beside dS; none in the
+    low-memory mode."""
+    case = Case(64, 64, 64, num_heads=16, num_kv_heads=1, dtype=torch.float16)
+    q, k, v, _ = (x.to("mps").requires_grad_() for x in case.operands())
+    found = explain(q, k, v, enable_gqa=True)
+    assert found.scratch_bytes == 4 * 4 * 64 * 128 + 4 * 16 * 64 * 64
+    assert any("dkv_sums" in kernel for kernel in found.kernels)
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
+    low = explain(q, k, v, enable_gqa=True)
+    assert low.scratch_bytes == 0 and "_parts" not in "".join(low.kernels)

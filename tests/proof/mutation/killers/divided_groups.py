@@ -216,7 +216,7 @@ def plan_of_divided_launches(sources: Sources) -> None:
                 "family": DKV_SUMS, "name": f"{DKV_SUMS}_{dtype}", "role": 3,
                 "instantiation": f'template [[host_name("{DKV_SUMS}_{dtype}")]] [[kernel]] '
                                  f"decltype({call}) {call};\n",
-                "tile": "a simdgroup for each key; 4 x 18 threadgroups of 128 threads",
+                "tile": "4 x 18 threadgroups of 128 threads",
                 "tile_name": "", "groups": [4, 18], "threads": 128,
             }, sums  # fmt: skip
             of_dq = dq["groups"][1]
