@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.nvidia.products`` needs torch with CUDA and what ``build --products`` made.
 The plan decides by what it may take for dS and by an estimate of the time: five products, in one
-launch or divided over heads and keys, or seven. Its choice, five products under the same budgets,
-and seven take turns: whole backwards of ours alone, at equal rate. It writes one JSON file and a Markdown table; the exit status is 1 if anything
-failed. With ``--docs`` it needs no GPU, and puts a table into docs/performance-tables.md.
+launch or divided over heads and keys, or seven. Its choice, five products under the same budgets
+and seven take turns: whole backwards of ours alone, at equal rate. It writes one JSON file and a
+Markdown table; the exit status is 1 if anything failed. With ``--docs`` it needs no GPU, and puts a
+table into docs/performance-tables.md.
 """
 
 from __future__ import annotations

@@ -224,21 +224,19 @@ def plan_of_divided_launches(sources: Sources) -> None:
                 [1, 4, blocks, 0, 0, 70], [2, 4, of_dq, 0, 0, 70], [3, 2, 18, 0, 0, 70],
                 [1, 4, blocks, 2, 0, 70], [2, 4, of_dq, 2, 0, 70], [3, 2, 18, 2, 0, 70],
             ]  # fmt: skip
-    # Keys in turns: the sums of the parts are added up behind the last ones.
-    end, budget = 4072, 8 * 4096 * 3136
+    # Keys of one head in turns: the sums of its parts are added up behind the last ones.
+    keys, end, budget = 2048, 4072, 8 * 4096 * 3136
     plan, params = _plan(sources, budget, 64, h=4, hk=2, l=4096, s=end, d=64)
-    of_dq, keys = plan["kernels"][2]["groups"][1], plan["launches"][1][5]
-    assert params.dkv_parts == 2 and params.dq_sums == 4 * 4096 * keys and 2 * keys < end
+    assert params.dkv_parts == 2 and params.dq_sums == 2 * 4096 * keys
+    of_dq = plan["kernels"][2]["groups"][1]
     assert plan["launches"][1:] == [
-        *(
-            launch
-            for begin in range(0, end, keys)
-            for launch in (
-                [1, 4, -(-(min(begin + keys, end) - begin) // 32), 0, begin, min(begin + keys, end)],
-                [2, 4, of_dq, 0, begin, min(begin + keys, end)],
-            )
-        ),
-        [3, 2, end // 4, 0, 0, end],
+        launch
+        for head in (0, 1)
+        for launch in (
+            [1, 2, 64, head, 0, keys], [2, 2, of_dq, head, 0, keys],
+            [1, 2, 64, head, keys, end], [2, 2, of_dq, head, keys, end],
+            [3, 1, end // 4, head, 0, end],
+        )
     ]  # fmt: skip
     whole, _ = _plan(sources, budget, 1, h=4, hk=2, l=4096, s=end, d=64)
     assert [kernel["family"] for kernel in whole["kernels"][1:]] == [DKV, DQ_FROM_DS]

@@ -24,7 +24,7 @@ class Call(NamedTuple):
     b: int = 1
     h: int = 4
     hk: int = 2
-    l: int = 100  # noqa: E741
+    l: int = 100
     s: int = 130
     d: int = 64
     dtype: int = 0
@@ -158,7 +158,7 @@ def _parts_of(call: Call, division: tuple[int, ...]) -> int:
 def _calls() -> Iterator[Call]:
     for cores, scratch in itertools.product((8, 32, 132), (0, 1, 100, 256, 320, 1024, 4096)):
         at = {"cores": cores, "scratch": scratch << 20}
-        for l, hk, d in itertools.product((512, 4096, 16384), (16, 4, 1), (64, 128)):  # noqa: E741
+        for l, hk, d in itertools.product((512, 4096, 16384), (16, 4, 1), (64, 128)):
             yield Call(h=16, hk=hk, l=l, s=l, d=d, right=0, **at)
         yield Call(b=3, h=10, hk=5, l=4001, s=7009, **at)
         yield Call(b=8, h=16, hk=16, l=2048, s=2048, left=255, right=0, **at)
