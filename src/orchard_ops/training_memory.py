@@ -26,8 +26,10 @@ _FLOAT32 = 4
 _FAR = 1 << 30
 """No length is as large."""
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-_STORING_HEAD_DIM = 64
-"""From this head_dim on a backward stores dS."""
+_NOT_STORING_HEAD_DIM = 48
+"""Up to this head_dim no backward stores dS."""
+_SHARE_OF_PARTS = 8
+"""Of the scratch, what parts of dk and dv may take (native/plan/dkv_parts.cpp)."""
 
 
 def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
@@ -111,13 +113,15 @@ class AttentionLayer:
         }
 
     def most_scratch(self, length: int, budget_mb: int) -> int:
-        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, as far as
-        the budget allows."""
-        if self.head_dim < _STORING_HEAD_DIM:
-            return 0
-        whole = -(-length // 8) * 8
-        scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
-        return min(scores, budget_mb << 20)
+        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and parts
+        of dk and dv for each query head of a group, as far as the budget allows."""
+        budget, scores, parts = budget_mb << 20, 0, 0
+        if self.head_dim > _NOT_STORING_HEAD_DIM:
+            whole = -(-length // 8) * 8
+            scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
+        if self._grouped:
+            parts = min(2 * self._of_query(length, _FLOAT32), budget // _SHARE_OF_PARTS)
+        return min(scores + parts, budget)
 
     # ---- PyTorch's ------------------------------------------------------------------------------
 
