@@ -6,7 +6,7 @@ is held. Each term below is one tensor; tests/attention/test_training_memory.py 
 with what the allocator of the simulated device gives out, byte for byte.
 
 * Ours: `native/attention.cpp` allocates out and row_stats in the forward; delta, dq, dk, dv and the
-  scratch for dS in the backward.
+  scratch in the backward.
 * PyTorch's: `F.scaled_dot_product_attention` runs its math path on mps where an input requires grad
   (`_scaled_dot_product_attention_math`, aten/src/ATen/native/transformers/attention.cpp in torch
   2.13). It computes in float32, scales copies of query and key, repeats key and value for grouped
@@ -28,8 +28,7 @@ _FAR = 1 << 30
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 _NOT_STORING_HEAD_DIM = 48
 """Up to this head_dim no backward stores dS."""
-_SHARE_OF_PARTS = 8
-"""Of the scratch, what parts of dk and dv may take (native/plan/dkv_parts.cpp)."""
+_PART_QUERIES = 256
 
 
 def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
@@ -113,15 +112,22 @@ class AttentionLayer:
         }
 
     def most_scratch(self, length: int, budget_mb: int) -> int:
-        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and parts
-        of dk and dv for each query head of a group, as far as the budget allows."""
-        budget, scores, parts = budget_mb << 20, 0, 0
+        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and sums
+        of dk and dv, as far as an eighth of the budget allows; together no more than the budget."""
+        budget, scores = budget_mb << 20, 0
         if self.head_dim > _NOT_STORING_HEAD_DIM:
             whole = -(-length // 8) * 8
             scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
-        if self._grouped:
-            parts = min(2 * self._of_query(length, _FLOAT32), budget // _SHARE_OF_PARTS)
-        return min(scores + parts, budget)
+        return min(scores + min(self._most_sums(length), budget // 8), budget)
+
+    def _most_sums(self, length: int) -> int:
+        """Sums of dk and dv in float32 for each part of a group of query heads, where these are
+        divided (native/plan/dkv_parts.h): equal parts of at least so many queries."""
+        group = self.num_heads // self.num_kv_heads
+        most = group * length // _PART_QUERIES
+        parts = max((n for n in range(2, group + 1) if group % n == 0 and n <= most), default=0)
+        keys = self.batch * self.num_kv_heads * length
+        return parts * keys * 2 * self.head_dim * _FLOAT32
 
     # ---- PyTorch's ------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def plan_of_parts(sources: Sources) -> None:
         assert plan["dkv_part_elements"] * 4 == (parts * of_one if parts > 1 else 0)
     for parts, s in ((2, 1 << 22), (1, (1 << 22) + 1)):  # 1 GiB
         assert _plan(sources, 1 << 60, _MANY, s=s)[1].dkv_parts == parts
-    assert _plan(sources, 1 << 60, _MANY, s=1 << 28, hk=4)[1].dkv_parts == 1  # 2^37 bytes of a part
+    assert _plan(sources, 1 << 60, _MANY, s=(1 << 27) + 1)[1].dkv_parts == 1  # 2^34 bytes of a part
     # Many queries, many cores, many threadgroups
     assert _plan(sources, 1 << 40, 1 << 40, l=1 << 28, h=24)[1].dkv_parts == 24
     assert _plan(sources, 1 << 40, 1 << 29, b=1 << 12, s=1 << 10, h=2, d=1)[1].dkv_parts == 2
