@@ -213,11 +213,9 @@ def check_ours(
     `others` is the most bytes that may be allocated besides, by something that is known.
 
     Raises:
-        AssertionError: something else was allocated, or the scratch is above its budget, which is
-            for dS: sums of dk and dv may take an eighth of it on top.
+        AssertionError: something else was allocated, or the scratch is above its budget.
     """
-    budget = budget_mb << 20
-    if not 0 <= scratch_bytes <= budget + budget // 8:
+    if not 0 <= scratch_bytes <= budget_mb << 20:
         raise AssertionError(f"a scratch of {scratch_bytes} bytes, the budget is {budget_mb} MiB")
     for name, nbytes in asdict(measured).items():
         if not 0 <= nbytes - expected - scratch_bytes <= others:

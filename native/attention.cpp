@@ -91,6 +91,7 @@ Problem make_problem(const Operands& x, const Scoring& s, const Environment& env
   problem.diagonal = s.diagonal;
   problem.softcap = s.softcap;
   problem.scratch_bytes = environment.scratch_bytes();
+  problem.gpu_cores = environment.gpu_cores();
   problem.tiles = environment.chosen_tiles();
   return problem;
 }

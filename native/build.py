@@ -20,6 +20,7 @@ PLAN_SOURCES = tuple(
     for name in (
         "forward",
         "backward",
+        "backward_cost",
         "decode",
         "dkv_parts",
         "dscore_scratch",
@@ -41,6 +42,7 @@ SOURCES = (
             "environment",
             "flex",
             "flex_plan",
+            "machine",
             "shader_library",
         )
     ),

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "machine.h"
 #include "plan/join.h"
 
 #ifdef __APPLE__
@@ -51,7 +52,7 @@ std::string trimmed_lower(const std::string& text) {
 
 const std::array<const char*, Environment::kCount> Environment::kNames = {"ORCHARD_DEBUG",
     "ORCHARD_DEBUG_FLASHATN", "ORCHARD_DISABLE_METAL", "ORCHARD_STRICT", "PYTORCH_MPS_FAST_MATH",
-    "ORCHARD_BACKWARD_SCRATCH_MB", "ORCHARD_TILES"};
+    "ORCHARD_BACKWARD_SCRATCH_MB", "ORCHARD_GPU_CORES", "ORCHARD_TILES"};
 
 Environment::Environment() {
   for (char** entry = entries(); entry != nullptr && *entry != nullptr; entry++) {
@@ -79,6 +80,16 @@ bool Environment::switched_on(Variable variable) const {
   refuse(kNames[variable], "1, true, yes or on, or 0, false, no or off", value);
 }
 
+int64_t Environment::whole_number(Variable variable, int64_t least, const char* wanted) const {
+  const std::string& text = values_[variable];
+  char* end = nullptr;
+  const long long number = std::strtoll(text.c_str(), &end, 10);
+  if (*end != '\0' || number < least || number >= (1LL << 40)) {
+    refuse(kNames[variable], wanted, text);
+  }
+  return number;
+}
+
 bool Environment::debug_enabled() const { return switched_on(kDebug) || switched_on(kDebugOlder); }
 
 bool Environment::metal_disabled() const { return switched_on(kDisableMetal); }
@@ -91,15 +102,13 @@ bool Environment::torch_fast_math() const {
 }
 
 int64_t Environment::scratch_bytes() const {
-  constexpr int64_t kDefaultMiB = 256;
-  const std::string& text = values_[kScratch];
-  if (text.empty()) return kDefaultMiB << 20;
-  char* end = nullptr;
-  const long long mib = std::strtoll(text.c_str(), &end, 10);
-  if (*end != '\0' || mib < 0 || mib >= (1LL << 40)) {
-    refuse(kNames[kScratch], "a whole number of MiB, 0 or more", text);
-  }
-  return static_cast<int64_t>(mib) << 20;
+  if (values_[kScratch].empty()) return machine().scratch_bytes;
+  return whole_number(kScratch, 0, "a whole number of MiB, 0 or more") << 20;
+}
+
+int64_t Environment::gpu_cores() const {
+  if (values_[kCores].empty()) return machine().gpu_cores;
+  return whole_number(kCores, 1, "a whole number, 1 or more");
 }
 
 const std::string& Environment::chosen_tiles() const {

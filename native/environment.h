@@ -27,8 +27,12 @@ class Environment {
   /// on, since the opposite mistake would give wrong numbers.
   bool torch_fast_math() const;
 
-  /// The memory that a backward may take for dS. 0 is the low-memory mode.
+  /// The memory that a backward may take for dS: the machine's share, unless the user says. 0 is
+  /// the low-memory mode.
   int64_t scratch_bytes() const;
+
+  /// The GPU's cores that a plan is made for: the machine's, unless a test says.
+  int64_t gpu_cores() const;
 
   /// The tiles to take instead of the plan's. Only those of the forward can be chosen.
   const std::string& chosen_tiles() const;
@@ -41,6 +45,7 @@ class Environment {
     kStrict,
     kFastMath,
     kScratch,
+    kCores,
     kTiles,
     kCount
   };
@@ -50,6 +55,9 @@ class Environment {
   /// capitals and spaces around make no difference. Anything else raises.
   /// src/orchard_ops/environment.py has the same rule.
   bool switched_on(Variable variable) const;
+
+  /// A variable that is set, as a number; raises if it is none, or less.
+  int64_t whole_number(Variable variable, int64_t least, const char* wanted) const;
 
   std::array<std::string, kCount> values_;  // empty where a variable is not set
 };

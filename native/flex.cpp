@@ -134,6 +134,7 @@ Problem make_problem(const FlexScoring& s, const Operands& x, const Environment&
   problem.v = layout_of(x.value);
   problem.scale = s.scale;
   problem.scratch_bytes = environment.scratch_bytes();
+  problem.gpu_cores = environment.gpu_cores();
   problem.tiles = environment.chosen_tiles();
   const Mods mods = mods_of(s);
   const auto shared = [&](int d) { return !mods.has_states || s.block_states->size(d) == 1; };

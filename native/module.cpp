@@ -9,6 +9,7 @@
 #include "cache.h"
 #include "call.h"
 #include "flex.h"
+#include "machine.h"
 #include "plan/plan_cache.h"
 #include "scoring.h"
 #include "shader_library.h"
@@ -19,8 +20,9 @@ namespace {
 using torch::stable::detail::StableLibrary;
 using Kind = StableLibrary::Kind;
 
-// Counts the changes that the schemas below do not show, in what results and arguments mean.
-constexpr int kInterface = 3;
+// Counts the changes that the schemas below do not show, in what results and arguments mean and in
+// the ops that Python asks of the library alone.
+constexpr int kInterface = 4;
 
 /// Arguments of a query, which writes to none of them.
 std::string read_only(std::string arguments) {
@@ -72,6 +74,7 @@ void register_ops() {
   definitions->def(append_plan_schema().c_str());
   definitions->def(flex_plan_schema().c_str());
   definitions->def("kernel_head_dims() -> int[]");
+  definitions->def("set_machine(int gpu_cores, int scratch_bytes) -> ()");
   definitions->def("plans_computed() -> int");
   definitions->def("plans_remembered() -> int");
   definitions->def(
@@ -83,6 +86,7 @@ void register_ops() {
   queries->impl("flash_attn_append_plan", &flash_attn_append_plan);
   queries->impl("flex_attn_plan", &flex_attn_plan);
   queries->impl("kernel_head_dims", TORCH_BOX(&kernel_head_dims));
+  queries->impl("set_machine", TORCH_BOX(&set_machine));
   queries->impl("plans_computed", TORCH_BOX(&plans_computed));
   queries->impl("plans_remembered", TORCH_BOX(&plans_remembered));
   queries->impl("metal_calls", &metal_calls);
@@ -102,7 +106,7 @@ void register_ops() {
 #define ORCHARD_EXPORT extern "C" __attribute__((visibility("default")))
 
 /// What the library was built for, as one line:
-///   orchard_ops interface 3: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
+///   orchard_ops interface 4: flash_attn_fwd(Tensor query, ..., str impl) -> (Tensor out, ...);
 ///   flash_attn_bwd(...) -> (...); flash_attn_plan(...) -> (...); flash_attn_decode(...) -> (...);
 ///   flash_attn_append(...) -> (); flash_attn_decode_plan(...) -> (...);
 ///   flash_attn_append_plan(...) -> (...); flex_attn_fwd(...) -> (...); flex_attn_bwd(...) ->

@@ -38,6 +38,7 @@ class Case:
     scale: float | None = None
     has_dlse: bool = False
     scratch_bytes: int = _SCRATCH  # for dS
+    stores_ds: bool = False  # in turns, too, whatever they take
     value_dim: int | None = None  # head_dim unless given
     softcap: float = 0.0
     mask: str = ""  # its kind: "bool", "same" (the operands' dtype), "float32"
@@ -88,6 +89,7 @@ class Case:
             self.window_right,
             self.diagonal,
             self.scratch_bytes,
+            stores_ds=self.stores_ds,
             softcap=self.softcap,
             mask_grad=self.mask_grad,
             **self._score_tensors(),
@@ -274,8 +276,9 @@ def options() -> Iterator[Case]:
         yield base.but(q_len=3, kv_len=2, head_dim=1)
         yield base.but(q_len=4099, kv_len=4097, head_dim=256, batch=1, num_heads=2, num_kv_heads=1)
         yield base.but(scratch_bytes=0, window_right=0, has_dlse=True)
-        yield base.but(scratch_bytes=14 << 20, window_right=0)  # one of four key heads at a time
-        yield base.but(scratch_bytes=32 << 20, head_dim=128, dropout_p=0.1)  # two, two
+        storing = base.but(stores_ds=True)
+        yield storing.but(scratch_bytes=14 << 20, window_right=0)  # one of four key heads at a time
+        yield storing.but(scratch_bytes=32 << 20, head_dim=128, dropout_p=0.1)  # two, two
 
 
 def long() -> Iterator[Case]:
@@ -292,7 +295,7 @@ def long() -> Iterator[Case]:
     yield base.but(dtype=bfloat, head_dim=93, layout="every second column", num_heads=2)
     yield base.but(q_len=1, diagonal=32767, num_heads=32, num_kv_heads=8, head_dim=128)
     # dS of one head is larger than the budget: keys are divided.
-    divided = base.but(q_len=16384, kv_len=16384, num_heads=2)
+    divided = base.but(q_len=16384, kv_len=16384, num_heads=2, stores_ds=True)
     yield divided.but(num_kv_heads=2)
     yield divided.but(num_kv_heads=2, dtype=bfloat, head_dim=128, window_right=-1, kv_len=20001)
     yield divided.but(num_kv_heads=2, dtype=single, head_dim=77, window_left=5000, q_len=10007)

@@ -197,7 +197,12 @@ class Bench:
             for mode in self.modes([kernel.name for kernel in kernels]):
                 attention = self.attention[self.archive(mode)]
                 make = functools.partial(
-                    contenders.ours_backward, attention, x, mode, scratch_bytes, name
+                    contenders.ours_backward,
+                    attention,
+                    x,
+                    mode,
+                    x.problem.scoring(scratch_bytes),
+                    name,
                 )
                 self._add(found, record, gates, make, name, mode, True)
         return found
@@ -263,7 +268,7 @@ class Bench:
         attention.disturb = spoil
         spoilt = [contenders.ours_forward(attention, x, BOTH)]
         attention.disturb = None
-        delta = contenders.ours_backward(attention, x, BOTH, DEFAULT_SCRATCH)
+        delta = contenders.ours_backward(attention, x, BOTH, problem.scoring())
         for entrant in peers.entrants(problem):
             for step in entrant.steps:
                 _spoil(step.params[1])

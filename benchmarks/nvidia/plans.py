@@ -32,6 +32,7 @@ class Scoring:
     window_right: int = -1
     diagonal: int = 0
     scratch_bytes: int = 256 << 20  # for dS; 0 is the low-memory mode
+    stores_ds: bool = False  # wherever a buffer for it fits, also where that should take longer
     gpu_cores: int = 8
     tiles: str = ""  # instead of the plan's: "family=tile,..."
     softcap: float = 0.0
@@ -53,7 +54,7 @@ class Scoring:
         numbers = ("scale", "dropout_p", "window_left", "window_right", "diagonal")
         found: dict[str, Any] = {name: getattr(self, name) for name in numbers}
         found |= {name: getattr(self, name) for name in ("scratch_bytes", "gpu_cores")}
-        found |= {name: getattr(self, name) for name in ("tiles", "softcap")}
+        found |= {name: getattr(self, name) for name in ("stores_ds", "tiles", "softcap")}
         found |= {"mask_grad": self.mask_grad, "has_sinks": self.sinks is not None}
         if self.alibi_slopes is not None:
             batch, head = self.alibi_slopes.stride()

@@ -1,10 +1,11 @@
 """Times the backward with five and with seven products, over heads, lengths and budgets.
 
 ``python -m benchmarks.nvidia.products`` needs torch with CUDA and what ``build --products`` made.
-The plan decides by the memory that it may take for dS: with enough of it five products, in one
-launch or divided over heads and keys; with none seven. Whole backwards of ours alone, at equal
-rate, take turns. It writes one JSON file and a Markdown table; the exit status is 1 if anything
-failed. With ``--docs`` it needs no GPU, and puts a table into docs/performance-tables.md.
+The plan decides by what it may take for dS and by an estimate of the time: five products, in one
+launch or divided over heads and keys, or seven. Its choice, five products under the same budgets
+and seven take turns: whole backwards of ours alone, at equal rate. It writes one JSON file and a
+Markdown table; the exit status is 1 if anything failed. With ``--docs`` it needs no GPU, and puts a
+table into docs/performance-tables.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .peers import contenders, gate
 from .peers.contenders import Contender, Operands
 from .peers.problems import Problem
 from .plans import Planner
-from .products_cases import BUDGETS, Case
+from .products_cases import Case
 
 #: Milliseconds of each work in each round.
 Clock = Callable[[dict[str, timing.Work]], dict[str, list[float]]]
@@ -52,6 +53,9 @@ class Outcome:
     launches: int
     products: int
     scratch_bytes: int
+    kv_heads_at_once: int
+    keys_at_once: int
+    dkv_parts: int
     same_as: str
     milliseconds: list[float] = field(default_factory=list)
     failure: str = ""
@@ -102,14 +106,14 @@ class Bench:
         print(products_report.progress(asdict(record)), flush=True)
 
     def _outcomes(self, case: Case) -> dict[str, Outcome]:
-        q, k, v, dout = case.problem.operands("meta").values()
         found = {}
-        for budget, kernels in case.launches.items():
-            scoring = case.problem.scoring(BUDGETS[budget])
-            plan = self.planner.backward(q, k, v, q, dout, scoring)
-            products = 5 if plan.ds_elements else 7
-            scratch = 4 * (plan.ds_elements + plan.dkv_part_elements)
-            found[budget] = Outcome(len(kernels), products, scratch, case.same_as(budget))
+        for budget, plan in case.plans.items():
+            found[budget] = Outcome(
+                len(plan.kernels), 5 if plan.ds_elements else 7, 
+                4 * (plan.ds_elements + plan.dkv_part_elements),
+                *products_cases.at_once(case.problem, plan), plan.params.dkv_parts,
+                case.same_as(budget),
+            )  # fmt: skip
         return found
 
     def _run(self, case: Case, record: Record) -> None:
@@ -118,10 +122,11 @@ class Bench:
         forward.start()
         x.take(**forward.results)
         found: dict[str, Contender] = {}
+        scorings = products_cases.scorings(case.problem)
         for budget in case.distinct:
-            scratch_bytes = BUDGETS[budget]
-            make = functools.partial(contenders.ours_backward, self.attention, x, "equal-rate")
-            found[budget] = make(scratch_bytes, budget)
+            found[budget] = contenders.ours_backward(
+                self.attention, x, "equal-rate", scorings[budget], budget
+            )
             found[budget].start()
         self._check(case.problem, x, found)
         before = {b: [t.clone() for t in c.results.values()] for b, c in found.items()}

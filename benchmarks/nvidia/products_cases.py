@@ -6,34 +6,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .peers.problems import Problem
-from .plans import Kernel, Planner
+from .plans import Kernel, Plan, Planner, Scoring
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 KV_HEADS = (16, 4, 2, 1)
 """Beside 16 query heads: groups of 1, 4, 8 and 16."""
 WINDOW = 1024
-BUDGETS = {"256 MiB": 256 << 20, "1 GiB": 1 << 30, "none": 0}
-"""Scratch for dS: the default, a larger one, and the low-memory mode, which is seven products."""
+BUDGETS = {"256 MiB": 256 << 20, "1 GiB": 1 << 30}
+"""Scratch for dS: the default of a small Mac, and of one of 64 GB or so."""
+FIVE = ", five"
+"""Behind a budget: dS is stored, where a buffer for it fits, whatever the plan would choose."""
+NONE = "none"
+"""Without a budget: the low-memory mode, which is seven products."""
 
 
 @dataclass(frozen=True)
 class Case:
     problem: Problem
-    #: budget -> kernels of the plan in order, one for each launch
-    launches: dict[str, list[Kernel]]
+    #: of a budget, with five products or as the plan chooses
+    plans: dict[str, Plan]
 
     @property
-    def distinct(self) -> dict[str, list[Kernel]]:
-        """Without the budgets under which the plan is that of another one before."""
-        found: dict[str, list[Kernel]] = {}
-        for budget, launches in self.launches.items():
-            if launches not in found.values():
-                found[budget] = launches
-        return found
+    def distinct(self) -> dict[str, Plan]:
+        """Without the budgets under which the launches are those of another one before."""
+        return {
+            budget: plan for budget, plan in self.plans.items() if self.same_as(budget) == budget
+        }
 
     def same_as(self, budget: str) -> str:
-        """The first budget that has the same plan: itself, or one before."""
-        return next(b for b, x in self.launches.items() if x == self.launches[budget])
+        """The first budget that has the same launches: itself, or one before."""
+        launches = self.plans[budget].kernels
+        return next(b for b, plan in self.plans.items() if plan.kernels == launches)
 
 
 def problems() -> Iterator[Problem]:
@@ -50,17 +53,33 @@ def problems() -> Iterator[Problem]:
                     )  # fmt: skip
 
 
+def scorings(problem: Problem) -> dict[str, Scoring]:
+    """The choice of the plan under each budget, and each way that it could have chosen."""
+    found = {}
+    for budget, scratch_bytes in BUDGETS.items():
+        found[budget] = problem.scoring(scratch_bytes)
+        found[budget + FIVE] = problem.scoring(scratch_bytes, stores_ds=True)
+    return found | {NONE: problem.scoring(0)}
+
+
 def case(problem: Problem, planner: Planner) -> Case:
-    return Case(
-        problem,
-        {name: problem.backward_kernels(planner, scratch) for name, scratch in BUDGETS.items()},
-    )
+    plans = {
+        name: problem.backward_plan(planner, scoring) for name, scoring in scorings(problem).items()
+    }
+    return Case(problem, plans)
+
+
+def at_once(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """Key/value heads and keys of the first launches, which are all where dS is not stored."""
+    (launch, *_) = (k for k in plan.kernels if k.family.startswith("attention_backward_dq"))
+    return launch.groups[0] // problem.group, launch.launch.key_end - launch.launch.key_begin
 
 
 def kernels(planner: Planner) -> dict[str, Kernel]:
     """What all of it runs, by name."""
     found: dict[str, Kernel] = {}
     for problem in problems():
-        launches = [problem.forward_kernels(planner), *case(problem, planner).launches.values()]
-        found |= {kernel.name: kernel for of_call in launches for kernel in of_call}
+        found |= {kernel.name: kernel for kernel in problem.forward_kernels(planner)}
+        for plan in case(problem, planner).plans.values():
+            found |= {kernel.name: kernel for kernel in plan.kernels}
     return found

@@ -196,6 +196,7 @@ class Planner:
             "num_launches",
             "head_dims",
             "bytes_of_decode_params",
+            "ds_divisions",
         ):
             self._function(name).restype = ctypes.c_uint64
         for name in (
@@ -203,6 +204,7 @@ class Planner:
             "dkv_part_elements", "part_rows",
         ):  # fmt: skip
             self._function(name).restype = ctypes.c_int64
+        self._function("time_of_backward").restype = ctypes.c_double
         self._check_mirrors()
 
     def _function(self, name: str) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
@@ -248,6 +250,37 @@ class Planner:
             return self._read(answer)
         finally:
             self._library.bridge_delete_plan(answer)
+
+    def time_of_backward(
+        self,
+        layouts: Mapping[str, Place],
+        dtype: int,
+        stored: bool,
+        at_once: tuple[int, int],
+        parts: int,
+        **fields: float,
+    ) -> float:
+        """What dk, dv and dq take by the plan's estimate.
+
+        Args:
+            stored: whether dS is, rather than computed twice.
+            at_once: key/value heads and keys of a launch.
+            parts: of a group's query heads.
+        """
+        numbers = map(ctypes.c_int64, (*at_once, parts))
+        with self._problem(layouts, dtype, "", None, fields) as address:
+            return self._library.bridge_time_of_backward(address, stored, *numbers)
+
+    def ds_divisions(
+        self, layouts: Mapping[str, Place], dtype: int, **fields: float
+    ) -> list[tuple[int, ...]]:
+        """orchard::ds_divisions, each in the order of DsDivision's fields."""
+        capacity = 64
+        numbers = (ctypes.c_int64 * (5 * capacity))()
+        with self._problem(layouts, dtype, "", None, fields) as address:
+            count = self._library.bridge_ds_divisions(address, numbers, ctypes.c_uint64(capacity))
+        assert count <= capacity
+        return [tuple(numbers[5 * n : 5 * n + 5]) for n in range(count)]
 
     @contextmanager
     def _problem(

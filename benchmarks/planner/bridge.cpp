@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <string>
 
+#include "native/plan/backward_cost.h"
 #include "native/plan/decode.h"
 #include "native/plan/plan.h"
 
@@ -57,6 +58,29 @@ Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dou
     answer->alternatives.push_back(joined);
   }
   return answer;
+}
+
+/// What dk, dv and dq take by the plan's estimate: with dS stored, of so many key/value heads and
+/// keys at once, or computed twice, and so many parts of a group.
+double bridge_time_of_backward(const Problem* problem, int32_t stored, int64_t heads_at_once,
+    int64_t keys_at_once, int64_t parts) {
+  const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
+  const orchard::TileRow& row = orchard::tiles(bd, orchard::names(problem->dtype));
+  return orchard::time_of_backward(
+      *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, 0}, parts);
+}
+
+/// The divisions of dS that fit, five numbers each as DsDivision has them: writes as many as fit,
+/// and returns how many there are.
+uint64_t bridge_ds_divisions(const Problem* problem, int64_t* numbers, uint64_t capacity) {
+  const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
+  const auto all = orchard::ds_divisions(*problem, bd);
+  for (size_t i = 0; i < std::min<size_t>(capacity, all.size()); i++) {
+    const orchard::DsDivision& x = all[i];
+    for (int64_t number : {x.kv_heads, x.keys, x.tile_elements, x.sum_elements, x.stored_keys})
+      *numbers++ = number;
+  }
+  return all.size();
 }
 
 /// `numbers` are paged, pages, page_size, entries, added, table_row, has_lengths, has_starts,

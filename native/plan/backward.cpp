@@ -15,7 +15,7 @@ namespace {
 bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Plan& plan) {
   const DTypeNames dtype = names(p.dtype);
   const int keys = keys_of_group(row.dkv);
-  const DsDivision ds = divide_ds(p, bd, keys);
+  const DsDivision ds = divide_ds(p, row, bd);
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;

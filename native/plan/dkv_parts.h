@@ -11,13 +11,17 @@ namespace orchard {
 /// are heads.
 int64_t dkv_parts(int64_t heads, int64_t threadgroups, int64_t gpu_cores, int64_t most);
 
+/// What the sums of parts may take of Problem::scratch_bytes, in floats.
+int64_t most_part_elements(const Problem& problem);
+
 /// How groups are divided, and what the sums of the parts take.
 struct GroupDivision {
   int64_t parts;     // of a group; 1: undivided
   int64_t elements;  // of the float buffer for their sums; 0: none
 };
 
-/// The division for launches of `ds`, with a buffer that an eighth of Problem::scratch_bytes holds.
+/// The division for launches of `ds`, with a buffer that an eighth of Problem::scratch_bytes holds,
+/// and that it holds beside dS.
 GroupDivision divide_groups(const Problem& problem, const DsDivision& ds, int keys_of_group);
 
 }  // namespace orchard

@@ -1,7 +1,7 @@
 // The buffer for dS that lets a backward form the gradient of the scores once instead of twice.
 #pragma once
 
-#include "problem.h"
+#include "tiles.h"
 
 namespace orchard {
 
@@ -15,8 +15,12 @@ struct DsDivision {
   int64_t stored_keys;    // of key_ranges: keys that the buffer has for each 8 queries
 };
 
-/// The division that fits into Problem::scratch_bytes; the undivided whole, with no buffer, where
-/// none does or storing dS does not pay. `bd` is the padded head dim.
-DsDivision divide_ds(const Problem& problem, int bd, int keys_of_group);
+/// Divisions that fit into Problem::scratch_bytes, alone and beside the sums of a divided group
+/// (dkv_parts.h); none where storing dS does not pay on any GPU. `bd` is the padded head dim.
+std::vector<DsDivision> ds_divisions(const Problem& problem, int bd);
+
+/// The one of them that takes the least time; the undivided whole, with no buffer, where computing
+/// dS twice takes less, or none fits.
+DsDivision divide_ds(const Problem& problem, const TileRow& row, int bd);
 
 }  // namespace orchard

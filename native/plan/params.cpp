@@ -8,11 +8,6 @@
 namespace orchard {
 namespace {
 
-int32_t clamp_window(int64_t window) {
-  return static_cast<int32_t>(
-      window < 0 ? ORCHARD_WINDOW_OPEN : std::min<int64_t>(window, ORCHARD_WINDOW_OPEN));
-}
-
 /// Strides of a dense tensor of these sizes; 0 where it has size 1 and is the same for all.
 MaskStrides dense(const std::array<int64_t, 5>& sizes, int64_t inner) {
   std::array<int64_t, 5> strides{};
@@ -33,6 +28,11 @@ void fill_mask_params(const Problem& p, AttentionParams& params) {
 }
 
 }  // namespace
+
+int32_t clamp_window(int64_t window) {
+  return static_cast<int32_t>(
+      window < 0 ? ORCHARD_WINDOW_OPEN : std::min<int64_t>(window, ORCHARD_WINDOW_OPEN));
+}
 
 bool has_plain_logits(const Problem& p) {
   return !p.has_mask && !p.has_alibi && !p.has_sinks && p.softcap == 0.0;

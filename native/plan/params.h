@@ -7,6 +7,9 @@ namespace orchard {
 
 TensorStrides to_strides(const std::array<int64_t, 4>& strides);
 
+/// A window as the params have it: ORCHARD_WINDOW_OPEN where it is open.
+int32_t clamp_window(int64_t window);
+
 /// Whether the map of what the mask lets through is also one of key_ranges: where rows of the mask
 /// differ, the two may hide a key together.
 bool map_has_ranges(const Problem& problem);

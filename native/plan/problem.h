@@ -54,6 +54,7 @@ struct Problem {
   double softcap = 0.0;
   int64_t scratch_bytes = 0;  ///< what a backward may take for dS; 0: compute dS twice instead
   int64_t gpu_cores = 8;      ///< of the GPU; plans fill them
+  bool stores_ds = false;     ///< wherever a buffer for it fits, for measurements
   std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."
 };
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, get_type_hints
 import torch
 from torch import Tensor
 
-from . import calls, native, watch
+from . import calls, native, products, watch
 from .arguments import Call, prepare
 from .cache import AppendCall, CacheCall
 from .descriptions import Description
@@ -41,7 +41,10 @@ class Explanation:
     tiles: dict[str, str]
     """The tile and grid of each kernel, as a text for reading."""
     scratch_bytes: int = 0
-    """The bytes that a backward takes, if it can, for the gradient of the scores while it runs."""
+    """The bytes that a backward takes, if it can, for speed while it runs."""
+    products: str = ""
+    """How many matrix products a backward has, why, and what is stored at a time, as a text for
+    reading. Empty where there is none."""
 
     @property
     def forward_kernels(self) -> tuple[str, ...]:
@@ -58,6 +61,8 @@ class Explanation:
             kib = self.scratch_bytes / 1024
             size = f"{kib:.1f} KiB" if kib < 1024 else f"{kib / 1024:.1f} MiB"
             lines.append(f"scratch: {size} for a backward")
+        if self.products:
+            lines.append(f"backward: {self.products}")
         if self.advice:
             lines.append(f"advice: {self.advice}")
         return "\n".join(lines)
@@ -160,6 +165,7 @@ def _together(first: Explanation, then: Explanation) -> Explanation:
         first.kernels + tuple(x for x in then.kernels if x not in first.kernels),
         first.tiles | then.tiles,
         max(first.scratch_bytes, then.scratch_bytes),
+        first.products or then.products,
     )
 
 
@@ -171,7 +177,7 @@ def _explain_forward(*arguments: Any, **named: Any) -> Explanation:
         return found
     forward = found.forward_kernels
     tiles = {name: found.tiles[name] for name in forward}
-    return replace(found, kernels=forward, tiles=tiles, scratch_bytes=0)
+    return replace(found, kernels=forward, tiles=tiles, scratch_bytes=0, products="")
 
 
 def _explain_decode(*arguments: Any, **named: Any) -> Explanation:
@@ -190,7 +196,8 @@ def _explain_flex(*arguments: Any, **named: Any) -> Explanation:
     if autograd.needs_grad(call[:3]):
         return found
     forward = found.forward_kernels
-    return replace(found, kernels=forward, tiles={name: found.tiles[name] for name in forward})
+    tiles = {name: found.tiles[name] for name in forward}
+    return replace(found, kernels=forward, tiles=tiles, scratch_bytes=0, products="")
 
 
 def _explain_flex_reference(call: Description, reason: str) -> Explanation:
@@ -247,4 +254,7 @@ def _explained(of: Tensor, impl: str, ask: Callable[[], Plan]) -> Explanation:
         return _without_metal(device, impl, chosen.why_not, chosen.advice)
     tiles = {kernel.name: kernel.tile for kernel in chosen.kernels}
     reason = "the Metal kernels cover every argument of this call"
-    return Explanation("metal", reason, chosen.advice, tuple(tiles), tiles, chosen.scratch_bytes)
+    return Explanation(
+        "metal", reason, chosen.advice, tuple(tiles), tiles, chosen.scratch_bytes,
+        products.of_plan(chosen),
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from . import gpu
 from .namespace import INSTALLED, NAME, OPS
 
 _LIBRARY_NAME = "liborchard_ops.dylib" if sys.platform == "darwin" else "liborchard_ops.so"
@@ -82,6 +83,8 @@ def _open(path: Path, interface: str) -> str | None:
     if failure:
         why = failure.decode(errors="replace")
         return f"the native library {path.name} cannot register its ops: {why}"
+    found = gpu.here()
+    OPS.set_machine(found.cores, found.scratch_mb << 20)
     return None
 
 

@@ -20,25 +20,29 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import gpu
+
 _FLOAT32 = 4
 _FAR = 1 << 30
 """No length is as large."""
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-DEFAULT_SCRATCH_MB = 256
-_STORING_HEAD_DIM = 64
-"""From this head_dim on a backward stores dS."""
+_NOT_STORING_HEAD_DIM = 48
+"""Up to this head_dim no backward stores dS."""
 _PART_QUERIES = 256
 
 
-def scratch_budget_mb() -> int:
+def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
     """ORCHARD_BACKWARD_SCRATCH_MB, or its default, by the rule of ``native/environment.cpp``.
+
+    Args:
+        machine: The GPU whose default it is, unless that of this machine.
 
     Raises:
         RuntimeError: the variable is no whole number of MiB.
     """
     text = os.environ.get("ORCHARD_BACKWARD_SCRATCH_MB", "").strip()
     if not text:
-        return DEFAULT_SCRATCH_MB
+        return (machine or gpu.here()).scratch_mb
     if not text.isdecimal():
         raise RuntimeError(
             "orchard::flash_attn: ORCHARD_BACKWARD_SCRATCH_MB must be a whole number of MiB, 0 or "
@@ -108,14 +112,13 @@ class AttentionLayer:
         }
 
     def most_scratch(self, length: int, budget_mb: int) -> int:
-        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, as far as
-        the budget allows, and sums of dk and dv, as far as an eighth of it does."""
-        budget = budget_mb << 20
-        scores = 0
-        if self.head_dim >= _STORING_HEAD_DIM:
+        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and sums
+        of dk and dv, as far as an eighth of the budget allows; together no more than the budget."""
+        budget, scores = budget_mb << 20, 0
+        if self.head_dim > _NOT_STORING_HEAD_DIM:
             whole = -(-length // 8) * 8
             scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
-        return min(scores, budget) + min(self._most_sums(length), budget // 8)
+        return min(scores + min(self._most_sums(length), budget // 8), budget)
 
     def _most_sums(self, length: int) -> int:
         """Sums of dk and dv in float32 for each part of a group of query heads, where these are

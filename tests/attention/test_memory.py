@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import memory  # noqa: E402
 from benchmarks.memory import PROBLEMS, Allocated, Problem  # noqa: E402
+from orchard_ops import gpu  # noqa: E402
+from orchard_ops.training_memory import scratch_budget_mb  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the simulated device's allocator")
 
@@ -31,30 +33,27 @@ def bytes_of(problem: Problem, length: int) -> int:
     return b * length * (3 * 4 * h + size * d * (2 * h + 2 * h_kv))
 
 
-def scratch_of(problem: Problem, length: int, budget_mb: int) -> int:
-    """dS is held in float32, in tiles of 8 x 8, for as many key/value heads (with their query
-    heads) as fit.
+def ds_of(problem: Problem, length: int) -> int:
+    """dS of all heads in float32, in tiles of 8 x 8."""
+    whole = 8 * math.ceil(length / 8)
+    return 4 * problem.batch * problem.num_heads * whole * whole
 
-    Where one head does not fit, dS is held for as many of its keys as do, beside dq's sums in
-    float32, if those keys make 96 threadgroups.
-    """
+
+def check_scratch(problem: Problem, length: int, budget_mb: int, planned: int) -> None:
+    """No more than the budget: dS of all heads where it fits, and else as much as saves time."""
+    ds, budget = ds_of(problem, length), budget_mb << 20
+    assert 0 <= planned <= budget
     if problem.head_dim < 64:
-        return 0
-    group, budget = problem.num_heads // problem.num_kv_heads, budget_mb << 20
-    of_key = 4 * group * 8 * math.ceil(length / 8)
-    of_one = of_key * 8 * math.ceil(length / 8)
-    if of_one <= budget:
-        return of_one * min(budget // of_one, problem.batch * problem.num_kv_heads)
-    sums = 4 * group * length * problem.head_dim
-    keys = max(budget - sums, 0) // of_key // 64 * 64
-    return of_key * keys + sums if keys >= 96 * (32 if problem.head_dim <= 96 else 16) else 0
+        assert planned == 0
+    elif ds <= budget:
+        assert planned == ds
 
 
 def check_step(problem: Problem, length: int, budget_mb: int, execute: bool) -> None:
     with memory.scratch_budget(budget_mb):
         planned = memory.planned_scratch(problem, length)
         found = memory.on_simulated_device(memory.our_step, problem, length, execute)
-    assert planned == scratch_of(problem, length, budget_mb)
+    check_scratch(problem, length, budget_mb, planned)
     expected = bytes_of(problem, length)
     assert found == Allocated(peak=expected + planned, total=expected + planned)
     assert sum(memory.formula(problem, length).values()) == expected
@@ -73,17 +72,22 @@ def test_a_long_step_allocates_the_formula(length: int, budget_mb: int):
     check_step(PROBLEMS[0], length, budget_mb, execute=False)
 
 
-@pytest.mark.parametrize(("budget_mb", "heads"), ((15, 0), (16, 1), (130, 8)))
-def test_scratch_is_of_whole_heads(budget_mb: int, heads: int):
-    """At L = 2048 dS of one head takes 16 MiB, and there are eight."""
-    assert scratch_of(PROBLEMS[0], 2048, budget_mb) == heads * (16 << 20)
-    check_step(PROBLEMS[0], 2048, budget_mb, execute=False)
+@pytest.mark.parametrize(("budget_mb", "share"), ((0, 0), (15, 16), (16, 8), (130, 1)))
+def test_scratch_is_of_as_many_heads_or_keys_as_share_it(budget_mb: int, share: int):
+    """At L = 2048 dS of each of eight heads takes 16 MiB."""
+    problem, length = PROBLEMS[0], 2048
+    check_step(problem, length, budget_mb, execute=False)
+    with memory.scratch_budget(budget_mb):
+        planned = memory.planned_scratch(problem, length)
+    sums = 4 * length * problem.head_dim if budget_mb == 15 else 0  # of dq, where keys are divided
+    assert planned == (ds_of(problem, length) // share if share else 0) + sums
 
 
-def test_unset_budget_is_the_larger_one(monkeypatch: pytest.MonkeyPatch):
+def test_unset_budget_is_the_machine_s(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(memory.SCRATCH_VARIABLE, raising=False)
+    assert scratch_budget_mb() == gpu.here().scratch_mb == 512
     planned = memory.planned_scratch(PROBLEMS[0], 4096)
-    assert planned == memory.SCRATCH_BUDGETS_MB[-1] << 20  # four of eight heads fill it
+    assert planned == ds_of(PROBLEMS[0], 4096) == 512 << 20  # which eight heads fill
 
 
 def test_scratch_budget_is_put_back(monkeypatch: pytest.MonkeyPatch):
@@ -102,7 +106,7 @@ def test_one_more_tensor_is_noticed(kept: bool):
         return memory.our_step(q, k, v, dout)
 
     problem, length = PROBLEMS[0], 64
-    expected, scratch = bytes_of(problem, length), scratch_of(problem, length, 1)
+    expected, scratch = bytes_of(problem, length), ds_of(problem, length)
     with memory.scratch_budget(1):
         found = memory.on_simulated_device(step, problem, length, execute=False)
     assert found == Allocated(expected + scratch + 3 * kept, expected + scratch + 3)
@@ -154,7 +158,8 @@ def test_committed_results_are_what_the_code_finds():
         assert budgets == list(memory.SCRATCH_BUDGETS_MB)
         for ours in record["ours"]:
             found = Allocated(ours["peak"], ours["total"])
-            assert ours["scratch_bytes"] == scratch_of(problem, length, ours["scratch_budget_mb"])
+            with memory.scratch_budget(ours["scratch_budget_mb"]):
+                assert ours["scratch_bytes"] == memory.planned_scratch(problem, length)
             memory.check_ours(
                 found, bytes_of(problem, length), ours["scratch_bytes"], ours["scratch_budget_mb"]
             )

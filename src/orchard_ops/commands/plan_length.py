@@ -9,8 +9,7 @@ import argparse
 import json
 from typing import Any
 
-import torch
-
+from .. import gpu
 from ..plan import WIDEST_HEAD_DIM
 from ..report import size
 from ..training_memory import AttentionLayer, TrainingStep, scratch_budget_mb
@@ -37,18 +36,18 @@ def run(args: argparse.Namespace) -> int:
     return endings.RIGHT
 
 
-def _memory(args: argparse.Namespace) -> tuple[int, str]:
-    """Bytes, and where the number is from."""
+def _memory(args: argparse.Namespace) -> tuple[int, str, gpu.Gpu]:
+    """Bytes, where the number is from, and the GPU of a machine that has them."""
     if args.ram is not None:
-        return int(args.ram * _GIB), "--ram"
-    if torch.backends.mps.is_available() and hasattr(torch.mps, "recommended_max_memory"):
-        recommended = torch.mps.recommended_max_memory()
-        if recommended:
-            return recommended, "what Metal recommends as the most on this machine"
+        ram = int(args.ram * _GIB)
+        return ram, "--ram", gpu.of_machine(ram)
+    here = gpu.here()
+    if here.memory:
+        return here.memory, "what Metal recommends as the most on this machine", here
     found = machine.memory_bytes()
     if not found:
         raise CannotRun("the memory of this machine is not known; give it with --ram")
-    return found, "of this machine"
+    return found, "of this machine", gpu.of_machine(found)
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,11 +60,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         num_heads, num_kv_heads, args.head_dim, args.dtype, args.batch, not args.full
     )
     step = TrainingStep(layer, args.layers, args.checkpoint)
+    memory, source, of_memory = _memory(args)
     try:
-        scratch_mb = scratch_budget_mb() if args.scratch is None else args.scratch
+        scratch_mb = scratch_budget_mb(of_memory) if args.scratch is None else args.scratch
     except RuntimeError as error:
         raise CannotRun(str(error)) from error
-    memory, source = _memory(args)
     reserved = int(args.reserved * _GIB)
     if reserved >= memory:
         raise CannotRun(f"--reserved leaves nothing: {size(reserved)} of {size(memory)} ({source})")

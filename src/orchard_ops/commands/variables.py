@@ -19,6 +19,7 @@ _SWITCHES = {
 }
 _VALUES = {
     "ORCHARD_BACKWARD_SCRATCH_MB": "MiB that a backward may take for speed",
+    "ORCHARD_GPU_CORES": "cores that kernels are planned for instead of the GPU's",
     "ORCHARD_TILES": "another tile of the forward",
     "ORCHARD_NATIVE_LIBRARY": "the library that is loaded",
 }
@@ -59,6 +60,9 @@ def _finding(name: str) -> Finding:
         problem = _problem(scratch_budget_mb)
         if problem:
             return Finding(name, FAULT, problem, f"set {name} to 256, or to 0 to do without")
+    if name == "ORCHARD_GPU_CORES" and not (value.isdecimal() and int(value)):
+        problem = f"{name} must be a whole number, 1 or more; got {value!r}"
+        return Finding(name, FAULT, problem, f"unset {name}")
     if name == "ORCHARD_NATIVE_LIBRARY":
         value = Path(value).name  # its folder is nobody's business in an issue
     if name in _VALUES:

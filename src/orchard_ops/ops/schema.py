@@ -36,7 +36,7 @@ _FLEX_FORWARD = _FLEX.format("")
 _FLEX_BACKWARD = "Tensor dout, Tensor? dlse, " + _FLEX.format("Tensor out, Tensor row_stats, ")
 _FLEX_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv)"
 INTERFACE = (
-    f"orchard_ops interface 3: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
+    f"orchard_ops interface 4: flash_attn_fwd({_FORWARD}, str impl) -> {_RESULTS}; "
     f"flash_attn_bwd({_BACKWARD}, str impl) -> {_GRADIENTS}; "
     f"flash_attn_plan({_FORWARD}, str impl) -> {_PLAN}; "
     f"flash_attn_decode({cache.DECODE_SCHEMA}) -> {_DECODED}; "

@@ -176,6 +176,22 @@ class Sources:
         self.observe(strides)
         return strides
 
+    def ds_divisions(self, request: Request) -> list[tuple[int, ...]]:
+        layouts, dtype, _ = request.problem
+        found = self._planner.ds_divisions(layouts, dtype, **request.fields)
+        self.observe(found)
+        return found
+
+    def time_of_backward(
+        self, request: Request, stored: bool, at_once: tuple[int, int], parts: int
+    ) -> float:
+        layouts, dtype, _ = request.problem
+        time = self._planner.time_of_backward(
+            layouts, dtype, stored, at_once, parts, **request.fields
+        )
+        self.observe(time)
+        return time
+
     def decode(
         self, layouts: dict[str, Place], dtype: int, cache: dict[str, int], **fields: float
     ) -> CachePlan:

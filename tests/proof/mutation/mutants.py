@@ -25,8 +25,8 @@ FILES = (
         "scores", "softmax", "staging", "sum_parts", "tile",
     )),
     *(f"native/plan/{name}.cpp" for name in (
-        "backward", "dkv_parts", "dscore_scratch", "forward", "instantiate", "params", "refusals",
-        "tiles",
+        "backward", "backward_cost", "dkv_parts", "dscore_scratch", "forward", "instantiate",
+        "params", "refusals", "tiles",
     )),
 )  # fmt: skip
 CACHE_FILES = (

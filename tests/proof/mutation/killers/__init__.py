@@ -25,6 +25,7 @@ from . import (
     plan,
     plan_scores,
     positions,
+    products,
     scores,
 )  # fmt: skip
 from .attention import Attention, forward_results, reference
@@ -94,6 +95,7 @@ def killers() -> tuple[
     return (
         *plan.properties(),
         *plan_scores.properties(),
+        *products.properties(),
         *(k for k in problems() if not k.check),
         *forward.properties(),
         *backward.properties(),

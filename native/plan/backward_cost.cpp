@@ -1,0 +1,127 @@
+#include "backward_cost.h"
+
+#include <algorithm>
+
+#include "params.h"
+
+namespace orchard {
+namespace {
+
+// The numbers are fitted to backwards timed on a GPU of 132 cores: with them the estimate prefers
+// the slower of two ways in 1 of 158 cases, where it takes 5 % more. benchmarks.nvidia.choice
+// compares them again with benchmarks/results/nvidia/products.json.
+
+// Of a visible pair. dk and dv are four products and the exponentials, and storing dS hides behind
+// them; dq is three products and the exponentials again, or one product with dS from memory.
+constexpr double kKeysWeight = 1.0, kQueriesWeight = 0.95, kStoredWeight = 0.5;
+
+// Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two
+// blocks of rows have twice as many products under way.
+constexpr double kGroupsOfCore = 1.5, kTallGroupsOfCore = 1.1;
+
+// A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
+constexpr double kLaunchColumns = 65536;
+
+// A float of a sum that another launch goes on with is stored and loaded again: in the time of
+// these 8 bytes an M1, whose cores have less bandwidth than any other's, multiplies so many
+// columns.
+constexpr double kFloatColumns = 24;
+
+/// The pairs of one query head and its key head that the window lets through.
+class Visible {
+ public:
+  explicit Visible(const Problem& p)
+      : rows_(p.q.sizes[2]),
+        first_(p.diagonal - clamp_window(p.window_left)),
+        last_(p.diagonal + clamp_window(p.window_right)) {}
+
+  double pairs(int64_t begin, int64_t end) const {
+    const int64_t keys = end - begin;
+    return static_cast<double>(
+        pairs_up_to(last_ - begin, keys) - pairs_up_to(first_ - 1 - begin, keys));
+  }
+
+  /// Rows that see one of the keys: the most that any of the keys has.
+  double most_rows(int64_t begin, int64_t end) const {
+    const int64_t key = std::clamp(last_, begin, end - 1);  // rows from 0 on see its like
+    return overlap(key - last_, key - first_, 0, rows_ - 1);
+  }
+
+  /// Keys that one row sees: the most that any row has.
+  double most_keys(int64_t begin, int64_t end) const {
+    const int64_t row = std::clamp<int64_t>(begin - first_, 0, rows_ - 1);
+    return overlap(row + first_, row + last_, begin, end - 1);
+  }
+
+ private:
+  static double overlap(int64_t begin, int64_t last, int64_t from, int64_t to) {
+    return static_cast<double>(
+        std::max<int64_t>(std::min(last, to) - std::max(begin, from) + 1, 0));
+  }
+
+  /// 1 + 2 + ... + n; none if n is negative.
+  static int64_t triangle(int64_t n) { return n < 0 ? 0 : n * (n + 1) / 2; }
+
+  /// Pairs of all rows and so many keys in which the key is at most so far ahead of the row.
+  int64_t pairs_up_to(int64_t ahead, int64_t keys) const {
+    return triangle(rows_ + ahead) - triangle(ahead) - triangle(rows_ + ahead - keys) +
+           triangle(ahead - keys);
+  }
+
+  int64_t rows_, first_, last_;  // row i sees the keys from i + first_ to i + last_
+};
+
+double cores(const Problem& p) { return static_cast<double>(p.gpu_cores); }
+
+/// A launch lasts as long as its work takes on all cores, or its longest threadgroup on a core that
+/// has few of them. `heaviest`: pairs of that threadgroup.
+double time_of_launch(const Problem& p, double pairs, double heaviest, double groups_of_core) {
+  return std::max(pairs / cores(p), groups_of_core * heaviest);
+}
+
+double groups_of_core(DqTile tile) { return tile.r == 1 ? kGroupsOfCore : kTallGroupsOfCore; }
+
+/// Of so many key/value heads, with their query heads, and of keys [begin, end): dk and dv, and dq,
+/// or their part of it.
+double time_of_launches(const Problem& p, const TileRow& row, int bd, bool stored, int64_t parts,
+    int64_t heads, int64_t begin, int64_t end) {
+  const Visible visible(p);
+  const DqTile tile = stored ? row.dq_from_ds : row.dq;
+  const int64_t group = query_heads(p) / kv_heads(p);
+  const int64_t rows = std::min<int64_t>(8 * tile.r * kSimdgroups, p.q.sizes[2]);
+  const int64_t keys = std::min<int64_t>(keys_of_group(row.dkv), end - begin);
+  const double pairs = static_cast<double>(heads * group) * visible.pairs(begin, end);
+  double for_queries = pairs;
+  if (end - begin < p.k.sizes[2]) {
+    for_queries += kFloatColumns * static_cast<double>(heads * group * p.q.sizes[2]);
+  }
+  const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
+  const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
+  return kKeysWeight * time_of_launch(p, pairs, of_keys, kGroupsOfCore) +
+         (stored ? kStoredWeight : kQueriesWeight) *
+             time_of_launch(p, for_queries, of_queries, groups_of_core(tile)) +
+         2 * kLaunchColumns / bd;
+}
+
+}  // namespace
+
+double time_of_backward(
+    const Problem& p, const TileRow& row, int bd, const DsDivision& ds, int64_t parts) {
+  double time = 0;
+  if (parts > 1) {
+    const double rows = static_cast<double>(kv_heads(p) * parts * p.k.sizes[2]);
+    time += 2 * kFloatColumns * rows / cores(p);  // of dk and of dv
+    time += kLaunchColumns / bd * static_cast<double>(blocks_of(kv_heads(p), ds.kv_heads));
+  }
+  for (int64_t begin = 0; begin < p.k.sizes[2]; begin += ds.keys) {
+    const auto of_heads = [&](int64_t heads) {
+      const int64_t end = std::min(begin + ds.keys, p.k.sizes[2]);
+      return time_of_launches(p, row, bd, ds.tile_elements > 0, parts, heads, begin, end);
+    };
+    time += static_cast<double>(kv_heads(p) / ds.kv_heads) * of_heads(ds.kv_heads);
+    if (kv_heads(p) % ds.kv_heads > 0) time += of_heads(kv_heads(p) % ds.kv_heads);
+  }
+  return time;
+}
+
+}  // namespace orchard

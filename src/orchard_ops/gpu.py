@@ -1,0 +1,54 @@
+"""What the plan asks about this machine's GPU: its cores, and how much memory a backward may borrow
+for speed."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+_GIB = 1 << 30
+SHARE_OF_MEMORY = 32
+"""A backward borrows at most this part of the memory, for a moment and of one layer at a time:
+less than the model, its gradients and its optimizer vary from run to run."""
+STEP_MB, LEAST_SCRATCH_MB, MOST_SCRATCH_MB = 64, 256, 4096
+"""The budget is a multiple of the first. Less than the second has never been the default. More than
+the third gains nothing: launches over so many scores fill any GPU."""
+LEAST_CORES = 8
+"""Of a GPU that says nothing about its cores: those of the smallest Mac."""
+
+
+class Gpu(NamedTuple):
+    """A GPU as torch describes it."""
+
+    cores: int
+    memory: int
+    """What Metal recommends as the most that a program takes, in bytes; 0: not known."""
+
+    @property
+    def scratch_mb(self) -> int:
+        """The default of ORCHARD_BACKWARD_SCRATCH_MB."""
+        share_mb = (self.memory // SHARE_OF_MEMORY) >> 20
+        return min(max(share_mb // STEP_MB * STEP_MB, LEAST_SCRATCH_MB), MOST_SCRATCH_MB)
+
+
+def of_machine(ram: int) -> Gpu:
+    """The GPU of a Mac of so much memory, of which nothing else is known.
+
+    Metal recommends two thirds of the memory, or three quarters where there are more than 36 GiB.
+    """
+    return Gpu(LEAST_CORES, ram * 3 // 4 if ram > 36 * _GIB else ram * 2 // 3)
+
+
+@functools.cache
+def here() -> Gpu:
+    """The GPU of this machine. It is asked once, when the native library is loaded."""
+    if not torch.backends.mps.is_built() or not torch.backends.mps.is_available():
+        return Gpu(LEAST_CORES, 0)
+    try:
+        return Gpu(
+            torch.backends.mps.get_core_count() or LEAST_CORES, torch.mps.recommended_max_memory()
+        )
+    except RuntimeError:  # a virtual machine's GPU may not say
+        return Gpu(LEAST_CORES, 0)

@@ -1,0 +1,254 @@
+"""Whether the plan stores dS, five matrix products, or computes it twice, seven."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..harness import DQ, DQ_FROM_DS, Request, Sources, request
+from .attention import dense
+from .properties import Property
+
+_TILES = {  # by head dim and dtype: keys of a threadgroup; rows of one of dq, and of dq from dS
+    (64, 0): (32, 32, 64), (128, 0): (16, 32, 64), (256, 0): (16, 32, 32), (80, 2): (32, 32, 64),
+}  # fmt: skip
+
+
+class Call(NamedTuple):
+    """Sizes, window and GPU of a backward."""
+
+    b: int = 1
+    h: int = 4
+    hk: int = 2
+    l: int = 100
+    s: int = 130
+    d: int = 64
+    dtype: int = 0
+    left: int = -1
+    right: int = -1
+    diagonal: int = 0
+    cores: int = 8
+    scratch: int = 0
+
+    def request(self, **fields: Any) -> Request:
+        shapes = {"q": (self.b, self.h, self.l, self.d), "k": (self.b, self.hk, self.s, self.d)}
+        shapes |= {"v": shapes["k"], "out": shapes["q"], "dout": shapes["q"]}
+        layouts = {name: (shape, dense(shape), 0) for name, shape in shapes.items()}
+        return request(
+            layouts, self.dtype, True, window_left=self.left, window_right=self.right,
+            diagonal=self.diagonal, gpu_cores=self.cores, scratch_bytes=self.scratch, **fields,
+        )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        return self.h // self.hk
+
+    @property
+    def heads(self) -> int:
+        """Of keys and values, of all batches."""
+        return self.b * self.hk
+
+    def visible(self) -> torch.Tensor:
+        """(L, S)"""
+        ahead = torch.arange(self.s) - torch.arange(self.l)[:, None] - self.diagonal
+        seen = torch.ones(self.l, self.s, dtype=torch.bool)
+        if self.left >= 0:
+            seen &= ahead >= -self.left
+        if self.right >= 0:
+            seen &= ahead <= self.right
+        return seen
+
+
+def time_of(call: Call, stored: bool, at_once: tuple[int, int], parts: int) -> float:
+    """What the plan should say: all pairs are counted."""
+    keys_of_group, rows_of_dq, rows_of_stored = _TILES[call.d, call.dtype]
+    rows = min(rows_of_stored if stored else rows_of_dq, call.l)
+    weight = 0.5 if stored else 0.95
+    fill = 1.1 if stored and rows_of_stored == 64 else 1.5
+    visible, total = call.visible().double(), 0.0
+    for head, begin in itertools.product(
+        range(0, call.heads, at_once[0]), range(0, call.s, at_once[1])
+    ):
+        heads = min(at_once[0], call.heads - head) * call.group
+        seen = visible[:, begin : begin + at_once[1]]
+        pairs = heads * seen.sum().item()
+        of_keys = call.group // parts * min(keys_of_group, seen.shape[1])
+        of_keys *= seen.sum(0).max().item()
+        of_queries = rows * seen.sum(1).max().item()
+        again = 24 * heads * call.l if seen.shape[1] < call.s else 0
+        total += max(pairs / call.cores, 1.5 * of_keys)
+        total += weight * max((pairs + again) / call.cores, fill * of_queries)
+        total += 2 * 65536 / call.d
+    if parts > 1:
+        total += 48 * call.heads * parts * call.s / call.cores
+        total += 65536 / call.d * math.ceil(call.heads / at_once[0])
+    return total
+
+
+_WINDOWS: tuple[dict[str, int], ...] = (
+    {}, {"right": 0}, {"left": 0}, {"left": 20, "right": 0}, {"left": 15, "right": 4},
+    {"right": 0, "diagonal": 30}, {"right": 0, "diagonal": -40}, {"left": 9, "diagonal": 80},
+    {"left": 10, "right": 5, "diagonal": -50}, {"right": 0, "diagonal": -300},
+    {"left": 3, "diagonal": 300}, {"left": 1 << 40, "right": 7}, {"left": 7, "right": 1 << 40},
+)  # fmt: skip
+
+
+def plan_of_times(sources: Sources) -> None:
+    """The estimate is what counting gives."""
+    for window, cores, (d, dtype) in itertools.product(_WINDOWS, (1, 8, 500), _TILES):
+        for call, at_once in (
+            (Call(d=d, dtype=dtype, cores=cores, **window), (2, 130)),
+            (Call(b=3, h=6, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
+            (Call(d=d, dtype=dtype, cores=cores, **window), (1, 64)),
+            (Call(l=20, s=10, b=2, d=d, dtype=dtype, cores=cores, **window), (2, 10)),
+        ):
+            for stored, parts in itertools.product((False, True), (1, call.group)):
+                found = sources.time_of_backward(call.request(), stored, at_once, parts)
+                expected = time_of(call, stored, at_once, parts)
+                assert math.isclose(found, expected, rel_tol=1e-12), (call, at_once, found)
+    long = Call(h=2, hk=2, l=1 << 28, s=1 << 28, right=0, cores=1)
+    pairs = 2.0 * ((1 << 27) * ((1 << 28) + 1))
+    found = sources.time_of_backward(long.request(), True, (2, 1 << 28), 1)
+    assert math.isclose(found, 1.5 * pairs + 2048, rel_tol=1e-12)
+
+
+def _turns(of_all: int, fitting: int) -> int:
+    return math.ceil(of_all / math.ceil(of_all / fitting))
+
+
+def divisions_of(call: Call) -> Iterator[tuple[int, ...]]:
+    """What the plan should have to choose from: whole heads, and keys of 1, 2, 4 ... heads."""
+    rows = call.group * 8 * math.ceil(call.l / 8)
+    floats = call.scratch // 4
+    for room in (floats, floats - min(call.scratch // 8, 1 << 30) // 4)[: 1 + (call.group > 1)]:
+        of_one = rows * 8 * math.ceil(call.s / 8)
+        if of_one <= room:
+            heads = _turns(call.heads, min(room // of_one, call.heads))
+            yield heads, call.s, heads * of_one, 0, 0
+        for power in range(60):
+            heads = min(1 << power, call.heads)
+            sums = heads * call.group * call.l * call.d
+            keys = (room - sums) // (heads * rows) if room > sums else 0
+            if 64 <= keys < call.s:
+                keys = 64 * _turns(math.ceil(call.s / 64), keys // 64)
+                turns = math.ceil(call.heads / heads) * math.ceil(call.s / keys)
+                if turns <= 1024:
+                    yield heads, keys, heads * rows * keys, sums, 0
+            if heads == call.heads:
+                break
+
+
+def _parts_of(call: Call, division: tuple[int, ...]) -> int:
+    """As in divided_groups.py: the least divisor of the group that fills the GPU, and fits."""
+    heads, keys, tiles, sums, _ = division
+    room = min(call.scratch // 4 - tiles - sums, min(call.scratch // 8, 1 << 30) // 4)
+    most = min(room // (heads * call.s * 2 * call.d), call.group * call.l // 256)
+    groups = heads * math.ceil(keys / _TILES[call.d, call.dtype][0])
+    parts = 1
+    for n in range(2, call.group + 1):
+        if call.group % n == 0 and n <= most and parts * groups < 8 * call.cores:
+            parts = n
+    return parts
+
+
+def _calls() -> Iterator[Call]:
+    for cores, scratch in itertools.product((8, 32, 132), (0, 1, 100, 256, 320, 1024, 4096)):
+        at = {"cores": cores, "scratch": scratch << 20}
+        for l, hk, d in itertools.product((512, 4096, 16384), (16, 4, 1), (64, 128)):
+            yield Call(h=16, hk=hk, l=l, s=l, d=d, right=0, **at)
+        yield Call(b=3, h=10, hk=5, l=4001, s=7009, **at)
+        yield Call(b=8, h=16, hk=16, l=2048, s=2048, left=255, right=0, **at)
+        yield Call(b=64, h=32, hk=32, l=2048, s=2048, **at)
+        yield Call(h=1, hk=1, l=70000, s=70, **at)
+        yield Call(h=2, hk=1, l=8, s=1 << 17, **at)
+        yield Call(h=8, hk=8, l=1 << 15, s=1 << 15, d=256, right=0, **at)
+
+
+def plan_of_divisions(sources: Sources) -> None:
+    """Whole heads, or keys of some heads, in turns as even as can be; at most 1024."""
+    for call in _calls():
+        found = sources.ds_divisions(call.request())
+        assert found == list(divisions_of(call)), (call, found)
+    group = 2 * 6 * 8 * 9 * 8 * 4  # bytes of two query heads, 6 x 9 tiles
+    for scratch, at_once in (
+        (0, 0), (group - 1, 0), (group, 1), (2 * group - 1, 1), (7 * group, 5), (15 * group, 15),
+        (99 * group, 15),
+    ):  # fmt: skip
+        found = sources.ds_divisions(Call(3, 10, 5, 41, 70, scratch=scratch).request())
+        assert [x for x in found if x[1] == 70][:1] == (
+            [(at_once, 70, at_once * group // 4, 0, 0)] if at_once else []
+        )
+    for empty in ({"b": 0}, {"h": 0}, {"hk": 0}, {"l": 0}, {"s": 0}, {"d": 48}):
+        fields = {"h": 0, "hk": 0} if empty == {"h": 0} else empty
+        call = Call(scratch=1 << 30)._replace(**fields)
+        assert not sources.ds_divisions(call.request()), empty
+    for turns, kept in ((1024, True), (1025, False)):
+        call = Call(h=1, hk=1, l=8, s=64 * turns, scratch=4 * (8 * 64 + 8 * 64))
+        assert bool(sources.ds_divisions(call.request())) == kept
+
+
+def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> Iterator[list[int]]:
+    """dk and dv, and dq behind them, in turns; where groups are divided, the sums of their parts
+    behind all turns of their heads."""
+    for head in range(0, call.heads, at_once[0]):
+        heads = min(at_once[0], call.heads - head)
+        for begin in range(0, call.s, at_once[1]):
+            end = min(begin + at_once[1], call.s)
+            groups = math.ceil((end - begin) / _TILES[call.d, call.dtype][0])
+            yield [1, heads * parts, groups, head, begin, end]
+            yield [2, heads * call.group, plan["kernels"][2]["groups"][1], head, begin, end]
+        if parts > 1:
+            yield [3, heads, math.ceil(call.s / 4), head, 0, call.s]
+
+
+def plan_of_choices(sources: Sources) -> None:
+    """Of seven products and the divisions the one that takes least; the first of equal ones."""
+    chosen = set()
+    for call in _calls():
+        seven = (call.heads, call.s, 0, 0, 0)
+        options = [seven, *sources.ds_divisions(call.request())]
+        times = []
+        for x in options:
+            parts = _parts_of(call, x)
+            times.append(sources.time_of_backward(call.request(), x[2] > 0, x[:2], parts))
+        for stores_ds in (False, True):
+            first = 1 if stores_ds and len(options) > 1 else 0
+            best = min(range(first, len(options)), key=times.__getitem__)
+            heads, keys, tiles, sums, _ = options[best]
+            plan, params = sources.plan(call.request(stores_ds=stores_ds))
+            assert plan["scratch_bytes"] == 4 * (tiles + sums), (call, options[best])
+            assert params.dq_sums == tiles and params.dkv_parts == _parts_of(call, options[best])
+            family = DQ_FROM_DS if tiles else DQ
+            assert plan["kernels"][2]["family"] == family
+            assert plan["launches"][1:] == list(
+                _launches(call, plan, (heads, keys), params.dkv_parts)
+            )
+            chosen.add((tiles > 0, heads < call.heads, keys < call.s))
+    assert len(chosen) == 5  # whole, by heads, by keys, by both, and seven products
+
+
+def plan_of_ranges_in_turns(sources: Sources) -> None:
+    """What key_ranges let rows see is not known: whole heads are stored if they fit at all."""
+    for call in (
+        Call(h=16, hk=16, l=512, s=512, cores=132, scratch=1 << 20),
+        Call(scratch=1 << 30),
+    ):
+        found = sources.ds_divisions(call.request(has_key_ranges=True))
+        rows = call.group * 8 * math.ceil(call.l / 8)
+        stored = 8 * math.ceil(call.s / 8)
+        heads = min(call.scratch // 4 // (rows * stored), call.heads)
+        heads = _turns(call.heads, heads)
+        assert found == [(heads, call.s, heads * rows * stored, 0, stored)]
+        plan, _ = sources.plan(call.request(has_key_ranges=True))
+        assert plan["scratch_bytes"] == 4 * heads * rows * stored
+    assert not sources.ds_divisions(Call(scratch=1 << 16).request(has_key_ranges=True))
+
+
+def properties() -> Iterator[Property]:
+    for of_plan in (plan_of_times, plan_of_divisions, plan_of_choices, plan_of_ranges_in_turns):
+        name = of_plan.__name__.removeprefix("plan_of_").replace("_", " ")
+        yield Property(f"plan: products: {name}", None, of_plan)
