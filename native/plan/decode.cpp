@@ -12,11 +12,11 @@
 namespace orchard {
 namespace {
 
-/// Padded head dims are multiples of it, so that 8 lanes read whole chunks of every row.
-constexpr int kWidth = 64;
-
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
+
+/// Columns of which each lane of the merging kernel's simdgroups has a pair.
+constexpr int kMergedColumns = 2 * ORCHARD_SIMD_WIDTH;
 
 /// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
@@ -26,8 +26,6 @@ constexpr int64_t kMostParts = 32;
 /// have little to wait for at once, and there may be twice as many, if each has kLongPart keys.
 constexpr int64_t kFewBytes = 256;
 constexpr int64_t kLongPart = 1024;
-
-int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
 
 const char* word(bool x) { return x ? "true" : "false"; }
 
@@ -75,7 +73,7 @@ std::array<std::string, 2> mask_of(const Problem& p) {
 }
 
 int row_fragments(const Problem& p, int64_t rows) {
-  return rows > 8 && padded(widest_head_dim(p)) <= kWidestPair ? 2 : 1;
+  return rows > 8 && widest_head_dim(p) <= kWidestPair ? 2 : 1;
 }
 
 /// Threadgroups that share the keys of a sequence. Nothing here may depend on the batch: a sequence
@@ -162,7 +160,8 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   if (!decode.plan.refusal.empty()) return decode;
   const Problem& attention = p.attention;
   const DTypeNames dtype = names(attention.dtype);
-  const int bd = padded(attention.q.sizes[3]), vd = padded(attention.v.sizes[3]);
+  const int bd = padded_head_dim(attention.q.sizes[3]);
+  const int vd = padded_head_dim(attention.v.sizes[3]);
   const int64_t rows = group_heads(attention) * attention.q.sizes[2];
   const int fragments = row_fragments(attention, rows);
   const bool chunks =
@@ -194,9 +193,10 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
           mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  decode.plan.add(
-      kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch, "_v", vd),
-          join(dtype.metal, ", ", vd, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
+  const int64_t merged = blocks_of(vd, kMergedColumns) * kMergedColumns;
+  decode.plan.add(kernel_of("attention_decode_merge",
+      join("attention_decode_merge_", dtype.torch, "_v", merged),
+      join(dtype.metal, ", ", merged, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
   return decode;
 }
 
