@@ -74,8 +74,8 @@ struct RunOfParts {
           pairs[n] = float2(0.0f);
           const int col = c * 2 * ORCHARD_SIMD_WIDTH;
           if (factors[n] != -1.0f && col < width) {
-            pairs[n] = *reinterpret_cast<const device float2*>(
-                sums + (int64_t)(i + n) * sum_stride + col);
+            pairs[n] =
+                *reinterpret_cast<const device float2*>(sums + (int64_t)(i + n) * sum_stride + col);
           }
         }
         ORCHARD_UNROLL
