@@ -71,7 +71,7 @@ struct CachedSequence {
   }
 };
 
-/// 16 bytes of a row, of elements of 16 bits.
+/// Up to 16 bytes of a row, of elements of 16 bits.
 template <typename T>
 struct Chunk {
   static constant constexpr const int kElements = 8;
@@ -153,33 +153,30 @@ struct CacheRows {
     return col < width ? *reinterpret_cast<const device BITS*>(head + row + col) : BITS(0);
   }
 
-  /// Chunk g of what a lane has.
+  /// Chunk g of what a lane has. Where it has fewer words than a chunk, the rest is anything.
   template <int LANES, int COUNT>
   METAL_FUNC Chunk<T> chunk(int64_t row, LaneColumns<T, LANES, COUNT> columns, int g) const {
     const int kElements = Chunk<T>::kElements;
     const int words = columns.words(g);
     Chunk<T> chunk;
-    chunk.bits = uint4(0);
-    if (VEC && words == 4) {
+    if (!VEC) {
+      const device T* elements = head + row;
+      ORCHARD_UNROLL
+      for (int i = 0; i < kElements / 2; i++) {
+        const int first = columns.column(g * kElements + 2 * i);
+        const int second = first + 1;
+        chunk.set_pair(i, vec<T, 2>(first < width ? elements[first * col_stride] : T(0),
+                              second < width ? elements[second * col_stride] : T(0)));
+      }
+    } else if (words == 4) {
       chunk.bits = bits<uint4>(row, columns.column(g * kElements));
-    } else if (VEC) {
+    } else {
       if (words >= 2) {
         chunk.bits.xy = bits<uint2>(row, columns.column(g * kElements));
       }
       if (words != 2) {
         const int last = words - 1;
         chunk.bits[last] = bits<uint>(row, columns.column(g * kElements + last * columns.kOfWord));
-      }
-    } else {
-      ORCHARD_UNROLL
-      for (int i = 0; i < kElements / 2; i++) {
-        if (2 * i < words * columns.kOfWord) {
-          const device T* elements = head + row;
-          const int first = columns.column(g * kElements + 2 * i);
-          const int second = first + 1;
-          chunk.set_pair(i, vec<T, 2>(first < width ? elements[first * col_stride] : T(0),
-                                second < width ? elements[second * col_stride] : T(0)));
-        }
       }
     }
     return chunk;

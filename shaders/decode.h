@@ -10,8 +10,8 @@
 // the batch.
 //
 // K and V go from device memory into operands of the matrix unit without a stop: a lane reads
-// chunks of 16 bytes, which hold its elements of several fragments. Fragments of K^T so have the
-// head dim in an order of their own, Q is given the same one, and products sum over it in any
+// chunks of up to 16 bytes, which hold its elements of several fragments. Fragments of K^T so have
+// the head dim in an order of their own, Q is given the same one, and products sum over it in any
 // order. Fragments of V have columns in an order of their own, in which O has them until it is
 // stored.
 //
