@@ -117,6 +117,9 @@ def decode_parts(sources: Sources) -> None:
             ({"dtype": torch.bfloat16}, groups), ({"heads": (9, 1)}, 32),
             ({"heads": (4, 1), "q_len": 3}, 32), ({"dtype": torch.float32}, 32),
             ({"widths": (65, 64)}, 32), ({"widths": (64, 65)}, 32), ({"heads": (17, 1)}, 16),
+            ({"widths": (65, 48)}, groups), ({"widths": (96, 32)}, groups),
+            ({"widths": (97, 32)}, 32), ({"dtype": torch.float32, "widths": (32, 32)}, groups),
+            ({"dtype": torch.float32, "widths": (33, 32)}, 32),
         ):  # fmt: skip
             plan = plan_of(sources, keys=keys, **{"dtype": torch.float16, **case})
             assert plan.params.parts == plan.kernels[0].groups[1] == own, (keys, case)
@@ -145,14 +148,15 @@ def decode_parts(sources: Sources) -> None:
 
 
 def decode_parts_of_rows(sources: Sources) -> None:
-    """64 keys a row in 16 bits, 32 in float32, where a sequence has 64 threadgroups all the same."""
+    """64 keys a row in 16 bits, 32 in float32, where a sequence has 64 threadgroups then."""
     for dtype, heads, keys, groups in (
         (F16, (64, 8), 8192, 16), (F16, (64, 8), 4608, 9), (F16, (64, 8), 4609, 10),
         (F16, (64, 8), 4096, 8), (F16, (64, 8), 2049, 8), (F16, (64, 8), 1793, 8),
         (F16, (64, 8), 1792, 7), (BF16, (64, 8), 8192, 16), (F32, (64, 8), 8192, 32),
         (F32, (128, 8), 8192, 16), (F16, (32, 8), 8192, 32), (F16, (40, 8), 8192, 26),
         (F16, (128, 8), 8192, 8), (F16, (128, 8), 9217, 10), (F16, (256, 16), 5120, 5),
-        (F16, (136, 8), 8192, 8), (F16, (136, 8), 4096, 4), (F16, (136, 8), 1025, 4),
+        (F16, (136, 8), 8192, 8), (F16, (136, 8), 8193, 9),
+        (F16, (136, 8), 4096, 4), (F16, (136, 8), 1025, 4),
         (F16, (56, 7), 4096, 10), (F16, (504, 63), 300, 2), (F16, (512, 64), 300, 1),
         (F16, (512, 64), 512, 1), (F16, (512, 64), 513, 2), (F16, (520, 65), 1 << 20, 32),
     ):  # fmt: skip
