@@ -71,7 +71,7 @@ struct CachedSequence {
   }
 };
 
-/// 16 bytes of a row, of elements of 16 bits.
+/// Up to 16 bytes of a row, of elements of 16 bits.
 template <typename T>
 struct Chunk {
   static constant constexpr const int kElements = 8;
@@ -106,6 +106,31 @@ struct Chunk<float> {
   METAL_FUNC float at(int i) const { return as_type<float>(bits[i]); }
 };
 
+/// Which columns of a row a lane has, of LANES lanes that share it: COUNT elements, in words of 4
+/// bytes. The lanes' chunks of 16 bytes lie side by side, and their next ones behind those. What is
+/// no whole chunk in the end is divided in the same way, by half a chunk and by a quarter of one.
+template <typename T, int LANES, int COUNT>
+struct LaneColumns {
+  static constant constexpr const int kOfWord = 4 / sizeof(T);
+  static constant constexpr const int kWords = COUNT / kOfWord;
+  static constant constexpr const int kChunks = (kWords + 3) / 4;
+
+  short lane;
+
+  /// Words of chunk g.
+  METAL_FUNC int words(int g) const { return min(kWords - 4 * g, 4); }
+
+  /// Of element e of this lane.
+  METAL_FUNC int column(int e) const {
+    const int word = e / kOfWord;
+    const int left = words(word / 4);
+    // Words that lie side by side: 4, 2 and then 1 of 3, 2, or 1.
+    const int together = left == 4 ? 4 : left >= 2 && word % 4 < 2 ? 2 : 1;
+    const int within = word & (together - 1);
+    return (LANES * (word - within) + lane * together + within) * kOfWord + e % kOfWord;
+  }
+};
+
 /// The rows of one head of a tensor of the cache.
 template <typename T, bool VEC>
 struct CacheRows {
@@ -122,20 +147,36 @@ struct CacheRows {
     width = columns;
   }
 
-  /// The elements from column `col` on, zero beyond the last one.
-  METAL_FUNC Chunk<T> chunk(int64_t row, int col) const {
+  /// As many elements from column `col` on as BITS has, zero beyond the last one.
+  template <typename BITS>
+  METAL_FUNC BITS bits(int64_t row, int col) const {
+    return col < width ? *reinterpret_cast<const device BITS*>(head + row + col) : BITS(0);
+  }
+
+  /// Chunk g of what a lane has. Where it has fewer words than a chunk, the rest is anything.
+  template <int LANES, int COUNT>
+  METAL_FUNC Chunk<T> chunk(int64_t row, LaneColumns<T, LANES, COUNT> columns, int g) const {
+    const int kElements = Chunk<T>::kElements;
+    const int words = columns.words(g);
     Chunk<T> chunk;
-    if (VEC) {
-      chunk.bits =
-          col < width ? *reinterpret_cast<const device uint4*>(head + row + col) : uint4(0);
-    } else {
+    if (!VEC) {
       const device T* elements = head + row;
       ORCHARD_UNROLL
-      for (int i = 0; i < Chunk<T>::kElements / 2; i++) {
-        const int first = col + 2 * i;
+      for (int i = 0; i < kElements / 2; i++) {
+        const int first = columns.column(g * kElements + 2 * i);
         const int second = first + 1;
         chunk.set_pair(i, vec<T, 2>(first < width ? elements[first * col_stride] : T(0),
                               second < width ? elements[second * col_stride] : T(0)));
+      }
+    } else if (words == 4) {
+      chunk.bits = bits<uint4>(row, columns.column(g * kElements));
+    } else {
+      if (words >= 2) {
+        chunk.bits.xy = bits<uint2>(row, columns.column(g * kElements));
+      }
+      if (words != 2) {
+        const int last = words - 1;
+        chunk.bits[last] = bits<uint>(row, columns.column(g * kElements + last * columns.kOfWord));
       }
     }
     return chunk;
@@ -162,55 +203,55 @@ struct BlockRows {
 
   /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
   /// numbers are looked at, and what comes of them is hidden later.
-  METAL_FUNC Chunk<T> chunk(int i, int col) const {
+  template <typename COLUMNS>
+  METAL_FUNC Chunk<T> chunk(int i, COLUMNS columns, int g) const {
     const int row = clamp(key0 + i, keys.begin, keys.end - 1) - key0;
-    return all.chunk(row0 + row * all.row_stride, col);
+    return all.chunk(row0 + row * all.row_stride, columns, g);
   }
 };
 
-/// What a lane multiplies of a block's keys: GROUPS chunks of two keys of each of COLUMNS
-/// fragments.
-template <typename T, int COLUMNS, int GROUPS>
+/// What a lane multiplies of a block's keys: its columns, `Columns`, of two keys of each of
+/// FRAGMENTS fragments.
+template <typename T, int FRAGMENTS, typename Columns>
 struct KeyChunks {
-  Chunk<T> first[COLUMNS][GROUPS];
-  Chunk<T> second[COLUMNS][GROUPS];
+  Chunk<T> first[FRAGMENTS][Columns::kChunks];
+  Chunk<T> second[FRAGMENTS][Columns::kChunks];
 
   template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
     ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < FRAGMENTS; c++) {
       ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
-        const int col = (8 * g + at.row) * Chunk<T>::kElements;
-        first[c][g] = rows.chunk(8 * c + at.col, col);
-        second[c][g] = rows.chunk(8 * c + at.col + 1, col);
+      for (int g = 0; g < Columns::kChunks; g++) {
+        first[c][g] = rows.chunk(8 * c + at.col, columns, g);
+        second[c][g] = rows.chunk(8 * c + at.col + 1, columns, g);
       }
     }
   }
 };
 
-/// Likewise of a block's values: GROUPS chunks of one value of each of COLUMNS fragments. Those of
-/// keys that are not of this part are zero: their weights are, but zero times infinity is not.
-template <typename T, int COLUMNS, int GROUPS>
+/// Likewise of a block's values, of one value of each fragment. Those of keys that are not of this
+/// part are zero: their weights are, but zero times infinity is not.
+template <typename T, int FRAGMENTS, typename Columns>
 struct ValueChunks {
-  Chunk<T> of[COLUMNS][GROUPS];
+  Chunk<T> of[FRAGMENTS][Columns::kChunks];
 
   template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, LanePosition at) {
+  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
     ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < FRAGMENTS; c++) {
       ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
-        of[c][g] = rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * Chunk<T>::kElements);
+      for (int g = 0; g < Columns::kChunks; g++) {
+        of[c][g] = rows.chunk(8 * c + at.row, columns, g);
       }
     }
     if (rows.has_all()) {
       return;
     }
     ORCHARD_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < FRAGMENTS; c++) {
       ORCHARD_UNROLL
-      for (int g = 0; g < GROUPS; g++) {
+      for (int g = 0; g < Columns::kChunks; g++) {
         of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
       }
     }

@@ -10,15 +10,15 @@
 // the batch.
 //
 // K and V go from device memory into operands of the matrix unit without a stop: a lane reads
-// chunks of 16 bytes, which hold its elements of several fragments. Fragments of K^T so have the
-// head dim in an order of their own, Q is given the same one, and products sum over it in any
+// chunks of up to 16 bytes, which hold its elements of several fragments. Fragments of K^T so have
+// the head dim in an order of their own, Q is given the same one, and products sum over it in any
 // order. Fragments of V have columns in an order of their own, in which O has them until it is
 // stored.
 //
 // What a block's values and the next block's keys take to arrive is time for the scores. Where they
-// and O have room in registers together, both are asked for before the softmax; where only the
-// values have, these are. Half operands are no wider than the tensors' elements and leave room for
-// the values before the products of Q and K, whose keys are there already.
+// and O have room in registers together, the values are asked for before the products of Q and K,
+// whose keys are there already, and the next keys before the softmax. Where only the values have,
+// they are asked for before the softmax.
 //
 // The forward of a call that has few queries and many keys runs here, too (prefers_decode in
 // native/plan/decode.h): its keys are a cache that is full.
@@ -30,22 +30,6 @@
 #include "ranges.h"
 #include "scores.h"
 #include "softmax.h"
-
-/// The head dim's element that fragment d of K^T has in row r: 8 chunks lie side by side, a row of
-/// the fragments each.
-template <typename T>
-METAL_FUNC int depth_element(int d, int r) {
-  const int kChunk = Chunk<T>::kElements;
-  return d / kChunk * 8 * kChunk + r * kChunk + d % kChunk;
-}
-
-/// The column that a lane's first element of fragment c of O has; its second is the next. 4 chunks
-/// lie side by side, two columns of the fragments each.
-template <typename T>
-METAL_FUNC int value_column(int c, LanePosition at) {
-  const int kPairs = Chunk<T>::kElements / 2;
-  return c / kPairs * 8 * kPairs + at.col * kPairs + c % kPairs * 2;
-}
 
 /// Q as left operand, for all simdgroups.
 template <typename F, int DEPTH>
@@ -214,6 +198,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kColumns = kBlock / 8;
   const int kChains = Chains<T>::kCount;
   using Pair = vec<F, 2>;
+  using KeyColumns = LaneColumns<T, 8, kDepth>;
+  using ValueColumns = LaneColumns<T, 4, 2 * kValueDepth>;
   const int kJoined = 8;  // fragments of O at once
   // Registers of a lane: O, a block's values, and its keys.
   const int kSums = R * VD / 4;
@@ -221,7 +207,6 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kOfKeys = kBlock * BD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
   const bool kValuesAhead = kSums + kOfValues <= ORCHARD_OPERAND_REGISTERS;
   const bool kKeysAhead = kSums + kOfValues + kOfKeys <= ORCHARD_OPERAND_REGISTERS;
-  const bool kValuesFirst = kKeysAhead && sizeof(F) == 2;
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
   threadgroup float2 part_stats[SIMDGROUPS * R * 8];
   threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
@@ -256,13 +241,16 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   seen.end = simd_max(seen.end);
   const Range keys = keys_of_part(seen, part, params.parts * SIMDGROUPS);
 
+  KeyColumns of_pair[2];  // rows of K^T
+  of_pair[0].lane = at.col;
+  of_pair[1].lane = at.col + 1;
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     const device T* from = query + rows[r].head.batch * attention.q.batch +
                            rows[r].head.head * attention.q.head + rows[r].query * attention.q.row;
     for (int d = simdgroup; d < kDepth; d += SIMDGROUPS) {
-      const int first = depth_element<T>(d, at.col);
-      const int second = depth_element<T>(d, at.col + 1);
+      const int first = of_pair[0].column(d);
+      const int second = of_pair[1].column(d);
       storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] = Pair(
           F(rows[r].exists && first < attention.head_dim ? from[first * attention.q.col] : T(0)),
           F(rows[r].exists && second < attention.head_dim ? from[second * attention.q.col] : T(0)));
@@ -283,41 +271,44 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   zero(o);
   OnlineSoftmax<R, true> softmax;
   softmax.init();
-  KeyChunks<T, kColumns, kDepth / kChunk> k_chunks;
-  ValueChunks<T, kColumns, kValueDepth / (kChunk / 2)> v_chunks;
+  KeyColumns k_columns;
+  ValueColumns v_columns;
+  k_columns.lane = at.row;
+  v_columns.lane = at.col / 2;
+  KeyChunks<T, kColumns, KeyColumns> k_chunks;
+  ValueChunks<T, kColumns, ValueColumns> v_chunks;
   int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
   CachedBlock block;
   if (key0 < keys.end) {
     block = sequence.template block<PAGED>(key0);
     k_rows.move_to(key0, block, attention.k);
     if (kKeysAhead) {
-      k_chunks.load(k_rows, at);
+      k_chunks.load(k_rows, k_columns, at);
     }
   }
   while (key0 < keys.end) {
-    if (kValuesFirst) {
-      v_rows.move_to(key0, block, attention.v);
-      v_chunks.load(v_rows, at);
+    v_rows.move_to(key0, block, attention.v);
+    if (kKeysAhead) {
+      v_chunks.load(v_rows, v_columns, at);
     }
     Tile<float, R, kColumns> s;
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
       Tile<float, R, kChains> chains;
       zero(chains);
+      Chunk<T> a;
+      Chunk<T> b;
       ORCHARD_UNROLL
-      for (int g = 0; g < kDepth / kChunk; g++) {
-        const int col = (8 * g + at.row) * kChunk;
-        const Chunk<T> a = kKeysAhead ? k_chunks.first[c][g] : k_rows.chunk(8 * c + at.col, col);
-        const Chunk<T> b =
-            kKeysAhead ? k_chunks.second[c][g] : k_rows.chunk(8 * c + at.col + 1, col);
+      for (int d = 0; d < kDepth; d++) {
+        if (d % kChunk == 0) {
+          const int g = d / kChunk;
+          a = kKeysAhead ? k_chunks.first[c][g] : k_rows.chunk(8 * c + at.col, k_columns, g);
+          b = kKeysAhead ? k_chunks.second[c][g] : k_rows.chunk(8 * c + at.col + 1, k_columns, g);
+        }
+        const vec<F, 2> right = vec<F, 2>(F(a.at(d % kChunk)), F(b.at(d % kChunk)));
         ORCHARD_UNROLL
-        for (int f = 0; f < kChunk; f++) {
-          const int d = g * kChunk + f;
-          const vec<F, 2> right = vec<F, 2>(F(a.at(f)), F(b.at(f)));
-          ORCHARD_UNROLL
-          for (int r = 0; r < R; r++) {
-            mma(chains.fragments[r][d % kChains], q.pair(r, d), right);
-          }
+        for (int r = 0; r < R; r++) {
+          mma(chains.fragments[r][d % kChains], q.pair(r, d), right);
         }
       }
       ORCHARD_UNROLL
@@ -341,18 +332,15 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       }
     }
     const int next = sight.next(key0 + kBlock, keys, lane);
-    if (!kValuesFirst) {
-      v_rows.move_to(key0, block, attention.v);
-    }
     if (next < keys.end) {
       block = sequence.template block<PAGED>(next);
       k_rows.move_to(next, block, attention.k);
       if (kKeysAhead) {
-        k_chunks.load(k_rows, at);
+        k_chunks.load(k_rows, k_columns, at);
       }
     }
-    if (kValuesAhead && !kValuesFirst) {
-      v_chunks.load(v_rows, at);
+    if (kValuesAhead && !kKeysAhead) {
+      v_chunks.load(v_rows, v_columns, at);
     }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
@@ -376,20 +364,20 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     const Tile<F, R, kColumns> p = as_operand<F>(s);
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
+      Chunk<T> a;
       ORCHARD_UNROLL
-      for (int g = 0; g < kValueDepth / (kChunk / 2); g++) {
-        Chunk<T> a = kValuesAhead ? v_chunks.of[c][g]
-                                  : v_rows.chunk(8 * c + at.row, (4 * g + at.col / 2) * kChunk);
-        if (!kValuesAhead || SharedSight<MASK, RANGES>::kAny) {
-          a.bits = hidden[c] ? uint4(0) : a.bits;
-        }
-        ORCHARD_UNROLL
-        for (int f = 0; f < kChunk / 2; f++) {
-          const vec<F, 2> right = operand<F>(a.pair(f));
-          ORCHARD_UNROLL
-          for (int r = 0; r < R; r++) {
-            mma(o.fragments[r][g * kChunk / 2 + f], p.fragments[r][c], right);
+      for (int f = 0; f < kValueDepth; f++) {
+        if (f % (kChunk / 2) == 0) {
+          const int g = f / (kChunk / 2);
+          a = kValuesAhead ? v_chunks.of[c][g] : v_rows.chunk(8 * c + at.row, v_columns, g);
+          if (!kValuesAhead || SharedSight<MASK, RANGES>::kAny) {
+            a.bits = hidden[c] ? uint4(0) : a.bits;
           }
+        }
+        const vec<F, 2> right = operand<F>(a.pair(f % (kChunk / 2)));
+        ORCHARD_UNROLL
+        for (int r = 0; r < R; r++) {
+          mma(o.fragments[r][f], p.fragments[r][c], right);
         }
       }
     }
@@ -410,20 +398,24 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     JoinedRow<SIMDGROUPS> joined;
     ORCHARD_UNROLL
     for (int c0 = 0; c0 < kValueDepth; c0 += kJoined) {
+      const int count = min(kValueDepth - c0, kJoined);
       if (r + c0 > 0) {  // the fragments of before have been read
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       ORCHARD_UNROLL
       for (int c = 0; c < kJoined; c++) {
-        fragments[(simdgroup * kJoined + c) * ORCHARD_SIMD_WIDTH + lane] = o.fragments[r][c0 + c];
+        if (c < count) {
+          fragments[(simdgroup * kJoined + c) * ORCHARD_SIMD_WIDTH + lane] = o.fragments[r][c0 + c];
+        }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (c0 == 0) {
         joined.find(part_stats + r * 8 + at.row, R * 8);
       }
       if (joined.total != 0.0f) {
-        for (int c = simdgroup; c < kJoined; c += SIMDGROUPS) {
-          *reinterpret_cast<device float2*>(sums + index * VD + value_column<T>(c0 + c, at)) =
+        for (int c = simdgroup; c < count; c += SIMDGROUPS) {
+          const int col = v_columns.column(2 * (c0 + c));
+          *reinterpret_cast<device float2*>(sums + index * VD + col) =
               joined.sum(fragments + c * ORCHARD_SIMD_WIDTH + lane, kJoined * ORCHARD_SIMD_WIDTH);
         }
       }

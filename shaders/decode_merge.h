@@ -51,9 +51,10 @@ struct RunOfParts {
     top = simd_max(top);
   }
 
-  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's first pair of each.
-  METAL_FUNC void add(const device float2* stats, const device float* sums, int count, int stride,
-      int sum_stride, ushort lane) {
+  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's first pair of each, which has
+  /// `width` columns from there on.
+  METAL_FUNC void add(const device float2* stats, const device float* sums, int width, int count,
+      int stride, int sum_stride, ushort lane) {
     float own = -1.0f;  // the factor of this lane's part; -1 where its sums were never written
     if (lane < count) {
       const float2 of_part = stats[lane * stride];
@@ -71,9 +72,10 @@ struct RunOfParts {
         for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
           factors[n] = simd_shuffle(own, ushort(i + n));
           pairs[n] = float2(0.0f);
-          if (factors[n] != -1.0f) {
-            pairs[n] = *reinterpret_cast<const device float2*>(
-                sums + (int64_t)(i + n) * sum_stride + c * 2 * ORCHARD_SIMD_WIDTH);
+          const int col = c * 2 * ORCHARD_SIMD_WIDTH;
+          if (factors[n] != -1.0f && col < width) {
+            pairs[n] =
+                *reinterpret_cast<const device float2*>(sums + (int64_t)(i + n) * sum_stride + col);
           }
         }
         ORCHARD_UNROLL
@@ -85,7 +87,7 @@ struct RunOfParts {
   }
 };
 
-// VD is the padded head dim of values. Grid: x rows.
+// VD is the head dim of values, rounded up to what all lanes have a pair of. Grid: x rows.
 template <typename T, int VD, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
@@ -124,8 +126,9 @@ attention_decode_merge(const device float* sums
   run.find_top(part_sums + first_of_run, count, stride, lane);
   for (int part = 0; part < count; part += kWidth) {
     const int64_t at = first_of_run + part * stride;
-    run.add(part_sums + at, sums + at * params.part_stride + 2 * lane, min(count - part, kWidth),
-        stride, stride * params.part_stride, lane);
+    run.add(part_sums + at, sums + at * params.part_stride + 2 * lane,
+        params.part_stride - 2 * lane, min(count - part, kWidth), stride,
+        stride * params.part_stride, lane);
   }
   const float total_of_run = simd_sum(run.total);
   if (lane == 0) {

@@ -115,7 +115,8 @@ CASES = (
     *((dtype, 128, 16, False, "") for dtype in DTYPES),
     ("float16", 128, 8, True, ""),
     ("float16", 128, 8, False, "softcap alibi"),
-    ("float16", 80, 8, False, ""),
+    *((dtype, width, 8, False, "") for dtype in ("float16", "bfloat16") for width in (80, 96)),
+    ("float16", 40, 8, False, ""),
 )
 FASTEST = max(MACS, key=lambda mac: mac.rate)  #: memory for a core
 

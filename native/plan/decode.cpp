@@ -12,11 +12,11 @@
 namespace orchard {
 namespace {
 
-/// Padded head dims are multiples of it, so that 8 lanes read whole chunks of every row.
-constexpr int kWidth = 64;
-
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
+
+/// Columns of which each lane of the merging kernel's simdgroups has a pair.
+constexpr int kMergedColumns = 2 * ORCHARD_SIMD_WIDTH;
 
 /// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
@@ -27,7 +27,13 @@ constexpr int64_t kMostParts = 32;
 constexpr int64_t kFewBytes = 256;
 constexpr int64_t kLongPart = 1024;
 
-int padded(int64_t head_dim) { return static_cast<int>(blocks_of(head_dim, kWidth)) * kWidth; }
+/// Each row of a threadgroup leaves its sums, which are read again to be merged. They are 1/64 of
+/// the bytes of its keys where it has at least this by the size of an element, 64 in 16 bits, a
+/// row.
+constexpr int64_t kKeysOfRow = 128;
+
+/// But a sequence has this many threadgroups first: most GPUs of Macs have fewer cores.
+constexpr int64_t kCores = 64;
 
 const char* word(bool x) { return x ? "true" : "false"; }
 
@@ -75,16 +81,23 @@ std::array<std::string, 2> mask_of(const Problem& p) {
 }
 
 int row_fragments(const Problem& p, int64_t rows) {
-  return rows > 8 && padded(widest_head_dim(p)) <= kWidestPair ? 2 : 1;
+  return rows > 8 && widest_head_dim(p) <= kWidestPair ? 2 : 1;
 }
 
-/// Threadgroups that share the keys of a sequence. Nothing here may depend on the batch: a sequence
-/// has the same bits alone and beside others.
-int64_t threadgroups_of_keys(int64_t capacity, int64_t blocks, bool few_bytes) {
+/// Threadgroups that share the keys of a sequence, where those of a key/value head have `rows`, in
+/// `blocks` of `block_rows`. Nothing here may depend on the batch: a sequence has the same bits
+/// alone and beside others.
+int64_t threadgroups_of_keys(
+    const CacheProblem& p, int64_t rows, int64_t block_rows, int64_t blocks, bool few_bytes) {
+  const int64_t capacity = capacity_of(p);
   const int64_t most =
       few_bytes ? std::clamp(capacity / kLongPart, kMostParts, 2 * kMostParts) : kMostParts;
-  return std::clamp<int64_t>(blocks_of(capacity, ORCHARD_LEAST_PART * kSimdgroups), 1,
-      std::max<int64_t>(most / std::max<int64_t>(blocks, 1), 1));
+  const int64_t of_row = kKeysOfRow / names(p.attention.dtype).size;
+  const int64_t merged = std::max(kManyKeys, of_row * std::min(rows, block_rows));
+  const int64_t others = std::max<int64_t>(p.attention.k.sizes[1] * blocks, 1);
+  const int64_t groups = std::min(blocks_of(capacity, kManyKeys),
+      std::max(blocks_of(capacity, merged), blocks_of(kCores, others)));
+  return std::clamp<int64_t>(groups, 1, std::max<int64_t>(most / std::max<int64_t>(blocks, 1), 1));
 }
 
 int64_t group_heads(const Problem& p) { return p.q.sizes[1] / std::max<int64_t>(p.k.sizes[1], 1); }
@@ -162,14 +175,15 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   if (!decode.plan.refusal.empty()) return decode;
   const Problem& attention = p.attention;
   const DTypeNames dtype = names(attention.dtype);
-  const int bd = padded(attention.q.sizes[3]), vd = padded(attention.v.sizes[3]);
+  const int bd = padded_head_dim(attention.q.sizes[3]);
+  const int vd = padded_head_dim(attention.v.sizes[3]);
   const int64_t rows = group_heads(attention) * attention.q.sizes[2];
   const int fragments = row_fragments(attention, rows);
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
   const bool few_bytes = fragments == 1 && (bd + vd) * dtype.size <= kFewBytes;
-  const int64_t groups = threadgroups_of_keys(capacity_of(p), blocks, few_bytes);
+  const int64_t groups = threadgroups_of_keys(p, rows, 8 * fragments, blocks, few_bytes);
   DecodeParams& params = decode.params;
   fill_params(attention, params.attention);
   params.attention.out = to_strides(out.strides);
@@ -194,9 +208,10 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
           mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  decode.plan.add(
-      kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch, "_v", vd),
-          join(dtype.metal, ", ", vd, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
+  const int64_t merged = blocks_of(vd, kMergedColumns) * kMergedColumns;
+  decode.plan.add(kernel_of("attention_decode_merge",
+      join("attention_decode_merge_", dtype.torch, "_v", merged),
+      join(dtype.metal, ", ", merged, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
   return decode;
 }
 

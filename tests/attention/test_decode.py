@@ -37,7 +37,18 @@ def test_each_sequence_is_the_mathematics_of_its_keys(
 
 
 @pytest.mark.parametrize(
-    "widths", ((16, 16), (40, 24), (80, 80), (128, 128), (192, 128), (64, 256), (256, 256), (37, 5))
+    "widths",
+    (
+        (16, 16),
+        (40, 24),
+        (80, 80),
+        (96, 112),
+        (128, 128),
+        (192, 128),
+        (64, 256),
+        (256, 256),
+        (37, 5),
+    ),
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths(dtype: torch.dtype, widths: tuple[int, int], checked: None):
@@ -242,7 +253,7 @@ def test_a_cache_is_read_once():
 
 
 @pytest.mark.parametrize("length", (256, 4096))
-@pytest.mark.parametrize(("heads", "width"), ((8, 128), (1, 64), (8, 256)))
+@pytest.mark.parametrize(("heads", "width"), ((8, 128), (1, 64), (8, 256), (8, 80)))
 def test_what_joining_reads(heads: int, width: int, length: int):
     """docs/decoding.md: the sums of each row once, and their statistics twice."""
     import simulator
@@ -260,13 +271,37 @@ def test_what_joining_reads(heads: int, width: int, length: int):
     assert of_a_row <= (1 + 4 / width) / 256
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "length"),
+    ((torch.float16, 8, 4096), (torch.bfloat16, 16, 8192), (torch.float32, 8, 2048)),
+    ids=str,
+)
+def test_both_kernels_read_the_cache_and_a_fiftieth(dtype: torch.dtype, rows: int, length: int):
+    """docs/decoding.md: from so many keys on, where a sequence has 8 key/value heads."""
+    import simulator
+
+    kv_heads, width = 8, 96
+    problem = Cached(
+        (length,), heads=(rows * kv_heads, kv_heads), widths=(width, width), dtype=dtype,
+        capacity=length,
+    )  # fmt: skip
+    call = on("mps", problem.call(impl="metal"))
+    with simulator.checking(), simulator.recording() as launches:
+        decode(call)
+    of_query = launches[0].threads[1] * rows * kv_heads * width * dtype.itemsize
+    cache_bytes = 2 * length * kv_heads * width * dtype.itemsize
+    read = sum(launch.counters.device_bytes_read for launch in launches) - of_query
+    assert cache_bytes < read <= 1.02 * cache_bytes
+
+
+@pytest.mark.parametrize("width", (128, 80))
 @pytest.mark.parametrize("q_len", (1, 16))
 @pytest.mark.parametrize("slots", (40, 512, 8192))
-def test_sums_take_as_much_as_documented(slots: int, q_len: int):
+def test_sums_take_as_much_as_documented(slots: int, q_len: int, width: int):
     """docs/decoding.md: however many rows there are, and however short the sequences."""
     import simulator
 
-    batch, kv_heads, width = 2, 2, 128
+    batch, kv_heads = 2, 2
     problem = Cached(
         (3, 2), heads=(8 * kv_heads, kv_heads), q_len=q_len, widths=(width, width),
         capacity=slots, dtype=torch.float16,

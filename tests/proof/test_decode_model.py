@@ -18,7 +18,7 @@ def planner() -> decode.Planner:
     return decode.new_planner()
 
 
-@pytest.mark.parametrize("width", (64, 128))
+@pytest.mark.parametrize("width", (64, 80, 96, 128))
 @pytest.mark.parametrize("dtype", decode.DTYPES)
 def test_eight_rows_ask_for_twice_what_memory_gives(
     planner: decode.Planner, dtype: str, width: int
@@ -55,7 +55,7 @@ def test_the_committed_record_is_of_the_present_kernel(planner: decode.Planner):
     """docs/features.md shows it; `benchmarks.apple_model.decode --write` makes it anew."""
     rows = json.loads(decode.RECORD.read_text())["cases"]
     assert len(rows) == len(decode.CASES)
-    for number in (1, 9, 12):  # 8 rows, 16 rows, pages
+    for number in (1, 9, 12, 14):  # 8 rows, 16 rows, pages, a width between
         now = decode.row_of(planner, *decode.CASES[number])
         assert now.pop("parts") == pytest.approx(rows[number].pop("parts"))
         assert now == pytest.approx(rows[number])

@@ -58,7 +58,7 @@ def variants() -> dict[str, list[dict]]:
 def _of_caches(sources: Sources) -> dict[str, list[dict]]:
     """Of the ops for caches: every dtype, width, number of rows, way of loading, kind of score."""
     found: dict[str, dict[str, dict]] = {family: {} for family in CACHE_FAMILIES}
-    widths = (64, 63, 128, 192, 256)
+    widths = (64, 47, 80, 128, 224, 256)
     for dtype, width, value, heads, paged, softcap, alibi in itertools.product(
         DTYPE_NUMBERS.values(), widths, widths, (8, 16), (0, 1), (0.0, 2.0), (False, True)
     ):
@@ -76,7 +76,7 @@ def _of_caches(sources: Sources) -> dict[str, list[dict]]:
         plan = sources.decode(layouts, dtype, cache, softcap=softcap, has_alibi=alibi)
         append = sources.append(layouts["k"], layouts["k"], dtype, {})
         kernels = [*plan.kernels, *append.kernels]
-        if width == value and width in (63, 64, 256) and not paged:
+        if width == value and width in (47, 64, 256) and not paged:
             kernels += _of_few_queries(sources, layouts, dtype, softcap=softcap, has_alibi=alibi)
         for kernel in kernels:
             found[kernel.family][kernel.name] = vars(kernel)

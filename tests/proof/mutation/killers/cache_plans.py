@@ -21,6 +21,11 @@ def layout_of(*shape: int, offset: int = 0, strides: tuple[int, ...] | None = No
     return shape, strides or dense(shape), offset
 
 
+def padded_width(sources: Sources, width: int) -> int:
+    """Of the kernel for such rows."""
+    return min(n for n in sources.head_dims() if n >= width)
+
+
 def plan_of(sources: Sources, dtype: torch.dtype = F16, batch: int = 2,
           heads: tuple[int, int] = (8, 2), q_len: int = 1, widths: tuple[int, int] = (64, 64),
           keys: int = 300, entries: int = 0,
@@ -53,10 +58,10 @@ def _expect(plan: Any, name: str, arguments: str, groups: tuple[int, int], rows:
 
 def decode_variants(sources: Sources) -> None:
     for (dtype, names), (width, value) in itertools.product(
-        _TYPES.items(), ((64, 64), (1, 128), (65, 129), (128, 128), (129, 64), (192, 256), (256, 8))
+        _TYPES.items(), ((64, 64), (1, 128), (65, 129), (128, 128), (129, 72), (192, 256), (256, 8))
     ):
         torch_name, metal, operand = names
-        bd, vd = (-(-n // 64) * 64 for n in (width, value))
+        bd, vd = (padded_width(sources, n) for n in (width, value))
         chunk = 16 // dtype.itemsize
         chunks = width % chunk == 0 and value % chunk == 0
         for paged, softcap, alibi in itertools.product((0, 1), repeat=3):
@@ -74,8 +79,9 @@ def decode_variants(sources: Sources) -> None:
             _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
             assert plan.params.part_stride == vd
             merge = plan.kernels[1]
-            assert merge.name == f"attention_decode_merge_{torch_name}_v{vd}"
-            assert f"decltype(attention_decode_merge<{metal}, {vd}, 4>)" in merge.instantiation
+            columns = -(-vd // 64) * 64
+            assert merge.name == f"attention_decode_merge_{torch_name}_v{columns}"
+            assert f"attention_decode_merge<{metal}, {columns}, 4>)" in merge.instantiation
             assert merge.groups == (16, 1) and merge.threads == 128
 
 
@@ -111,6 +117,9 @@ def decode_parts(sources: Sources) -> None:
             ({"dtype": torch.bfloat16}, groups), ({"heads": (9, 1)}, 32),
             ({"heads": (4, 1), "q_len": 3}, 32), ({"dtype": torch.float32}, 32),
             ({"widths": (65, 64)}, 32), ({"widths": (64, 65)}, 32), ({"heads": (17, 1)}, 16),
+            ({"widths": (65, 48)}, groups), ({"widths": (96, 32)}, groups),
+            ({"widths": (97, 32)}, 32), ({"dtype": torch.float32, "widths": (32, 32)}, groups),
+            ({"dtype": torch.float32, "widths": (33, 32)}, 32),
         ):  # fmt: skip
             plan = plan_of(sources, keys=keys, **{"dtype": torch.float16, **case})
             assert plan.params.parts == plan.kernels[0].groups[1] == own, (keys, case)
@@ -136,6 +145,24 @@ def decode_parts(sources: Sources) -> None:
     assert many.part_rows == (3 << 22) * 32 * 8
     plan = plan_of(sources, keys=48, entries=3, cache={"paged": 1, "pages": 6, "table_row": 6})
     assert plan.params.cache.capacity == 288 and plan.kernels[0].groups == (4, 2)
+
+
+def decode_parts_of_rows(sources: Sources) -> None:
+    """64 keys a row in 16 bits, 32 in float32, where a sequence has 64 threadgroups then."""
+    for dtype, heads, keys, groups in (
+        (F16, (64, 8), 8192, 16), (F16, (64, 8), 4608, 9), (F16, (64, 8), 4609, 10),
+        (F16, (64, 8), 4096, 8), (F16, (64, 8), 2049, 8), (F16, (64, 8), 1793, 8),
+        (F16, (64, 8), 1792, 7), (BF16, (64, 8), 8192, 16), (F32, (64, 8), 8192, 32),
+        (F32, (128, 8), 8192, 16), (F16, (32, 8), 8192, 32), (F16, (40, 8), 8192, 26),
+        (F16, (128, 8), 8192, 8), (F16, (128, 8), 9217, 10), (F16, (256, 16), 5120, 5),
+        (F16, (136, 8), 8192, 8), (F16, (136, 8), 8193, 9),
+        (F16, (136, 8), 4096, 4), (F16, (136, 8), 1025, 4),
+        (F16, (56, 7), 4096, 10), (F16, (504, 63), 300, 2), (F16, (512, 64), 300, 1),
+        (F16, (512, 64), 512, 1), (F16, (512, 64), 513, 2), (F16, (520, 65), 1 << 20, 32),
+    ):  # fmt: skip
+        for batch in (1, 3):
+            plan = plan_of(sources, dtype, batch, heads, keys=keys, widths=(128, 128))
+            assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, keys)
 
 
 def decode_params(sources: Sources) -> None:
@@ -276,6 +303,6 @@ def append_refusals(sources: Sources) -> None:
 
 
 PLANS = (
-    decode_variants, decode_rows, decode_parts, decode_params, decode_loads, decode_refusals,
-    append_plans, append_refusals,
+    decode_variants, decode_rows, decode_parts, decode_parts_of_rows, decode_params, decode_loads,
+    decode_refusals, append_plans, append_refusals,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from ..harness import (
     launch,
 )
 from .attention import BF16, F16, F32, dense
-from .cache_plans import PLANS
+from .cache_plans import PLANS, padded_width
 from .compiled import compile_kernel
 from .properties import Property
 
@@ -88,7 +88,7 @@ def work_of(call: CacheCall, groups: int = 0) -> tuple[int, Tensor]:
     """
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     rows = heads // kv_heads * call.query.shape[2]
-    widest = max(-(-call.query.shape[3] // 64), -(-call.value.shape[3] // 64)) * 64
+    widest = max(call.query.shape[3], call.value.shape[3])
     block_rows = 16 if rows > 8 and widest <= 128 else 8
     most = max(MOST_GROUPS // max(-(-rows // block_rows), 1), 1)
     parts = 4 * (groups or min(max(-(-call.capacity // (4 * LEAST_PART)), 1), most))
@@ -142,9 +142,9 @@ class Filled:
         call = self.call()
         out, lse, products, weights = self.results(call, sources, note)
         self.problem.check(out, lse)
-        padded = sum(-(-n // 64) * 8 for n in (call.query.shape[3], call.value.shape[3]))
+        padded = sum(padded_width(sources, x.shape[3]) for x in (call.query, call.value))
         count, used = work_of(call, self.groups)
-        expected = count * padded
+        expected = count * padded // 8
         assert products == expected, f"{products} products, not {expected}"
         found = weights.view(*used.shape, -1)
         assert torch.equal((found != 0).any(-1), used), "the keys are divided in another way"
@@ -194,7 +194,7 @@ class Filled:
         )
         if not self.check:  # which leaves gaps in threadgroup memory
             fragments = plan.params.block_rows // 8
-            query = fragments * -(-call.query.shape[3] // 64) * 64 * 8
+            query = fragments * padded_width(sources, call.query.shape[3]) * 8
             query *= 2 if call.query.dtype == F16 else 4
             expected = query + 4 * fragments * 8 * 8 + 4 * 8 * 32 * 8
             assert counters.threadgroup_memory == expected, "threadgroup memory"
@@ -315,6 +315,15 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled("decode: odd widths, float16", Cached((40, 9), widths=(67, 69), dtype=F16)),
         Filled("decode: even widths", Cached((40, 9), widths=(38, 6), q_len=2)),
         Filled("decode: even widths, float16", Cached((40, 9), widths=(70, 66), dtype=F16)),
+        Filled("decode: chunks and halves", Cached((40, 9), widths=(96, 48))),
+        Filled(
+            "decode: chunks, halves and quarters, float16",
+            Cached((40, 9), widths=(112, 48), dtype=F16),
+        ),
+        Filled("decode: halves and quarters, float16", Cached((40, 9), widths=(48, 16), dtype=F16)),
+        Filled("decode: quarters, float16", Cached((40, 9), widths=(16, 80), dtype=F16)),
+        Filled("decode: wide, by quarters, float16", Cached((40, 9), widths=(240, 160), dtype=F16)),
+        Filled("decode: wide and no chunks", Cached((40, 9), widths=(112, 208))),
         Filled("decode: columns apart", Cached((40, 9)), layouts=("columns", "columns")),
         Filled(
             "decode: columns apart, several queries", Cached((40, 9), q_len=3),

@@ -19,6 +19,7 @@ from orchard_ops.testing import assert_no_worse_than_math
 
 from ..harness import BOOL, DECODE, DECODE_MERGE, DTYPE_NUMBERS, Guarded, MaskPlace, Sources, launch
 from .attention import BF16, F16, F32, dense
+from .cache_plans import padded_width
 from .compiled import compile_kernel
 from .properties import Property
 from .score_problems import Sight
@@ -214,7 +215,7 @@ class Few:
                 name, found.clone(), getattr(right, name), getattr(unfused, name), 2.0,
                 right.rounding(name, case.dtype), right.rounded_weights(name, case.dtype),
             )  # fmt: skip
-        padded = sum(-(-n // 64) * 8 for n in (q.shape[3], v.shape[3]))
+        padded = sum(padded_width(sources, x.shape[3]) // 8 for x in (q, v))
         count, used = self.work(scoring)
         expected = count * padded
         assert counters.mma == expected, f"{counters.mma} products, not {expected}"
