@@ -75,7 +75,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   OnlineSoftmax<R, kNatural> softmax;
   softmax.init();
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
-  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  Scores<typename V::Score, R, BK / 8> scores;
   scores.start(head, buffers, ranges, row0, at, params);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);

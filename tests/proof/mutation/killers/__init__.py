@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 
-from ..harness import FAMILIES
+from ..harness import DECODE, FAMILIES, FORWARD
 from . import (
     backward,
     cache_parts,
@@ -24,6 +24,7 @@ from . import (
     plan_scores,
     positions,
     scores,
+    tanh,
 )  # fmt: skip
 from .attention import Attention, forward_results, reference
 from .compiled import (
@@ -72,7 +73,12 @@ def use_those_of_flex() -> None:
 
 def killers_of_caches() -> tuple[Property | caches.Filled | caches.Appended | few_queries.Few, ...]:
     """Those of the ops for caches, and of forwards on their kernels."""
-    return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
+    return (
+        *caches.killers(),
+        *cache_parts.killers(),
+        *few_queries.killers(),
+        *tanh.killers(DECODE),
+    )
 
 
 def killers_of_flex() -> tuple[flex.Flexed | Property, ...]:
@@ -99,6 +105,7 @@ def killers() -> tuple[
         *mask_sums.properties(),
         *far_masks.properties(),
         *long_sums.properties(),
+        *tanh.killers(FORWARD),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
