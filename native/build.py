@@ -22,6 +22,7 @@ PLAN_SOURCES = tuple(
         "backward",
         "decode",
         "dscore_scratch",
+        "forward_parts",
         "instantiate",
         "params",
         "refusals",

@@ -33,6 +33,7 @@ enum AttentionBuffer {
   kBufferDmaskParts = 20,
   kBufferKeyRanges = 21,
   kBufferRangeHulls = 22,
+  kBufferForwardParts = 11,  ///< where a backward has dS; functions as scores take all from 23 on
 };
 
 /// Threads of a simdgroup.
@@ -111,6 +112,7 @@ struct AttentionParams {
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
   int32_t dmask_parts;         ///< threadgroups that share a tile of dmask (backward)
   int32_t has_key_sums;        ///< whether the key's side sums up dS of each key (backward)
+  int32_t forward_parts;       ///< threadgroups that share the keys of a block of queries (forward)
   int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
@@ -138,5 +140,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 24 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 26 * 4,
     "host and shader must agree on AttentionParams");

@@ -97,6 +97,7 @@ class Plan:
     map_elements: int = 0
     dmask_part_elements: int = 0
     hull_elements: int = 0
+    forward_part_elements: int = 0
 
 
 class Planner:
@@ -144,6 +145,7 @@ class Planner:
             plan.map_elements,
             plan.dmask_part_elements,
             plan.hull_elements,
+            plan.forward_part_elements,
         )
 
 

@@ -111,6 +111,7 @@ class Plan:
     map_elements: int
     dmask_part_elements: int
     hull_elements: int
+    forward_part_elements: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ class Planner:
         ):
             self._function(name).restype = ctypes.c_uint64
         for name in (
-            "ds_elements", "map_elements", "dmask_part_elements", "hull_elements", "part_rows"
+            "ds_elements", "map_elements", "dmask_part_elements", "hull_elements", "part_rows",
+            "forward_part_elements",
         ):  # fmt: skip
             self._function(name).restype = ctypes.c_int64
         self._check_mirrors()
@@ -363,6 +365,7 @@ class Planner:
             self._library.bridge_map_elements(answer),
             self._library.bridge_dmask_part_elements(answer),
             self._library.bridge_hull_elements(answer),
+            self._library.bridge_forward_part_elements(answer),
         )
 
     def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:

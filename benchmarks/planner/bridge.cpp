@@ -150,6 +150,9 @@ int64_t bridge_ds_elements(const Answer* answer) { return answer->plan.ds_elemen
 int64_t bridge_dmask_part_elements(const Answer* answer) {
   return answer->plan.dmask_part_elements;
 }
+int64_t bridge_forward_part_elements(const Answer* answer) {
+  return answer->plan.forward_part_elements;
+}
 int64_t bridge_hull_elements(const Answer* answer) { return answer->plan.hull_elements; }
 int64_t bridge_map_elements(const Answer* answer) { return answer->plan.map_elements; }
 

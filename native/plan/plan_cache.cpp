@@ -27,12 +27,12 @@ class Key {
     const auto& [dtype, q, k, v, has_mask, mask_grad, mask_dtype, mask, has_alibi, has_sinks,
         per_head_float32, alibi_batch, alibi_head, has_key_ranges, ranges_batch, ranges_head,
         key_span, dropout_p, scale, window_left, window_right, diagonal, softcap, scratch_bytes,
-        tiles] = problem;
+        gpu_cores, tiles] = problem;
     fields_ = {{q, k, v, out, last}, mask,
         {static_cast<int64_t>(kind), static_cast<int64_t>(dtype), has_mask, mask_grad,
             static_cast<int64_t>(mask_dtype), has_alibi, has_sinks, per_head_float32, alibi_batch,
             alibi_head, has_key_ranges, ranges_batch, ranges_head, key_span, window_left,
-            window_right, diagonal, scratch_bytes},
+            window_right, diagonal, scratch_bytes, gpu_cores},
         {}, {dropout_p, scale, softcap}};
     tiles_ = tiles;
   }
@@ -104,11 +104,11 @@ class Key {
   struct Fields {
     Layout layouts[5];
     MaskLayout mask;
-    int64_t integers[18];
+    int64_t integers[19];
     int64_t cache[6];
     double numbers[3];
   };
-  static_assert(sizeof(Fields) == (5 * 9 + 12 + 18 + 6 + 3) * sizeof(uint64_t) &&
+  static_assert(sizeof(Fields) == (5 * 9 + 12 + 19 + 6 + 3) * sizeof(uint64_t) &&
                     sizeof(Layout) == 9 * sizeof(uint64_t) &&
                     sizeof(MaskLayout) == 12 * sizeof(uint64_t),
       "a key has no bytes that nobody writes");

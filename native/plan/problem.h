@@ -53,6 +53,7 @@ struct Problem {
   int64_t diagonal = 0;
   double softcap = 0.0;
   int64_t scratch_bytes = 0;  ///< what a backward may take for dS; 0: compute dS twice instead
+  int64_t gpu_cores = 8;      ///< of the GPU; plans fill them
   std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."
 };
 
@@ -100,6 +101,7 @@ struct Plan {
   std::vector<KernelLaunch> launches;  ///< in order
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
   int64_t dmask_part_elements = 0;     ///< of the float buffer for dmask's parts; 0: none
+  int64_t forward_part_elements = 0;   ///< of the float buffer for a forward's parts; 0: none
   int64_t hull_elements = 0;           ///< of the int32 buffer for hulls of key_ranges; 0: none
   int64_t map_elements = 0;            ///< of the uint2 buffer for the mask's map; 0: none
 
