@@ -81,8 +81,8 @@ void give(const Mods& mods, const std::string& name, KernelPlan& kernel) {
     kernel.family = "attention_flex_map";
     kernel.name = join(kernel.family, "_", name);
     const std::string type = join(kernel.family, "<", mask_mod, ", ", kSimdgroups, ">");
-    kernel.instantiation = join(mods.mask, "\ntemplate [[host_name(\"",
-        kernel.name, "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
+    kernel.instantiation = join(mods.mask, "\ntemplate [[host_name(\"", kernel.name,
+        "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
     return;
   }
   if (mods.has_map()) replace(kernel.name, "_mask_bool", "");
@@ -103,8 +103,7 @@ struct Known {
   std::shared_ptr<const Plan> ordinary, plan;
 };
 
-std::shared_ptr<const Plan> with(
-    const Mods& mods, std::shared_ptr<const Plan> ordinary) {
+std::shared_ptr<const Plan> with(const Mods& mods, std::shared_ptr<const Plan> ordinary) {
   if (!mods.has_map() && mods.score.empty()) return ordinary;
   using Key = std::tuple<const Plan*, std::string, std::string, bool>;
   static auto& mutex = *new std::mutex;

@@ -12,9 +12,9 @@
 //     METAL_FUNC bool sees(int b, int h, int q, int kv) const;
 //   };
 //
-// Indices may lie beyond the ends, by less than a block of a kernel: what the functions say of pairs
-// that there are not is dropped. The embedder gives ScoreBuffers its captures, and the kernels the
-// buffers for them (native/embed_shaders.py).
+// Indices may lie beyond the ends, by less than a block of a kernel: what the functions say of
+// pairs that there are not is dropped. The embedder gives ScoreBuffers its captures, and the
+// kernels the buffers for them (native/embed_shaders.py).
 #pragma once
 
 #include "flex_arithmetic.h"

@@ -1,6 +1,6 @@
-// out and row_stats of attention_forward, from what its parts leave (forward_parts.h): a simdgroup for
-// each row, a lane for each part's (origin, sum), and for each column a sum over the parts in order.
-// A sink is taken here, once.
+// out and row_stats of attention_forward, from what its parts leave (forward_parts.h): a simdgroup
+// for each row, a lane for each part's (origin, sum), and for each column a sum over the parts in
+// order. A sink is taken here, once.
 #pragma once
 
 #include "forward_parts.h"
@@ -33,8 +33,7 @@ attention_forward_merge(const device float* parts [[buffer(kBufferForwardParts)]
   softmax.origin[0] = max(simd_max(own.x), sink);
   const float weight = Exponential<NATURAL>::of(own.x - softmax.origin[0]);
   FinishedRow finished;
-  finished.template finish<DROPOUT>(
-      softmax, 0, simd_sum(own.y * weight), has_sink, sink, params);
+  finished.template finish<DROPOUT>(softmax, 0, simd_sum(own.y * weight), has_sink, sink, params);
   if (lane == 0) {
     row_stats[row] = finished.stats;
   }

@@ -1,5 +1,6 @@
 // What attention_forward leaves at its end: `Finished` the rows' results, or `Part` the sums of its
-// share of the keys, where too few threadgroups would have all of a row's (attention_forward_merge).
+// share of the keys, where too few threadgroups would have all of a row's
+// (attention_forward_merge).
 #pragma once
 
 #include "loader.h"
@@ -49,10 +50,9 @@ struct Finished {
 
   /// `index` is the head's, of batch * num_heads.
   template <typename V, typename T, int R, bool NATURAL, int COLS>
-  METAL_FUNC void leave(thread Tile<float, R, COLS>& o,
-      thread OnlineSoftmax<R, NATURAL>& softmax, ForwardResults<T> results, Head head, int index,
-      const device float* sinks, int row0, LanePosition at,
-      constant AttentionParams& params) const {
+  METAL_FUNC void leave(thread Tile<float, R, COLS>& o, thread OnlineSoftmax<R, NATURAL>& softmax,
+      ForwardResults<T> results, Head head, int index, const device float* sinks, int row0,
+      LanePosition at, constant AttentionParams& params) const {
     const bool has_sink = NATURAL && params.has_sinks;
     const float sink = has_sink ? sinks[head.head] : -INFINITY;
     if (has_sink) {
@@ -70,8 +70,7 @@ struct Finished {
       }
     }
     mul_row(o, factor);
-    store_rows<V::kVec>(
-        head.query_output(results.out, params.out, params.v_head_dim), o, row0, at);
+    store_rows<V::kVec>(head.query_output(results.out, params.out, params.v_head_dim), o, row0, at);
   }
 };
 
@@ -96,9 +95,9 @@ struct Part {
   }
 
   template <typename V, typename T, int R, bool NATURAL, int COLS>
-  METAL_FUNC void leave(thread Tile<float, R, COLS>& o,
-      thread OnlineSoftmax<R, NATURAL>& softmax, ForwardResults<T> results, Head head, int index,
-      const device float*, int row0, LanePosition at, constant AttentionParams& params) const {
+  METAL_FUNC void leave(thread Tile<float, R, COLS>& o, thread OnlineSoftmax<R, NATURAL>& softmax,
+      ForwardResults<T> results, Head head, int index, const device float*, int row0,
+      LanePosition at, constant AttentionParams& params) const {
     const int64_t first = part * rows_of_part(params) + (int64_t)index * params.q_len;
     device float2* stats = reinterpret_cast<device float2*>(results.parts) + first;
     ORCHARD_UNROLL

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, check_case, run
-
-from orchard_ops import explain
-from orchard_ops.testing import assert_attention_close
+from attention_cases import Case, check_case
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES = {

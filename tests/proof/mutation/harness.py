@@ -35,11 +35,11 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
     "attention_backward_dq", "attention_backward_dq_from_ds",
 )  # fmt: skip
 (
-    MASK_MAP, DSINKS, DMASK, DMASK_FROM_DS, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS,
+    MASK_MAP, DSINKS, DMASK, DMASK_FROM_DS, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS, FORWARD_MERGE,
 ) = OTHER_FAMILIES = (
     "attention_mask_map", "attention_backward_dsinks", "attention_backward_dmask",
     "attention_backward_dmask_from_ds", "attention_backward_dmask_rows",
-    "attention_backward_dmask_sum", "attention_backward_dmask_sum_keys",
+    "attention_backward_dmask_sum", "attention_backward_dmask_sum_keys", "attention_forward_merge",
 )  # fmt: skip
 APPEND, DECODE, DECODE_MERGE = CACHE_FAMILIES = (
     "attention_append", "attention_decode", "attention_decode_merge",
@@ -210,6 +210,7 @@ class Sources:
             "scratch_bytes": 4 * plan.ds_elements,
             "map_elements": plan.map_elements, "hull_elements": plan.hull_elements,
             "dmask_part_elements": plan.dmask_part_elements,
+            "forward_part_elements": plan.forward_part_elements,
         }  # fmt: skip
         self.observe(facts, bytes(plan.params), self.buffers)
         return facts, plan.params
