@@ -146,8 +146,8 @@ void put_plan(StableIValue* stack, Plan plan, Plan backward) {
       launches.push_back(n);
     }
   }
-  const int64_t bytes = (plan.forward_part_elements + plan.ds_elements + backward.ds_elements) *
-                        static_cast<int64_t>(sizeof(float));
+  const int64_t bytes =
+      (plan.ds_elements + backward.ds_elements) * static_cast<int64_t>(sizeof(float));
   using torch::stable::detail::from;
   for (const std::string& text : {plan.refusal, plan.detail, plan.advice}) *stack++ = from(text);
   for (const auto* texts :

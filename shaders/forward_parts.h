@@ -40,7 +40,7 @@ struct FinishedRow {
   }
 };
 
-/// A threadgroup has all keys of its rows: the sum may begin with a sink, and is divided by.
+/// A threadgroup has all keys of its rows: it takes the sink, and divides by the sum.
 struct Finished {
   int block;  // of queries
 

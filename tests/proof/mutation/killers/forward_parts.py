@@ -202,7 +202,7 @@ def merged(
 
 
 MERGED = {
-    "powers of two": (Case(5, 600, 64, batch=2, num_heads=3, value_dim=40, dtype=F16), 3),
+    "powers of two": (Case(5, 600, 64, batch=2, num_heads=3, value_dim=33, dtype=F16), 3),
     "32 parts, sinks": (Case(5, 600, 32, num_heads=3, sinks=True, value_dim=31, dtype=F32), 32),
     "dropout, natural": (
         Case(6, 600, 16, num_heads=1, softcap=5.0, dropout_p=0.25, dtype=F32), 2
