@@ -185,12 +185,23 @@ std::array<Tensor, 2> run_forward(
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor row_stats = empty_row_stats(q);
   problem.key_span = 0;  // a backward's matter
-  const auto plan = cached_plan_forward(problem, layout_of(out));
+  auto plan = cached_plan_forward(problem, layout_of(out));
   throw_refusal(*plan);
   if (out.numel() == 0) return {out, row_stats};
   if (k.size(2) == 0 && !s.sinks.has_value()) {  // no keys: nothing to launch
     see_no_key(out, row_stats);
     return {out, row_stats};
+  }
+  OptionalTensor parts;
+  if (plan->forward_part_elements > 0) {
+    parts = try_empty_strided(q, {plan->forward_part_elements}, {1}, aoti_torch_dtype_float32());
+    if (!parts.has_value()) {
+      if (environment.debug_enabled()) {
+        std::fprintf(stderr, "[orchard] flash_attn_fwd: no memory for parts, not dividing keys\n");
+      }
+      problem.gpu_cores = 0;
+      plan = cached_plan_forward(problem, layout_of(out));
+    }
   }
   AttentionParams params = plan->params;
   set_seed(params, seed);
@@ -202,6 +213,7 @@ std::array<Tensor, 2> run_forward(
   Bindings tensors{{kBufferQuery, q}, {kBufferKey, has_keys ? k : q},
       {kBufferValue, has_keys ? v : q}, {kBufferOut, out}, {kBufferRowStats, row_stats},
       {kBufferSinks, scores.sinks.has_value() ? *scores.sinks : row_stats}};
+  if (parts.has_value()) tensors.bind({kBufferForwardParts, *parts});
   scores.bind(tensors);
   const Bindings for_map = scores.for_map();
   for (const KernelLaunch& launch : plan->launches) {

@@ -24,6 +24,7 @@ PLAN_SOURCES = tuple(
         "decode",
         "dkv_parts",
         "dscore_scratch",
+        "forward_parts",
         "instantiate",
         "params",
         "refusals",

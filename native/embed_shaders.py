@@ -14,6 +14,7 @@ SHADERS = Path(__file__).resolve().parent.parent / "shaders"
 FAMILIES = {
     "attention_mask_map": "mask_map.h",
     "attention_forward": "forward.h",
+    "attention_forward_merge": "forward_merge.h",
     "attention_backward_delta": "backward_delta.h",
     "attention_backward_dkv": "backward_dkv.h",
     "attention_backward_dkv_pairs": "backward_dkv_pairs.h",

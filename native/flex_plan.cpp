@@ -68,15 +68,8 @@ void replace(std::string& text, const std::string& before, const std::string& af
   text.replace(text.find(before), before.size(), after);
 }
 
-/// What stands before the functions (flex_scores.h).
-std::string before_mods(bool exact) {
-  return join("METAL_FUNC float flex_tanh(float x) { return flex_tanh_of<",
-      exact ? "true" : "false", ">(x); }\n");
-}
-
-/// What an ordinary kernel becomes. Those that form no score stay as they are. `exact`: as for
-/// float32.
-void give(const Mods& mods, bool exact, const std::string& name, KernelPlan& kernel) {
+/// What an ordinary kernel becomes. Those that form no score stay as they are.
+void give(const Mods& mods, const std::string& name, KernelPlan& kernel) {
   const bool is_map = kernel.role == KernelRole::kMap;
   const bool forms_scores = kernel.family == "attention_forward" ||
                             kernel.family == "attention_backward_dq" ||
@@ -88,8 +81,8 @@ void give(const Mods& mods, bool exact, const std::string& name, KernelPlan& ker
     kernel.family = "attention_flex_map";
     kernel.name = join(kernel.family, "_", name);
     const std::string type = join(kernel.family, "<", mask_mod, ", ", kSimdgroups, ">");
-    kernel.instantiation = join(before_mods(exact), mods.mask, "\ntemplate [[host_name(\"",
-        kernel.name, "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
+    kernel.instantiation = join(mods.mask, "\ntemplate [[host_name(\"", kernel.name,
+        "\")]] [[kernel]] decltype(", type, ") ", type, ";\n");
     return;
   }
   if (mods.has_map()) replace(kernel.name, "_mask_bool", "");
@@ -100,8 +93,7 @@ void give(const Mods& mods, bool exact, const std::string& name, KernelPlan& ker
   for (int i = 0; i < 2; i++) {  // the type, and the type that it has
     replace(kernel.instantiation, mods.has_map() ? kMasked : kPlain, score);
   }
-  kernel.instantiation =
-      join(before_mods(exact), mods.score, "\n", mods.mask, "\n", kernel.instantiation);
+  kernel.instantiation = join(mods.score, "\n", mods.mask, "\n", kernel.instantiation);
   kernel.family += "_flex";
 }
 
@@ -111,8 +103,7 @@ struct Known {
   std::shared_ptr<const Plan> ordinary, plan;
 };
 
-std::shared_ptr<const Plan> with(
-    const Mods& mods, const Problem& problem, std::shared_ptr<const Plan> ordinary) {
+std::shared_ptr<const Plan> with(const Mods& mods, std::shared_ptr<const Plan> ordinary) {
   if (!mods.has_map() && mods.score.empty()) return ordinary;
   using Key = std::tuple<const Plan*, std::string, std::string, bool>;
   static auto& mutex = *new std::mutex;
@@ -121,10 +112,8 @@ std::shared_ptr<const Plan> with(
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = plans.find(key); found != plans.end()) return found->second.plan;
   auto plan = std::make_shared<Plan>(*ordinary);
-  const bool exact = problem.dtype == DType::kFloat32;
-  const std::string name =
-      name_of(join(before_mods(exact), mods.score, "\n", mods.mask, "\n", mods.has_map()));
-  for (KernelPlan& kernel : plan->kernels) give(mods, exact, name, kernel);
+  const std::string name = name_of(join(mods.score, "\n", mods.mask, "\n", mods.has_map()));
+  for (KernelPlan& kernel : plan->kernels) give(mods, name, kernel);
   if (plans.size() >= kMostPlans) plans.clear();
   plans[key] = {std::move(ordinary), plan};
   return plan;
@@ -147,12 +136,14 @@ void mask_as_mods_do(const Mods& mods, int64_t batches, int64_t heads, Problem& 
 
 std::shared_ptr<const Plan> flex_plan_forward(
     const Problem& problem, const Mods& mods, const Layout& out) {
-  return with(mods, problem, cached_plan_forward(problem, out));
+  Problem undivided = problem;
+  undivided.gpu_cores = 0;  // no kernel here merges parts
+  return with(mods, cached_plan_forward(undivided, out));
 }
 
 std::shared_ptr<const Plan> flex_plan_backward(
     const Problem& problem, const Mods& mods, const Layout& out, const Layout& dout) {
-  return with(mods, problem, cached_plan_backward(problem, out, dout));
+  return with(mods, cached_plan_backward(problem, out, dout));
 }
 
 }  // namespace orchard

@@ -98,7 +98,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     rows.start(head.query_rows(query, params.q, params.head_dim),
         head.query_rows(dout, params.dout, params.v_head_dim), blocks.begin * BQ, storage,
         thread_index, at);
-    ScoresTransposed<sizeof(T) == 4, typename V::Score, kBlocks> scores;
+    ScoresTransposed<typename V::Score, kBlocks> scores;
     scores.start(head, buffers, key0, at, params);
     MaskMap<typename V::Score::Mask> visible;
     visible.start(head, mask_map, params);

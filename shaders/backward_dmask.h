@@ -87,7 +87,7 @@ attention_backward_dmask(const device T* query [[buffer(kBufferQuery)]],  // (B,
 
   const int first_row0 = own_block * kGroupRows + simdgroup * 8 * R;
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
-  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  Scores<typename V::Score, R, BK / 8> scores;
   TileRanges<V::kListed, R, kGroupRows> ranges;
   ranges.start(first, key_ranges, own_block * kGroupRows, first_row0, at, lane, params);
   scores.start(first, buffers, ranges, first_row0, at, params);

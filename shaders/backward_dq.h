@@ -87,7 +87,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     row_delta[r] = delta[place];
   }
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
-  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  Scores<typename V::Score, R, BK / 8> scores;
   scores.start(head, buffers, ranges, row0, at, params);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);

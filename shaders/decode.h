@@ -223,7 +223,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   SharedSight<MASK, RANGES> sight;
   sight.start(first_of_group(kv_index, attention), mask, key_ranges, attention);
   DecodeRow rows[R];
-  HeadScore<sizeof(T) == 4, SOFTCAP, ALIBI> scores[R];
+  HeadScore<SOFTCAP, ALIBI> scores[R];
   Range seen;
   seen.begin = ORCHARD_WINDOW_OPEN;
   seen.end = 0;

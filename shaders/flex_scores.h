@@ -12,10 +12,9 @@
 //     METAL_FUNC bool sees(int b, int h, int q, int kv) const;
 //   };
 //
-// and before them flex_tanh, which is flex_tanh_of as right as the operands' type asks. Indices may
-// lie beyond the ends, by less than a block of a kernel: what the functions say of pairs that there
-// are not is dropped. The embedder gives ScoreBuffers its captures, and the kernels the buffers for
-// them (native/embed_shaders.py).
+// Indices may lie beyond the ends, by less than a block of a kernel: what the functions say of
+// pairs that there are not is dropped. The embedder gives ScoreBuffers its captures, and the
+// kernels the buffers for them (native/embed_shaders.py).
 #pragma once
 
 #include "flex_arithmetic.h"
@@ -40,16 +39,8 @@ struct NoMaskMod {
   METAL_FUNC bool sees(int, int, int, int) const { return true; }
 };
 
-/// tanh_of (scores.h) for one number.
-template <bool EXACT>
-METAL_FUNC float flex_tanh_of(float x) {
-  if (EXACT) {
-    return precise::tanh(x);
-  }
-  const float e = fast::exp2(-2.88539008f * abs(x));
-  const float t = (1.0f - e) / (1.0f + e);
-  return x < 0.0f ? -t : t;
-}
+/// The tanh of the functions, which is that of a softcap.
+METAL_FUNC float flex_tanh(float x) { return tanh_log2(float2(tanh_unit() * x)).x; }
 
 template <typename MOD>
 struct IsGiven {
@@ -125,8 +116,8 @@ struct HeadMods {
   }
 };
 
-template <bool EXACT, typename SCORE_MOD, typename MASK_MOD, typename MAP, int ROWS, int COLS>
-struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
+template <typename SCORE_MOD, typename MASK_MOD, typename MAP, int ROWS, int COLS>
+struct Scores<FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
   HeadMods<SCORE_MOD, MASK_MOD> mods;
   int first_row;  // of the tile
   int row0;       // this lane's
@@ -199,8 +190,8 @@ struct Scores<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
   }
 };
 
-template <bool EXACT, typename SCORE_MOD, typename MASK_MOD, typename MAP, int COLS>
-struct ScoresTransposed<EXACT, FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
+template <typename SCORE_MOD, typename MASK_MOD, typename MAP, int COLS>
+struct ScoresTransposed<FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
   HeadMods<SCORE_MOD, MASK_MOD> mods;
   int first_key;  // of the tile
   int key;        // this lane's

@@ -13,10 +13,12 @@
 //
 // A threadgroup takes BQ = 8 R SIMDGROUPS query rows of one head, each simdgroup 8 R of them with
 // Q, S, P and O in registers. T is the tensors' type, F that of the matrix unit's operands. BUFFERS
-// says how K and V reach it (staging.h).
+// says how K and V reach it (staging.h). LEFT is what a threadgroup leaves at its end: where there
+// are few of them, several share the keys of their rows (forward_parts.h).
 #pragma once
 
 #include "dropout.h"
+#include "forward_parts.h"
 #include "hidden_blocks.h"
 #include "keys.h"
 #include "loader.h"
@@ -25,7 +27,8 @@
 #include "softmax.h"
 #include "staging.h"
 
-template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGROUPS, typename V>
+template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGROUPS, typename V,
+    typename LEFT = Finished>
 [[kernel, max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void attention_forward(
     const device T* query [[buffer(kBufferQuery)]],        // (B, Hq, L, D)
     const device T* key [[buffer(kBufferKey)]],            // (B, Hkv, S, D)
@@ -38,6 +41,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
     const device float* sinks [[buffer(kBufferSinks)]],               // (Hq)
+    device float* parts [[buffer(kBufferForwardParts)]],              // ForwardResults
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -55,13 +59,15 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   // Heads run fastest and late rows first: under a causal mask the heaviest blocks start first.
   const Head head = query_head(group.x, params);
   const Window window = head.window;
-  const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
+  LEFT left;
+  left.start(grid.y - 1 - group.y, params);
+  const int group_row0 = left.block * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
   Ranges ranges;
   ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
-  const Range blocks = ranges.key_blocks(
-      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK);
+  const Range blocks = left.keys(ranges.key_blocks(
+      window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK));
   const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
@@ -76,7 +82,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   OnlineSoftmax<R, kNatural> softmax;
   softmax.init();
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
-  Scores<sizeof(T) == 4, typename V::Score, R, BK / 8> scores;
+  Scores<typename V::Score, R, BK / 8> scores;
   scores.start(head, buffers, ranges, row0, at, params);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
@@ -111,22 +117,9 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     mma_AB(o, p, kv.v);
   }
 
-  const bool has_sink = kNatural && params.has_sinks;
-  const float sink = has_sink ? sinks[head.head] : -INFINITY;
-  if (has_sink) {
-    softmax.make_room_for(sink, o);
-  }
-  float factor[R];
-  ORCHARD_UNROLL
-  for (int r = 0; r < R; r++) {
-    const float of_keys = softmax.total(r);
-    const float total = has_sink ? of_keys + softmax.exponential(r, sink) : of_keys;
-    factor[r] = of_keys == 0.0f ? 0.0f : (V::kDropout ? params.dropout_rescale : 1.0f) / total;
-    const int row = row0 + 8 * r + at.row;
-    if (row < params.q_len && at.col == 0) {
-      row_stats[(int64_t)group.x * params.q_len + row] = softmax.row_stats(r, of_keys, total);
-    }
-  }
-  mul_row(o, factor);
-  store_rows<V::kVec>(head.query_output(out, params.out, params.v_head_dim), o, row0, at);
+  ForwardResults<T> results;
+  results.out = out;
+  results.row_stats = row_stats;
+  results.parts = parts;
+  left.template leave<V>(o, softmax, results, head, group.x, sinks, row0, at, params);
 }

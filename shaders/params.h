@@ -34,6 +34,7 @@ enum AttentionBuffer {
   kBufferKeyRanges = 21,
   kBufferRangeHulls = 22,
   kBufferDkvParts = 23,
+  kBufferForwardParts = 11,  ///< where a backward has dS; functions as scores take all from 23 on
 };
 
 /// Threads of a simdgroup.
@@ -112,6 +113,7 @@ struct AttentionParams {
   int32_t has_dlse;            ///< whether buffer dlse is bound (backward)
   int32_t dmask_parts;         ///< threadgroups that share a tile of dmask (backward)
   int32_t has_key_sums;        ///< whether the key's side sums up dS of each key (backward)
+  int32_t forward_parts;       ///< threadgroups that share the keys of a block of queries (forward)
   int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys

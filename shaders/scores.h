@@ -29,17 +29,21 @@ struct Score {
 /// factor, so it goes onto dq and dk when they are stored.
 METAL_FUNC float score_derivative(constant AttentionParams& params) { return params.scale; }
 
-/// tanh as right as float32 holds it, or with an absolute error near 1e-7, which is far below what
-/// 16-bit operands have rounded away.
-template <bool EXACT>
-METAL_FUNC float2 tanh_of(float2 x) {
-  if (EXACT) {
-    return precise::tanh(x);
-  }
-  const float2 size = abs(x);  // exponentials of it cannot overflow
-  const float2 e = float2(fast::exp2(-2.88539008f * size.x), fast::exp2(-2.88539008f * size.y));
-  const float2 t = (1.0f - e) / (1.0f + e);
-  return float2(x.x < 0.0f ? -t.x : t.x, x.y < 0.0f ? -t.y : t.y);
+/// What tanh_log2 takes x by: 2 log2(e).
+METAL_FUNC float tanh_unit() { return 2.88539008f; }
+
+/// tanh(x) of y = x tanh_unit(), which is (2^y - 1) / (2^y + 1), to 3 units in the last place:
+/// softcap multiplies its error. Where 2^y is near 1 the difference would cancel, so that below 1
+/// y is multiplied by a polynomial in y^2, fitted to tanh(x) / y. NaN is not above.
+METAL_FUNC float2 tanh_log2(float2 y) {
+  const float2 size = abs(y);  // exponentials of it cannot overflow
+  const float2 e = float2(fast::exp2(-size.x), fast::exp2(-size.y));
+  const float2 above = copysign((1.0f - e) / (1.0f + e), y);
+  const float2 square = y * y;
+  float2 p = fma(square, float2(-2.9458022e-05f), float2(0.00066487055f));
+  p = fma(square, p, float2(-0.013875669f));
+  const float2 below = y * fma(square, p, float2(0.3465736f));
+  return float2(size.x >= 1.0f ? above.x : below.x, size.y >= 1.0f ? above.y : below.y);
 }
 
 /// Whether a product becomes a score by its factor alone, so that the mask is added in the same
@@ -50,15 +54,15 @@ METAL_FUNC bool adds_to_product() {
 }
 
 /// The parts of a head's scores that do not depend on the mask.
-template <bool EXACT, bool SOFTCAP, bool ALIBI>
+template <bool SOFTCAP, bool ALIBI>
 struct HeadScore {
-  float factor;  // of a product
+  float factor;  // of a product, which is what tanh_log2 takes, or a score
   float cap;
   float slope;
 
   METAL_FUNC void start(
       Head head, const device float* alibi_slopes, constant AttentionParams& params) {
-    factor = SOFTCAP ? params.scale / params.softcap : params.scale;
+    factor = SOFTCAP ? tanh_unit() * params.scale / params.softcap : params.scale;
     cap = params.softcap;
     slope = 0.0f;
     if (ALIBI) {
@@ -72,7 +76,7 @@ struct HeadScore {
     float2 s = product * factor;
     derivative = float2(1.0f);
     if (SOFTCAP) {
-      const float2 t = tanh_of<EXACT>(s);
+      const float2 t = tanh_log2(s);
       derivative = 1.0f - t * t;
       s = cap * t;
     }
@@ -84,8 +88,8 @@ struct HeadScore {
 };
 
 /// The scores of tiles (queries, keys) of one head, the queries from row0 on. Rounded the same way
-/// in every kernel, so that the backward has the forward's numbers. EXACT: for float32.
-template <bool EXACT, typename SCORE, int ROWS, int COLS>
+/// in every kernel, so that the backward has the forward's numbers.
+template <typename SCORE, int ROWS, int COLS>
 struct Scores {
   template <typename Ranges>
   METAL_FUNC void start(
@@ -105,9 +109,9 @@ struct Scores {
   }
 };
 
-template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int ROWS, int COLS>
-struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
-  HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
+template <bool SOFTCAP, bool ALIBI, typename MASK, int ROWS, int COLS>
+struct Scores<Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
+  HeadScore<SOFTCAP, ALIBI> head_score;
   MaskTile<MASK, ROWS, COLS> mask;
   int position[ROWS];  // of this lane's rows, less its first column
 
@@ -167,7 +171,7 @@ struct Scores<EXACT, Score<SOFTCAP, ALIBI, MASK>, ROWS, COLS> {
 };
 
 /// The scores of transposed tiles (8 keys, queries) of one head, the keys from key0 on.
-template <bool EXACT, typename SCORE, int COLS>
+template <typename SCORE, int COLS>
 struct ScoresTransposed {
   METAL_FUNC void start(Head, ScoreBuffers, int, LanePosition, constant AttentionParams&) {}
 
@@ -180,9 +184,9 @@ struct ScoresTransposed {
   }
 };
 
-template <bool EXACT, bool SOFTCAP, bool ALIBI, typename MASK, int COLS>
-struct ScoresTransposed<EXACT, Score<SOFTCAP, ALIBI, MASK>, COLS> {
-  HeadScore<EXACT, SOFTCAP, ALIBI> head_score;
+template <bool SOFTCAP, bool ALIBI, typename MASK, int COLS>
+struct ScoresTransposed<Score<SOFTCAP, ALIBI, MASK>, COLS> {
+  HeadScore<SOFTCAP, ALIBI> head_score;
   MaskTileTransposed<MASK, COLS> mask;
   LanePosition at;
   int key;  // this lane's

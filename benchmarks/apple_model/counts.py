@@ -161,7 +161,8 @@ def _request(
     batch: int = 1,
     value_dim: int = 0,
 ) -> Any:
-    """One head of each batch entry. Where these are several, the mask's gradient is asked for."""
+    """One head of each batch entry. Where these are several, the mask's gradient is asked for. No
+    forward divides its keys, as on a full GPU."""
 
     def dense(length: int, width: int) -> tuple[Sequence[int], Sequence[int], int]:
         size = length * width
@@ -171,7 +172,7 @@ def _request(
     layouts |= {"q": dense(q_len, head_dim), "k": dense(kv_len, head_dim)}
     layouts |= {"v": dense(kv_len, value_dim or head_dim)}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
-    fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
+    fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes, gpu_cores=0)
     fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
     fields |= dict(has_sinks=score == "sinks", has_key_ranges=score in (LISTED, EDGES))
     fields |= dict(mask_grad=batch > 1)

@@ -57,7 +57,6 @@ struct ScoreMod {{
   }}
 }};
 """
-_BEFORE = "METAL_FUNC float flex_tanh(float x) {{ return flex_tanh_of<{exact}>(x); }}\n"
 MODS = {
     "noop": Mod("", None, ""),
     "ALiBi": Mod(
@@ -101,8 +100,7 @@ def variant(family: str, dtype: str, head_dim: int, mod: Mod, q_len: int, kv_len
         plain,
         family=f"{plain.family}_flex",
         name=name,
-        instantiation=_BEFORE.format(exact=str(dtype == "float32").lower())
-        + f"{mod.text}\n\n{instantiation}",
+        instantiation=f"{mod.text}\n\n{instantiation}",
         params=_params(plain.params, mod.table),
     )
 

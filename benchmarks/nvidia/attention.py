@@ -203,6 +203,7 @@ class Attention:
             if getattr(s, name) is not None:
                 tensors[name] = getattr(s, name)
         written = {"mask_map": 2 * plan.map_elements, "range_hulls": plan.hull_elements}
+        written["forward_parts"] = plan.forward_part_elements
         for name, elements in written.items():
             if elements:
                 tensors[name] = torch.full(

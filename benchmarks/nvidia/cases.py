@@ -388,7 +388,22 @@ def ranges() -> Iterator[Case]:
     yield long.but(ranges="any", q_len=9001, kv_len=10007, dtype=torch.float32, window_right=-1)
 
 
-GROUPS = {"scores": scores, "ranges": ranges}
+def parts() -> Iterator[Case]:
+    """Forwards of few threadgroups, which share the keys of their rows."""
+    for dtype, dim in itertools.product(DTYPES, (40, 64, 128, 256)):
+        base = Case(70, 3001, dim, dtype, num_heads=4, num_kv_heads=2)
+        yield base
+        yield base.but(q_len=3, dropout_p=0.2, head_dim=dim - 3, layout="heads inside")
+        yield base.but(num_heads=1, num_kv_heads=1, q_len=560, kv_len=560, window_right=0,
+                       diagonal=-20)  # fmt: skip
+        yield base.but(sinks=True, value_dim=dim // 2 + 3, window_left=900, diagonal=2000)
+        yield base.but(softcap=2.0, alibi=True, mask="same", hides="blocks", kv_len=40_000)
+        yield base.but(mask="bool", hides="padding", mask_full=(True, False, False, True))
+        yield base.but(ranges="documents", sinks=True, dropout_p=0.1)
+        yield base.but(ranges="any", batch=2, num_heads=2)
+
+
+GROUPS = {"scores": scores, "ranges": ranges, "parts": parts}
 """The groups of problems whose kernels are not among `plans.every_variant`."""
 
 

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from benchmarks import planner
@@ -133,23 +132,19 @@ class FlexPlanner:
             raise ValueError(f"the plan refuses: {plan.refusal} ({plan.detail})")
         if not mods.has_map and not mods.score:
             return plan
-        exact = q.dtype == torch.float32
-        return replace(plan, kernels=[with_mods(kernel, mods, exact) for kernel in plan.kernels])
+        return replace(plan, kernels=[with_mods(kernel, mods) for kernel in plan.kernels])
 
 
-def with_mods(kernel: Kernel, mods: Mods, exact: bool) -> Kernel:
-    """What an ordinary kernel becomes; exact: as for float32."""
-    before = (
-        f"METAL_FUNC float flex_tanh(float x) {{ return flex_tanh_of<{str(exact).lower()}>(x); }}\n"
-    )
-    text = "\n".join((before + mods.score, mods.mask, str(int(mods.has_map))))
+def with_mods(kernel: Kernel, mods: Mods) -> Kernel:
+    """What an ordinary kernel becomes."""
+    text = "\n".join((mods.score, mods.mask, str(int(mods.has_map))))
     name = f"{_hash(text) >> 16:012x}"
     mask_mod = "MaskMod" if mods.mask else "NoMaskMod"
     if kernel.family == "attention_mask_map":
         family = "attention_flex_map"
         call = f"{family}<{mask_mod}, {_SIMDGROUPS}>"
         instantiation = (
-            f'{before}{mods.mask}\ntemplate [[host_name("{family}_{name}")]] [[kernel]] '
+            f'{mods.mask}\ntemplate [[host_name("{family}_{name}")]] [[kernel]] '
             f"decltype({call}) {call};\n"
         )
         return replace(kernel, family=family, name=f"{family}_{name}", instantiation=instantiation)
@@ -163,7 +158,7 @@ def with_mods(kernel: Kernel, mods: Mods, exact: bool) -> Kernel:
     line = kernel.instantiation.replace(kernel.name, own).replace(ordinary, score)
     if line.count(score) != 2:
         raise ValueError(f"{kernel.name}: its type is not named twice: {kernel.instantiation}")
-    instantiation = f"{before}{mods.score}\n{mods.mask}\n{line}"
+    instantiation = f"{mods.score}\n{mods.mask}\n{line}"
     return replace(kernel, family=f"{kernel.family}_flex", name=own, instantiation=instantiation)
 
 

@@ -101,6 +101,7 @@ class Plan:
     dmask_part_elements: int = 0
     hull_elements: int = 0
     dkv_part_elements: int = 0
+    forward_part_elements: int = 0
 
 
 class Planner:
@@ -149,6 +150,7 @@ class Planner:
             plan.dmask_part_elements,
             plan.hull_elements,
             plan.dkv_part_elements,
+            plan.forward_part_elements,
         )
 
 
@@ -167,9 +169,11 @@ def every_variant(planner: Planner) -> dict[str, Kernel]:
                 x = torch.empty_strided(
                     (1, 1, 1, head_dim), (row, row, row, 1), dtype=dtype, device="meta"
                 )
+                keys = x.expand(1, 1, 512, head_dim)  # more than one threadgroup has
                 for dropout_p, scratch_bytes in itertools.product((0.0, 0.5), (0, 1 << 20)):
                     scoring = Scoring(1.0, dropout_p, scratch_bytes=scratch_bytes)
                     forward = planner.forward(x, x, x, x, scoring).kernels
+                    forward += planner.forward(x, keys, keys, x, scoring).kernels
                     backward = planner.backward(x, x, x, x, x, scoring).kernels
                     variants |= {kernel.name: kernel for kernel in [*forward, *backward]}
     return variants

@@ -45,6 +45,7 @@ _GROUPS = (
     "options",
     "scores",
     "ranges",
+    "parts",
     "exact",
     "long",
     "far",
@@ -328,6 +329,7 @@ def _run_groups(prover: Prover, chosen: list[str], stride: int, part: int, parts
         "options": ("options", cases.options()),
         "scores": ("scores", cases.scores()),
         "ranges": ("key ranges", cases.ranges()),
+        "parts": ("keys in parts", cases.parts()),
         "long": ("long sequences", cases.long()),
     }
     if stride == 1:

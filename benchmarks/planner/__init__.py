@@ -112,6 +112,7 @@ class Plan:
     dmask_part_elements: int
     hull_elements: int
     dkv_part_elements: int
+    forward_part_elements: int
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Planner:
             self._function(name).restype = ctypes.c_uint64
         for name in (
             "ds_elements", "map_elements", "dmask_part_elements", "hull_elements",
-            "dkv_part_elements", "part_rows",
+            "dkv_part_elements", "part_rows", "forward_part_elements",
         ):  # fmt: skip
             self._function(name).restype = ctypes.c_int64
         self._function("time_of_backward").restype = ctypes.c_double
@@ -399,6 +400,7 @@ class Planner:
             self._library.bridge_dmask_part_elements(answer),
             self._library.bridge_hull_elements(answer),
             self._library.bridge_dkv_part_elements(answer),
+            self._library.bridge_forward_part_elements(answer),
         )
 
     def _kernel(self, answer: ctypes.c_void_p, n: int) -> Kernel:

@@ -175,6 +175,9 @@ int64_t bridge_dkv_part_elements(const Answer* answer) { return answer->plan.dkv
 int64_t bridge_dmask_part_elements(const Answer* answer) {
   return answer->plan.dmask_part_elements;
 }
+int64_t bridge_forward_part_elements(const Answer* answer) {
+  return answer->plan.forward_part_elements;
+}
 int64_t bridge_hull_elements(const Answer* answer) { return answer->plan.hull_elements; }
 int64_t bridge_map_elements(const Answer* answer) { return answer->plan.map_elements; }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "forward_parts.h"
 #include "instantiate.h"
 #include "join.h"
 #include "params.h"
@@ -43,10 +44,13 @@ Plan plan_forward(const Problem& p, const Layout& out) {
   plan.params.out = to_strides(out.strides);
   advise_on_layout(chunks, plan);
   add_mask_map(p, plan);
-  KernelPlan kernel = make_kernel(
-      p, "attention_forward", choice, full_variant(p, chunks), query_heads(p), p.q.sizes[2]);
+  const int64_t parts = forward_parts(p, choice.rows);
+  const int64_t blocks = blocks_of(p.q.sizes[2], choice.rows);
+  KernelPlan kernel = make_kernel(p, "attention_forward", choice,
+      variant_of_forward(p, chunks, parts > 1), query_heads(p), parts * blocks * choice.rows);
   kernel.alternatives = names_of(choices);
   plan.add(std::move(kernel));
+  if (parts > 1) add_forward_merge(p, parts, plan);
   return plan;
 }
 

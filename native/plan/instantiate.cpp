@@ -131,6 +131,13 @@ Variant variant_of_keys(const Problem& p, bool chunks, bool parts) {
   return variant;
 }
 
+Variant variant_of_forward(const Problem& p, bool chunks, bool parts) {
+  Variant variant = full_variant(p, chunks);
+  variant.type += parts ? ", Part" : "";
+  variant.suffix += parts ? "_part" : "";
+  return variant;
+}
+
 Variant variant_of_mask_gradient(const Problem& p, bool chunks, bool parts) {
   Variant variant = full_variant(p, chunks);
   variant.type += join(", ", parts ? "float" : mask_element(p));
@@ -153,6 +160,23 @@ KernelPlan make_kernel(const Problem& p, const std::string& family, const TileCh
   kernel.tile = join(tile.text, tile.text.empty() ? "" : ", ", "head_dim padded to ", bd, "; ",
       heads, " x ", blocks, " threadgroups of ", kSimdgroups * ORCHARD_SIMD_WIDTH, " threads");
   return kernel;
+}
+
+void add_forward_merge(const Problem& p, int64_t parts, Plan& plan) {
+  const DTypeNames dtype = names(p.dtype);
+  const bool natural = !has_plain_logits(p), dropout = dropout_threshold(p.dropout_p) > 0;
+  const int64_t rows = query_heads(p) * p.q.sizes[2];
+  const std::string family = "attention_forward_merge";
+  KernelPlan kernel = named_kernel(family,
+      join(family, "_", dtype.torch, natural ? "_natural" : "", dropout ? "_dropout" : ""),
+      join(dtype.metal, ", ", kSimdgroups, ", ", word(natural), ", ", word(dropout)),
+      {static_cast<uint64_t>(blocks_of(rows, kSimdgroups)), 1});
+  plan.params.forward_parts = static_cast<int32_t>(parts);
+  plan.forward_part_elements = parts * rows * (p.v.sizes[3] + 2);
+  kernel.tile = join("keys in ", parts, " parts, ", 4 * plan.forward_part_elements,
+      " bytes for their sums; ", kernel.groups[0], " x 1 threadgroups of ", kernel.threads,
+      " threads");
+  plan.add(std::move(kernel));
 }
 
 void add_mask_map(const Problem& p, Plan& plan) {

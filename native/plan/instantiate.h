@@ -13,6 +13,8 @@ struct Variant {
 
 /// What of the problem a kernel distinguishes. `chunks`: whether rows load in chunks of 16 bytes.
 Variant full_variant(const Problem& problem, bool chunks);
+/// `parts`: whether a threadgroup leaves the sums of a share of the keys.
+Variant variant_of_forward(const Problem& problem, bool chunks, bool parts);
 /// Besides its loads only whether there is a mask.
 Variant variant_of_visibility(const Problem& problem, bool chunks);
 /// Besides that only whether there are sinks, and the units of scores where there are.
@@ -27,6 +29,9 @@ Variant variant_of_mask_gradient(const Problem& problem, bool chunks, bool parts
 /// `length`: of the queries, or keys, that the threadgroups of a head share.
 KernelPlan make_kernel(const Problem& problem, const std::string& family, const TileChoice& tile,
     const Variant& variant, int64_t heads, int64_t length);
+
+/// Plans the kernel that makes a forward's results of its parts.
+void add_forward_merge(const Problem& problem, int64_t parts, Plan& plan);
 
 /// Plans the map of what the mask lets through, where there is a mask.
 void add_mask_map(const Problem& problem, Plan& plan);

@@ -104,6 +104,7 @@ struct Plan {
   int64_t ds_elements = 0;             ///< of the float buffer for dS; 0: none
   int64_t dkv_part_elements = 0;       ///< of the float buffer for parts of dk and dv; 0: none
   int64_t dmask_part_elements = 0;     ///< of the float buffer for dmask's parts; 0: none
+  int64_t forward_part_elements = 0;   ///< of the float buffer for a forward's parts; 0: none
   int64_t hull_elements = 0;           ///< of the int32 buffer for hulls of key_ranges; 0: none
   int64_t map_elements = 0;            ///< of the uint2 buffer for the mask's map; 0: none
 

@@ -62,12 +62,11 @@ _CALLS = {
     "+ slope;",
     "MaskMod": "values[gid] = mod.sees(b, h, q, kv) ? 1.0f : 0.0f;",
 }
-_TANH = "METAL_FUNC float flex_tanh(float x) { return flex_tanh_of<false>(x); }\n"
 
 
 def _text_with(mods: list[Mod]) -> str:
     """The text of the kernels, and behind it each mod and a kernel that calls it."""
-    parts = [Sources().text("attention_flex_map"), _TANH]
+    parts = [Sources().text("attention_flex_map")]
     for number, mod in enumerate(mods):
         kind = re.match(r"struct (\w+)", mod.text)[1]
         name = f"{kind}{number}"

@@ -9,30 +9,16 @@ from fuzz.caches import CacheExample
 from fuzz.examples import Example
 from fuzz.flex import FlexExample
 from fuzz.pages import PagesExample
-from fuzz.problems import PROBLEMS, AnyExample, check_any, from_json, is_known
+from fuzz.problems import PROBLEMS, AnyExample, check_any, from_json
 from fuzz.trees import TreesExample
 from hypothesis import HealthCheck, given, settings
 
 REGRESSIONS = sorted((Path(__file__).parent / "fuzz" / "regressions").glob("*.json"))
 
 
-NOT_MENDED = ("43f6271889da",)
-"""See `is_known`."""
-
-
 @pytest.mark.parametrize("path", REGRESSIONS, ids=lambda p: p.stem)
-def test_regression(path: Path, request: pytest.FixtureRequest):
-    example = from_json(path.read_text())
-    if path.stem not in NOT_MENDED:
-        check_any(example)
-        return
-    request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason="not mended"))
-    try:
-        check_any(example)
-    except AssertionError as error:
-        if is_known(example, error):
-            raise
-        pytest.fail(f"not what is known: {error}", pytrace=False)
+def test_regression(path: Path):
+    check_any(from_json(path.read_text()))
 
 
 SLICE = {

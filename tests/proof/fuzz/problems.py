@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from .caches import CacheExample, cache_examples, check_cache
-from .examples import Example, check, examples, is_known
+from .examples import Example, check, examples
 from .flex import FlexExample, check_flex, flex_examples
 from .pages import PagesExample, check_pages, pages_examples
 from .trees import TreesExample, check_trees, trees_examples
@@ -59,4 +59,4 @@ def check_any(example: AnyExample) -> str:
     return PROBLEMS[name_of(example)].check(example)
 
 
-__all__ = ["PROBLEMS", "AnyExample", "check_any", "from_json", "is_known", "name_of"]
+__all__ = ["PROBLEMS", "AnyExample", "check_any", "from_json", "name_of"]

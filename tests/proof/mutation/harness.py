@@ -36,11 +36,12 @@ FORWARD, DELTA, DKV, DKV_PAIRS, DQ, DQ_FROM_DS = FAMILIES = (
 )  # fmt: skip
 (
     MASK_MAP, DSINKS, DMASK, DMASK_FROM_DS, DMASK_ROWS, DMASK_SUM, DMASK_SUM_KEYS, DKV_SUMS,
+    FORWARD_MERGE,
 ) = OTHER_FAMILIES = (
     "attention_mask_map", "attention_backward_dsinks", "attention_backward_dmask",
     "attention_backward_dmask_from_ds", "attention_backward_dmask_rows",
     "attention_backward_dmask_sum", "attention_backward_dmask_sum_keys",
-    "attention_backward_dkv_sums",
+    "attention_backward_dkv_sums", "attention_forward_merge",
 )  # fmt: skip
 APPEND, DECODE, DECODE_MERGE = CACHE_FAMILIES = (
     "attention_append", "attention_decode", "attention_decode_merge",
@@ -228,6 +229,7 @@ class Sources:
             "dkv_part_elements": plan.dkv_part_elements,
             "map_elements": plan.map_elements, "hull_elements": plan.hull_elements,
             "dmask_part_elements": plan.dmask_part_elements,
+            "forward_part_elements": plan.forward_part_elements,
         }  # fmt: skip
         self.observe(facts, bytes(plan.params), self.buffers)
         return facts, plan.params

@@ -19,14 +19,14 @@ FILES = (
         "backward_dmask",
         "backward_dmask_from_ds", "backward_dmask_rows", "backward_dmask_sum",
         "backward_dmask_sum_keys", "backward_dq", "backward_dq_from_ds", "backward_dsinks",
-        "dkv_parts", "dropout", "dscore", "forward", "hidden_blocks", "key_sums", "keys", "loader",
-        "long_sum",
-        "mask_gradient", "mask_map", "mask_sharers", "masks", "params", "philox", "ranges",
-        "scores", "softmax", "staging", "sum_parts", "tile",
+        "dkv_parts", "dropout", "dscore", "forward", "forward_merge", "forward_parts",
+        "hidden_blocks", "key_sums", "keys", "loader", "long_sum", "mask_gradient", "mask_map",
+        "mask_sharers", "masks", "params", "philox", "ranges", "scores", "softmax", "staging",
+        "sum_parts", "tile",
     )),
     *(f"native/plan/{name}.cpp" for name in (
-        "backward", "backward_cost", "dkv_parts", "dscore_scratch", "forward", "instantiate",
-        "params", "refusals", "tiles",
+        "backward", "backward_cost", "dkv_parts", "dscore_scratch", "forward", "forward_parts",
+        "instantiate", "params", "refusals", "tiles",
     )),
 )  # fmt: skip
 CACHE_FILES = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 
-from ..harness import FAMILIES
+from ..harness import DECODE, FAMILIES, FORWARD
 from . import (
     backward,
     cache_parts,
@@ -20,6 +20,7 @@ from . import (
     flex,
     forward,
     hidden_runs,
+    forward_parts,
     long_sums,
     mask_sums,
     plan,
@@ -27,6 +28,7 @@ from . import (
     positions,
     products,
     scores,
+    tanh,
 )  # fmt: skip
 from .attention import Attention, forward_results, reference
 from .compiled import (
@@ -75,7 +77,12 @@ def use_those_of_flex() -> None:
 
 def killers_of_caches() -> tuple[Property | caches.Filled | caches.Appended | few_queries.Few, ...]:
     """Those of the ops for caches, and of forwards on their kernels."""
-    return (*caches.killers(), *cache_parts.killers(), *few_queries.killers())
+    return (
+        *caches.killers(),
+        *cache_parts.killers(),
+        *few_queries.killers(),
+        *tanh.killers(DECODE),
+    )
 
 
 def killers_of_flex() -> tuple[flex.Flexed | Property, ...]:
@@ -98,6 +105,7 @@ def killers() -> tuple[
         *products.properties(),
         *(k for k in problems() if not k.check),
         *forward.properties(),
+        *forward_parts.properties(),
         *backward.properties(),
         *divided_groups.properties(),
         *positions.properties(),
@@ -105,9 +113,11 @@ def killers() -> tuple[
         *far_masks.properties(),
         *long_sums.properties(),
         *hidden_runs.killers(),
+        *tanh.killers(FORWARD),
         *scores.killers(),
         *(k for k in problems() if k.check),
         *forward.checked(),
+        *forward_parts.checked(),
         *backward.checked(),
         *divided_groups.checked(),
         *mask_sums.checked(),

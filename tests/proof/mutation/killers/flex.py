@@ -149,20 +149,18 @@ class Flexed:
         wanted = "attention_mask_map" if self.family == FLEX_MAP else ordinary
         kernel = next(x for x in plan["kernels"] if x["family"] == wanted)
         scoring = case.scoring("cpu")
-        exact = str(case.dtype == F32).lower()
-        text = f"METAL_FUNC float flex_tanh(float x) {{ return flex_tanh_of<{exact}>(x); }}\n"
         mask_mod = "MaskMod" if scoring.mask else "NoMaskMod"
         name = f"{kernel['name']}_{case.score}_{case.mask}"
         if self.family == FLEX_MAP:
             call = f"{FLEX_MAP}<{mask_mod}, 4>"
             line = f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n'
-            return kernel | {"name": name, "instantiation": text + scoring.mask + line}, params
+            return kernel | {"name": name, "instantiation": scoring.mask + line}, params
         score = f"FlexScore<{'ScoreMod' if scoring.score else 'NoScoreMod'}, {mask_mod}, " + (
             f"{MAP}>" if has_map else "NoMask>"
         )
         line = kernel["instantiation"].replace(kernel["name"], name)
         line = line.replace(MASKED if has_map else "PlainScore", score)
-        text += scoring.score + scoring.mask + line
+        text = scoring.score + scoring.mask + line
         return kernel | {"name": name, "instantiation": text}, params
 
     def map(self) -> Tensor:

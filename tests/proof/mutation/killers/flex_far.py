@@ -45,9 +45,8 @@ def _map(
     plan, params = sources.plan(request(layouts, DTYPE_NUMBERS[F32], mask=mask, scale=1.0))
     kernel = next(dict(k) for k in plan["kernels"] if k["family"] == "attention_mask_map")
     call = f"{_FAMILY}<NoMaskMod, 4>"
-    tanh = "METAL_FUNC float flex_tanh(float x) { return flex_tanh_of<true>(x); }\n"
     line = f'template [[host_name("{_FAMILY}_far")]] [[kernel]] decltype({call}) {call};\n'
-    kernel |= {"name": f"{_FAMILY}_far", "instantiation": tanh + line}
+    kernel |= {"name": f"{_FAMILY}_far", "instantiation": line}
     library = compile_kernel(sources, _FAMILY, kernel)
     note("compiled")
     states = _Bytes(strides)

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -145,6 +146,7 @@ def plan_of_every_width(sources: Sources) -> None:
                 "scratch_bytes": stored,
                 "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
                 "dkv_part_elements": 0,
+                "forward_part_elements": 0,
                 "launches": [
                     [n, *kernel["groups"], 0, 0, 70] for n, kernel in enumerate(kernels)
                 ],
@@ -153,7 +155,9 @@ def plan_of_every_width(sources: Sources) -> None:
 
 def plan_of_buffers(sources: Sources) -> None:
     """Several tensors are bound to each kernel."""
-    assert len({sources.buffers[name] for name in BUFFERS}) == len(BUFFERS)
+    apart = [sources.buffers[name] for name in BUFFERS if name != "forward_parts"]
+    assert len(set(apart)) == len(apart)
+    assert sources.buffers["forward_parts"] == sources.buffers["ds"]  # which no forward has
 
 
 def plan_of_scratch(sources: Sources) -> None:
@@ -407,6 +411,7 @@ def plan_of_refusals(sources: Sources) -> None:
                 "refusal": refusal, "detail": detail, "kernels": [], "scratch_bytes": 0,
                 "launches": [], "map_elements": 0, "hull_elements": 0, "dmask_part_elements": 0,
                 "dkv_part_elements": 0,
+                "forward_part_elements": 0,
             }, plan  # fmt: skip
     for sizes, fields in (
         ({"d": 256}, {}), ({"l": _LONG}, {}), ({"s": _LONG}, {}), ({}, {"diagonal": _LONG}),
@@ -417,6 +422,77 @@ def plan_of_refusals(sources: Sources) -> None:
     ):  # fmt: skip
         plan, _ = sources.plan(request(_layouts(**sizes), 0, **fields))
         assert not plan["refusal"], plan
+
+
+def _parts_of(sources: Sources, **fields: Any) -> tuple[dict, int]:
+    """The plan of a forward in float16 of head dim 64, 32 queries a threadgroup; and its parts."""
+    sizes = {name: fields.pop(name) for name in ("b", "h", "hk", "l", "s", "d", "dv")
+             if name in fields}  # fmt: skip
+    asked = request(_layouts(**{"b": 1, "h": 2, "hk": 1, "l": 64, "d": 64} | sizes), 0, **fields)
+    plan, params = sources.plan(asked)
+    divided = len(plan["kernels"]) > 1 and "merge" in plan["kernels"][-1]["name"]
+    assert (params.forward_parts > 1) == divided == (plan["forward_part_elements"] > 0)
+    return plan, max(params.forward_parts, 1)
+
+
+def plan_of_forward_parts(sources: Sources) -> None:
+    """Parts fill the GPU with 4 threadgroups a core, and have 256 keys at least; at most 32."""
+    for fields, parts in (
+        ({"s": 9000}, 8),  # 4 threadgroups, wanted 32
+        ({"s": 9000, "l": 65}, 6),  # 6
+        ({"s": 9000, "l": 500, "h": 1}, 2),  # 16
+        ({"s": 9000, "l": 500}, 1),  # 32
+        ({"s": 9000, "l": 481, "h": 1, "b": 2}, 1),
+        ({"s": 9000, "l": 480, "h": 1, "b": 2}, 2),  # 30
+        ({"s": 9000, "l": 500, "gpu_cores": 9}, 2),
+        ({"s": 9000, "l": 1, "h": 1}, 32),
+        ({"s": 90_000, "l": 1, "h": 1, "gpu_cores": 80}, 32),
+        ({"s": 90_000, "l": 33, "h": 1, "gpu_cores": 15}, 30),
+        ({"s": 9000, "gpu_cores": 0}, 1),
+        ({"s": 511}, 1), ({"s": 512}, 2), ({"s": 767}, 2), ({"s": 768}, 3), ({"s": 0}, 1),
+        ({"s": 9000, "l": 0}, 1), ({"s": 9000, "b": 0}, 1),
+        # keys that the window lets 32 queries see
+        ({"s": 9000, "window_left": 300, "window_right": 179, "diagonal": 5000}, 1),
+        ({"s": 9000, "window_left": 300, "window_right": 180, "diagonal": 5000}, 2),
+        ({"s": 9000, "window_left": 735, "window_right": 0, "diagonal": 5000}, 2),
+        ({"s": 9000, "window_left": 736, "window_right": 0, "diagonal": 5000}, 3),
+        # keys that any query sees
+        ({"s": 9000, "l": 511, "h": 1, "window_right": 0}, 1),
+        ({"s": 9000, "l": 480, "h": 1, "window_right": 32}, 2),
+        ({"s": 9000, "window_right": 447}, 1), ({"s": 9000, "window_right": 448}, 2),
+        ({"s": 9000, "window_right": 0, "diagonal": 447}, 1),
+        ({"s": 9000, "window_right": 0, "diagonal": 448}, 2),
+        ({"s": 1000, "window_left": 0, "diagonal": 489}, 1),
+        ({"s": 1000, "window_left": 0, "diagonal": 488}, 2),
+        ({"s": 1000, "window_left": 100, "diagonal": 588}, 2),
+        ({"s": 1000, "window_left": 100, "diagonal": 589}, 1),
+        ({"s": 1000, "diagonal": 5000, "window_left": 100}, 1),
+        # of key ranges nothing is known
+        ({"s": 9000, "window_left": 3, "window_right": 3, "has_key_ranges": True}, 8),
+        ({"s": 511, "has_key_ranges": True}, 1),
+    ):  # fmt: skip
+        assert _parts_of(sources, **fields)[1] == parts, fields
+    for fields, names in (
+        ({}, ("", "")),
+        ({"dropout_p": 0.5}, ("_dropout", "_dropout")),
+        ({"has_sinks": True}, ("_natural", "_natural")),
+        ({"softcap": 1.0, "dropout_p": 0.5}, ("_dropout_softcap", "_natural_dropout")),
+    ):
+        plan, parts = _parts_of(sources, s=9000, l=65, dv=33, **fields)
+        first, last = plan["kernels"]
+        assert first["name"] == f"attention_forward_float16_d64_r1_k32_b2_elements{names[0]}_part"
+        assert first["instantiation"].count(", Part>") == 2
+        assert first["groups"] == [2, 3 * parts]
+        assert last["name"] == f"attention_forward_merge_float16{names[1]}"
+        words = ("true" if word in names[1] else "false" for word in ("natural", "dropout"))
+        assert f"<half, 4, {', '.join(words)}>" in last["instantiation"]
+        assert last["groups"] == [-(-130 // 4), 1] and last["threads"] == 128
+        assert plan["forward_part_elements"] == parts * 130 * 35
+        assert f"keys in {parts} parts, {4 * parts * 130 * 35} bytes" in last["tile"]
+        assert f"{last['groups'][0]} x 1 threadgroups of 128 threads" in last["tile"]
+        assert [x[:3] for x in plan["launches"]] == [[0, 2, 3 * parts], [1, 33, 1]]
+    plan, _ = sources.plan(request(_layouts(s=9000, l=1), 0, True))
+    assert plan["forward_part_elements"] == 0
 
 
 def plan_of_strides(sources: Sources) -> None:
@@ -443,7 +519,7 @@ def properties() -> Iterator[Property]:
         plan_of_every_width, plan_of_threadgroups, plan_of_params, plan_of_windows,
         plan_of_dropout, plan_of_layouts, plan_of_refusals, plan_of_strides,
         plan_of_scratch, plan_of_large_sums, plan_of_other_tiles,
-        plan_of_buffers, plan_of_head_dims, plan_of_no_key_heads,
+        plan_of_forward_parts, plan_of_buffers, plan_of_head_dims, plan_of_no_key_heads,
     ):  # fmt: skip
         name = test.__name__.removeprefix("plan_of_").replace("_", " ")
         yield Property(f"plan: {name}", None, test)
