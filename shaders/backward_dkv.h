@@ -106,12 +106,12 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
     sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
-      int steps;  // to the next block
-      for (; block < last; block += steps, rows.advance(steps)) {
-        steps = 1;
+      for (; block < last; block++) {
         const int row0 = block * BQ;
         if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
-          steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
+          const int steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
+          rows.advance(steps);
+          block += steps - 1;
           continue;
         }
         const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
@@ -156,6 +156,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         const Tile<F, 1, kBlocks> p_operand = as_operand<F>(p);
         mma_AB(dv_sum, p_operand, rows.dout);
         mma_AB(dk_sum, ds_block, rows.q);
+        rows.advance(1);
       }
       if (parts.ended()) {
         parts.put_aside(dk_sum, dk_rows, key0, at);

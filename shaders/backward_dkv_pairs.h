@@ -128,12 +128,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
-      int steps;  // to the next block
-      for (; block < last; block += steps, rows.advance(steps)) {
-        steps = 1;
+      for (; block < last; block++) {
         const int row0 = block * BQ;
         if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
-          steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
+          const int steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
+          rows.advance(steps);
+          block += steps - 1;
           continue;
         }
         const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
@@ -189,6 +189,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         } else {
           mma_AB(sum, x, summed);
         }
+        rows.advance(1);
       }
       if (parts.ended()) {
         const OutputRows<Sum> rows_of_sum =

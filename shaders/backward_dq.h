@@ -94,14 +94,14 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   Tile<float, R, kDepth> dq_sum;
   zero(dq_sum);
 
-  int steps;  // to the next block
-  for (int block = blocks.begin; block < blocks.end; block += steps, kv.advance(steps)) {
-    steps = 1;
+  for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      kv.advance(steps);
+      block += steps - 1;
       continue;
     }
     scores.fetch(key0, seen.masked());
@@ -129,6 +129,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
       times_derivative<kHides>(ds, derivatives);
     }
     mma_AB(dq_sum, ds, kv.k);
+    kv.advance(1);
   }
 
   scale(dq_sum, score_derivative(params));

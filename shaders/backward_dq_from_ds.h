@@ -116,15 +116,15 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  int steps;  // to the next block
-  for (int block = blocks.begin; block < blocks.end; k.advance(steps),
-           tile = ds_tiles.behind(tile, block * BK, steps * BK, row0), block += steps) {
-    steps = 1;
+  for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      k.advance(steps);
+      tile = ds_tiles.behind(tile, key0, steps * BK, row0);
+      block += steps - 1;
       continue;
     }
     const bool all_seen = unmasked.has(key0);
@@ -144,6 +144,8 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     k.store(seen);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
+    k.advance(1);
+    tile = ds_tiles.behind(tile, key0, BK, row0);
   }
 
   if (params.key_end < params.kv_len) {

@@ -87,14 +87,14 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  int steps;  // to the next block
-  for (int block = blocks.begin; block < blocks.end; block += steps, kv.advance(steps)) {
-    steps = 1;
+  for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
     const auto seen =
         ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+      kv.advance(steps);
+      block += steps - 1;
       continue;
     }
     scores.fetch(key0, seen.masked());
@@ -115,6 +115,7 @@ template <typename T, typename F, int BD, int R, int BK, int BUFFERS, int SIMDGR
     const Tile<F, R, BK / 8> p = as_operand<F>(s);
     kv.wait_for_values();
     mma_AB(o, p, kv.v);
+    kv.advance(1);
   }
 
   ForwardResults<T> results;

@@ -79,8 +79,7 @@ def killers() -> tuple[Property | Scored, ...]:
 
 def _looks() -> Iterator[Property]:
     for family, head_dim in (
-        (FORWARD, 16), (FORWARD, 128), (DQ, 16), (DQ_FROM_DS, 64), (DKV, 16), (DKV, 64),
-        (DKV_PAIRS, 96),
+        (FORWARD, 16), (FORWARD, 128), (DQ, 16), (DQ_FROM_DS, 64), (DKV, 16), (DKV_PAIRS, 96),
     ):  # fmt: skip
         test = functools.partial(one_look_for_32_hidden_blocks, family=family, head_dim=head_dim)
         yield Property(f"{family}: one look for 32 hidden blocks, {head_dim}", family, test)
