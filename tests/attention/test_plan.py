@@ -68,7 +68,7 @@ def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
     explanation = explain(case)
     assert explanation.scratch_bytes == 4 * 13 * 25 * 256
     assert "scratch: 325.0 KiB for a backward" in str(explanation)
-    assert "scratch: 1.2 MiB for a backward" in str(explain(case.but(q_len=400)))
+    assert "scratch: 1.2 MiB for a backward" in str(explain(case.but(q_len=400, num_kv_heads=4)))
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     low = explain(case)
     assert low.scratch_bytes == 0 and "scratch" not in str(low)
@@ -113,7 +113,7 @@ def test_dropout_is_a_variant_and_a_tiny_p_is_none():
 def test_causality_and_lengths_are_no_variants():
     """A training run compiles four kernels, whatever its lengths and windows."""
     names = {
-        explain(Case(q_len, kv_len, 64), is_causal=causal, window_left=left).kernels
+        explain(Case(q_len, kv_len, 64, num_kv_heads=2), is_causal=causal, window_left=left).kernels
         for q_len, kv_len in ((1, 1), (33, 100), (500, 20))
         for causal in (False, True)
         for left in (-1, 5)
