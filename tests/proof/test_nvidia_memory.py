@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,14 @@ def on_cpu(planner: plans.Planner, monkeypatch: pytest.MonkeyPatch) -> attention
     monkeypatch.setattr(attention.Guarded, "device", "cpu")
     monkeypatch.setattr(nvidia_memory, "measure_step", measure_step)
     monkeypatch.setattr(memory, "SCRATCH_BUDGETS_MB", (0, 1, 2))
+    # In turns even where so little work should take longer
+    plain = nvidia_memory._scoring
+    storing = lambda q, budget_mb: replace(plain(q, budget_mb), stores_ds=True)  # noqa: E731
+    monkeypatch.setattr(nvidia_memory, "_scoring", storing)
     q, k, v, dout = PROBLEM.operands(LENGTH, "meta")
     kernels = {}
     for scratch_bytes in (0, 1 << 20):
-        scoring = plans.Scoring(1.0, window_right=0, scratch_bytes=scratch_bytes)
+        scoring = plans.Scoring(1.0, window_right=0, scratch_bytes=scratch_bytes, stores_ds=True)
         for plan in (
             planner.forward(q, k, v, q, scoring),
             planner.backward(q, k, v, q, dout, scoring),
