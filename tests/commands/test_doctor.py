@@ -187,7 +187,11 @@ def test_a_variable_that_is_in_the_way(
     (
         ("ORCHARD_STRICT", "1", "on: a call on mps that Metal cannot run is an error"),
         ("ORCHARD_DISABLE_METAL", "0", "off"),
-        ("ORCHARD_GPU_CORES", "38", "'38': cores that kernels are planned for"),
+        (
+            "ORCHARD_GPU_CORES",
+            "38",
+            "'38': cores that kernels are planned for instead of the GPU's",
+        ),
         ("ORCHARD_BACKWARD_SCRATCH_MB", "0", "'0': MiB that a backward may take for speed"),
         ("ORCHARD_STRIKT", "1", "no variable of orchard_ops; ORCHARD_STRICT is"),
     ),
