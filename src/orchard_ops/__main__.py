@@ -259,7 +259,8 @@ def _add_plan(commands: Any) -> None:
         "--scratch",
         type=mebibytes,
         metavar="MB",
-        help="the backward's scratch (default: ORCHARD_BACKWARD_SCRATCH_MB, or what a machine of that memory takes)",
+        help="the backward's scratch (default: ORCHARD_BACKWARD_SCRATCH_MB, or what a machine of "
+        "that memory has)",
     )
     parser.add_argument("--lengths", nargs="+", type=positive_integer, metavar="L")
     parser.add_argument("--json", action="store_true", help="print JSON")

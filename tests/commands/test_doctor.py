@@ -164,6 +164,8 @@ def test_kernels_that_do_not_compile(capsys: pytest.CaptureFixture[str]):
         ("ORCHARD_DEBUG", "2", "set ORCHARD_DEBUG to 1 or 0"),
         ("ORCHARD_BACKWARD_SCRATCH_MB", "-1", "to 256, or to 0"),
         ("ORCHARD_BACKWARD_SCRATCH_MB", "1GB", "to 256, or to 0"),
+        ("ORCHARD_GPU_CORES", "0", "unset ORCHARD_GPU_CORES"),
+        ("ORCHARD_GPU_CORES", "ten", "unset ORCHARD_GPU_CORES"),
         ("PYTORCH_MPS_FAST_MATH", "1", "unset PYTORCH_MPS_FAST_MATH"),
     ),
 )
@@ -185,6 +187,11 @@ def test_a_variable_that_is_in_the_way(
     (
         ("ORCHARD_STRICT", "1", "on: a call on mps that Metal cannot run is an error"),
         ("ORCHARD_DISABLE_METAL", "0", "off"),
+        (
+            "ORCHARD_GPU_CORES",
+            "38",
+            "'38': cores that kernels are planned for instead of the GPU's",
+        ),
         ("ORCHARD_BACKWARD_SCRATCH_MB", "0", "'0': MiB that a backward may take for speed"),
         ("ORCHARD_STRIKT", "1", "no variable of orchard_ops; ORCHARD_STRICT is"),
     ),

@@ -56,7 +56,7 @@ def test_heads_and_keys_take_turns():
     import simulator
 
     cases = [v for v in selftest.variants(quick=True) if v.way.endswith("in turn")]
-    for variant, parts in zip(cases, ((512, 512), (3200, 200)), strict=True):
+    for variant, parts in zip(cases, ((512, 512), (1728, 1672)), strict=True):
         with simulator.recording() as launches:
             assert selftest.check(variant, torch.device("mps"), "metal").passed
         groups = [x.threads[1] for x in launches if "dkv" in x.kernel]

@@ -60,7 +60,7 @@ def _finding(name: str) -> Finding:
         problem = _problem(scratch_budget_mb)
         if problem:
             return Finding(name, FAULT, problem, f"set {name} to 256, or to 0 to do without")
-    if name == "ORCHARD_GPU_CORES" and not (value.isdecimal() and int(value)):
+    if name == "ORCHARD_GPU_CORES" and value and not (value.isdecimal() and int(value)):
         problem = f"{name} must be a whole number, 1 or more; got {value!r}"
         return Finding(name, FAULT, problem, f"unset {name}")
     if name == "ORCHARD_NATIVE_LIBRARY":

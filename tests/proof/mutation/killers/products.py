@@ -104,6 +104,7 @@ def plan_of_times(sources: Sources) -> None:
             (Call(d=d, dtype=dtype, cores=cores, **window), (2, 130)),
             (Call(b=3, h=6, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
             (Call(d=d, dtype=dtype, cores=cores, **window), (1, 64)),
+            (Call(h=3, hk=3, s=65, d=d, dtype=dtype, cores=cores, **window), (2, 64)),
             (Call(l=20, s=10, b=2, d=d, dtype=dtype, cores=cores, **window), (2, 10)),
         ):
             for stored, parts in itertools.product((False, True), (1, call.group)):
