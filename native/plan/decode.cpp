@@ -27,9 +27,8 @@ constexpr int64_t kMostParts = 32;
 constexpr int64_t kFewBytes = 256;
 constexpr int64_t kLongPart = 1024;
 
-/// Each row of a threadgroup leaves its sums, which are read again to be merged. They are 1/64 of
-/// the bytes of its keys where it has at least this by the size of an element, 64 in 16 bits, a
-/// row.
+/// Each row of a threadgroup leaves its sums, which are read again to be merged: 1/64 of the bytes
+/// of the threadgroup's keys and values, where it has so many keys a row, by an element's bytes.
 constexpr int64_t kKeysOfRow = 128;
 
 /// But a sequence has this many threadgroups first: most GPUs of Macs have fewer cores.

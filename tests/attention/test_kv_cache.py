@@ -468,6 +468,6 @@ def test_is_reported():
         "causal, added 20, cache_seqlens (2,) int32, block_table (2, 4) int32"
     )
     assert metal.kernels == (
-        "attention_decode_float16_d64_v64_r1_chunks_paged",
+        "attention_decode_float16_d16_v16_r1_chunks_paged",
         "attention_decode_merge_float16_v64",
     )
