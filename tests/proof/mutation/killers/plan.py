@@ -505,6 +505,10 @@ def plan_of_forward_parts(sources: Sources) -> None:
         ({"s": 1000, "window_left": 100, "diagonal": 588}, 2),
         ({"s": 1000, "window_left": 100, "diagonal": 589}, 1),
         ({"s": 1000, "diagonal": 5000, "window_left": 100}, 1),
+        # beyond 32 bits
+        ({"s": 5400, "window_left": 1 << 40, "diagonal": 5000}, 8),
+        ({"s": 9000, "window_right": 1 << 40}, 8),
+        ({"s": 9000, "h": 4096, "l": (1 << 25) + 1, "gpu_cores": 10_000}, 1),
         # of key ranges nothing is known
         ({"s": 9000, "window_left": 3, "window_right": 3, "has_key_ranges": True}, 8),
         ({"s": 511, "has_key_ranges": True}, 1),
