@@ -15,8 +15,8 @@ attention_forward_merge(const device float* parts [[buffer(kBufferForwardParts)]
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  const int64_t rows = rows_of_part(params);
-  const int64_t row = (int64_t)group.x * SIMDGROUPS + simdgroup;
+  const int rows = rows_of_part(params);
+  const int row = group.x * SIMDGROUPS + simdgroup;
   if (row >= rows) {
     return;
   }

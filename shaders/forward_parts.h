@@ -15,13 +15,13 @@ struct ForwardResults {
   device float* parts;
 };
 
-/// Rows of a part.
-METAL_FUNC int64_t rows_of_part(constant AttentionParams& params) {
-  return (int64_t)params.batch * params.num_heads * params.q_len;
+/// Rows of a part. They are few where there are parts: int holds every place in them.
+METAL_FUNC int rows_of_part(constant AttentionParams& params) {
+  return params.batch * params.num_heads * params.q_len;
 }
 
 /// Floats before the O of the first part.
-METAL_FUNC int64_t floats_before_sums(constant AttentionParams& params) {
+METAL_FUNC int floats_before_sums(constant AttentionParams& params) {
   return 2 * params.forward_parts * rows_of_part(params);
 }
 
@@ -98,7 +98,7 @@ struct Part {
   METAL_FUNC void leave(thread Tile<float, R, COLS>& o, thread OnlineSoftmax<R, NATURAL>& softmax,
       ForwardResults<T> results, Head head, int index, const device float*, int row0,
       LanePosition at, constant AttentionParams& params) const {
-    const int64_t first = part * rows_of_part(params) + (int64_t)index * params.q_len;
+    const int first = part * rows_of_part(params) + index * params.q_len;
     device float2* stats = reinterpret_cast<device float2*>(results.parts) + first;
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {

@@ -5,8 +5,8 @@
 
 namespace orchard {
 
-/// Threadgroups that share the keys of a block of queries: 1 unless too few of them would be there
-/// to fill the GPU. `rows` are the queries of a threadgroup.
+/// Threadgroups that share the keys of a block of queries: 1 where there are enough of them to fill
+/// the GPU. `rows` are the queries of a threadgroup.
 int64_t forward_parts(const Problem& problem, int64_t rows);
 
 }  // namespace orchard

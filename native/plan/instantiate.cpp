@@ -173,9 +173,9 @@ void add_forward_merge(const Problem& p, int64_t parts, Plan& plan) {
       {static_cast<uint64_t>(blocks_of(rows, kSimdgroups)), 1});
   plan.params.forward_parts = static_cast<int32_t>(parts);
   plan.forward_part_elements = parts * rows * (p.v.sizes[3] + 2);
-  kernel.tile = join("keys in ", parts, " parts, ", 4 * plan.forward_part_elements,
-      " bytes for their sums; ", kernel.groups[0], " x 1 threadgroups of ", kernel.threads,
-      " threads");
+  kernel.tile =
+      join("keys in ", parts, " parts, ", 4 * plan.forward_part_elements, " bytes for their sums; ",
+          kernel.groups[0], " x 1 threadgroups of ", kernel.threads, " threads");
   plan.add(std::move(kernel));
 }
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from attention_cases import Case, check_case
 
+from orchard_ops import explain
+
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES = {
     "two heads, ragged": Case(70, 1100, 64, dtype=HALF),
@@ -43,3 +45,24 @@ def test_results_and_gradients(name: str, recording):
     if launches is not None:
         first, second = _kernels(launches)
         assert first.endswith("_part") and "merge" in second
+
+
+def _forward(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    return torch.ops.orchard.flash_attn_fwd(q, k, v, *case.scoring("mps"))
+
+
+def test_the_same_bits_in_every_run():
+    case = CASES["dropout"]
+    for x, y in zip(_forward(case), _forward(case)):
+        assert torch.equal(x.cpu(), y.cpu())
+
+
+def test_explained():
+    case = CASES["two heads, ragged"]
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    found = explain(q.requires_grad_(), k, v, enable_gqa=True)
+    if found.path == "metal":
+        first, second = found.forward_kernels
+        assert first.endswith("_part")
+        assert found.tiles[second].startswith("keys in 4 parts, 147840 bytes for their sums; ")

@@ -127,6 +127,24 @@ def test_no_memory_for_the_scratch():
         assert torch.allclose(x.cpu(), y.cpu(), rtol=1e-4, atol=1e-5)
 
 
+def test_no_memory_for_a_forwards_parts():
+    """The sums that threadgroups would merge find no memory: it goes on undivided, on Metal."""
+    import simulator
+
+    case = Case(70, 600, 16, dtype=torch.float16)
+    q, k, v, _ = (x.to("mps") for x in case.operands())
+    orchard_ops.reset_stats()
+
+    def forward() -> torch.Tensor:
+        return torch.ops.orchard.flash_attn_fwd(q, k, v, *case.scoring("mps"))[0]
+
+    with simulator.recording(execute=True) as launches, simulator.faults(allocate=3):
+        out = forward()
+    assert [x.kernel for x in launches] == ["attention_forward_float16_d16_r2_k32_b2_chunks"]
+    assert orchard_ops.stats().fallbacks == 0
+    torch.testing.assert_close(out.cpu(), forward().cpu(), rtol=2e-3, atol=2e-3)
+
+
 # ---- threads ------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,18 +86,31 @@ def _shares(seen: Tensor, rows: int, block: int, parts: int) -> Tensor:
     return shares
 
 
-def divided(sources: Sources, note: Callable[[str], None], name: str, check: bool = False) -> None:
-    """Sums of each part's own keys, and at the end the attention of all."""
-    case = CASES[name]
-    q, k, v, do = case.operands()
-    x = {"query": q, "key": k, "value": v}
-    inputs = {name: Guarded.like(t, "dense") for name, t in x.items()}
-    out = Guarded.like(torch.full_like(do, math.nan), "dense")
+@dataclass
+class Run:
+    """What the kernels of a case have written."""
+
+    arguments: list[str]  # of the first one's template
+    stats: Tensor  # (parts, B, Hq, L, 2): origins and sums
+    sums: Tensor  # (parts, B, Hq, L, Dv)
+    out: Tensor
+    row_stats: Tensor
+
+
+def _run(
+    sources: Sources, note: Callable[[str], None], case: Case, q: Tensor, k: Tensor, v: Tensor,
+    check: bool = False,
+) -> Run:  # fmt: skip
+    shape = (*q.shape[:3], v.shape[3])
+    inputs = {
+        name: Guarded.like(x, "dense") for name, x in (("query", q), ("key", k), ("value", v))
+    }
+    out = Guarded(shape, dense(shape), case.dtype)
     short = {"q": inputs["query"], "k": inputs["key"], "v": inputs["value"], "out": out}
     plan, params = _plan(sources, case, short)
-    parts, rows, width = params.forward_parts, do[..., 0].numel(), do.shape[-1]
-    assert plan["forward_part_elements"] == parts * rows * (width + 2)
-    scratch = Guarded((parts * rows * (width + 2),), (1,), F32)
+    parts, rows = params.forward_parts, q[..., 0].numel()
+    assert plan["forward_part_elements"] == parts * rows * (shape[3] + 2)
+    scratch = Guarded((parts * rows * (shape[3] + 2),), (1,), F32)
     of_sinks = case.scoring("cpu").sinks
     if of_sinks is not None:
         inputs["sinks"] = Guarded.like(of_sinks[None, None, None], "dense")
@@ -106,35 +120,50 @@ def divided(sources: Sources, note: Callable[[str], None], name: str, check: boo
     block = with_seed(params, key_end=case.kv_len)
     launch(library, first, sources.buffers, block, inputs, {"forward_parts": scratch},
            workers=1)  # fmt: skip
+    row_stats = Guarded((*shape[:3], 2), dense((*shape[:3], 2)), F32)
+    launch(compile_kernel(sources, FORWARD_MERGE, last, check), last, sources.buffers, block,
+           inputs | {"forward_parts": scratch}, {"out": out, "row_stats": row_stats},
+           workers=1)  # fmt: skip
+    floats = 2 * parts * rows
+    return Run(
+        template_arguments(first), scratch.tensor[:floats].view(parts, *shape[:3], 2).double(),
+        scratch.tensor[floats:].view(parts, *shape).double(), out.tensor, row_stats.tensor,
+    )  # fmt: skip
 
-    stats = scratch.tensor[: 2 * parts * rows].view(parts, *do.shape[:3], 2).double()
-    sums = scratch.tensor[2 * parts * rows :].view(parts, *do.shape).double()
+
+def divided(sources: Sources, note: Callable[[str], None], name: str, check: bool = False) -> None:
+    """Sums of each part's own keys, and at the end the attention of all."""
+    case = CASES[name]
+    q, k, v, do = case.operands()
+    run = _run(sources, note, case, q, k, v, check)
     s = _scores(case, q, k)
-    arguments = template_arguments(first)
-    share = _shares((s > -math.inf).any(0).any(0), 32 * int(arguments[3]), int(arguments[4]), parts)
+    seen = (s > -math.inf).any(0).any(0)
+    rows, block = 32 * int(run.arguments[3]), int(run.arguments[4])
     unit = 1.0 if case.softcap or case.sinks else math.log(2)
-    for part in range(parts):
-        own = s.masked_fill(~share[part], -math.inf)
+    values = v.repeat_interleave(case.num_heads // case.num_kv_heads, 1).double()
+    shares = _shares(seen, rows, block, len(run.stats))
+    for part, (share, stats, sums) in enumerate(zip(shares, run.stats, run.sums)):
+        own = s.masked_fill(~share, -math.inf)
         lse = own.logsumexp(-1)
         alone = lse == -math.inf
-        found = unit * stats[part, ..., 0] + stats[part, ..., 1].log()
+        found = unit * stats[..., 0] + stats[..., 1].log()
         assert ((found - lse)[~alone].abs() < 2e-3).all(), f"part {part} has other keys"
-        assert (stats[part][alone] == torch.tensor([LOWEST, 0.0]).double()).all()
-        assert (sums[part][alone] == 0).all()
+        assert (stats[alone] == torch.tensor([LOWEST, 0.0]).double()).all()
+        assert (sums[alone] == 0).all()
         if not case.dropout_p:
-            repeated = v.repeat_interleave(case.num_heads // case.num_kv_heads, 1).double()
-            mean = own.softmax(-1).nan_to_num() @ repeated
-            error = sums[part] / stats[part, ..., 1:].clamp_min(1e-30) - mean
+            error = sums / stats[..., 1:].clamp_min(1e-30) - own.softmax(-1).nan_to_num() @ values
             assert (error.abs() < 5e-3).all(), f"part {part} has other sums"
-
-    row_stats = Guarded((*do.shape[:3], 2), dense((*do.shape[:3], 2)), F32)
-    inputs["forward_parts"] = scratch
-    launch(compile_kernel(sources, FORWARD_MERGE, last, check), last, sources.buffers, block,
-           inputs, {"out": out, "row_stats": row_stats}, workers=1)  # fmt: skip
     ref, eager = (case.math(t, q, k, v, do) for t in (torch.float64, case.dtype))
-    found = row_stats.tensor.double().sum(-1)
-    lse = (found if unit == 1.0 else found * unit).float()
-    assert_attention_close([out.tensor, lse, None, None, None], ref, eager)
+    lse = (run.row_stats.double().sum(-1) * unit).float()
+    assert_attention_close([run.out, lse, None, None, None], ref, eager)
+
+
+def rows_without_a_key(sources: Sources, note: Callable[[str], None]) -> None:
+    """They are zero, also where others of their block see infinite values."""
+    case = CASES["rows without a key, parts without a block"]
+    q, k, v, _ = case.operands()
+    out = _run(sources, note, case, q, k, torch.full_like(v, math.inf)).out
+    assert (out[:, :, :20] == 0).all() and not out[:, :, 20:].isfinite().any()
 
 
 # ---- the merge by itself
@@ -214,6 +243,8 @@ def properties() -> Iterator[Property]:
     for name in CASES:
         test = functools.partial(divided, name=name)
         yield Property(f"{FORWARD}, in parts: {name}", FORWARD, test, (FORWARD_MERGE,))
+    name = "rows without a key beside infinite values"
+    yield Property(f"{FORWARD}, in parts: {name}", FORWARD, rows_without_a_key, (FORWARD_MERGE,))
     for name, (case, parts) in MERGED.items():
         test = functools.partial(merged, case=case, parts=parts)
         yield Property(f"{FORWARD_MERGE}: {name}", FORWARD_MERGE, test)

@@ -428,23 +428,28 @@ def _parts_of(sources: Sources, **fields: Any) -> tuple[dict, int]:
     """The plan of a forward in float16 of head dim 64, 32 queries a threadgroup; and its parts."""
     sizes = {name: fields.pop(name) for name in ("b", "h", "hk", "l", "s", "d", "dv")
              if name in fields}  # fmt: skip
-    asked = request(_layouts(**{"b": 1, "h": 2, "hk": 1, "l": 64, "d": 64} | sizes), 0, **fields)
-    plan, params = sources.plan(asked)
+    sizes = {"b": 1, "h": 2, "hk": 1, "l": 64, "d": 64} | sizes
+    plan, params = sources.plan(request(_layouts(**sizes), 0, **fields))
     divided = len(plan["kernels"]) > 1 and "merge" in plan["kernels"][-1]["name"]
     assert (params.forward_parts > 1) == divided == (plan["forward_part_elements"] > 0)
-    return plan, max(params.forward_parts, 1)
+    parts = max(params.forward_parts, 1)
+    groups = [sizes["b"] * sizes["h"], parts * -(-sizes["l"] // 32)]
+    assert plan["kernels"][0]["groups"] == groups
+    return plan, parts
 
 
 def plan_of_forward_parts(sources: Sources) -> None:
     """Parts fill the GPU with 4 threadgroups a core, and have 256 keys at least; at most 32."""
     for fields, parts in (
         ({"s": 9000}, 8),  # 4 threadgroups, wanted 32
-        ({"s": 9000, "l": 65}, 6),  # 6
+        ({"s": 9000, "l": 65}, 5),  # 6
         ({"s": 9000, "l": 500, "h": 1}, 2),  # 16
         ({"s": 9000, "l": 500}, 1),  # 32
         ({"s": 9000, "l": 481, "h": 1, "b": 2}, 1),
-        ({"s": 9000, "l": 480, "h": 1, "b": 2}, 2),  # 30
-        ({"s": 9000, "l": 500, "gpu_cores": 9}, 2),
+        ({"s": 9000, "l": 672, "h": 1}, 2),  # 21
+        ({"s": 9000, "l": 673, "h": 1}, 1),
+        ({"s": 9000, "l": 500, "gpu_cores": 12}, 2),
+        ({"s": 9000, "l": 500, "gpu_cores": 11}, 1),
         ({"s": 9000, "l": 1, "h": 1}, 32),
         ({"s": 90_000, "l": 1, "h": 1, "gpu_cores": 80}, 32),
         ({"s": 90_000, "l": 33, "h": 1, "gpu_cores": 15}, 30),
@@ -467,6 +472,10 @@ def plan_of_forward_parts(sources: Sources) -> None:
         ({"s": 1000, "window_left": 100, "diagonal": 588}, 2),
         ({"s": 1000, "window_left": 100, "diagonal": 589}, 1),
         ({"s": 1000, "diagonal": 5000, "window_left": 100}, 1),
+        # beyond 32 bits
+        ({"s": 5400, "window_left": 1 << 40, "diagonal": 5000}, 8),
+        ({"s": 9000, "window_right": 1 << 40}, 8),
+        ({"s": 9000, "h": 4096, "l": (1 << 25) + 1, "gpu_cores": 10_000}, 1),
         # of key ranges nothing is known
         ({"s": 9000, "window_left": 3, "window_right": 3, "has_key_ranges": True}, 8),
         ({"s": 511, "has_key_ranges": True}, 1),
