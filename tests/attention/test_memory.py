@@ -80,6 +80,20 @@ def test_scratch_is_of_whole_heads(budget_mb: int, heads: int):
     check_step(PROBLEMS[0], 2048, budget_mb, execute=False)
 
 
+@pytest.mark.parametrize("execute", (True, False), ids=("executed", "recorded"))
+def test_sums_of_a_divided_group_are_scratch(execute: bool):
+    """Four parts of the one group: dk and dv of each in float32."""
+    problem, length = Problem(1, 16, 1, 64, "float16"), 64
+    sums = 4 * 4 * length * 2 * 64
+    with memory.scratch_budget(1):
+        planned = memory.planned_scratch(problem, length)
+        found = memory.on_simulated_device(memory.our_step, problem, length, execute)
+    assert planned == scratch_of(problem, length, 1) + sums
+    expected = bytes_of(problem, length) + planned
+    assert found == Allocated(peak=expected, total=expected)
+    memory.check_ours(found, bytes_of(problem, length), planned, 1)
+
+
 def test_unset_budget_is_the_larger_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(memory.SCRATCH_VARIABLE, raising=False)
     planned = memory.planned_scratch(PROBLEMS[0], 4096)
