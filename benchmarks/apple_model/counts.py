@@ -198,14 +198,16 @@ class Launch:
 
 @cache
 def backward_launches(
-    dtype: str, head_dim: int, length: int, heads: int, scratch_bytes: int
+    dtype: str, head_dim: int, length: int, heads: int, scratch_bytes: int, gpu_cores: int
 ) -> tuple[Launch, ...]:
     """What the plan launches for a dense self-attention, in order."""
     size = length * head_dim
     layout = ((1, heads, length, head_dim), (heads * size, size, head_dim, 1), 0)
     layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), layout)
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
-    request = harness.request(layouts, number, True, scale=1.0, scratch_bytes=scratch_bytes)
+    request = harness.request(
+        layouts, number, True, scale=1.0, scratch_bytes=scratch_bytes, gpu_cores=gpu_cores
+    )
     plan, _ = _sources().plan(request)
     names = [kernel["family"] for kernel in plan["kernels"]]
     if DQ_FROM_DS in names:

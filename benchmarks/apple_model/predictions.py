@@ -161,7 +161,7 @@ def backward_row(
     kernel takes as long as the longer of its own work and its share of that traffic; `not hidden`
     is their sum."""
     launches = counts.backward_launches(
-        dtype, head_dim, problem.length, problem.heads, scratch_bytes
+        dtype, head_dim, problem.length, problem.heads, scratch_bytes, PUBLISHED["cores"]
     )
     loops = Counter(launch for launch in launches if launch.family != counts.DELTA)
     stores = any(launch.family == kernels.DQ_FROM_DS for launch in loops)
@@ -224,7 +224,8 @@ def published_row(step: int = 1) -> dict[str, Any]:
 def _different_plans(dtype: str, head_dim: int, length: int) -> list[int]:
     """The budgets of SCRATCH that lead to different launches."""
     heads = Problem(length).heads
-    plans = {x: counts.backward_launches(dtype, head_dim, length, heads, x) for x in SCRATCH}
+    sizes = (dtype, head_dim, length, heads)
+    plans = {x: counts.backward_launches(*sizes, x, PUBLISHED["cores"]) for x in SCRATCH}
     return [x for i, x in enumerate(SCRATCH) if plans[x] not in [plans[y] for y in SCRATCH[:i]]]
 
 

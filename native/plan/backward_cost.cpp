@@ -11,9 +11,9 @@ namespace {
 // the slower of two ways in 1 of 158 cases, where it takes 5 % more. benchmarks.nvidia.choice
 // compares them again with benchmarks/results/nvidia/products.json.
 
-// Of a visible pair. dk and dv are four products and the exponentials, and storing dS hides behind
-// them; dq is three products and the exponentials again, or one product with dS from memory.
-constexpr double kKeysWeight = 1.0, kQueriesWeight = 0.95, kStoredWeight = 0.5;
+// A visible pair of dq, by one of dk and dv. These are four products and the exponentials, behind
+// which storing dS hides; dq is three products and the exponentials again, or one with stored dS.
+constexpr double kQueriesWeight = 0.95, kStoredWeight = 0.5;
 
 // Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two
 // blocks of rows have twice as many products under way.
@@ -97,7 +97,7 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
   }
   const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
-  return kKeysWeight * time_of_launch(p, pairs, of_keys, kGroupsOfCore) +
+  return time_of_launch(p, pairs, of_keys, kGroupsOfCore) +
          (stored ? kStoredWeight : kQueriesWeight) *
              time_of_launch(p, for_queries, of_queries, groups_of_core(tile)) +
          2 * kLaunchColumns / bd;

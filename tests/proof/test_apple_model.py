@@ -339,7 +339,7 @@ def test_backward_as_the_plan_launches_it():
     from benchmarks.apple_model import predictions
 
     def launches(length, scratch, head_dim=64):
-        return counts.backward_launches("float16", head_dim, length, 16, scratch)
+        return counts.backward_launches("float16", head_dim, length, 16, scratch, 32)
 
     with_ds, without = predictions.SCRATCH
     delta, *four = launches(4096, with_ds)
