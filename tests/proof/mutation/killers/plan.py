@@ -517,6 +517,7 @@ def plan_of_forward_parts(sources: Sources) -> None:
     for fields, names in (
         ({}, ("", "")),
         ({"dropout_p": 0.5}, ("_dropout", "_dropout")),
+        ({"dropout_p": 2.0**-16}, ("_dropout", "_dropout")),
         ({"has_sinks": True}, ("_natural", "_natural")),
         ({"softcap": 1.0, "dropout_p": 0.5}, ("_dropout_softcap", "_natural_dropout")),
     ):
