@@ -534,6 +534,9 @@ def plan_of_forward_parts(sources: Sources) -> None:
         assert f"keys in {parts} parts, {4 * parts * 130 * 35} bytes" in last["tile"]
         assert f"{last['groups'][0]} x 1 threadgroups of 128 threads" in last["tile"]
         assert [x[:3] for x in plan["launches"]] == [[0, 2, 3 * parts], [1, 33, 1]]
+    for dtype, element in ((1, "bfloat"), (2, "float")):
+        plan, _ = sources.plan(request(_layouts(s=9000, l=1), dtype))
+        assert f"attention_forward_merge<{element}, 4" in plan["kernels"][1]["instantiation"]
     plan, _ = sources.plan(request(_layouts(s=9000, l=1), 0, True))
     assert plan["forward_part_elements"] == 0
 
