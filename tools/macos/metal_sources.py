@@ -54,17 +54,18 @@ def kernels(
     offset: int,
     dropout_p: float,
     value_dim: int = 0,
+    kv_len: int = 64,
     **features: Any,
 ) -> tuple[Kernel, ...]:
     """The kernels that the plan runs for such a call: forward, then backward."""
     # An offset of one element keeps rows off 16-byte boundaries.
-    operand, value = (
-        torch.empty(64 * width + offset, dtype=dtype)[offset:].view(1, 1, 64, width)
-        for width in (head_dim, value_dim or head_dim)
+    query, key, value = (
+        torch.empty(length * width + offset, dtype=dtype)[offset:].view(1, 1, length, width)
+        for length, width in ((64, head_dim), (kv_len, head_dim), (kv_len, value_dim or head_dim))
     )
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
     scoring = scoring._replace(**features)
-    return plan(operand, operand, value, *scoring, "metal").kernels
+    return plan(query, key, value, *scoring, "metal").kernels
 
 
 def every_kernel(*call: Any) -> Iterator[Kernel]:
@@ -94,6 +95,9 @@ def sources(per_file: int | None = None) -> dict[str, str]:
             variants[kernel.family][kernel.name] = kernel.instantiation
     for dtype, head_dim, features in itertools.product(DTYPES, FEATURED_HEAD_DIMS, FEATURES):
         for kernel in kernels(dtype, head_dim, 0, 0.0, **features):
+            variants[kernel.family][kernel.name] = kernel.instantiation
+    for call in itertools.product(DTYPES, FEATURED_HEAD_DIMS, (0, 1), (0.0, 0.1)):
+        for kernel in kernels(*call, kv_len=512)[:2]:  # a part, and the merge
             variants[kernel.family][kernel.name] = kernel.instantiation
     texts = {}
     for family, header in embed_shaders.FAMILIES.items():
