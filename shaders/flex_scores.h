@@ -40,7 +40,7 @@ struct NoMaskMod {
 };
 
 /// The tanh of the functions, which is that of a softcap.
-METAL_FUNC float flex_tanh(float x) { return tanh_log2(float2(tanh_unit() * x)).x; }
+METAL_FUNC float flex_tanh(float x) { return tanh_log2(tanh_unit() * x); }
 
 template <typename MOD>
 struct IsGiven {

@@ -35,16 +35,18 @@ METAL_FUNC float tanh_unit() { return 2.88539008f; }
 /// tanh(x) of y = x tanh_unit(), which is (2^y - 1) / (2^y + 1), to 3 units in the last place:
 /// softcap multiplies its error. Where 2^y is near 1 the difference would cancel, so that below 1
 /// y is multiplied by a polynomial in y^2, fitted to tanh(x) / y. NaN is not above.
-METAL_FUNC float2 tanh_log2(float2 y) {
-  const float2 size = abs(y);  // exponentials of it cannot overflow
-  const float2 e = float2(fast::exp2(-size.x), fast::exp2(-size.y));
-  const float2 above = copysign((1.0f - e) / (1.0f + e), y);
-  const float2 square = y * y;
-  float2 p = fma(square, float2(-2.9458022e-05f), float2(0.00066487055f));
-  p = fma(square, p, float2(-0.013875669f));
-  const float2 below = y * fma(square, p, float2(0.3465736f));
-  return float2(size.x >= 1.0f ? above.x : below.x, size.y >= 1.0f ? above.y : below.y);
+METAL_FUNC float tanh_log2(float y) {
+  const float size = abs(y);
+  const float e = fast::exp2(-size);  // which cannot overflow
+  const float above = copysign((1.0f - e) / (1.0f + e), y);
+  const float square = y * y;
+  float p = fma(square, -2.9458022e-05f, 0.00066487055f);
+  p = fma(square, p, -0.013875669f);
+  const float below = y * fma(square, p, 0.3465736f);
+  return size >= 1.0f ? above : below;
 }
+
+METAL_FUNC float2 tanh_log2(float2 y) { return float2(tanh_log2(y.x), tanh_log2(y.y)); }
 
 /// Whether a product becomes a score by its factor alone, so that the mask is added in the same
 /// rounding.

@@ -336,8 +336,10 @@ def test_every_variant_is_in_the_text_for_apples_compiler() -> None:
     }
     assert {family: len(found) for family, found in names.items()} == {
         # Plain scores; values of their own width in 3 dtypes, both loads, dropout or not; the other
-        # tiles of head dims 64, 96, 128 and 256; 7 kinds of score, 3 dtypes, 2 widths.
-        "forward": 144 + 12 + 250 + 7 * 3 * 2,
+        # tiles of head dims 64, 96, 128 and 256; 7 kinds of score, 3 dtypes, 2 widths. In parts 3
+        # dtypes, 2 widths, both loads, dropout or not.
+        "forward": 144 + 12 + 250 + 7 * 3 * 2 + 24,
+        "forward_merge": 3 * 2,
         "backward_delta": 72 + 6 + 4 * 3 * 2,  # knows sinks, masks and ranges
         "backward_dkv": 92 + 7 * 3 + 3,  # divided groups in 3 dtypes
         "backward_dkv_pairs": 160 + 24 + 7 * 3 + 3,

@@ -28,6 +28,7 @@ from mutation.harness import (
     DSINKS,
     FAMILIES,
     FORWARD,
+    FORWARD_MERGE,
     MASK_MAP,
     OTHER_FAMILIES,
     ROOT,
@@ -126,7 +127,8 @@ def test_threadgroup_memory_of_every_variant(family: str):
     sizes = threadgroup_bytes(_source(family), [k["instantiation"] for k in kernels])
     assert sizes.keys() == {k["name"] for k in kernels}
     none = family in (
-        DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS, DKV_SUMS, APPEND
+        DELTA, MASK_MAP, DSINKS, DMASK_FROM_DS, DMASK_SUM, DMASK_SUM_KEYS, DKV_SUMS, APPEND,
+        FORWARD_MERGE,
     )  # fmt: skip
     assert (min(sizes.values()) > 0) != none and max(sizes.values()) <= 32 * 1024
 

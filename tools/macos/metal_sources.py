@@ -55,13 +55,20 @@ def kernels(
     dropout_p: float,
     value_dim: int = 0,
     heads: int = 1,
+    kv_len: int = 64,
     **features: Any,
 ) -> tuple[Kernel, ...]:
     """The kernels that the plan runs for such a call: forward, then backward."""
     # An offset of one element keeps rows off 16-byte boundaries.
     query, key, value = (
-        torch.empty(count * 64 * width + offset, dtype=dtype)[offset:].view(1, count, 64, width)
-        for count, width in ((heads, head_dim), (1, head_dim), (1, value_dim or head_dim))
+        torch.empty(count * length * width + offset, dtype=dtype)[offset:].view(
+            1, count, length, width
+        )
+        for count, length, width in (
+            (heads, 64, head_dim),
+            (1, kv_len, head_dim),
+            (1, kv_len, value_dim or head_dim),
+        )  # fmt: skip
     )
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
     scoring = scoring._replace(**features)
@@ -98,6 +105,9 @@ def sources(per_file: int | None = None) -> dict[str, str]:
             variants[kernel.family][kernel.name] = kernel.instantiation
     for dtype, head_dim, features in itertools.product(DTYPES, FEATURED_HEAD_DIMS, FEATURES):
         for kernel in kernels(dtype, head_dim, 0, 0.0, **features):
+            variants[kernel.family][kernel.name] = kernel.instantiation
+    for call in itertools.product(DTYPES, FEATURED_HEAD_DIMS, (0, 1), (0.0, 0.1)):
+        for kernel in kernels(*call, kv_len=512)[:2]:  # a part, and the merge
             variants[kernel.family][kernel.name] = kernel.instantiation
     texts = {}
     for family, header in embed_shaders.FAMILIES.items():

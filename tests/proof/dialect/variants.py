@@ -22,6 +22,7 @@ from benchmarks.planner import Kernel
 
 _LENGTH = 64
 _MANY = 256
+_SHARED = 512
 
 
 @functools.cache
@@ -49,7 +50,12 @@ def variants() -> dict[str, list[dict]]:
                 numbers = {"dropout_p": dropout_p, "scratch_bytes": scratch_bytes}
                 wanted = score | {"mask_grad": backward and "mask" in score}
                 plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **wanted))
-                for kernel in plan["kernels"]:
+                kernels = plan["kernels"]
+                if head_dim in (64, 127) and not backward and "mask" not in score:
+                    many = {name: _of_many_keys(layouts[name]) for name in ("k", "v")}
+                    asked = request(layouts | many, dtype, **numbers, **score)
+                    kernels = [*kernels, *sources.plan(asked)[0]["kernels"]]
+                for kernel in kernels:
                     found[kernel["family"]][kernel["name"]] = kernel
         for kernel in _of_divided_groups(sources, dtype):
             found[kernel["family"]][kernel["name"]] = kernel
@@ -70,6 +76,13 @@ def _of_divided_groups(sources: Sources, dtype: int) -> Iterator[dict]:
         plan, params = sources.plan(asked)
         assert params.dkv_parts == 2
         yield from plan["kernels"]
+
+
+def _of_many_keys(layout: tuple) -> tuple:
+    """So many that two threadgroups share them."""
+    (batch, heads, _, width), _, offset = layout
+    shape = (batch, heads, _SHARED, width)
+    return shape, torch.empty(shape, device="meta").stride(), offset
 
 
 def _of_caches(sources: Sources) -> dict[str, list[dict]]:

@@ -484,6 +484,7 @@ def plan_of_forward_parts(sources: Sources) -> None:
     for fields, names in (
         ({}, ("", "")),
         ({"dropout_p": 0.5}, ("_dropout", "_dropout")),
+        ({"dropout_p": 2.0**-16}, ("_dropout", "_dropout")),
         ({"has_sinks": True}, ("_natural", "_natural")),
         ({"softcap": 1.0, "dropout_p": 0.5}, ("_dropout_softcap", "_natural_dropout")),
     ):
@@ -500,6 +501,9 @@ def plan_of_forward_parts(sources: Sources) -> None:
         assert f"keys in {parts} parts, {4 * parts * 130 * 35} bytes" in last["tile"]
         assert f"{last['groups'][0]} x 1 threadgroups of 128 threads" in last["tile"]
         assert [x[:3] for x in plan["launches"]] == [[0, 2, 3 * parts], [1, 33, 1]]
+    for dtype, element in ((1, "bfloat"), (2, "float")):
+        plan, _ = sources.plan(request(_layouts(s=9000, l=1), dtype))
+        assert f"attention_forward_merge<{element}, 4" in plan["kernels"][1]["instantiation"]
     plan, _ = sources.plan(request(_layouts(s=9000, l=1), 0, True))
     assert plan["forward_part_elements"] == 0
 
