@@ -178,6 +178,6 @@ def test_out_of_memory_has_no_figure(tmp_path: Path):
     result = json.loads(memory.RESULTS.read_text())
     result["records"][-1]["unfused"] = {"peak": None, "out of memory": "CUDA out of memory"}
     *_, row = memory.table(result, "").splitlines()
-    assert row.endswith("| 652.0 | 652.0 | 652.0 | out of memory |  |  |")
+    assert row.endswith("| 652.0 | 652.0 | 908.0 | out of memory |  |  |")
     memory.plot(result, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000
