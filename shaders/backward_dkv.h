@@ -61,9 +61,10 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   using Sum = typename G::template Sum<T>;
   threadgroup uint4 storage[Blocks::kStorage];
 
-  Head head = G::first_head(group.x, params);
+  G taken;
+  Head head = taken.first_head(group.x, params);
   const Window window = head.window;
-  const int heads = G::heads(params);
+  const int heads = taken.heads(params);
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int key0 = group_key0 + simdgroup * 8;
   const LanePosition at = lane_position(lane);
@@ -79,8 +80,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
-  const OutputRows<Sum> dk_rows = G::dk_rows(dk, group.x, head, params);
-  const OutputRows<Sum> dv_rows = G::dv_rows(dv, group.x, head, params);
+  const OutputRows<Sum> dk_rows = taken.dk_rows(dk, group.x, head, params);
+  const OutputRows<Sum> dv_rows = taken.dv_rows(dv, group.x, head, params);
   SumParts<T, BQ, V::kVec> parts;
   parts.start();
 

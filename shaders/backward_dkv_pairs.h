@@ -80,9 +80,10 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   using Sum = typename G::template Sum<T>;
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
 
-  Head head = G::first_head(group.x, params);
+  G taken;
+  Head head = taken.first_head(group.x, params);
   const Window window = head.window;
-  const int heads = G::heads(params);
+  const int heads = taken.heads(params);
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int pair = simdgroup / 2;
   const bool second = simdgroup % 2 == 1;
@@ -189,8 +190,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         rows.advance();
       }
       if (parts.ended()) {
-        const OutputRows<Sum> rows_of_sum =
-            second ? G::dk_rows(dk, group.x, head, params) : G::dv_rows(dv, group.x, head, params);
+        const OutputRows<Sum> rows_of_sum = second ? taken.dk_rows(dk, group.x, head, params)
+                                                   : taken.dv_rows(dv, group.x, head, params);
         parts.put_aside(sum, rows_of_sum, key0, at);
         parts.start_next();
       }
@@ -201,12 +202,12 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   }
 
   if (second) {
-    const OutputRows<Sum> dk_rows = G::dk_rows(dk, group.x, head, params);
+    const OutputRows<Sum> dk_rows = taken.dk_rows(dk, group.x, head, params);
     parts.add_earlier(sum, dk_rows, key0, at);
     scale(sum, score_derivative(params));
     store_rows<V::kVec>(dk_rows, sum, key0, at);
   } else {
-    const OutputRows<Sum> dv_rows = G::dv_rows(dv, group.x, head, params);
+    const OutputRows<Sum> dv_rows = taken.dv_rows(dv, group.x, head, params);
     parts.add_earlier(sum, dv_rows, key0, at);
     store_rows<V::kVec>(dv_rows, sum, key0, at);
   }

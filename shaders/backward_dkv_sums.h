@@ -1,5 +1,5 @@
 // Attention backward, the key's side: where a group's query heads are divided (dkv_parts.h), what
-// the parts have stored, added up in order. A simdgroup takes a key.
+// the parts have stored, added up in order. A thread takes an element of dk or dv.
 #pragma once
 
 #include "loader.h"
@@ -12,27 +12,26 @@ attention_backward_dkv_sums(const device float* dkv_parts
     device T* dv [[buffer(kBufferDv)]],  // (B, Hkv, S, Dv)
     constant AttentionParams& params [[buffer(kBufferParams)]],
     uint3 group [[threadgroup_position_in_grid]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
-  const int key = group.y * SIMDGROUPS + simdgroup;
-  if (key >= params.kv_len) {
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int width = params.head_dim + params.v_head_dim;
+  const int elements = params.kv_len * width;  // of a part: those of all parts fit into int32
+  const int element = group.y * ORCHARD_THREADS(SIMDGROUPS) + thread_index;
+  if (element >= elements) {
     return;
   }
+  const device float* part = dkv_parts + group.x * params.dkv_parts * elements + element;
+  float sum = 0.0f;
+  for (int i = 0; i < params.dkv_parts; i++) {
+    sum += part[i * elements];
+  }
   const Head head = first_of_group(group.x + params.first_kv_head, params);
-  const OutputRows<T> dk_rows = head.key_output(dk, params.dk, params.head_dim);
-  const OutputRows<T> dv_rows = head.key_output(dv, params.dv, params.v_head_dim);
-  const int width = params.head_dim + params.v_head_dim;
-  const int part = params.kv_len * width;  // elements: those of all parts fit into int32
-  const device float* of_key = dkv_parts + group.x * params.dkv_parts * part + key * width;
-  for (int col = lane; col < width; col += ORCHARD_SIMD_WIDTH) {
-    float sum = 0.0f;
-    for (int i = 0; i < params.dkv_parts; i++) {
-      sum += of_key[i * part + col];
-    }
-    if (col < params.head_dim) {
-      dk_rows.data[key * dk_rows.row_stride + col] = T(sum);
-    } else {
-      dv_rows.data[key * dv_rows.row_stride + col - params.head_dim] = T(sum);
-    }
+  const int key = element / width;
+  const int col = element % width;
+  if (col < params.head_dim) {
+    const OutputRows<T> rows = head.key_output(dk, params.dk, params.head_dim);
+    rows.data[key * rows.row_stride + col] = T(sum);
+  } else {
+    const OutputRows<T> rows = head.key_output(dv, params.dv, params.v_head_dim);
+    rows.data[key * rows.row_stride + col - params.head_dim] = T(sum);
   }
 }

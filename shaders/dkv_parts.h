@@ -10,24 +10,24 @@ struct WholeGroup {
   template <typename T>
   using Sum = T;
 
-  METAL_FUNC static int heads(constant AttentionParams& params) {
+  METAL_FUNC int heads(constant AttentionParams& params) const {
     return params.num_heads / params.num_kv_heads;
   }
 
   /// index counts threadgroups of the dispatch: key/value heads.
-  METAL_FUNC static Head first_head(int index, constant AttentionParams& params) {
+  METAL_FUNC Head first_head(int index, constant AttentionParams& params) const {
     return first_of_group(index + params.first_kv_head, params);
   }
 
   template <typename T>
-  METAL_FUNC static OutputRows<T> dk_rows(
-      device T* dk, int index, Head head, constant AttentionParams& params) {
+  METAL_FUNC OutputRows<T> dk_rows(
+      device T* dk, int index, Head head, constant AttentionParams& params) const {
     return head.key_output(dk, params.dk, params.head_dim);
   }
 
   template <typename T>
-  METAL_FUNC static OutputRows<T> dv_rows(
-      device T* dv, int index, Head head, constant AttentionParams& params) {
+  METAL_FUNC OutputRows<T> dv_rows(
+      device T* dv, int index, Head head, constant AttentionParams& params) const {
     return head.key_output(dv, params.dv, params.v_head_dim);
   }
 };
@@ -38,19 +38,21 @@ struct PartOfGroup {
   template <typename T>
   using Sum = float;
 
-  METAL_FUNC static int heads(constant AttentionParams& params) {
-    return WholeGroup::heads(params) / params.dkv_parts;
+  WholeGroup group;
+
+  METAL_FUNC int heads(constant AttentionParams& params) const {
+    return group.heads(params) / params.dkv_parts;
   }
 
   /// index counts threadgroups of the dispatch: parts of key/value heads.
-  METAL_FUNC static Head first_head(int index, constant AttentionParams& params) {
-    Head head = WholeGroup::first_head(index / params.dkv_parts, params);
+  METAL_FUNC Head first_head(int index, constant AttentionParams& params) const {
+    Head head = group.first_head(index / params.dkv_parts, params);
     head.head += index % params.dkv_parts * heads(params);
     return head;
   }
 
-  METAL_FUNC static OutputRows<float> dk_rows(
-      device float* parts, int index, Head head, constant AttentionParams& params) {
+  METAL_FUNC OutputRows<float> dk_rows(
+      device float* parts, int index, Head head, constant AttentionParams& params) const {
     OutputRows<float> rows;
     rows.row_stride = params.head_dim + params.v_head_dim;
     rows.data = parts + index * (params.kv_len * rows.row_stride);
@@ -60,8 +62,8 @@ struct PartOfGroup {
     return rows;
   }
 
-  METAL_FUNC static OutputRows<float> dv_rows(
-      device float* parts, int index, Head head, constant AttentionParams& params) {
+  METAL_FUNC OutputRows<float> dv_rows(
+      device float* parts, int index, Head head, constant AttentionParams& params) const {
     OutputRows<float> rows = dk_rows(parts, index, head, params);
     rows.data += params.head_dim;
     rows.width = params.v_head_dim;

@@ -173,9 +173,10 @@ void add_mask_map(const Problem& p, Plan& plan) {
 }
 
 KernelPlan make_key_sums(const Problem& p) {
+  const int64_t elements = p.k.sizes[2] * (p.k.sizes[3] + p.v.sizes[3]);  // of dk and dv of a head
+  const int64_t blocks = blocks_of(elements, kSimdgroups * ORCHARD_SIMD_WIDTH);
   return kernel_of_type("attention_backward_dkv_sums", names(p.dtype),
-      {static_cast<uint64_t>(kv_heads(p)),
-          static_cast<uint64_t>(blocks_of(p.k.sizes[2], kSimdgroups))});
+      {static_cast<uint64_t>(kv_heads(p)), static_cast<uint64_t>(blocks)});
 }
 
 void add_mask_kernel(const Problem& p, const std::string& family,

@@ -83,6 +83,20 @@ def test_scratch_is_of_as_many_heads_or_keys_as_share_it(budget_mb: int, share: 
     assert planned == (ds_of(problem, length) // share if share else 0) + sums
 
 
+@pytest.mark.parametrize("execute", (True, False), ids=("executed", "recorded"))
+def test_sums_of_a_divided_group_are_scratch(execute: bool):
+    """Four parts of the one group: dk and dv of each in float32."""
+    problem, length = Problem(1, 16, 1, 64, "float16"), 64
+    sums = 4 * 4 * length * 2 * 64
+    with memory.scratch_budget(1):
+        planned = memory.planned_scratch(problem, length)
+        found = memory.on_simulated_device(memory.our_step, problem, length, execute)
+    assert planned == ds_of(problem, length) + sums
+    expected = bytes_of(problem, length) + planned
+    assert found == Allocated(peak=expected, total=expected)
+    memory.check_ours(found, bytes_of(problem, length), planned, 1)
+
+
 def test_unset_budget_is_the_machine_s(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(memory.SCRATCH_VARIABLE, raising=False)
     assert scratch_budget_mb() == gpu.here().scratch_mb == 512

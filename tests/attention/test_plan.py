@@ -69,7 +69,7 @@ def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
     assert explanation.scratch_bytes == 4 * 13 * 25 * 256
     assert "backward: five products: dS of all heads at once" in str(explanation)
     assert "scratch: 325.0 KiB for a backward" in str(explanation)
-    assert "scratch: 1.2 MiB for a backward" in str(explain(case.but(q_len=400)))
+    assert "scratch: 1.2 MiB for a backward" in str(explain(case.but(q_len=400, num_kv_heads=4)))
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     low = explain(case)
     assert low.scratch_bytes == 0 and "scratch:" not in str(low)

@@ -62,6 +62,16 @@ def test_one_key_head_for_all_queries():
     check_case(FlexCase(75, 90, 64, "softcap", "heads", num_kv_heads=1))
 
 
+def test_a_group_divided_between_threadgroups(recording):
+    """A captured tensor has the number that the parts' buffer has in the kernel behind."""
+    with recording() as launches:
+        check_case(FlexCase(130, 40, 64, "eight", "causal", num_kv_heads=1))
+    if launches is not None:
+        kernels = [launch.kernel for launch in launches]
+        assert sum("_parts_flex_" in kernel for kernel in kernels) == 1
+        assert sum("_dkv_sums_" in kernel for kernel in kernels) == 1
+
+
 @pytest.mark.parametrize("head_dims", ((40, 64), (64, 24), (192, 128)))
 def test_values_of_another_width(head_dims: tuple[int, int]):
     head_dim, value_dim = head_dims

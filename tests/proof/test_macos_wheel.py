@@ -339,8 +339,9 @@ def test_every_variant_is_in_the_text_for_apples_compiler() -> None:
         # tiles of head dims 64, 96, 128 and 256; 7 kinds of score, 3 dtypes, 2 widths.
         "forward": 144 + 12 + 250 + 7 * 3 * 2,
         "backward_delta": 72 + 6 + 4 * 3 * 2,  # knows sinks, masks and ranges
-        "backward_dkv": 92 + 7 * 3,
-        "backward_dkv_pairs": 160 + 24 + 7 * 3,
+        "backward_dkv": 92 + 7 * 3 + 3,  # divided groups in 3 dtypes
+        "backward_dkv_pairs": 160 + 24 + 7 * 3 + 3,
+        "backward_dkv_sums": 3,
         "backward_dq": 144 + 12,
         "backward_dq_from_ds": 54 + 3 * 3 * 2,  # knows masks and ranges
         "backward_dsinks": 1,

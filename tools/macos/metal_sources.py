@@ -3,9 +3,9 @@
 One file per kernel family, or several of PER_FILE variants each for a compiler that runs in
 parallel, with every variant of plain scores that the plan can ask for, with dS stored and in
 low-memory mode, the forward's other tiles that `bench --tiles` measures by default, values of a
-width of their own, and each kind of score, mask and key ranges at two head dims. The mask's
-gradient has no call here. Xcode's compiler needs no GPU, so a Mac without one (a hosted CI machine)
-can still say whether the text compiles:
+width of their own, and divided groups and each kind of score, mask and key ranges at two head dims.
+The mask's gradient has no call here. Xcode's compiler needs no GPU, so a Mac without one (a hosted
+CI machine) can still say whether the text compiles:
     xcrun metal -std=metal3.1 -c attention_forward.metal
 """
 
@@ -54,17 +54,18 @@ def kernels(
     offset: int,
     dropout_p: float,
     value_dim: int = 0,
+    heads: int = 1,
     **features: Any,
 ) -> tuple[Kernel, ...]:
     """The kernels that the plan runs for such a call: forward, then backward."""
     # An offset of one element keeps rows off 16-byte boundaries.
-    operand, value = (
-        torch.empty(64 * width + offset, dtype=dtype)[offset:].view(1, 1, 64, width)
-        for width in (head_dim, value_dim or head_dim)
+    query, key, value = (
+        torch.empty(count * 64 * width + offset, dtype=dtype)[offset:].view(1, count, 64, width)
+        for count, width in ((heads, head_dim), (1, head_dim), (1, value_dim or head_dim))
     )
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
     scoring = scoring._replace(**features)
-    return plan(operand, operand, value, *scoring, "metal").kernels
+    return plan(query, key, value, *scoring, "metal").kernels
 
 
 def every_kernel(*call: Any) -> Iterator[Kernel]:
@@ -91,6 +92,9 @@ def sources(per_file: int | None = None) -> dict[str, str]:
             variants[kernel.family][kernel.name] = kernel.instantiation
     for call in itertools.product(DTYPES, (192,), (0, 1), (0.0, 0.1), (128,)):
         for kernel in every_kernel(*call):
+            variants[kernel.family][kernel.name] = kernel.instantiation
+    for dtype, head_dim in itertools.product(DTYPES, FEATURED_HEAD_DIMS):
+        for kernel in kernels(dtype, head_dim, 0, 0.0, heads=8):  # a group that is divided
             variants[kernel.family][kernel.name] = kernel.instantiation
     for dtype, head_dim, features in itertools.product(DTYPES, FEATURED_HEAD_DIMS, FEATURES):
         for kernel in kernels(dtype, head_dim, 0, 0.0, **features):

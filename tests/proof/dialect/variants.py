@@ -51,8 +51,25 @@ def variants() -> dict[str, list[dict]]:
                 plan, _ = sources.plan(request(layouts, dtype, backward, **numbers, **wanted))
                 for kernel in plan["kernels"]:
                     found[kernel["family"]][kernel["name"]] = kernel
+        for kernel in _of_divided_groups(sources, dtype):
+            found[kernel["family"]][kernel["name"]] = kernel
     every = {family: list(kernels.values()) for family, kernels in found.items()}
     return every | _of_caches(sources)
+
+
+def _of_divided_groups(sources: Sources, dtype: int) -> Iterator[dict]:
+    """Of a backward that divides a group of 8 query heads."""
+    for head_dim, dropout_p in itertools.product((16, 64, 80, 127, 256), (0.0, 0.5)):
+        shapes = {"q": (1, 8, _LENGTH, head_dim), "k": (1, 1, _LENGTH, head_dim)}
+        shapes |= {"v": shapes["k"], "out": shapes["q"], "dout": shapes["q"]}
+        layouts = {
+            name: (shape, torch.empty(shape, device="meta").stride(), 0)
+            for name, shape in shapes.items()
+        }
+        asked = request(layouts, dtype, True, dropout_p=dropout_p, scratch_bytes=1 << 24)
+        plan, params = sources.plan(asked)
+        assert params.dkv_parts == 2
+        yield from plan["kernels"]
 
 
 def _of_caches(sources: Sources) -> dict[str, list[dict]]:

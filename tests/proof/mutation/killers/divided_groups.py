@@ -97,7 +97,7 @@ def sums_of_parts(
     plan, params = sources.plan(asked)
     assert params.dkv_parts == parts
     kernel = kernel_of(plan, DKV_SUMS, kv_len)
-    assert kernel["groups"] == [heads, 2]
+    assert kernel["groups"] == [heads, 4]  # 6 x 73 elements
     kernel["groups"][0] = 2
     shape = (2, parts, kv_len, d + dv)
     given = Guarded(shape, dense(shape), F32)
@@ -177,6 +177,7 @@ def plan_of_parts(sources: Sources) -> None:
         plan, params = _plan(sources, scratch, _MANY, **sizes)
         assert params.dkv_parts == parts, (params.dkv_parts, parts)
         assert plan["dkv_part_elements"] * 4 == (parts * of_one if parts > 1 else 0)
+        assert parts == 1 or plan["kernels"][-1]["groups"] == [6, 100 * (24 + 40) // 128]
     for parts, s in ((2, 1 << 22), (1, (1 << 22) + 1)):  # 1 GiB
         assert _plan(sources, 1 << 60, _MANY, s=s)[1].dkv_parts == parts
     assert _plan(sources, 1 << 60, _MANY, s=(1 << 27) + 1)[1].dkv_parts == 1  # 2^34 bytes of a part
@@ -206,7 +207,7 @@ def plan_of_divided_launches(sources: Sources) -> None:
             dkv, dq, sums = plan["kernels"][1:]
             assert (dkv["family"], sums["family"]) == (family, DKV_SUMS)
             assert (dkv["role"], sums["role"]) == (2, 3)
-            blocks = -(-70 // keys)
+            blocks, of_sums = -(-70 // keys), 70 * d // 64
             assert dkv["groups"] == [8, blocks] and f"; 8 x {blocks} threadgroups" in dkv["tile"]
             assert dkv["name"].endswith("_ds_chunks_parts")
             assert ", PlainScore, false>, PartOfGroup>) attention" in dkv["instantiation"]
@@ -216,13 +217,13 @@ def plan_of_divided_launches(sources: Sources) -> None:
                 "family": DKV_SUMS, "name": f"{DKV_SUMS}_{dtype}", "role": 3,
                 "instantiation": f'template [[host_name("{DKV_SUMS}_{dtype}")]] [[kernel]] '
                                  f"decltype({call}) {call};\n",
-                "tile": "4 x 18 threadgroups of 128 threads",
-                "tile_name": "", "groups": [4, 18], "threads": 128,
+                "tile": f"4 x {of_sums} threadgroups of 128 threads",
+                "tile_name": "", "groups": [4, of_sums], "threads": 128,
             }, sums  # fmt: skip
             of_dq = dq["groups"][1]
             assert plan["launches"][1:] == [
-                [1, 4, blocks, 0, 0, 70], [2, 4, of_dq, 0, 0, 70], [3, 2, 18, 0, 0, 70],
-                [1, 4, blocks, 2, 0, 70], [2, 4, of_dq, 2, 0, 70], [3, 2, 18, 2, 0, 70],
+                [1, 4, blocks, 0, 0, 70], [2, 4, of_dq, 0, 0, 70], [3, 2, of_sums, 0, 0, 70],
+                [1, 4, blocks, 2, 0, 70], [2, 4, of_dq, 2, 0, 70], [3, 2, of_sums, 2, 0, 70],
             ]  # fmt: skip
     # Keys of one head in turns: the sums of its parts are added up behind the last ones.
     keys, end, budget = 2048, 4072, 8 * 4096 * 3136
@@ -235,7 +236,7 @@ def plan_of_divided_launches(sources: Sources) -> None:
         for launch in (
             [1, 2, 64, head, 0, keys], [2, 2, of_dq, head, 0, keys],
             [1, 2, 64, head, keys, end], [2, 2, of_dq, head, keys, end],
-            [3, 1, end // 4, head, 0, end],
+            [3, 1, end, head, 0, end],
         )
     ]  # fmt: skip
     whole, _ = _plan(sources, budget, 1, h=4, hk=2, l=4096, s=end, d=64)

@@ -208,7 +208,7 @@ def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> I
             yield [1, heads * parts, groups, head, begin, end]
             yield [2, heads * call.group, plan["kernels"][2]["groups"][1], head, begin, end]
         if parts > 1:
-            yield [3, heads, math.ceil(call.s / 4), head, 0, call.s]
+            yield [3, heads, plan["kernels"][3]["groups"][1], head, 0, call.s]
 
 
 def plan_of_choices(sources: Sources) -> None:
