@@ -91,7 +91,7 @@ def test_sums_of_a_divided_group_are_scratch(execute: bool):
     with memory.scratch_budget(1):
         planned = memory.planned_scratch(problem, length)
         found = memory.on_simulated_device(memory.our_step, problem, length, execute)
-    assert planned == scratch_of(problem, length, 1) + sums
+    assert planned == ds_of(problem, length) + sums
     expected = bytes_of(problem, length) + planned
     assert found == Allocated(peak=expected, total=expected)
     memory.check_ours(found, bytes_of(problem, length), planned, 1)
@@ -192,6 +192,6 @@ def test_out_of_memory_has_no_figure(tmp_path: Path):
     result = json.loads(memory.RESULTS.read_text())
     result["records"][-1]["unfused"] = {"peak": None, "out of memory": "CUDA out of memory"}
     *_, row = memory.table(result, "").splitlines()
-    assert row.endswith("| 652.0 | 652.0 | 652.0 | out of memory |  |  |")
+    assert row.endswith("| 652.0 | 652.0 | 908.0 | out of memory |  |  |")
     memory.plot(result, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000

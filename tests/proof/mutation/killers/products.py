@@ -164,6 +164,8 @@ def _calls() -> Iterator[Call]:
         yield Call(b=3, h=10, hk=5, l=4001, s=7009, **at)
         yield Call(b=8, h=16, hk=16, l=2048, s=2048, left=255, right=0, **at)
         yield Call(b=64, h=32, hk=32, l=2048, s=2048, **at)
+        yield Call(right=0, diagonal=-(1 << 20), **at)  # no pair: all ways take the same
+        yield Call(h=1, hk=1, l=1, s=1, **at)  # one: nearly the same
         yield Call(h=1, hk=1, l=70000, s=70, **at)
         yield Call(h=2, hk=1, l=8, s=1 << 17, **at)
         yield Call(h=8, hk=8, l=1 << 15, s=1 << 15, d=256, right=0, **at)
@@ -171,7 +173,10 @@ def _calls() -> Iterator[Call]:
 
 def plan_of_divisions(sources: Sources) -> None:
     """Whole heads, or keys of some heads, in turns as even as can be; at most 1024."""
-    for call in _calls():
+    fitting = [  # so many of 640 keys, beside dq's sums
+        Call(h=1, hk=1, l=8, s=640, scratch=4 * (8 * keys + 8 * 64)) for keys in (639, 640)
+    ]
+    for call in (*_calls(), *fitting):
         found = sources.ds_divisions(call.request())
         assert found == list(divisions_of(call)), (call, found)
     group = 2 * 6 * 8 * 9 * 8 * 4  # bytes of two query heads, 6 x 9 tiles
@@ -203,7 +208,7 @@ def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> I
             yield [1, heads * parts, groups, head, begin, end]
             yield [2, heads * call.group, plan["kernels"][2]["groups"][1], head, begin, end]
         if parts > 1:
-            yield [3, heads, math.ceil(call.s / 4), head, 0, call.s]
+            yield [3, heads, plan["kernels"][3]["groups"][1], head, 0, call.s]
 
 
 def plan_of_choices(sources: Sources) -> None:
