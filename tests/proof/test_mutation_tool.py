@@ -299,7 +299,3 @@ def test_the_last_campaign_is_of_these_sources(last_campaign: dict, all_of_them)
 
 def test_nothing_survived_the_last_campaign(last_campaign: dict):
     assert last_campaign["all"]["survived"] == 0 and last_campaign["survivors"] == []
-
-
-def test_the_last_campaign_is_complete(last_campaign: dict):
-    assert last_campaign["not_run"] == 0

@@ -18,6 +18,8 @@ from .mutants import Equivalence, Mutant
 if TYPE_CHECKING:
     from .verdicts import Outcome, Progress
 
+DOCS = Path(__file__).parents[3] / "docs" / "mutation.md"
+BEGIN, END = "<!-- mutation: {} -->\n", "<!-- end -->"
 STATUSES = ("killed", "compiler", "hang", "crash", "equivalent", "survived")
 _MEANING = {
     "killed": "a killer failed",
@@ -96,6 +98,18 @@ class Report:
     def _total(self) -> Counter[str]:
         return Counter(status for _, status, _ in self.rows)
 
+    def sentence(self, name: str, progress: Progress) -> str:
+        """What the docs say of the campaign."""
+        total = self._total()
+        noticed = sum(total[status] for status in ("killed", "compiler", "hang", "crash"))
+        again = len(progress.drawn - progress.carried)
+        return (
+            f"The campaign of {name} has {len(self.rows) + self.not_run} mutants: {noticed} are "
+            f"noticed, {total['equivalent']} are listed as equivalent, {total['survived']} "
+            f"survived, and {self.not_run} are open. Of those noticed {self.carried} are carried; "
+            f"of {self.drawn} that were drawn among these, {again} have run again.\n"
+        )
+
     def print(self) -> None:
         console = Console()
         table = Table("file", *STATUSES)
@@ -158,3 +172,15 @@ class Report:
         lines += ["", "## Survivors", ""]
         lines += [f"- `{text}`" for text in facts["survivors"]] or ["None."]
         return "\n".join(lines) + "\n"
+
+
+def in_docs(text: str, name: str) -> str:
+    """What stands between the marks of a campaign."""
+    begin = text.index(BEGIN.format(name)) + len(BEGIN.format(name))
+    return text[begin : text.index(END, begin)]
+
+
+def write_docs(name: str, sentence: str) -> None:
+    text = DOCS.read_text()
+    mark = BEGIN.format(name)
+    DOCS.write_text(text.replace(mark + in_docs(text, name), mark + sentence, 1))

@@ -48,6 +48,7 @@ from .verdicts import (
 )
 
 FOLDER = ROOT / "build" / "mutation"
+CAMPAIGNS = {"": "kernels and plan", "caches": "caches", "flex": "functions"}
 LAUNCH_LIMIT = 20.0  # seconds; launches take some milliseconds, and a busy machine some more
 COMPILE_LIMIT = 25.0  # several times what a family's kernels take
 
@@ -441,4 +442,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not own:
             result.write(Path(__file__).parent, sources_digest())
         progress.keep()
+        name = CAMPAIGNS[own]
+        report.write_docs(name, result.sentence(name, progress))
     return 1 if result.survivors else 0

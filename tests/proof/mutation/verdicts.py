@@ -359,16 +359,26 @@ class Progress:
                         "kernels": kept["kernels"].get(entry["killer"], ""),
                     }
                 yield Outcome(key, entry["status"], entry["killer"]), stamp
+        for entry in kept["earlier"]:
+            self.suspects |= dict.fromkeys(entry["mutants"].split(), entry["killer"])
 
     def keep(self) -> None:
-        """Writes what counts, but for survivors, into the repository."""
+        """Writes what counts, but for survivors, into the repository; of the others that have been
+        noticed once, by what.
+        """
         present = self.present
-        groups = dict[tuple[bool, str, str, str], list[str]]()
-        for key, outcome in self.outcomes.items():
-            if not outcome.survived:
-                place = self._mutants[key].file, outcome.killer, outcome.status
-                groups.setdefault((key in self.carried, *place), []).append(key)
-        named = {killer for carried, _, killer, _ in groups if not carried}
+        groups = dict[tuple[str, str, str, str], list[str]]()
+        for key, mutant in self._mutants.items():
+            outcome = self.outcomes.get(key)
+            if outcome is not None and not outcome.survived:
+                part = "carried" if key in self.carried else "verdicts"
+                place = part, mutant.file, outcome.killer, outcome.status
+            elif outcome is None and key in self.suspects:
+                place = "earlier", mutant.file, self.suspects[key], ""
+            else:
+                continue
+            groups.setdefault(place, []).append(key)
+        named = {killer for part, _, killer, _ in groups if part == "verdicts"}
         facts = {
             "sources": present.sources,
             "plan": present.plan,
@@ -378,15 +388,14 @@ class Progress:
             "kernels": {k: x for k, x in sorted(present.kernels.items()) if k in named},
             "drawn": " ".join(sorted(self.drawn)),
         }
-        lists: dict[bool, list[str]] = {False: [], True: []}
-        for (carried, file, killer, status), keys in sorted(groups.items()):
+        lists: dict[str, list[str]] = {"verdicts": [], "carried": [], "earlier": []}
+        for (part, file, killer, status), keys in sorted(groups.items()):
             entry = {"file": file, "killer": killer, "status": status,
                      "mutants": " ".join(sorted(keys))}  # fmt: skip
-            if not carried:
+            if part == "verdicts":
                 entry["families"] = present.families_of[killer]
-            lists[carried].append(f"  {json.dumps(entry)}")
-        head = json.dumps(facts, indent=1).removesuffix("\n}")
-        verdicts, carried_on = (",\n".join(lists[carried]) for carried in (False, True))
-        self.kept.write_text(
-            f'{head},\n "verdicts": [\n{verdicts}\n ],\n "carried": [\n{carried_on}\n ]\n}}\n'
-        )
+            lists[part].append(f"  {json.dumps(entry)}")
+        text = json.dumps(facts, indent=1).removesuffix("\n}")
+        for part, lines in lists.items():
+            text += f',\n "{part}": [\n' + ",\n".join(lines) + "\n ]"
+        self.kept.write_text(text + "\n}\n")
