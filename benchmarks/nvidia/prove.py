@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.nvidia.prove`` needs torch with CUDA and what build.py made. It writes one
 JSON file with every comparison and a Markdown table. The exit status is 1 if anything failed. What
-has passed lies in build/nvidia/proof.jsonl, so that a run that was stopped goes on where it was.
+has passed lies in build/nvidia/proof.jsonl, and what an earlier machine left in the results'
+proof.jsonl, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ def compare(
 class Progress:
     """What has passed with these very kernels, a line for each problem."""
 
-    def __init__(self, path: Path, digest: str):
+    def __init__(self, path: Path, digest: str, kept: Path = RESULTS / "proof.jsonl"):
+        """`kept` is in the repository: what an unfinished run on another machine has left."""
         self.path, self.digest = path, digest
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for x in (kept, path) if x.exists() for line in x.read_text().splitlines()]
         known = [Record(**line["record"]) for line in map(json.loads, lines)
                  if line["digest"] == digest]  # fmt: skip
         self.known = {(record.group, record.case): record for record in known}

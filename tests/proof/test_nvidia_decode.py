@@ -411,10 +411,12 @@ def test_the_stored_proof_passed():
     records = result["records"]
     assert not any(record["failure"] for record in records)
     said = (
-        f"of the {len(result['kernels'])} kernels for caches and few queries, on an H100, none of"
+        f"of the {len(result['kernels'])} kernels for caches and few queries, on an H200, none of"
     )
-    assert f"{said} {len(records)}, with" in (ROOT / "docs" / "proof.md").read_text()
-    assert "H100" in result["environment"]["gpu"]
+    assert (
+        f"{said} {len(records)} problems failed, with" in (ROOT / "docs" / "proof.md").read_text()
+    )
+    assert "H200" in result["environment"]["gpu"]
     assert {r["group"] for r in records} >= {
         *cache_cases.GROUPS, "few queries", "appended", "planted fault", "every variant"
     }  # fmt: skip

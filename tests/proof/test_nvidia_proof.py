@@ -1,0 +1,40 @@
+"""What the repository keeps of an unfinished run of benchmarks.nvidia.prove."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("simulator", reason="kernels are made by the simulator's Metal engine")
+
+from benchmarks.nvidia import build, prove
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = prove.RESULTS / "proof.jsonl"
+
+
+def test_a_run_goes_on_where_another_machine_has_stopped(tmp_path: Path):
+    record = {"group": "every variant", "case": "a case", "kernels": ["a kernel"]}
+    kept, own = tmp_path / "kept.jsonl", tmp_path / "proof.jsonl"
+    kept.write_text(json.dumps({"digest": "these", "record": record}) + "\n")
+    assert list(prove.Progress(own, "these", kept).known) == [("every variant", "a case")]
+    assert not prove.Progress(own, "others", kept).known
+    progress = prove.Progress(own, "these", kept)
+    progress.add(prove.Record("exact", "another"))
+    assert len(prove.Progress(own, "these", kept).known) == 2
+    assert len(kept.read_text().splitlines()) == 1
+
+
+def test_the_docs_count_what_has_run_of_the_present_kernels():
+    made_of = hashlib.sha256()
+    for family in build.embed_shaders.FAMILIES:
+        made_of.update(build.family_text(family).encode())
+    lines = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    present = [x["record"] for x in lines if x["digest"] == made_of.hexdigest()[:12]]
+    assert not [record["case"] for record in present if record["failure"]]
+    cases = {(record["group"], record["case"]) for record in present}
+    docs = (ROOT / "docs" / "proof.md").read_text()
+    assert f"of the present ones {len(cases)} problems have run so far, and none failed" in docs
