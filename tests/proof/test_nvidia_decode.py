@@ -411,7 +411,7 @@ def test_the_stored_proof_passed():
     records = result["records"]
     assert not any(record["failure"] for record in records)
     said = (
-        f"of the {len(result['kernels'])} kernels for caches and few queries, on an H200, none of"
+        f"Of the {len(result['kernels'])} kernels for caches and few queries, on an H200, none of"
     )
     assert (
         f"{said} {len(records)} problems failed, with" in (ROOT / "docs" / "proof.md").read_text()
