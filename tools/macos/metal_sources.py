@@ -68,7 +68,7 @@ def kernels(
             (heads, 64, head_dim),
             (1, kv_len, head_dim),
             (1, kv_len, value_dim or head_dim),
-        )  # fmt: skip
+        )
     )
     scoring = Scoring(dropout_seed=torch.tensor(0), dropout_p=dropout_p, scale=head_dim**-0.5)
     scoring = scoring._replace(**features)
