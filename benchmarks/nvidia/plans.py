@@ -171,7 +171,9 @@ def every_variant(planner: Planner) -> dict[str, Kernel]:
                 )
                 keys = x.expand(1, 1, 512, head_dim)  # more than one threadgroup has
                 for dropout_p, scratch_bytes in itertools.product((0.0, 0.5), (0, 1 << 20)):
-                    scoring = Scoring(1.0, dropout_p, scratch_bytes=scratch_bytes)
+                    scoring = Scoring(
+                        1.0, dropout_p, scratch_bytes=scratch_bytes, stores_ds=scratch_bytes > 0
+                    )
                     forward = planner.forward(x, x, x, x, scoring).kernels
                     forward += planner.forward(x, keys, keys, x, scoring).kernels
                     backward = planner.backward(x, x, x, x, x, scoring).kernels

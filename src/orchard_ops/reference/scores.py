@@ -381,7 +381,9 @@ class Problem:
         s = self.scoring
         k = block.cols(self.k).transpose(1, 2)
         into = self.kept("scores", block)
-        x = self.rows_by_head(product(q, k, s.scale * self.per_exponent, into=into), block)
+        # The factor comes behind the product: within it, BLAS may round each operand by it.
+        x = product(q, k, into=into).mul_(s.scale * self.per_exponent)
+        x = self.rows_by_head(x, block)
         tanh = None
         if s.softcap > 0.0:
             tanh = x.div_(s.softcap).tanh_()

@@ -259,7 +259,10 @@ class Attention:
 
     def _plan(self, sources: Sources, x: dict[str, Guarded]) -> tuple[dict, Params]:
         plan, params = self._whole_plan(
-            sources, x, scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40
+            sources,
+            x,
+            stores_ds=True,
+            scratch_bytes=(self.store_ds or self.family == DQ_FROM_DS) << 40,
         )
         kernel = kernel_of(plan, self.family, self.case.kv_len)
         if self.tile:

@@ -58,7 +58,7 @@ def divided_keys(
     }  # fmt: skip
     plan, params = sources.plan(request(
         layouts, 2, True, dropout_p=0.2, scale=0.125, window_left=90, window_right=60,
-        diagonal=20, scratch_bytes=1 << 30,
+        diagonal=20, stores_ds=True, scratch_bytes=1 << 30,
     ))  # fmt: skip
     x["row_stats"] = Guarded.like(forward_results(case)[1], "dense")
     x["delta"] = Guarded.like(given.delta.float()[None], "dense")

@@ -48,7 +48,9 @@ class Divided(Attention):
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         given, case = reference(self.case, self.dlse, self.shifts), self.case
         x = self._operands()
-        plan, params = self._whole_plan(sources, x, scratch_bytes=1 << 40, gpu_cores=_MANY)
+        plan, params = self._whole_plan(
+            sources, x, stores_ds=True, scratch_bytes=1 << 40, gpu_cores=_MANY
+        )
         assert params.dkv_parts == self.parts
         heads = slice(*self.kv_heads or (0, case.batch * case.num_kv_heads))
         count = heads.stop - heads.start

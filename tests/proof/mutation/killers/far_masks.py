@@ -134,7 +134,9 @@ def _results(
     backward = family not in (FORWARD, MASK_MAP)
     scratch = 1 << 60 if width == 64 else 0
     plan, params = sources.plan(
-        request(layouts, DTYPE_NUMBERS[F32], backward, scratch_bytes=scratch, **fields)
+        request(
+            layouts, DTYPE_NUMBERS[F32], backward, stores_ds=True, scratch_bytes=scratch, **fields
+        )
     )
     kernel = next(dict(k) for k in plan["kernels"] if k["family"] == family)
     if family == DMASK_SUM:

@@ -137,7 +137,9 @@ class Flexed:
         q, k, v, do, _ = case.operands()
         layouts = dict(zip(("q", "k", "v", "out", "dout"), map(Guarded.like, (q, k, v, do, do),
                                                                 ("dense",) * 5)))  # fmt: skip
-        fields: dict[str, Any] = dict(scale=case.own_scale, scratch_bytes=self.stores << 30)
+        fields: dict[str, Any] = dict(
+            scale=case.own_scale, stores_ds=True, scratch_bytes=self.stores << 30
+        )
         if has_map:
             batch, heads = (1 if one else n for one, n in zip(self.shared, (case.batch, HEADS)))
             sizes = (batch, 1, heads, case.q_len, case.kv_len)

@@ -38,7 +38,9 @@ def sums_in_parts(sources: Sources, note: Callable[[str], None], family: str) ->
     place = MaskPlace((1, 1, 1, *_SQUARE), (0, 0, 0, _ROWS, 1), 0, _TERMS, number)
     scratch = 1 << 40 if family == DMASK_FROM_DS else 0
     plan, params = sources.plan(
-        request(layouts, number, True, scratch_bytes=scratch, mask=place, mask_grad=True)
+        request(
+            layouts, number, True, stores_ds=True, scratch_bytes=scratch, mask=place, mask_grad=True
+        )
     )
     kernel = next(dict(k) for k in plan["kernels"] if k["family"] == family)
     kernel["groups"] = (1, 1)

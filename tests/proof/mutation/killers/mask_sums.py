@@ -34,7 +34,7 @@ def _plan(sources: Sources, batch: int, size: int, family: str) -> tuple[dict, P
     }
     mask = MaskPlace((1, 1, 1, size, size), (0, 0, 0, size, 1), 0, 1, 2)
     plan, params = sources.plan(
-        request(layouts, 2, True, mask=mask, mask_grad=True, scratch_bytes=1 << 40)
+        request(layouts, 2, True, mask=mask, mask_grad=True, stores_ds=True, scratch_bytes=1 << 40)
     )
     return next(kernel for kernel in plan["kernels"] if kernel["family"] == family), params
 

@@ -133,7 +133,8 @@ def _far_ds(
         )
     }  # fmt: skip
     plan, params = sources.plan(request(
-        layouts, 2, True, scale=1.0, window_left=8, window_right=8, scratch_bytes=1 << 60
+        layouts, 2, True, scale=1.0, window_left=8, window_right=8, stores_ds=True,
+        scratch_bytes=1 << 60,
     ))  # fmt: skip
     kernel = kernel_of(plan, family, key_end)
     library = compile_kernel(sources, family, kernel)
