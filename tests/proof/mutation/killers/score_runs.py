@@ -59,7 +59,15 @@ def plan_of(problem: Scores, sources: Sources, out: Tensor, backward: bool) -> t
     number = DTYPE_NUMBERS[problem.case.dtype]
     scratch = problem.store_ds << 40
     plan, params = sources.plan(
-        request(layouts, number, backward, stores_ds=True, scratch_bytes=scratch, **x.fields)
+        request(
+            layouts,
+            number,
+            backward,
+            gpu_cores=int(backward),
+            stores_ds=True,
+            scratch_bytes=scratch,
+            **x.fields,
+        )
     )
     assert not plan["refusal"], plan["refusal"]
     for kernel in plan["kernels"]:
