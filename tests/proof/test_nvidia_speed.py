@@ -235,8 +235,9 @@ def test_all_launches_of_a_kernel_count(planner, monkeypatch):
     every second turn."""
     work = workloads.Workload("float16", 64, 80, False, batch=1, num_heads=3)
     monkeypatch.setattr(
-        workloads.Workload, "scoring", plans.Scoring(0.125, scratch_bytes=80 * 80 * 4)
-    )
+        workloads.Workload, "scoring",
+        plans.Scoring(0.125, scratch_bytes=80 * 80 * 4, stores_ds=True, gpu_cores=1),
+    )  # fmt: skip
 
     def clock(works):
         for start in [*works.values(), *reversed(works.values())]:
