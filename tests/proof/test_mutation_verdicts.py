@@ -199,12 +199,17 @@ def _keys(names: set[str]) -> set[str]:
     return {outcome.key for name, *_, outcome in VERDICTS if name in names}
 
 
-def test_what_counts_is_kept_in_the_repository(copy: Path, tmp_path: Path):
-    build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
-    progress = Progress(build, SOME, _present(copy), kept)
+def _keep_all(root: Path, build: Path, kept: Path) -> None:
+    """As a campaign that ran to its end."""
+    progress = Progress(build, SOME, _present(root), kept)
     for *_, outcome in VERDICTS:
         progress.add(outcome)
     progress.keep()
+
+
+def test_what_counts_is_kept_in_the_repository(copy: Path, tmp_path: Path):
+    build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
+    _keep_all(copy, build, kept)
     assert set(Progress(build, SOME, _present(copy), kept).outcomes) == _keys(ALL)
     build.unlink()
     again = Progress(build, SOME, _present(copy), kept)
@@ -224,10 +229,7 @@ def test_what_counts_is_kept_in_the_repository(copy: Path, tmp_path: Path):
 def test_what_is_drawn_is_confirmed_and_kept(copy: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(verdicts, "LEAST_DRAWN", 2)
     build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
-    progress = Progress(build, SOME, _present(copy), kept)
-    for *_, outcome in VERDICTS:
-        progress.add(outcome)
-    progress.keep()
+    _keep_all(copy, build, kept)
     build.unlink()
     _edit(copy, *EDITS["another shared file"][:3])
     progress = Progress(build, SOME, _present(copy), kept)
@@ -251,10 +253,7 @@ def test_what_is_drawn_is_confirmed_and_kept(copy: Path, tmp_path: Path, monkeyp
 
 def test_a_drawn_one_that_is_not_noticed_puts_its_function_in_doubt(copy: Path, tmp_path: Path):
     build, kept = tmp_path / "progress.jsonl", tmp_path / "verdicts.json"
-    progress = Progress(build, SOME, _present(copy), kept)
-    for *_, outcome in VERDICTS:
-        progress.add(outcome)
-    progress.keep()
+    _keep_all(copy, build, kept)
     build.unlink()
     _edit(copy, *EDITS["another shared file"][:3])
     progress = Progress(build, SOME, _present(copy), kept)
