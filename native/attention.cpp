@@ -199,7 +199,7 @@ std::array<Tensor, 2> run_forward(
       if (environment.debug_enabled()) {
         std::fprintf(stderr, "[orchard] flash_attn_fwd: no memory for parts, not dividing keys\n");
       }
-      problem.gpu_cores = 0;
+      problem.gpu_cores = kUndivided;
       plan = cached_plan_forward(problem, layout_of(out));
     }
   }
@@ -242,8 +242,11 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
   const uint64_t seed = checked_seed(s);
   Problem problem = make_problem(call.operands, s, environment);
   problem.mask_grad = call.mask_grad && problem.has_mask;
-  auto plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
-  throw_refusal(*plan);
+  const auto plan_of = [&](const Problem& p) {
+    return cached_plan_backward(p, layout_of(out), layout_of(dout));
+  };
+  const auto wanted = plan_of(problem);
+  throw_refusal(*wanted);
   Gradients grads{empty_in_order_of(q, q.size(3)), empty_in_order_of(k, k.size(3)),
       empty_in_order_of(v, v.size(3)), std::nullopt, std::nullopt};
   if (s.sinks.has_value()) grads.dsinks = empty_floats(q, q.size(1));
@@ -255,17 +258,9 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
     if (q.numel() == 0 || !grads.dsinks.has_value()) return grads;
   }
   const Tensor delta = empty_rows(q);
-  OptionalTensor ds;
-  if (plan->ds_elements > 0) {
-    ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
-    if (!ds.has_value()) {
-      if (environment.debug_enabled()) {
-        std::fprintf(stderr, "[orchard] flash_attn_bwd: no memory for dS, computing it twice\n");
-      }
-      problem.scratch_bytes = 0;
-      plan = cached_plan_backward(problem, layout_of(out), layout_of(dout));
-    }
-  }
+  const BackwardScratch scratch =
+      allocate_scratch("flash_attn_bwd", wanted, problem, plan_of, environment, q);
+  const auto& [plan, ds, dkv_parts] = scratch;
   AttentionParams params = plan->params;
   set_seed(params, seed);
   params.dq = strides_of(grads.dq);
@@ -280,8 +275,7 @@ Gradients run_backward(const BackwardCall& call, const Environment& environment)
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}};
   Bindings for_key_sums;
-  const OptionalTensor dkv_parts =
-      bind_key_gradients(*plan, grads.dk, grads.dv, for_keys, for_key_sums);
+  scratch.bind_key_gradients(grads.dk, grads.dv, for_keys, for_key_sums);
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta},
       {kBufferDq, grads.dq}};  // as far as a kernel has them

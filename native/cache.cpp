@@ -145,7 +145,8 @@ void check_scoring(const DecodeCall& call) {
   check_additions(scoring, {q, call.operands.key, call.operands.value});
 }
 
-CacheProblem make_cache_problem(const DecodeCall& call, const Cache& cache) {
+CacheProblem make_cache_problem(
+    const DecodeCall& call, const Cache& cache, const Environment& environment) {
   const auto& [q, k, v] = call.operands;
   CacheProblem problem;
   problem.paged = cache.block_table.has_value();
@@ -175,6 +176,7 @@ CacheProblem make_cache_problem(const DecodeCall& call, const Cache& cache) {
   attention.window_left = call.window_left;
   attention.window_right = call.window_right;
   attention.softcap = call.softcap;
+  attention.gpu_cores = environment.gpu_cores();
   return problem;
 }
 
@@ -184,7 +186,7 @@ std::array<Tensor, 2> run_decode(
   const auto& [q, k, v] = call.operands;
   Tensor out = empty_in_order_of(q, v.size(3));
   Tensor lse = empty_rows(q);
-  const CacheProblem problem = make_cache_problem(call, cache);
+  const CacheProblem problem = make_cache_problem(call, cache, environment);
   const auto decode = cached_plan_decode(problem, layout_of(out));
   throw_refusal(decode->plan);
   if (out.numel() == 0) return {out, lse};
@@ -355,10 +357,11 @@ void flash_attn_decode_plan(StableIValue* stack, uint64_t num_arguments, uint64_
   const auto call = Arguments(stack).take<DecodeCall>();
   const Cache cache = checked_cache(call.cache, call.operands);
   check_scoring(call);
+  const Environment environment;
   Plan plan;
-  plan.refusal = switched_off(call.impl, Environment());
+  plan.refusal = switched_off(call.impl, environment);
   if (plan.refusal.empty()) {
-    const CacheProblem problem = make_cache_problem(call, cache);
+    const CacheProblem problem = make_cache_problem(call, cache, environment);
     plan = plan_decode(problem, layout_of_out(problem.attention)).plan;
   }
   put_plan(stack, std::move(plan));

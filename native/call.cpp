@@ -105,16 +105,24 @@ Tensor empty_floats(const Tensor& like, int64_t elements) {
   return empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
 }
 
-OptionalTensor bind_key_gradients(
-    const Plan& plan, const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums) {
-  OptionalTensor parts;
-  if (plan.dkv_part_elements > 0) {
-    parts = empty_floats(dk, plan.dkv_part_elements);
-    for_sums = {{kBufferDkvParts, *parts}, {kBufferDk, dk}, {kBufferDv, dv}};
+bool BackwardScratch::allocate(const Tensor& like) {
+  const auto floats = [&](int64_t elements) -> OptionalTensor {
+    if (elements == 0) return std::nullopt;
+    return try_empty_strided(like, {elements}, {1}, aoti_torch_dtype_float32());
+  };
+  ds = floats(plan->ds_elements);
+  dkv_parts = floats(plan->dkv_part_elements);
+  return ds.has_value() == (plan->ds_elements > 0) &&
+         dkv_parts.has_value() == (plan->dkv_part_elements > 0);
+}
+
+void BackwardScratch::bind_key_gradients(
+    const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums) const {
+  if (dkv_parts.has_value()) {
+    for_sums = {{kBufferDkvParts, *dkv_parts}, {kBufferDk, dk}, {kBufferDv, dv}};
   }
-  for_keys.bind({kBufferDk, parts.has_value() ? *parts : dk});
-  for_keys.bind({kBufferDv, parts.has_value() ? *parts : dv});
-  return parts;
+  for_keys.bind({kBufferDk, dkv_parts.has_value() ? *dkv_parts : dk});
+  for_keys.bind({kBufferDv, dkv_parts.has_value() ? *dkv_parts : dv});
 }
 
 void log_metal(const char* op, const Plan& plan, const Environment& environment) {

@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "environment.h"
@@ -49,10 +52,34 @@ Layout layout_of_out(const Problem& problem);
 /// float32 scratch and results of the kernels.
 Tensor empty_floats(const Tensor& like, int64_t elements);
 
-/// Binds where the key's side stores its sums: dk and dv, or a buffer for those of its parts.
-/// Returns that, with what sums them up in `for_sums`.
-OptionalTensor bind_key_gradients(
-    const Plan& plan, const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums);
+/// A backward's plan, and what it may take memory for beside the results.
+struct BackwardScratch {
+  std::shared_ptr<const Plan> plan;
+  OptionalTensor ds;
+  OptionalTensor dkv_parts;
+
+  /// Allocates as far as there is memory. Returns whether there was.
+  bool allocate(const Tensor& like);
+
+  /// Binds where the key's side stores its sums: dk and dv, or the buffer for those of its parts;
+  /// what adds these up is in `for_sums` then.
+  void bind_key_gradients(
+      const Tensor& dk, const Tensor& dv, Bindings& for_keys, Bindings& for_sums) const;
+};
+
+/// The plan that `plan_of` makes of a problem, with its scratch. Where there is no memory for that,
+/// it is the plan of a call that may take none: dS is computed twice, and no group divided.
+template <typename PlanOf>
+BackwardScratch allocate_scratch(const char* op, std::shared_ptr<const Plan> plan, Problem problem,
+    const PlanOf& plan_of, const Environment& environment, const Tensor& like) {
+  BackwardScratch scratch{std::move(plan), {}, {}};
+  if (scratch.allocate(like)) return scratch;
+  if (environment.debug_enabled()) {
+    std::fprintf(stderr, "[orchard] %s: no memory for scratch, doing without\n", op);
+  }
+  problem.scratch_bytes = 0;
+  return {plan_of(problem), {}, {}};
+}
 
 void log_metal(const char* op, const Plan& plan, const Environment& environment);
 

@@ -231,10 +231,13 @@ std::array<Tensor, 3> run_backward(const FlexBackward& call, const Environment& 
   const Tensor row_stats = dense_row_stats(call.row_stats, q);
   OptionalTensor dlse;
   if (call.dlse.has_value()) dlse = dense_rows(*call.dlse, q);
-  Problem problem = make_problem(s, call.operands, environment);
+  const Problem problem = make_problem(s, call.operands, environment);
   const Mods mods = mods_of(s);
-  auto plan = flex_plan_backward(problem, mods, layout_of(out), layout_of(dout));
-  throw_refusal(*plan);
+  const auto plan_of = [&](const Problem& p) {
+    return flex_plan_backward(p, mods, layout_of(out), layout_of(dout));
+  };
+  const auto wanted = plan_of(problem);
+  throw_refusal(*wanted);
   std::array<Tensor, 3> grads{empty_in_order_of(q, q.size(3)), empty_in_order_of(k, k.size(3)),
       empty_in_order_of(v, v.size(3))};
   auto& [dq, dk, dv] = grads;
@@ -243,14 +246,9 @@ std::array<Tensor, 3> run_backward(const FlexBackward& call, const Environment& 
     return grads;
   }
   const Tensor delta = empty_rows(q);
-  OptionalTensor ds;
-  if (plan->ds_elements > 0) {
-    ds = try_empty_strided(q, {plan->ds_elements}, {1}, aoti_torch_dtype_float32());
-    if (!ds.has_value()) {  // no memory for dS: it is computed twice
-      problem.scratch_bytes = 0;
-      plan = flex_plan_backward(problem, mods, layout_of(out), layout_of(dout));
-    }
-  }
+  const BackwardScratch scratch =
+      allocate_scratch("flex_attn_bwd", wanted, problem, plan_of, environment, q);
+  const auto& [plan, ds, dkv_parts] = scratch;
   log_metal("flex_attn_bwd", *plan, environment);
   const FlexTensors scores(s, call.operands, *plan);
   FlexParams params = make_params(s, scores.states, *plan);
@@ -265,7 +263,7 @@ std::array<Tensor, 3> run_backward(const FlexBackward& call, const Environment& 
   Bindings for_keys{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}};
   Bindings for_key_sums;
-  const OptionalTensor dkv_parts = bind_key_gradients(*plan, dk, dv, for_keys, for_key_sums);
+  scratch.bind_key_gradients(dk, dv, for_keys, for_key_sums);
   Bindings for_queries{{kBufferQuery, q}, {kBufferKey, k}, {kBufferValue, v},
       {kBufferRowStats, row_stats}, {kBufferDout, dout}, {kBufferDelta, delta}, {kBufferDq, dq}};
   for (Bindings* tensors : {&for_map, &for_keys, &for_queries}) scores.bind(*tensors);

@@ -137,7 +137,7 @@ void mask_as_mods_do(const Mods& mods, int64_t batches, int64_t heads, Problem& 
 std::shared_ptr<const Plan> flex_plan_forward(
     const Problem& problem, const Mods& mods, const Layout& out) {
   Problem undivided = problem;
-  undivided.gpu_cores = 0;  // no kernel here merges parts
+  undivided.gpu_cores = kUndivided;  // no kernel here merges parts
   return with(mods, cached_plan_forward(undivided, out));
 }
 

@@ -173,7 +173,8 @@ def _request(
     layouts |= {"v": dense(kv_len, value_dim or head_dim)}
     number = harness.DTYPE_NUMBERS[DTYPES[dtype]]
     fields: dict[str, Any] = dict(scale=head_dim**-0.5, scratch_bytes=scratch_bytes)
-    fields |= dict(gpu_cores=int(backward), stores_ds=scratch_bytes > 0)
+    cores = 1 if backward else 0  # kUndivided of native/plan/problem.h
+    fields |= dict(gpu_cores=cores, stores_ds=scratch_bytes > 0)
     fields |= dict(softcap=20.0 * (score == "softcap"), has_alibi=score == "alibi")
     fields |= dict(has_sinks=score == "sinks", has_key_ranges=score in (LISTED, EDGES))
     fields |= dict(mask_grad=batch > 1)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from .. import planner
 from .paths import RESULTS
-from .peers.problems import MULTIPROCESSORS, Problem
+from .peers.problems import Problem
+from .plans import MULTIPROCESSORS
 from .products_report import LOSS, times
 
 

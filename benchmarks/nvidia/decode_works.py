@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import decode_peer
 from .caches import Decode, Places
-from .plans import Scoring
+from .plans import MULTIPROCESSORS, Scoring
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LENGTHS = (131072, 32768, 4096)
@@ -69,7 +69,7 @@ class DecodeWork:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.head_dim**-0.5)
+        return Scoring(self.head_dim**-0.5, gpu_cores=MULTIPROCESSORS)
 
     def operands(self, device: str, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, Hq, L, D), k and v (B, Hkv, S, D), dense; by pages where it has such."""

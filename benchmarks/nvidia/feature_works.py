@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import listed
-from .plans import Kernel, Planner, Scoring
+from .plans import MULTIPROCESSORS, Kernel, Planner, Scoring
 
 HEAD_DIMS = (64, 128)
 HEADS = {4096: 16, 8192: 8}
@@ -59,7 +59,11 @@ class Work:
 
     def scoring(self, device: str) -> Scoring:
         return replace(
-            Scoring(self.head_dim**-0.5, scratch_bytes=self.scratch_bytes),
+            Scoring(
+                self.head_dim**-0.5,
+                scratch_bytes=self.scratch_bytes,
+                gpu_cores=MULTIPROCESSORS,
+            ),
             **FEATURES[self.feature](self, device),
         )
 

@@ -21,6 +21,10 @@ ScoreFunctions = Callable[[Tensor, int, int], tuple[Tensor, Tensor | None]]
 """Of scaled products (B, Hq, rows, S) and the rows' first and end: scores, and derivatives."""
 
 
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200: what plans take for the cores of the GPU where they are timed."""
+
+
 @dataclass(frozen=True)
 class Scoring:
     """What decides the scores besides the operands; as in orchard::flash_attn_fwd."""

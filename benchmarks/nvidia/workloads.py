@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import peer
-from .plans import Kernel, Planner, Scoring
+from .plans import MULTIPROCESSORS, Kernel, Planner, Scoring
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (64, 128, 32, 80, 96, 256)
@@ -40,7 +40,8 @@ class Workload:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.head_dim**-0.5, window_right=0 if self.causal else -1)
+        right = 0 if self.causal else -1
+        return Scoring(self.head_dim**-0.5, window_right=right, gpu_cores=MULTIPROCESSORS)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

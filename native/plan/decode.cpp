@@ -31,8 +31,9 @@ constexpr int64_t kLongPart = 1024;
 /// of the threadgroup's keys and values, where it has so many keys a row, by an element's bytes.
 constexpr int64_t kKeysOfRow = 128;
 
-/// But a sequence has this many threadgroups first: most GPUs of Macs have fewer cores.
-constexpr int64_t kCores = 64;
+/// But a sequence has a threadgroup for each core first, and this many on a small GPU: few of them
+/// at once do not keep its memory busy.
+constexpr int64_t kLeastThreadgroups = 64;
 
 const char* word(bool x) { return x ? "true" : "false"; }
 
@@ -94,8 +95,9 @@ int64_t threadgroups_of_keys(
   const int64_t of_row = kKeysOfRow / names(p.attention.dtype).size;
   const int64_t merged = std::max(kManyKeys, of_row * std::min(rows, block_rows));
   const int64_t others = std::max<int64_t>(p.attention.k.sizes[1] * blocks, 1);
+  const int64_t filling = std::max(kLeastThreadgroups, p.attention.gpu_cores);
   const int64_t groups = std::min(blocks_of(capacity, kManyKeys),
-      std::max(blocks_of(capacity, merged), blocks_of(kCores, others)));
+      std::max(blocks_of(capacity, merged), blocks_of(filling, others)));
   return std::clamp<int64_t>(groups, 1, std::max<int64_t>(most / std::max<int64_t>(blocks, 1), 1));
 }
 

@@ -29,6 +29,9 @@ struct MaskLayout {
   int64_t inner = 1;
 };
 
+/// Problem::gpu_cores of a call whose kernels are to stay whole: no GPU is too large for them.
+constexpr int64_t kUndivided = 0;
+
 /// One call, reduced to what decides kernels.
 struct Problem {
   DType dtype = DType::kOther;
@@ -52,7 +55,7 @@ struct Problem {
   int64_t window_right = -1;
   int64_t diagonal = 0;
   double softcap = 0.0;
-  int64_t scratch_bytes = 0;  ///< what a backward may take for dS; 0: compute dS twice instead
+  int64_t scratch_bytes = 0;  ///< what a backward may take for dS and for parts; 0: it does without
   int64_t gpu_cores = 8;      ///< of the GPU; plans fill them
   bool stores_ds = false;     ///< wherever a buffer for it fits, for measurements
   std::string tiles;          ///< tiles to take instead of the table's: "family=tile,..."

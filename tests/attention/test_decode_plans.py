@@ -11,6 +11,7 @@ from counted import Counted
 
 import orchard_ops
 from orchard_ops.cache import AppendCall, CacheCall
+from orchard_ops.explain import explain_cache
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 PLAIN = Cached((130, 77), starts=(3, 0), heads=(8, 2), capacity=208, added=2)
@@ -93,6 +94,15 @@ def test_forwards_of_few_queries_have_plans_of_their_own():
         for _ in range(3):
             assert torch.equal(orchard_ops.flash_attn(q, k, k, **options), decoded)
     assert counted.num_plans == 0
+
+
+@pytest.mark.parametrize(("cores", "of_keys"), ((1, 8), (64, 8), (76, 10), (132, 16)))
+def test_each_core_has_a_threadgroup(cores: int, of_keys: int, monkeypatch: pytest.MonkeyPatch):
+    """Of one sequence and its 8 key/value heads, and no core of a small GPU has just one."""
+    monkeypatch.setenv("ORCHARD_GPU_CORES", str(cores))
+    call = Cached((4096,), heads=(64, 8), capacity=4096, widths=(128, 128), dtype=torch.float16)
+    tiles = explain_cache(on("mps", call.call(impl="metal"))).tiles
+    assert f"8 x {of_keys} threadgroups" in next(iter(tiles.values()))
 
 
 @pytest.mark.parametrize("paged", (False, True))

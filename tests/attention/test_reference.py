@@ -209,10 +209,11 @@ def test_operations_of_a_masked_step(kind: str, device: str):
     assert 30 < computing_operations(kind, device, 16, 1024) <= 60
 
 
-@pytest.mark.parametrize(("kind", "most"), (("bool", 19), ("key padding", 17), ("additive", 21)))
+@pytest.mark.parametrize(("kind", "most"), (("bool", 19), ("key padding", 19), ("additive", 21)))
 def test_passes_over_the_scores_of_a_short_step(kind: str, most: int):
     """What a step costs at L 256 on a CPU, where the clock is too noisy for a test; 23 of them for
-    the boolean masks were too many."""
+    the boolean masks were too many. Padding has a pass of its own for the factor, forward and
+    backward: no mask is added, which could take it along."""
     found = operations_of_step(kind, "cpu", 8, 256).large
     assert 12 < found <= most
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import Case, check_case
+from flex_cases import FlexCase
 
 import orchard_ops
 
@@ -101,12 +102,20 @@ def test_nth_allocation_fails(correct_losses: list[float]):
     assert agree(training_losses(), correct_losses)
 
 
-def test_no_memory_for_the_scratch():
-    """The last allocation of a backward, its scratch for dS, fails: it goes on without it, on
-    Metal."""
+SCRATCH = {  # the call, and which allocation of its backward fails
+    "dS": (Case(40, 50, 64, num_heads=4, num_kv_heads=2), 5),
+    "parts of dk and dv": (Case(256, 40, 16, num_heads=4, num_kv_heads=2), 5),
+    "dS, before parts": (Case(64, 64, 64, num_heads=16, num_kv_heads=1), 5),
+    "parts, behind dS": (Case(64, 64, 64, num_heads=16, num_kv_heads=1), 6),
+}
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_no_memory_for_the_scratch(name: str):
+    """A backward goes on without dS, and without dividing groups of heads, on Metal."""
     import simulator
 
-    case = Case(40, 50, 64, num_heads=4, num_kv_heads=2)
+    case, failing = SCRATCH[name]
     q, k, v, dout = (x.to("mps") for x in case.operands())
     out, lse = torch.ops.orchard.flash_attn_fwd(q, k, v, *case.scoring())
     orchard_ops.reset_stats()
@@ -115,7 +124,7 @@ def test_no_memory_for_the_scratch():
         arguments = (dout, None, q, k, v, out, lse, *case.scoring(), False)
         return list(torch.ops.orchard.flash_attn_bwd(*arguments)[:3])
 
-    with simulator.recording(execute=True) as launches, simulator.faults(allocate=5):
+    with simulator.recording(execute=True) as launches, simulator.faults(allocate=failing):
         grads = backward()
     assert [x.kernel.split("_float32")[0] for x in launches] == [
         "attention_backward_delta",
@@ -123,7 +132,35 @@ def test_no_memory_for_the_scratch():
         "attention_backward_dq",
     ]
     assert orchard_ops.stats().fallbacks == 0
-    for x, y in zip(grads, backward(), strict=True):
+    with simulator.recording(execute=True) as launches:
+        expected = backward()
+    kernels = "".join(x.kernel for x in launches)
+    assert "_from_ds" in kernels or "_dkv_sums" in kernels  # there was memory
+    for x, y in zip(grads, expected, strict=True):
+        assert torch.allclose(x.cpu(), y.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("failing", (5, 6), ids=("dS", "parts of dk and dv"))
+def test_no_memory_for_the_scratch_of_functions(failing: int):
+    """A FlexAttention's backward goes on likewise."""
+    import simulator
+
+    case = FlexCase(130, 40, 64, "softcap", num_kv_heads=1)
+    q, k, v, dout, _ = (x.to("mps") for x in case.operands())
+    out, row_stats = torch.ops.orchard.flex_attn_fwd(q, k, v, *case.scoring(), "metal")
+
+    def backward() -> list[torch.Tensor]:
+        arguments = (dout, None, q, k, v, out, row_stats, *case.scoring(), "metal")
+        return list(torch.ops.orchard.flex_attn_bwd(*arguments))
+
+    with simulator.recording(execute=True) as wanted:
+        expected = backward()
+    with simulator.recording(execute=True) as launches, simulator.faults(allocate=failing):
+        grads = backward()
+    kernels, found = ["".join(x.kernel for x in run) for run in (wanted, launches)]
+    assert "_from_ds" in kernels and "_dkv_sums" in kernels
+    assert "_from_ds" not in found and "_dkv_sums" not in found
+    for x, y in zip(grads, expected, strict=True):
         assert torch.allclose(x.cpu(), y.cpu(), rtol=1e-4, atol=1e-5)
 
 

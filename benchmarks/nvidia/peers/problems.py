@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plans import Kernel, Plan, Planner, Scoring
+from ..plans import MULTIPROCESSORS, Kernel, Plan, Planner, Scoring
 from ..workloads import DTYPES
 
 DEFAULT_SCRATCH = 256 << 20
 """What a backward of ours may take for dS unless the user says otherwise."""
-MULTIPROCESSORS = 132
-"""Of an H100 and an H200, which plans take for the cores of the GPU."""
 BOTH_WAYS = (64, 128)
 """The head dims whose backward is timed."""
 

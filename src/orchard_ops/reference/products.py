@@ -55,7 +55,20 @@ def product(
         found = (a.unsqueeze(2) * b.transpose(1, 2).unsqueeze(1)).sum(-1)
     else:
         found = torch.bmm(a, b)
-    return found if factor == 1.0 else found.mul_(factor)
+    return scaled(found, factor)
+
+
+def scale_and_add(x: Tensor, factor: float, addend: Tensor) -> None:
+    """x = factor * x + addend, which broadcasts to x: in one pass where that is safe."""
+    if fuses(x, factor):
+        torch.add(addend, x, alpha=factor, out=x)
+    else:
+        scaled(x, factor).add_(addend)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """factor * x, in place."""
+    return x if factor == 1.0 else x.mul_(factor)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dropout
 from ..scoring import Scoring
-from .products import product
+from .products import product, scale_and_add, scaled
 from .ranges import Ranges
 
 
@@ -136,6 +136,11 @@ def _shown(mask: Tensor, outside: Tensor | None) -> Tensor:
     """True where neither the mask nor the window (`outside_window`) hides a key from a row."""
     shown = mask if mask.dtype == torch.bool else mask != -math.inf
     return shown if outside is None else shown & ~outside
+
+
+def _addend(mask: Tensor, like: Tensor) -> Tensor:
+    """What hides scores as a boolean mask does, if it is added to them."""
+    return torch.where(mask, like.new_tensor(0.0), like.new_tensor(-math.inf))
 
 
 def _shows_any(mask: Tensor, dim: int) -> Tensor:
@@ -349,63 +354,67 @@ class Problem:
 
         The tanh is None without a softcap.
         """
-        s = self.scoring
-        x, tanh = self._unmasked_scores(q, block)
+        x, factor, tanh = self._unmasked_scores(q, block)
         hidden = self.outside(block)
         top = None
-        if s.attn_mask is not None and not self._range_is_shown:
-            mask = block.of_mask(s.attn_mask)
+        if self.scoring.attn_mask is None or self._range_is_shown:
+            scaled(x, factor)
+        else:
+            mask = block.of_mask(self.scoring.attn_mask)
             if mask.dtype != torch.bool:
-                self.as_masked(x).add_(mask)
-            elif self._may_add(mask, x, hidden):
-                self.as_masked(x).add_(
-                    torch.where(mask, x.new_tensor(0.0), x.new_tensor(-math.inf))
-                )
-                if self._unseen_in_k is None and hidden is None:
-                    top = x.amax(dim=-1, keepdim=True)
-                    if math.isnan(top.sum().item()):  # maybe of a score that the mask hides
-                        x, tanh = self._unmasked_scores(q, block)
-                        self.as_masked(x).masked_fill_(~mask, -math.inf)
-                        top = None
+                scale_and_add(self.as_masked(x), factor, mask)
+            elif hidden is None and self._unseen_in_k is None and self._adds_sooner(mask, x):
+                scale_and_add(self.as_masked(x), factor, _addend(mask, x))
+                top = x.amax(dim=-1, keepdim=True)
+                if math.isnan(top.sum().item()):  # maybe of a score that the mask hides
+                    x, factor, tanh = self._unmasked_scores(q, block)
+                    self.as_masked(scaled(x, factor)).masked_fill_(~mask, -math.inf)
+                    top = None
             else:
-                if self._unseen_in_k is not None:
-                    k = self.k.view(self.batch, self.num_kv_heads, *self.k.shape[1:])
-                    self.k, self._unseen_in_k = self._seen(k, self._unseen_in_k), None
-                self.as_masked(x).masked_fill_(~mask, -math.inf)
+                self._hide(scaled(x, factor), mask)
         if hidden is not None:
             x.masked_fill_(hidden, -math.inf)
         return x, tanh, top
 
-    def _unmasked_scores(self, q: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
-        """`scores` before a mask, windows and key ranges hide any."""
+    def _unmasked_scores(self, q: Tensor, block: Block) -> tuple[Tensor, float, Tensor | None]:
+        """`scores` before a mask, windows and key ranges hide any; the factor that they still lack;
+        softcap's tanh.
+
+        The factor comes behind the product: within it, BLAS may round each operand by it, and a sum
+        of numbers that are exact would not be.
+        """
         s = self.scoring
         k = block.cols(self.k).transpose(1, 2)
-        into = self.kept("scores", block)
-        # The factor comes behind the product: within it, BLAS may round each operand by it.
-        x = product(q, k, into=into).mul_(s.scale * self.per_exponent)
-        x = self.rows_by_head(x, block)
-        tanh = None
+        x = self.rows_by_head(product(q, k, into=self.kept("scores", block)), block)
+        factor, tanh = s.scale * self.per_exponent, None
         if s.softcap > 0.0:
-            tanh = x.div_(s.softcap).tanh_()
-            x = tanh * s.softcap
+            tanh = scaled(x, factor / s.softcap).tanh_()
+            x, factor = tanh * s.softcap, 1.0
         if s.alibi_slopes is not None:
             distance = self._distance(block).to(self.dtype)
-            x.addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
-        return x, tanh
+            scaled(x, factor).addcmul_(self._per_head(s.alibi_slopes), distance, value=-1.0)
+            factor = 1.0
+        return x, factor, tanh
 
-    def _may_add(self, mask: Tensor, x: Tensor, hidden: Tensor | None) -> bool:
-        """Whether the scores may take 0 and -inf for a boolean mask, and do so sooner than by
-        a choice: where several heads share the mask, and no score is NaN.
+    def _hide(self, x: Tensor, mask: Tensor) -> None:
+        """Hides scores by a boolean mask."""
+        if self._adds_sooner(mask, x) and math.isfinite(x.sum().item()):
+            self.as_masked(x).add_(_addend(mask, x))
+            return
+        if self._unseen_in_k is not None:
+            k = self.k.view(self.batch, self.num_kv_heads, *self.k.shape[1:])
+            self.k, self._unseen_in_k = self._seen(k, self._unseen_in_k), None
+        self.as_masked(x).masked_fill_(~mask, -math.inf)
 
-        That no row's largest score is NaN says so later. Where keys are left as they are though no
-        row sees them, or more is hidden, a finite sum of the scores is the proof. Only the CPU can
-        look without waiting.
+    def _adds_sooner(self, mask: Tensor, x: Tensor) -> bool:
+        """Whether scores take 0 and -inf for a boolean mask sooner than by a choice: where several
+        heads share the mask.
+
+        No score may be NaN or inf then. That no row's largest score is NaN says so later. Where
+        keys are left as they are though no row sees them, or more is hidden, a finite sum of the
+        scores is the proof. Only the CPU can look without waiting.
         """
-        if not self._proves_scores_finite(mask) or 4 * mask.numel() > x.numel():
-            return False
-        if self._unseen_in_k is None and hidden is None:
-            return True
-        return math.isfinite(x.sum().item())
+        return self._proves_scores_finite(mask) and 4 * mask.numel() <= x.numel()
 
     def _proves_scores_finite(self, mask: Tensor | None) -> bool:
         """Whether `scores` looks for a score that is not finite, of which one follows from a key
