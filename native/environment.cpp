@@ -80,13 +80,13 @@ bool Environment::switched_on(Variable variable) const {
   refuse(kNames[variable], "1, true, yes or on, or 0, false, no or off", value);
 }
 
-int64_t Environment::whole_number(Variable variable, int64_t least, const char* wanted) const {
-  const std::string& text = values_[variable];
-  char* end = nullptr;
-  const long long number = std::strtoll(text.c_str(), &end, 10);
-  if (*end != '\0' || number < least || number >= (1LL << 40)) {
-    refuse(kNames[variable], wanted, text);
-  }
+std::optional<int64_t> Environment::whole_number(
+    Variable variable, int64_t least, const char* wanted) const {
+  const std::string digits = trimmed_lower(values_[variable]);
+  if (digits.empty()) return std::nullopt;
+  const bool decimal = digits.find_first_not_of("0123456789") == std::string::npos;
+  const long long number = decimal ? std::strtoll(digits.c_str(), nullptr, 10) : -1;
+  if (number < least || number >= (1LL << 40)) refuse(kNames[variable], wanted, values_[variable]);
   return number;
 }
 
@@ -102,13 +102,13 @@ bool Environment::torch_fast_math() const {
 }
 
 int64_t Environment::scratch_bytes() const {
-  if (values_[kScratch].empty()) return machine().scratch_bytes;
-  return whole_number(kScratch, 0, "a whole number of MiB, 0 or more") << 20;
+  const auto megabytes = whole_number(kScratch, 0, "a whole number of MiB, 0 or more");
+  return megabytes.has_value() ? *megabytes << 20 : machine().scratch_bytes;
 }
 
 int64_t Environment::gpu_cores() const {
-  if (values_[kCores].empty()) return machine().gpu_cores;
-  return whole_number(kCores, 1, "a whole number, 1 or more");
+  const auto cores = whole_number(kCores, 1, "a whole number, 1 or more");
+  return cores.value_or(machine().gpu_cores);
 }
 
 const std::string& Environment::chosen_tiles() const {

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace orchard {
@@ -56,8 +57,9 @@ class Environment {
   /// src/orchard_ops/environment.py has the same rule.
   bool switched_on(Variable variable) const;
 
-  /// A variable that is set, as a number; raises if it is none, or less.
-  int64_t whole_number(Variable variable, int64_t least, const char* wanted) const;
+  /// A variable as a number, if it is set and more than spaces; raises if it is no number of digits
+  /// alone, less than `least`, or 2^40 or more. src/orchard_ops/environment.py has the same rule.
+  std::optional<int64_t> whole_number(Variable variable, int64_t least, const char* wanted) const;
 
   std::array<std::string, kCount> values_;  // empty where a variable is not set
 };

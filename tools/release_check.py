@@ -1,7 +1,8 @@
 """Whether a tag may become a release: `release_check.py v0.1.0`.
 
 The tag must be the version of the package, and the changelog must have a section for it, which for
-a development release (0.1.0.dev3) or a candidate (0.1.0rc1) may still be "Unreleased (0.1.0)".
+a development release (0.1.0.dev3) or a candidate (0.1.0rc1) may still be "Unreleased (0.1.0)". Any
+other release has whole proofs of its kernels: no mutant is open, and no problem of the GPU's is left.
 """
 
 from __future__ import annotations
@@ -39,6 +40,19 @@ def problems(tag: str, root: Path = ROOT) -> list[str]:
         wanted.append(rf"Unreleased \({re.escape(base)}\)")
     if not any(re.fullmatch(pattern, section) for pattern in wanted for section in sections):
         found.append(f'CHANGELOG.md has no section "## {version} (DATE)"; it has {sections}')
+    return found if unfinished else found + unfinished_proofs(root)
+
+
+def unfinished_proofs(root: Path) -> list[str]:
+    """What docs/mutation.md and docs/proof.md, which tests hold to the records, leave open."""
+    sentences = re.findall(
+        r"campaign of (.+?) has .*? and (\d+) are open", (root / "docs" / "mutation.md").read_text()
+    )
+    found = [f"{n} mutants of {name} have not run" for name, n in sentences if int(n)]
+    if not sentences:
+        found.append("docs/mutation.md counts no mutants")
+    if re.search(r"problems have run so far", (root / "docs" / "proof.md").read_text()):
+        found.append("docs/proof.md: problems of the GPU's proof are left")
     return found
 
 

@@ -262,6 +262,7 @@ CACHE_LIMITS: tuple[Callable[[], Plan], ...] = (
 LIMITS: tuple[Callable[[], tuple[list[torch.Tensor], dict[str, Any]]], ...] = (
     lambda: (qkv(torch.float64), {}),
     lambda: (qkv(width=257), {}),
+    lambda: (qkv(), {"softcap": 1e-37, "scale": 100.0}),
     lambda: (far(1, 2**28 + 1), {}),
     lambda: (far(2**24, 1), {}),
 )

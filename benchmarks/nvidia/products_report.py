@@ -73,8 +73,18 @@ def losses(records: list[dict]) -> list[tuple[float, str]]:
 
 
 def compared(records: list[dict]) -> int:
-    """Choices that were timed beside the other one."""
-    return sum(loss(record, b) is not None for record in records for b in choices(record))
+    """Choices that were timed beside another one."""
+    return sum(_has_rival(record, b) for record in records for b in choices(record))
+
+
+def _has_rival(record: dict, budget: str) -> bool:
+    """Whether five products under the budget, or seven, are another plan than the choice's, and
+    both were timed."""
+    of_budget, plans = times(record), record["budgets"]
+    if budget not in of_budget:
+        return False
+    rivals = [b for b in (budget + FIVE, NONE) if b in of_budget]
+    return any(plans[b]["same_as"] != plans[budget]["same_as"] for b in rivals)
 
 
 def starved(records: list[dict]) -> list[tuple[float, str]]:

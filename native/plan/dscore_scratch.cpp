@@ -33,10 +33,12 @@ void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivis
   const int64_t query_heads_of_one = query_heads(p) / heads;
   const int64_t rows = query_heads_of_one * 8 * blocks_of(p.q.sizes[2], 8);
   const int64_t stored = stored_keys(p);
-  const int64_t of_one = rows * stored;
-  if (of_one <= floats) {
+  if (stored <= floats / rows) {
+    const int64_t of_one = rows * stored;
     const int64_t at_once = even_turns(heads, std::min(floats / of_one, heads));
-    found.push_back({at_once, kv_len, at_once * of_one, 0, p.has_key_ranges ? stored : 0});
+    if (blocks_of(heads, at_once) <= kMostTurns) {
+      found.push_back({at_once, kv_len, at_once * of_one, 0, p.has_key_ranges ? stored : 0});
+    }
   }
   // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
   // whole.

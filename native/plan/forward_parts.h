@@ -5,6 +5,9 @@
 
 namespace orchard {
 
+/// Floats that each part leaves: O, an origin and a sum of every row.
+int64_t part_elements(const Problem& problem);
+
 /// Threadgroups that share the keys of a block of queries: 1 where there are enough of them to fill
 /// the GPU. `rows` are the queries of a threadgroup.
 int64_t forward_parts(const Problem& problem, int64_t rows);

@@ -1,5 +1,6 @@
 #include "instantiate.h"
 
+#include "forward_parts.h"
 #include "join.h"
 #include "params.h"
 #include "plan.h"
@@ -172,7 +173,7 @@ void add_forward_merge(const Problem& p, int64_t parts, Plan& plan) {
       join(dtype.metal, ", ", kSimdgroups, ", ", word(natural), ", ", word(dropout)),
       {static_cast<uint64_t>(blocks_of(rows, kSimdgroups)), 1});
   plan.params.forward_parts = static_cast<int32_t>(parts);
-  plan.forward_part_elements = parts * rows * (p.v.sizes[3] + 2);
+  plan.forward_part_elements = parts * part_elements(p);
   kernel.tile =
       join("keys in ", parts, " parts, ", 4 * plan.forward_part_elements, " bytes for their sums; ",
           kernel.groups[0], " x 1 threadgroups of ", kernel.threads, " threads");

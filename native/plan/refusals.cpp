@@ -26,6 +26,15 @@ int64_t longest(const Problem& p) {
   return std::max({p.q.sizes[2], p.k.sizes[2], std::abs(p.diagonal)});
 }
 
+/// Whether kernels, which compute in float, have what softcap's tanh multiplies products by
+/// (shaders/scores.h).
+bool has_cap_factor(const Problem& p) {
+  if (p.softcap == 0.0 || p.scale == 0.0) return true;
+  const double of_scale = 2.0 * M_LOG2E * p.scale;  // tanh_unit() * scale
+  const auto is_normal = [](double x) { return std::isnormal(static_cast<float>(x)); };
+  return is_normal(of_scale) && is_normal(of_scale / p.softcap);
+}
+
 std::string no_detail(const Problem&) { return ""; }
 
 // In the order in which they are reported.
@@ -46,6 +55,10 @@ const Reason kReasons[] = {
     {"alibi_slopes or sinks are not float32",
         [](const Problem& p) { return (p.has_alibi || p.has_sinks) && !p.per_head_float32; },
         no_detail, "cast them to float32"},
+    {"the scale divided by the softcap is no normal float32 number",
+        [](const Problem& p) { return !has_cap_factor(p); },
+        [](const Problem& p) { return join("got ", p.scale, " and ", p.softcap); },
+        "multiply query by a part of the scale and pass the rest of it"},
     {"a length or the diagonal is above 2^28",
         [](const Problem& p) { return longest(p) > ORCHARD_MAX_LENGTH; },
         [](const Problem& p) { return join("got ", longest(p)); },

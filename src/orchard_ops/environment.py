@@ -1,4 +1,5 @@
-"""The environment variables that are on or off, by the rule of ``native/environment.cpp``."""
+"""The environment variables that are switches or numbers, by the rules of
+``native/environment.cpp``."""
 
 from __future__ import annotations
 
@@ -29,3 +30,33 @@ def switched_on(name: str) -> bool:
         f"orchard::flash_attn: {name} must be 1, true, yes or on, or 0, false, no or off; "
         f"got '{value}'"
     )
+
+
+def whole_number(name: str, least: int, wanted: str) -> int | None:
+    """A variable as a number of decimal digits, spaces around left out; None if it is not set, or
+    blank. It is read anew each time.
+
+    Args:
+        least: the least that it may be.
+        wanted: what it must be, for the message.
+
+    Raises:
+        RuntimeError: the variable is anything else, less than `least`, or 2^40 or more.
+    """
+    value = os.environ.get(name, "")
+    digits = value.strip()
+    if not digits:
+        return None
+    if digits.isascii() and digits.isdecimal() and least <= int(digits) < 1 << 40:
+        return int(digits)
+    raise RuntimeError(f"orchard::flash_attn: {name} must be {wanted}; got '{value}'")
+
+
+def scratch_mb() -> int | None:
+    """ORCHARD_BACKWARD_SCRATCH_MB; None where the machine's default holds."""
+    return whole_number("ORCHARD_BACKWARD_SCRATCH_MB", 0, "a whole number of MiB, 0 or more")
+
+
+def gpu_cores() -> int | None:
+    """ORCHARD_GPU_CORES; None where the machine's number holds."""
+    return whole_number("ORCHARD_GPU_CORES", 1, "a whole number, 1 or more")

@@ -11,12 +11,12 @@ import torch
 _GIB = 1 << 30
 SHARE_OF_MEMORY = 32
 """A backward borrows at most this part of the memory, for a moment and of one layer at a time:
-less than the model, its gradients and its optimizer vary from run to run."""
+a small one beside the model, its gradients and its optimizer."""
 STEP_MB, LEAST_SCRATCH_MB, MOST_SCRATCH_MB = 64, 256, 4096
-"""The budget is a multiple of the first. Less than the second has never been the default. More than
-the third gains nothing: launches over so many scores fill any GPU."""
+"""The budget is a multiple of the first. Less than the second has never been the default. The third
+holds dS of 2^30 scores, which is a launch that fills any GPU."""
 LEAST_CORES = 8
-"""Of a GPU that says nothing about its cores: those of the smallest Mac."""
+"""Of a GPU that says nothing about its cores: a base M1 has 7 or 8 of them."""
 
 
 class Gpu(NamedTuple):
@@ -36,9 +36,10 @@ class Gpu(NamedTuple):
 def of_machine(ram: int) -> Gpu:
     """The GPU of a Mac of so much memory, of which nothing else is known.
 
-    Metal recommends two thirds of the memory, or three quarters where there are more than 36 GiB.
+    An estimate: published logs of llama.cpp have Metal recommend two thirds of the memory
+    (recommendedMaxWorkingSetSize), or three quarters from 36 GiB on. Newer macOS may say more.
     """
-    return Gpu(LEAST_CORES, ram * 3 // 4 if ram > 36 * _GIB else ram * 2 // 3)
+    return Gpu(LEAST_CORES, ram * 3 // 4 if ram >= 36 * _GIB else ram * 2 // 3)
 
 
 @functools.cache

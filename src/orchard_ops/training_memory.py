@@ -5,8 +5,8 @@ in turn. Its peak is the moment within the first backward (or within the last fo
 is held. Each term below is one tensor; tests/attention/test_training_memory.py compares the sums
 with what the allocator of the simulated device gives out, byte for byte.
 
-* Ours: `native/attention.cpp` allocates out and row_stats in the forward; delta, dq, dk, dv and the
-  scratch in the backward.
+* Ours: `native/attention.cpp` allocates out and row_stats in the forward, and sums of its parts
+  where it divides keys; delta, dq, dk, dv and the scratch in the backward.
 * PyTorch's: `F.scaled_dot_product_attention` runs its math path on mps where an input requires grad
   (`_scaled_dot_product_attention_math`, aten/src/ATen/native/transformers/attention.cpp in torch
   2.13). It computes in float32, scales copies of query and key, repeats key and value for grouped
@@ -16,11 +16,10 @@ with what the allocator of the simulated device gives out, byte for byte.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import gpu
+from . import environment, gpu
 
 _FLOAT32 = 4
 _FAR = 1 << 30
@@ -29,10 +28,12 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 _NOT_STORING_HEAD_DIM = 48
 """Up to this head_dim no backward stores dS."""
 _PART_QUERIES = 256
+_PART_KEYS, _MOST_PARTS, _GROUPS_OF_CORE = 256, 32, 4
+"""Of a divided forward, as in native/plan/forward_parts.cpp."""
 
 
 def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
-    """ORCHARD_BACKWARD_SCRATCH_MB, or its default, by the rule of ``native/environment.cpp``.
+    """ORCHARD_BACKWARD_SCRATCH_MB, or its default.
 
     Args:
         machine: The GPU whose default it is, unless that of this machine.
@@ -40,15 +41,8 @@ def scratch_budget_mb(machine: gpu.Gpu | None = None) -> int:
     Raises:
         RuntimeError: the variable is no whole number of MiB.
     """
-    text = os.environ.get("ORCHARD_BACKWARD_SCRATCH_MB", "").strip()
-    if not text:
-        return (machine or gpu.here()).scratch_mb
-    if not text.isdecimal():
-        raise RuntimeError(
-            "orchard::flash_attn: ORCHARD_BACKWARD_SCRATCH_MB must be a whole number of MiB, 0 or "
-            f"more; got '{text}'"
-        )
-    return int(text)
+    said = environment.scratch_mb()
+    return (machine or gpu.here()).scratch_mb if said is None else said
 
 
 def score_matrix_bytes(batch: int, num_heads: int, q_len: int, kv_len: int) -> int:
@@ -101,6 +95,15 @@ class AttentionLayer:
             "out": self._of_query(length, ITEMSIZE[self.dtype]),
             "row_stats": 2 * self._of_rows(length, _FLOAT32),
         }
+
+    def forward_parts(self, length: int, gpu_cores: int) -> int:
+        """Sums in float32 of each row and part, D + 2 of them, while a forward runs that has few
+        threadgroups and divides the keys between more (native/plan/forward_parts.cpp)."""
+        rows = 64 if self.head_dim <= 32 else 32  # of a threadgroup
+        groups = self.batch * self.num_heads * -(-length // rows)
+        nearest = (2 * _GROUPS_OF_CORE * gpu_cores + groups) // (2 * groups)
+        parts = min(nearest, length // _PART_KEYS, _MOST_PARTS)
+        return parts * self._of_rows(length, _FLOAT32) * (self.head_dim + 2) if parts > 1 else 0
 
     def backward(self, length: int) -> dict[str, int]:
         """What our backward holds, beside the inputs, what was kept, and the scratch."""
@@ -192,12 +195,15 @@ class TrainingStep:
             return self.num_layers * hidden + inputs + moment
         return self.num_layers * inputs + (self.num_layers - 1) * kept + moment
 
-    def ours(self, length: int, scratch_mb: int | None = None) -> int:
+    def ours(self, length: int, scratch_mb: int | None = None, gpu_cores: int | None = None) -> int:
         """Bytes at the peak, with the most scratch that the budget allows."""
         budget_mb = scratch_budget_mb() if scratch_mb is None else scratch_mb
+        cores = gpu.here().cores if gpu_cores is None else gpu_cores
         kept = sum(self.layer.kept(length).values())
-        moment = kept + sum(self.layer.backward(length).values())
-        return self._bytes(length, kept, moment + self.layer.most_scratch(length, budget_mb))
+        backward = sum(self.layer.backward(length).values())
+        backward += self.layer.most_scratch(length, budget_mb)
+        moment = kept + max(backward, self.layer.forward_parts(length, cores))
+        return self._bytes(length, kept, moment)
 
     def stock(self, length: int) -> int:
         """Bytes at the peak on PyTorch's math path."""

@@ -233,13 +233,20 @@ WIDE = {"query": torch.ones(1, 2, 6, 257), "key": torch.ones(1, 1, 7, 257)}
 REFUSALS = {  # the arguments, and what the reason says of them
     "query": (WIDE, "head_dim is above 256", " (got 257)"),
     "value": ({"value": torch.ones(1, 1, 7, 300)}, "head_dim is above 256", " (got 300)"),
+    "softcap": (
+        {"scale": 1e10, "softcap": 1e-30},
+        "the scale divided by the softcap is no normal float32 number",
+        " (got 1e+10 and 1e-30)",
+    ),
 }
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_refusals_fall_back_with_their_reason(refusal: str, fresh_stats: None):
     changes, reason, detail = REFUSALS[refusal]
-    arguments = refused(**{name: x.to("mps") for name, x in changes.items()})
+    arguments = refused(
+        **{n: x.to("mps") if isinstance(x, torch.Tensor) else x for n, x in changes.items()}
+    )
     with pytest.warns(orchard_ops.OrchardFallbackWarning, match=reason) as caught:
         out = orchard_ops.flash_attn(**arguments)
         orchard_ops.flash_attn(**arguments)

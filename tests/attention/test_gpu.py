@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import orchard_ops
-from orchard_ops import gpu
+from orchard_ops import environment, gpu
 
 GIB = 1 << 30
 
@@ -29,7 +31,8 @@ def test_the_scratch_is_a_share_of_the_memory(memory: int, scratch_mb: int):
 
 
 @pytest.mark.parametrize(
-    ("ram", "memory"), ((24, 16 * GIB), (36, 24 * GIB), (48, 36 * GIB), (64, 48 * GIB))
+    ("ram", "memory"),
+    ((24, 16 * GIB), (32, 32 * GIB * 2 // 3), (36, 27 * GIB), (48, 36 * GIB), (64, 48 * GIB)),
 )
 def test_metal_recommends_a_part_of_a_machine_s_memory(ram: int, memory: int):
     assert gpu.of_machine(ram * GIB) == (gpu.LEAST_CORES, memory)
@@ -60,7 +63,26 @@ def test_plans_are_for_the_machine_s_cores_unless_told(monkeypatch: pytest.Monke
     assert found[1].startswith("five products: dS of ") and found[1].endswith(" at a time")
     assert found[gpu.here().cores] == of_machine
     assert found[1 << 20].startswith("seven products: dS is computed twice, since no part of it")
-    for wrong in ("0", "-3", "many"):
-        monkeypatch.setenv("ORCHARD_GPU_CORES", wrong)
-        with pytest.raises(RuntimeError, match="ORCHARD_GPU_CORES must be a whole number, 1 or"):
-            orchard_ops.explain(q, k, v)
+
+
+@pytest.mark.parametrize("name", ("ORCHARD_GPU_CORES", "ORCHARD_BACKWARD_SCRATCH_MB"))
+@pytest.mark.parametrize(
+    "value", ("0", " 12 ", "007", "", " ", "-3", "+8", "many", "1 2", "8.0", str(1 << 40))
+)
+def test_a_number_is_the_same_for_the_library_and_for_python(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, value)
+    q = torch.randn(1, 2, 64, 64, device="mps", requires_grad=True)
+    read = environment.gpu_cores if name == "ORCHARD_GPU_CORES" else environment.scratch_mb
+    least = 1 if name == "ORCHARD_GPU_CORES" else 0
+    blank = not value.strip()
+    if blank or (value.strip().isdecimal() and least <= int(value) < 1 << 40):
+        assert read() == (None if blank else int(value))
+        assert orchard_ops.explain(q, q, q).path == "metal"
+        return
+    for ask in (read, lambda: orchard_ops.explain(q, q, q)):
+        with pytest.raises(
+            RuntimeError, match=f"{name} must be a whole number.*got '{re.escape(value)}'"
+        ):
+            ask()

@@ -270,6 +270,43 @@ def test_hidden_scores_that_are_no_numbers():
         assert not found[:, :, 100:].isfinite().all()
 
 
+@pytest.mark.parametrize("softcap", (0.0, 30.0))
+@pytest.mark.parametrize("garbage", (math.nan, math.inf, -math.inf))
+def test_gradients_of_a_key_that_no_row_sees(garbage: float, softcap: float):
+    """A boolean mask hides it, which the heads share."""
+    q, k, v, do = torch.randn(4, 1, 4, 8, 16)
+    mask = (torch.arange(8) != 3).view(1, 1, 1, 8)
+
+    def results(of_key: float) -> tuple[torch.Tensor, ...]:
+        k[..., 3, :] = of_key
+        x = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = orchard_ops.flash_attn(*x, attn_mask=mask, softcap=softcap)
+        return out, *torch.autograd.grad(out, x, do)
+
+    for x, y in zip(results(garbage), results(0.0), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_mask_that_hides_all_keys_from_all_heads():
+    q, k = torch.randn(2, 4, 3, 16), torch.randn(2, 4, 8, 16)
+    hidden = torch.zeros(1, 1, 3, 8, dtype=torch.bool)
+    assert not orchard_ops.flash_attn(q, k, k, attn_mask=hidden).any()
+
+
+@pytest.mark.parametrize(("scale", "softcap"), ((1e10, 1e-30), (1e-20, 1e30), (1e30, 1e-20)))
+def test_a_scale_far_from_the_softcap(scale: float, softcap: float):
+    """Their quotient is no number of float32, or one of few digits."""
+    q = torch.tensor([0.0, 1e10, 1e-10]).view(1, 1, 3, 1) / scale / 1e20
+    q[..., 1, :] = 1e20 / scale**0.5
+    k = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1) * 1e-20 / scale**0.5
+    v = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
+    out, _ = reference.forward(q, k, v, Scoring(scale=scale, softcap=softcap))
+    right, _ = reference.forward(
+        q.double(), k.double(), v.double(), Scoring(scale=scale, softcap=softcap)
+    )
+    torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("device", "most"), (("cpu", 700), ("meta", 325)))
 def test_operations_of_a_longer_masked_step(device: str, most: int):
     """Eight times as many scores no longer are one block; 1156 operations were too many."""

@@ -126,6 +126,22 @@ class TestBytes:
                     assert peak == step.ours(length)  # all of dS fits
 
 
+@pytest.mark.parametrize("gpu_cores", (8, 80))
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "length"), ((1, 256, 512), (1, 256, 1100), (2, 32, 1024), (1, 64, 700))
+)
+def test_a_forward_that_divides_its_keys(
+    heads: int, head_dim: int, length: int, gpu_cores: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ORCHARD_GPU_CORES", str(gpu_cores))
+    layer = AttentionLayer(heads, heads, head_dim, "float16")
+    step = TrainingStep(layer, 2)
+    with scratch_budget(0):
+        _, peak = measured(step, length, ours)
+    assert peak == step.ours(length, 0, gpu_cores)
+    assert gpu_cores < 80 or layer.forward_parts(length, gpu_cores) > 0
+
+
 def test_one_tensor_more_is_noticed():
     step = TrainingStep(LAYERS["float32"], 1)
 

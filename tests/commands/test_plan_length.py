@@ -73,7 +73,7 @@ def test_scratch_is_the_argument_the_variable_or_the_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     budgets = {n: plan(capsys, "--ram", str(n))["scratch_mb"] for n in (8, 16, 24, 36, 64, 192)}
-    assert budgets == {8: 256, 16: 320, 24: 512, 36: 768, 64: 1536, 192: 4096}
+    assert budgets == {8: 256, 16: 320, 24: 512, 36: 832, 64: 1536, 192: 4096}
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "7")
     assert plan(capsys, "--ram", "8")["scratch_mb"] == 7
     assert plan(capsys, "--ram", "8", "--scratch", "0")["scratch_mb"] == 0

@@ -25,9 +25,9 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_quick_run_passes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     status, report = run(tmp_path, "--device", device)
     assert status == 0
-    assert report["verdict"] == "all 8 variants agree with float64, forward and backward"
-    assert "all 8 variants agree" in capsys.readouterr().out
-    expected = {"flash_attn_fwd": 16, "flash_attn_bwd": 16}  # twice each
+    assert report["verdict"] == "all 11 variants agree with float64, forward and backward"
+    assert "all 11 variants agree" in capsys.readouterr().out
+    expected = {"flash_attn_fwd": 22, "flash_attn_bwd": 22}  # twice each
     assert report["metal_calls"] == (expected if device == "mps" else dict.fromkeys(expected, 0))
     assert report["environment"]["torch"] == torch.__version__
 
@@ -36,8 +36,8 @@ def test_every_variant_is_covered():
     head_dims = torch.ops.orchard.kernel_head_dims()
     storing = [d for d in head_dims if d >= 64]  # run without scratch as well
     both = len(head_dims) + len(storing)
-    in_turns = 3 * 2
-    assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2 + in_turns
+    in_turns, divided = 3 * 2, 3 * 2 * len(head_dims)
+    assert len(list(selftest.variants(quick=False))) == both * 3 * 2 * 2 + in_turns + divided
     assert {v.case.head_dim for v in selftest.variants(quick=False)} == set(head_dims)
 
 
@@ -63,6 +63,17 @@ def test_heads_and_keys_take_turns():
         assert groups == [-(-keys // 32) for keys in parts * 2]
 
 
+def test_keys_and_heads_are_divided():
+    import simulator
+
+    cases = [v for v in selftest.variants(quick=True) if v.way == "divided"]
+    assert {v.case.dtype for v in cases} == set(DTYPES)
+    with simulator.recording() as launches:
+        assert selftest.check(cases[0], torch.device("mps"), "metal").passed
+    kernels = " ".join(x.kernel for x in launches)
+    assert "forward_merge" in kernels and "dkv_sums" in kernels
+
+
 def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Kernels that see another diagonal than the float64 mathematics must not pass."""
     real = Case.math
@@ -71,7 +82,7 @@ def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     status, report = run(tmp_path, "--device", "mps")
     assert status == 1
-    assert report["verdict"] == "8 of 8 variants are wrong"
+    assert report["verdict"] == "11 of 11 variants are wrong"
     assert "out: max error" in report["outcomes"][0]["message"]
 
 
@@ -80,5 +91,5 @@ def test_failing_kernels_fail_instead_of_falling_back(tmp_path: Path):
 
     with simulator.faults(dispatch=1):
         status, report = run(tmp_path, "--device", "mps")
-    assert status == 1 and report["verdict"] == "1 of 8 variants are wrong"
+    assert status == 1 and report["verdict"] == "1 of 11 variants are wrong"
     assert "the dispatch failed" in report["outcomes"][0]["message"]

@@ -280,6 +280,7 @@ def test_report_of_outcomes(all_of_them):
     facts = result.as_dict()
     assert (facts["carried"], facts["drawn"]) == (1, 1)
     assert "1 were drawn at random" in result.markdown(facts)
+    assert "1 of these have" in result.markdown(facts)
     counts = {k: n for k, n in facts["all"].items() if n}
     assert counts == {"killed": 1, "compiler": 1, "equivalent": 1, "survived": 1}
     assert facts["survivors"] == [str(some[2])]

@@ -286,7 +286,7 @@ def test_the_docs_count_what_is_kept(campaign: tuple[str, list[mutants.Mutant], 
     assert all(not outcome.survived for outcome in progress.outcomes.values())
     found = report.Report(everything, progress, mutants.equivalences())
     docs = report.DOCS.read_text()
-    assert report.in_docs(docs, name) == found.sentence(name, progress), "run `make mutants`"
+    assert report.in_docs(docs, name) == found.sentence(name), "run `make mutants`"
 
 
 def test_as_many_are_drawn_as_the_rule_asks_for(

@@ -224,7 +224,15 @@ def check_program(code: str) -> None:
 # ---- the tag ------------------------------------------------------------------------------------
 
 
-def checkout(folder: Path, version: str, section: str) -> Path:
+def checkout(
+    folder: Path, version: str, section: str, open_mutants: int = 0, proof: str = "Proven."
+) -> Path:
+    docs = folder / "docs"
+    docs.mkdir()
+    (docs / "mutation.md").write_text(
+        f"The campaign of caches has 9 mutants: 9 are noticed, and {open_mutants} are open.\n"
+    )
+    (docs / "proof.md").write_text(f"{proof}\n")
     package = folder / "src" / "orchard_ops"
     package.mkdir(parents=True)
     (package / "_version.py").write_text(f'__version__ = "{version}"\n')
@@ -252,6 +260,23 @@ def test_a_tag_is_the_version_and_has_a_section(
 ):
     found = release_check.problems(tag, checkout(tmp_path, version, section))
     assert found == [] if words is None else any(words in problem for problem in found)
+
+
+def test_a_release_has_whole_proofs(tmp_path: Path):
+    """Those that stand in docs/mutation.md and docs/proof.md, in their present words."""
+    sentences = re.findall(r"The campaign of .*", (ROOT / "docs" / "mutation.md").read_text())
+    assert len(sentences) == 3
+    folder = checkout(tmp_path, "0.1.0", "0.1.0", 7, "491 problems have run so far, none failed.")
+    found = release_check.problems("v0.1.0", folder)
+    assert [problem.split()[0] for problem in found] == ["7", "docs/proof.md:"]
+    (folder / "docs" / "mutation.md").write_text("\n".join(sentences))
+    counts = [int(re.search(r"(\d+) are open", text)[1]) for text in sentences]
+    found = release_check.unfinished_proofs(folder)
+    assert len(found) == sum(map(bool, counts)) + 1
+    candidate = tmp_path / "candidate"
+    candidate.mkdir()
+    checkout(candidate, "0.1.0rc1", "0.1.0rc1", 7)
+    assert release_check.problems("v0.1.0rc1", candidate) == []
 
 
 def test_the_present_version_could_be_tagged():

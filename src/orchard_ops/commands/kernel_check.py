@@ -19,6 +19,8 @@ _REFERENCE_HEAD_DIMS = (16, 64, 256)  # of any width it runs the same code
 
 # Whole, ragged and skipped tiles, two query heads for a key/value head, first rows without a key.
 _RAGGED = Case(77, 101, batch=2, window_right=0, diagonal=-7)
+# Two parts of the keys in the forward, and of a group's heads in dk and dv, on a GPU of many cores.
+_DIVIDED = _RAGGED.but(q_len=131, kv_len=517, batch=1, num_heads=8, num_kv_heads=2, diagonal=386)
 # In 1 MiB dS of one head fits, but not of two; of one, half of the keys.
 _IN_TURNS = {
     "heads in turn": _RAGGED.but(q_len=384, kv_len=512, batch=1, num_kv_heads=2),
@@ -41,7 +43,7 @@ class Variant:
     gpu_cores: str = "1"
     """The cores that it is planned for: one, which any launch fills, so that dS is stored."""
     way: str = ""
-    """What the backward does with less of them."""
+    """What it does with less memory, or more cores."""
 
     def __str__(self) -> str:
         loads = "chunks" if self.chunks else "elements"
@@ -70,10 +72,13 @@ def variants(quick: bool) -> Iterator[Variant]:
         for head_dim in head_dims:
             for chunks in (True,) if quick else (True, False):
                 for dropout_p in (0.1,) if quick else (0.0, 0.1):
-                    case = _RAGGED.but(dtype=dtype, head_dim=head_dim, dropout_p=dropout_p)
+                    kind = {"dtype": dtype, "head_dim": head_dim, "dropout_p": dropout_p}
+                    case = _RAGGED.but(**kind)
                     yield Variant(case, chunks)
                     if head_dim >= _STORING_HEAD_DIM:
                         yield Variant(case, chunks, scratch_mb=0, way="low memory")
+                    if dropout_p:
+                        yield Variant(_DIVIDED.but(**kind), chunks, gpu_cores="64", way="divided")
 
 
 def check(variant: Variant, device: torch.device, impl: str) -> Outcome:

@@ -71,7 +71,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     of_token = args.rest_per_token * args.batch * args.layers
 
     def ours(length: int) -> int:
-        return step.ours(length, scratch_mb) + of_token * length
+        return step.ours(length, scratch_mb, of_memory.cores) + of_token * length
 
     def stock(length: int) -> int:
         return step.stock(length) + of_token * length

@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..environment import switched_on
-from ..training_memory import scratch_budget_mb
+from ..environment import gpu_cores, scratch_mb, switched_on
 from .findings import FAULT, GOOD, NOTE, Finding
 
 _SWITCHES = {
@@ -57,12 +56,13 @@ def _finding(name: str) -> Finding:
             return Finding(name, FAULT, _SWITCHES[name], f"unset {name}")
         return Finding(name, NOTE, f"on: {_SWITCHES[name]}")
     if name == "ORCHARD_BACKWARD_SCRATCH_MB":
-        problem = _problem(scratch_budget_mb)
+        problem = _problem(scratch_mb)
         if problem:
             return Finding(name, FAULT, problem, f"set {name} to 256, or to 0 to do without")
-    if name == "ORCHARD_GPU_CORES" and value and not (value.isdecimal() and int(value)):
-        problem = f"{name} must be a whole number, 1 or more; got {value!r}"
-        return Finding(name, FAULT, problem, f"unset {name}")
+    if name == "ORCHARD_GPU_CORES":
+        problem = _problem(gpu_cores)
+        if problem:
+            return Finding(name, FAULT, problem, f"unset {name}")
     if name == "ORCHARD_NATIVE_LIBRARY":
         value = Path(value).name  # its folder is nobody's business in an issue
     if name in _VALUES:

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def is_normal(factor: float, dtype: torch.dtype) -> bool:
+    """Whether the dtype has the number, and without a loss of digits."""
+    limits = torch.finfo(dtype)
+    return limits.tiny <= abs(factor) <= limits.max
+
+
 def fuses(total: Tensor, factor: float) -> bool:
     """Whether baddbmm may compute total + factor * a @ b.
 
@@ -15,8 +21,7 @@ def fuses(total: Tensor, factor: float) -> bool:
     normal number of the dtype: it refuses those beyond the range, and for one that rounds to 0 BLAS
     does not look at a and b, which may hold a NaN.
     """
-    limits = torch.finfo(total.dtype)
-    return total.device.type == "cpu" and limits.tiny <= abs(factor) <= limits.max
+    return total.device.type == "cpu" and is_normal(factor, total.dtype)
 
 
 _FEW = 512  # products of numbers in one of matrices

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dropout
 from ..scoring import Scoring
-from .products import product, scale_and_add, scaled
+from .products import is_normal, product, scale_and_add, scaled
 from .ranges import Ranges
 
 
@@ -182,7 +182,8 @@ class Problem:
         unseen_keys, self.blind_rows = self._unseen()
         self.v = self._seen(value, unseen_keys)
         self._unseen_in_k = None
-        if self._proves_scores_finite(scoring.attn_mask):
+        # Under a softcap a score is finite whatever its key is, and says nothing of it.
+        if self._proves_scores_finite(scoring.attn_mask) and scoring.softcap == 0.0:
             self._unseen_in_k, unseen_keys = unseen_keys, None
         self.k = self._seen(key, unseen_keys)
         self._kept: dict[str, Tensor] = {}
@@ -388,7 +389,11 @@ class Problem:
         x = self.rows_by_head(product(q, k, into=self.kept("scores", block)), block)
         factor, tanh = s.scale * self.per_exponent, None
         if s.softcap > 0.0:
-            tanh = scaled(x, factor / s.softcap).tanh_()
+            of_cap = factor / s.softcap
+            if is_normal(of_cap, x.dtype):
+                tanh = scaled(x, of_cap).tanh_()
+            else:
+                tanh = scaled(x, factor).div_(s.softcap).tanh_()
             x, factor = tanh * s.softcap, 1.0
         if s.alibi_slopes is not None:
             distance = self._distance(block).to(self.dtype)
@@ -414,7 +419,7 @@ class Problem:
         keys are left as they are though no row sees them, or more is hidden, a finite sum of the
         scores is the proof. Only the CPU can look without waiting.
         """
-        return self._proves_scores_finite(mask) and 4 * mask.numel() <= x.numel()
+        return self._proves_scores_finite(mask) and 0 < 4 * mask.numel() <= x.numel()
 
     def _proves_scores_finite(self, mask: Tensor | None) -> bool:
         """Whether `scores` looks for a score that is not finite, of which one follows from a key

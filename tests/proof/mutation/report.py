@@ -57,6 +57,7 @@ class Report:
                  listed: Sequence[Equivalence]):  # fmt: skip
         outcomes = progress.outcomes
         self.carried, self.drawn = len(progress.carried), len(progress.drawn)
+        self.again = len(progress.drawn - progress.carried)
         self.rows: list[tuple[Mutant, str, Outcome | None]] = []
         self.refuted: list[Mutant] = []  # listed as equivalent, and killed
         self.unused = list(listed)
@@ -98,16 +99,15 @@ class Report:
     def _total(self) -> Counter[str]:
         return Counter(status for _, status, _ in self.rows)
 
-    def sentence(self, name: str, progress: Progress) -> str:
+    def sentence(self, name: str) -> str:
         """What the docs say of the campaign."""
         total = self._total()
         noticed = sum(total[status] for status in ("killed", "compiler", "hang", "crash"))
-        again = len(progress.drawn - progress.carried)
         return (
             f"The campaign of {name} has {len(self.rows) + self.not_run} mutants: {noticed} are "
             f"noticed, {total['equivalent']} are listed as equivalent, {total['survived']} "
             f"survived, and {self.not_run} are open. Of those noticed {self.carried} are carried; "
-            f"of {self.drawn} that were drawn among these, {again} have run again.\n"
+            f"of {self.drawn} that were drawn among these, {self.again} have run again.\n"
         )
 
     def print(self) -> None:
@@ -133,6 +133,7 @@ class Report:
             "not_run": self.not_run,
             "carried": self.carried,
             "drawn": self.drawn,
+            "again": self.again,
             "all": order(self._total()),
             "files": {k: order(v) for k, v in sorted(self.counts("file").items())},
             "operators": {k: order(v) for k, v in sorted(self.counts("operator").items())},
@@ -154,8 +155,9 @@ class Report:
         if facts["carried"]:
             lines += [
                 f"{facts['carried']} verdicts are of earlier sources: their functions and what "
-                "noticed them are the same, but not all that surrounds them. Besides these, "
-                f"{facts['drawn']} were drawn at random and ran again."
+                "noticed them are the same, but not all that surrounds them. "
+                f"{facts['drawn']} were drawn at random among such verdicts, to run again; "
+                f"{facts['again']} of these have."
             ]
         lines += [""]
         for kind in ("files", "operators"):

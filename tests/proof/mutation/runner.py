@@ -420,7 +420,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (m.key not in progress.outcomes or m.key in progress.drawn & progress.carried)
         and (arguments.equivalents or m.key not in known)
     ]  # fmt: skip
+    asked: set[str] = set()
     while todo and not arguments.report:
+        asked |= {mutant.key for mutant in todo}
         random.Random(1).shuffle(todo)  # so that the time left can be told
         suspects = Suspects(progress.suspects)
         for mutant in mutants:
@@ -435,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if outcome.status != "open":
                     progress.add(outcome)
                 advance(outcome)
-        todo = [m for m in mutants if m.key in progress.doubted()]
+        todo = [m for m in mutants if m.key in progress.doubted() - asked]
     result = report.Report(mutants, progress, listed)
     result.print()
     if mutants == everything:
@@ -443,5 +445,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             result.write(Path(__file__).parent, sources_digest())
         progress.keep()
         name = CAMPAIGNS[own]
-        report.write_docs(name, result.sentence(name, progress))
+        report.write_docs(name, result.sentence(name))
     return 1 if result.survivors else 0

@@ -165,6 +165,16 @@ def decode_parts_of_rows(sources: Sources) -> None:
             assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, keys)
 
 
+def decode_parts_of_cores(sources: Sources) -> None:
+    """A sequence has a threadgroup for each core of the GPU, and at least 64."""
+    for cores, groups in ((0, 8), (1, 8), (64, 8), (65, 9), (76, 10), (132, 16), (1 << 32, 16)):
+        for batch in (1, 3):
+            plan = plan_of(
+                sources, batch=batch, heads=(64, 8), keys=4096, widths=(128, 128), gpu_cores=cores
+            )
+            assert plan.params.parts == plan.kernels[0].groups[1] == groups, cores
+
+
 def decode_params(sources: Sources) -> None:
     numbers = {
         "page_size": 300, "entries": 7, "added": 4, "table_row": 11, "has_lengths": 1,
@@ -303,6 +313,7 @@ def append_refusals(sources: Sources) -> None:
 
 
 PLANS = (
-    decode_variants, decode_rows, decode_parts, decode_parts_of_rows, decode_params, decode_loads,
+    decode_variants, decode_rows, decode_parts, decode_parts_of_rows,
+    decode_parts_of_cores, decode_params, decode_loads,
     decode_refusals, append_plans, append_refusals,
 )  # fmt: skip

@@ -201,7 +201,13 @@ class Filled:
         lse = Guarded(shape[:3], dense(shape[:3]), F32)
         joined = {"out": x["out"], "row_stats": lse}
         known = {**parts, "sinks": _floats(call.sinks)}
-        launch(libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1)
+        joining = launch(
+            libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1
+        )
+        if not self.check:
+            simdgroups, pairs = second["threads"] // 32, -(-call.value.shape[3] // 64)
+            expected = simdgroups * (1 + pairs * 32) * 8
+            assert joining.threadgroup_memory == expected, "threadgroup memory of the merge"
         weights = part_sums.tensor[:, 1].clone()
         return x["out"].tensor.clone(), lse.tensor.clone(), counters.mma, weights
 

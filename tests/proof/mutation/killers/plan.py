@@ -357,6 +357,7 @@ _TOO_WIDE = "head_dim is above 256"
 _TOO_LONG = "a length or the diagonal is above 2^28"
 _MASK_DTYPE = "attn_mask is of another dtype than bool, float32 and query's"
 _PER_HEAD_DTYPE = "alibi_slopes or sinks are not float32"
+_CAP_FACTOR = "the scale divided by the softcap is no normal float32 number"
 _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
     *(({}, {}, dtype, "the dtype is not float16, bfloat16 or float32", "") for dtype in (BOOL, 4)),
     ({"d": 257}, {}, 0, _TOO_WIDE, "got 257"),
@@ -367,6 +368,11 @@ _REFUSALS: list[tuple[dict, dict, int, str, str]] = [
       for dtype, of_mask in ((0, 1), (0, 4), (1, 0), (2, 0), (2, 1), (2, 4))),
     *(({}, {name: 1, "per_head_float32": 0}, 0, _PER_HEAD_DTYPE, "")
       for name in ("has_alibi", "has_sinks")),
+    *(({}, {"scale": scale, "softcap": softcap}, 0, _CAP_FACTOR, f"got {words}")
+      for scale, softcap, words in (
+          (1e10, 1e-30, "1e+10 and 1e-30"), (10.0, 8e-38, "10 and 8e-38"),
+          (1e-20, 1e30, "1e-20 and 1e+30"), (-1.19e38, 1.0, "-1.19e+38 and 1"),
+          (1.19e38, 1e30, "1.19e+38 and 1e+30"), (3e-39, 1e-3, "3e-39 and 0.001"))),
     ({"l": _LONG + 1}, {}, 0, _TOO_LONG, f"got {_LONG + 1}"),
     ({"l": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
     ({"s": _FAR}, {}, 0, _TOO_LONG, f"got {_FAR}"),
@@ -386,6 +392,7 @@ _ADVICE_OF = {
                "reference kernels",
     _MASK_DTYPE: "cast it to one of these",
     _PER_HEAD_DTYPE: "cast them to float32",
+    _CAP_FACTOR: "multiply query by a part of the scale and pass the rest of it",
     _TOO_LONG: "split the queries into several calls: each row of the result stands alone",
     f"batch times heads is above {_HEADS}":
         "split the batch into several calls: each part of the result stands alone",
@@ -419,6 +426,8 @@ def plan_of_refusals(sources: Sources) -> None:
         ({"dv": 256}, {}), ({}, {"per_head_float32": 0}), ({}, {"mask_dtype": 4}),
         *(({}, {"has_mask": 1, "mask_dtype": of_mask}) for of_mask in (0, 2, BOOL)),
         ({}, {"has_alibi": 1, "has_sinks": 1, "softcap": 9.0}),
+        *(({}, {"scale": scale, "softcap": softcap}) for scale, softcap in (
+            (0.0, 9.0), (1e-39, 0.0), (-10.0, 1e-37), (1.17e38, 1.0), (1e38, 1e30))),
     ):  # fmt: skip
         plan, _ = sources.plan(request(_layouts(**sizes), 0, **fields))
         assert not plan["refusal"], plan
@@ -475,6 +484,11 @@ def plan_of_forward_parts(sources: Sources) -> None:
         # beyond 32 bits
         ({"s": 5400, "window_left": 1 << 40, "diagonal": 5000}, 8),
         ({"s": 9000, "window_right": 1 << 40}, 8),
+        ({"s": 5400, "window_left": (1 << 63) - 1, "diagonal": 5000}, 8),
+        ({"s": 9000, "window_right": (1 << 63) - 1}, 8),
+        # 2^20 rows, whose sums fit into 2^28 floats
+        ({"s": 9000, "h": 64, "l": 1 << 14, "dv": 62, "gpu_cores": 1 << 20}, 4),
+        ({"s": 9000, "h": 64, "l": 1 << 14, "dv": 63, "gpu_cores": 1 << 20}, 3),
         ({"s": 9000, "h": 4096, "l": (1 << 25) + 1, "gpu_cores": 10_000}, 1),
         # of key ranges nothing is known
         ({"s": 9000, "window_left": 3, "window_right": 3, "has_key_ranges": True}, 8),

@@ -129,7 +129,8 @@ def divisions_of(call: Call) -> Iterator[tuple[int, ...]]:
         of_one = rows * 8 * math.ceil(call.s / 8)
         if of_one <= room:
             heads = _turns(call.heads, min(room // of_one, call.heads))
-            yield heads, call.s, heads * of_one, 0, 0
+            if math.ceil(call.heads / heads) <= 1024:
+                yield heads, call.s, heads * of_one, 0, 0
         for power in range(60):
             heads = min(1 << power, call.heads)
             sums = heads * call.group * call.l * call.d
@@ -195,6 +196,13 @@ def plan_of_divisions(sources: Sources) -> None:
     for turns, kept in ((1024, True), (1025, False)):
         call = Call(h=1, hk=1, l=8, s=64 * turns, scratch=4 * (8 * 64 + 8 * 64))
         assert bool(sources.ds_divisions(call.request())) == kept
+        call = Call(b=turns, h=1, hk=1, l=8, s=8, scratch=4 * 8 * 8)
+        for has_key_ranges in (False, True):
+            found = sources.ds_divisions(call.request(has_key_ranges=has_key_ranges))
+            assert bool(found) == kept
+    for h in (64, 128, 256):  # whose tiles of one key/value head are 2^62 floats and more
+        far = Call(h=h, hk=1, l=1 << 28, s=1 << 28, scratch=1 << 40)
+        assert sources.ds_divisions(far.request()) == list(divisions_of(far))
 
 
 def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> Iterator[list[int]]:
