@@ -344,6 +344,9 @@ def bounds() -> Table:
     found, good = _share_within(few, ASKED, False)
     asks = f"asks for {ASKED:.0f} times the memory's rate"
     add("decode, up to 8 rows, D 64 to 256", asks, "model A", found, good)
+    narrow = [x["rate"] for x in cases if x["rows"] <= 8 and x["head_dim"] < 64]
+    found, good = _share_within(narrow, ASKED, False)
+    add("decode, up to 8 rows, D 16 to 48", asks, "model A", found, good)
     many = [x["rate"] for x in cases if x["rows"] > 8]
     found, good = _share_within(many, ASKED, False)
     add("decode, 9 to 16 rows, D 128", asks, "model A", found, good)

@@ -102,12 +102,12 @@ bool Environment::torch_fast_math() const {
 }
 
 int64_t Environment::scratch_bytes() const {
-  const auto megabytes = whole_number(kScratch, 0, "a whole number of MiB, 0 or more");
+  const auto megabytes = whole_number(kScratch, 0, "a whole number of MiB, from 0 to below 2^40");
   return megabytes.has_value() ? *megabytes << 20 : machine().scratch_bytes;
 }
 
 int64_t Environment::gpu_cores() const {
-  const auto cores = whole_number(kCores, 1, "a whole number, 1 or more");
+  const auto cores = whole_number(kCores, 1, "a whole number, from 1 to below 2^40");
   return cores.value_or(machine().gpu_cores);
 }
 

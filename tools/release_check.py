@@ -2,7 +2,7 @@
 
 The tag must be the version of the package, and the changelog must have a section for it, which for
 a development release (0.1.0.dev3) or a candidate (0.1.0rc1) may still be "Unreleased (0.1.0)". Any
-other release has whole proofs of its kernels: no mutant is open, and no problem of the GPU's is left.
+other release has whole proofs of its kernels: no mutant is open, no problem of the GPU's is left.
 """
 
 from __future__ import annotations

@@ -117,6 +117,8 @@ CASES = (
     ("float16", 128, 8, False, "softcap alibi"),
     *((dtype, width, 8, False, "") for dtype in ("float16", "bfloat16") for width in (80, 96)),
     ("float16", 40, 8, False, ""),
+    ("bfloat16", 40, 8, False, ""),
+    *((dtype, width, 8, False, "") for dtype in ("float16", "bfloat16") for width in (16, 32, 48)),
 )
 FASTEST = max(MACS, key=lambda mac: mac.rate)  #: memory for a core
 

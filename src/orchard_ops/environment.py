@@ -54,9 +54,11 @@ def whole_number(name: str, least: int, wanted: str) -> int | None:
 
 def scratch_mb() -> int | None:
     """ORCHARD_BACKWARD_SCRATCH_MB; None where the machine's default holds."""
-    return whole_number("ORCHARD_BACKWARD_SCRATCH_MB", 0, "a whole number of MiB, 0 or more")
+    return whole_number(
+        "ORCHARD_BACKWARD_SCRATCH_MB", 0, "a whole number of MiB, from 0 to below 2^40"
+    )
 
 
 def gpu_cores() -> int | None:
     """ORCHARD_GPU_CORES; None where the machine's number holds."""
-    return whole_number("ORCHARD_GPU_CORES", 1, "a whole number, 1 or more")
+    return whole_number("ORCHARD_GPU_CORES", 1, "a whole number, from 1 to below 2^40")

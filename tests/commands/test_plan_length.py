@@ -79,7 +79,9 @@ def test_scratch_is_the_argument_the_variable_or_the_default(
     assert plan(capsys, "--ram", "8", "--scratch", "0")["scratch_mb"] == 0
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "much")
     assert main(["plan", *MODEL, "--ram", "8"]) == 2
-    assert "must be a whole number of MiB, 0 or more; got 'much'" in capsys.readouterr().err
+    assert (
+        "must be a whole number of MiB, from 0 to below 2^40; got 'much'" in capsys.readouterr().err
+    )
 
 
 def test_memory_is_the_machine_s_unless_it_is_told(
