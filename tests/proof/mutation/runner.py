@@ -127,6 +127,7 @@ def run_mutant(
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)  # with its compilers, which would outlive it
         os.close(read)
         running = ""
         with os.fdopen(write, "w") as pipe:
@@ -162,7 +163,7 @@ def _listen(read: int, child: int) -> dict:
         ready, _, _ = select.select([read], [], [], limit)
         data = os.read(read, 65536) if ready else b""
         if not ready:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)
         if not data:
             _, status = os.waitpid(child, 0)
             if last.get("status") == "broken":

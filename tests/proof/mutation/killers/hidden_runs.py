@@ -23,6 +23,8 @@ _ONE_COLUMN = (False, False, True, False)
 _WINDOW = _KEYS.but(head_dim=128, q_len=40, window_left=2300, diagonal=3350)
 PROBLEMS: tuple[tuple[str, Scores, tuple[str, ...]], ...] = (
     ("keys", Scores(_KEYS, "runs"), (FORWARD, DQ)),
+    # The first of two blocks of the map's rows that a threadgroup has sees keys before the second.
+    ("keys, mirrored", Scores(_KEYS, "mirrored runs"), (FORWARD,)),
     ("keys, stored", Scores(_KEYS.but(head_dim=64, dtype=F16), "runs", store_ds=True),
      (FORWARD, DQ_FROM_DS)),
     ("keys in a window", Scores(_WINDOW, "runs"), (FORWARD, DQ)),
@@ -52,20 +54,24 @@ def _counted(
 
 
 def one_look_for_32_hidden_blocks(
-    sources: Sources, note: Callable[[str], None], family: str, head_dim: int
-) -> None:
-    """The same blocks are seen with and without the hidden ones behind them. Each look costs every
-    thread one operation of its simdgroup."""
-    lengths = (_FAR, 32) if family in (DKV, DKV_PAIRS) else (32, _FAR)
+    sources: Sources, note: Callable[[str], None], family: str, head_dim: int,
+    hides: str, lengths: tuple[int, int], expected: int,
+) -> None:  # fmt: skip
+    """The same blocks are seen with and without hidden ones: of so many queries or keys, and of
+    more. Each look costs every thread one operation of its simdgroup."""
     case = Case(32, 32, head_dim, num_heads=1, dtype=F32, mask="bool")
+    along = "q_len" if family in (DKV, DKV_PAIRS) else "kv_len"
     near, far = (
-        _counted(sources, note, family, Scores(x, "tail", store_ds=family == DQ_FROM_DS))
-        for x in (case, case.but(q_len=lengths[0], kv_len=lengths[1]))
-    )
+        _counted(
+            sources, note, family,
+            Scores(case.but(**{along: n}), hides, store_ds=family == DQ_FROM_DS),
+        )
+        for n in lengths
+    )  # fmt: skip
     assert near[1] == far[1] and near[0].mma == far[0].mma
     assert near[0].threadgroup_barriers == far[0].threadgroup_barriers
     looks = (far[0].simd_ops - near[0].simd_ops) / far[1]
-    assert looks == 3, f"{looks} looks at the map, not 3"
+    assert looks == expected, f"{looks} looks at the map, not {expected}"
 
 
 @functools.cache
@@ -81,8 +87,15 @@ def _looks() -> Iterator[Property]:
     for family, head_dim in (
         (FORWARD, 16), (FORWARD, 128), (DQ, 16), (DQ_FROM_DS, 64), (DKV, 16), (DKV_PAIRS, 96),
     ):  # fmt: skip
-        test = functools.partial(one_look_for_32_hidden_blocks, family=family, head_dim=head_dim)
-        yield Property(f"{family}: one look for 32 hidden blocks, {head_dim}", family, test)
+        for name, hides, lengths, looks in (
+            ("one look for 32 hidden blocks", "tail", (32, _FAR), 3),
+            ("one look for 18 blocks between others", "gap", (64, 32 * 20), 1),
+        ):
+            test = functools.partial(
+                one_look_for_32_hidden_blocks, family=family, head_dim=head_dim, hides=hides,
+                lengths=lengths, expected=looks,
+            )  # fmt: skip
+            yield Property(f"{family}: {name}, {head_dim}", family, test)
 
 
 @functools.cache

@@ -28,8 +28,8 @@ class Scores:
 
     case: Case
     #: "": as the case draws it; "blocks", "entries", "padding", "rows", "sixteens", "firsts" (of
-    #: blocks), "first keys" (of blocks), "runs" (of blocks), "tail"; "half": half as much; "late"
-    #: raises keys instead.
+    #: blocks), "first keys" (of blocks), "runs" (of blocks) and "mirrored runs", "tail", "gap" (all
+    #: blocks but the first and the last); "half": half as much; "late" raises keys instead.
     hides: str = ""
     side_by_side: bool = False  # whether the mask's elements lie in pairs
     transposed: bool = False  # whether those of a key do, of one query after the other
@@ -68,7 +68,8 @@ class Scores:
             "": rows + keys < 0, "blocks": (rows // 32 + keys // 32) % 2 == 1,
             "entries": (rows // 32 + keys // 32 + entries) % 2 == 1,
             "runs": (rows // 32 + keys // 32)[..., None].ne(_RUNS).all(-1),
-            "tail": (rows >= 32) | (keys >= 32),
+            "mirrored runs": (keys // 32 - rows // 32)[..., None].ne(_RUNS).all(-1),
+            "tail": (rows >= 32) | (keys >= 32), "gap": _between_ends(rows // 32 + keys // 32),
             "padding": (keys >= 40) | (keys < 3), "rows": (rows % 5 == 2) | (keys % 3 == 1),
             "first keys": keys % 32 == 0, "sixteens": keys // 16 % 2 == 0,
         }[self.hides]  # fmt: skip
@@ -76,6 +77,10 @@ class Scores:
         if mask.dtype == torch.bool:
             return mask & ~hidden
         return mask.masked_fill(hidden, -math.inf)
+
+
+def _between_ends(blocks: Tensor) -> Tensor:
+    return (blocks > 0) & (blocks < blocks.max())
 
 
 def _without_firsts(rows: Tensor, keys: Tensor) -> Tensor:
