@@ -25,9 +25,9 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_quick_run_passes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     status, report = run(tmp_path, "--device", device)
     assert status == 0
-    assert report["verdict"] == "all 11 variants agree with float64, forward and backward"
-    assert "all 11 variants agree" in capsys.readouterr().out
-    expected = {"flash_attn_fwd": 22, "flash_attn_bwd": 22}  # twice each
+    assert report["verdict"] == "all 9 variants agree with float64, forward and backward"
+    assert "all 9 variants agree" in capsys.readouterr().out
+    expected = {"flash_attn_fwd": 18, "flash_attn_bwd": 18}  # twice each
     assert report["metal_calls"] == (expected if device == "mps" else dict.fromkeys(expected, 0))
     assert report["environment"]["torch"] == torch.__version__
 
@@ -66,10 +66,9 @@ def test_heads_and_keys_take_turns():
 def test_keys_and_heads_are_divided():
     import simulator
 
-    cases = [v for v in selftest.variants(quick=True) if v.way == "divided"]
-    assert {v.case.dtype for v in cases} == set(DTYPES)
+    (variant,) = [v for v in selftest.variants(quick=True) if v.way == "divided"]
     with simulator.recording() as launches:
-        assert selftest.check(cases[0], torch.device("mps"), "metal").passed
+        assert selftest.check(variant, torch.device("mps"), "metal").passed
     kernels = " ".join(x.kernel for x in launches)
     assert "forward_merge" in kernels and "dkv_sums" in kernels
 
@@ -82,7 +81,7 @@ def test_wrong_results_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     status, report = run(tmp_path, "--device", "mps")
     assert status == 1
-    assert report["verdict"] == "11 of 11 variants are wrong"
+    assert report["verdict"] == "9 of 9 variants are wrong"
     assert "out: max error" in report["outcomes"][0]["message"]
 
 
@@ -91,5 +90,5 @@ def test_failing_kernels_fail_instead_of_falling_back(tmp_path: Path):
 
     with simulator.faults(dispatch=1):
         status, report = run(tmp_path, "--device", "mps")
-    assert status == 1 and report["verdict"] == "1 of 11 variants are wrong"
+    assert status == 1 and report["verdict"] == "1 of 9 variants are wrong"
     assert "the dispatch failed" in report["outcomes"][0]["message"]
