@@ -189,7 +189,7 @@ def plan_of_divisions(sources: Sources) -> None:
         assert [x for x in found if x[1] == 70][:1] == (
             [(at_once, 70, at_once * group // 4, 0, 0)] if at_once else []
         )
-    for empty in ({"b": 0}, {"h": 0}, {"hk": 0}, {"l": 0}, {"s": 0}, {"d": 48}):
+    for empty in ({"b": 0}, {"h": 0}, {"h": 0, "hk": 2}, {"hk": 0}, {"l": 0}, {"s": 0}, {"d": 48}):
         fields = {"h": 0, "hk": 0} if empty == {"h": 0} else empty
         call = Call(scratch=1 << 30)._replace(**fields)
         assert not sources.ds_divisions(call.request()), empty
