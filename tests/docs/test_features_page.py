@@ -84,7 +84,11 @@ def test_counts_beyond_their_bound_are_missed(changed: dict[str, Any]):
             "decode kernel",
             lambda x: x["cases"][0].update(bytes_read=1e6),
         ),
-        ("apple_model/decode.json", "decode, up to 8", lambda x: x["cases"][0].update(rate=1.9)),
+        (
+            "apple_model/decode.json",
+            "decode, up to 8 rows, D 64",
+            lambda x: x["cases"][0].update(rate=1.9),
+        ),
     ):
         assert bound(feature)[-1] == "met"
         changed[name] = copy.deepcopy(feature_page.result(name))
