@@ -45,8 +45,14 @@ def choices(record: dict) -> list[str]:
 def loss(record: dict, budget: str) -> float | None:
     """What the choice took under a budget, by the faster of five products under it and seven."""
     of_budget = times(record)
-    rivals = [of_budget[b] for b in (budget, budget + FIVE, NONE) if b in of_budget]
-    return of_budget[budget] / min(rivals) if budget in of_budget else None
+    if budget not in of_budget:
+        return None
+    return of_budget[budget] / min(of_budget[b] for b in (budget, *_others(record, budget)))
+
+
+def _others(record: dict, budget: str) -> list[str]:
+    """What a choice is compared with, as far as it was timed."""
+    return [b for b in (budget + FIVE, NONE) if b in times(record)]
 
 
 def _full_heads(record: dict, records: list[dict]) -> float | None:
@@ -78,13 +84,10 @@ def compared(records: list[dict]) -> int:
 
 
 def _has_rival(record: dict, budget: str) -> bool:
-    """Whether five products under the budget, or seven, are another plan than the choice's, and
-    both were timed."""
-    of_budget, plans = times(record), record["budgets"]
-    if budget not in of_budget:
-        return False
-    rivals = [b for b in (budget + FIVE, NONE) if b in of_budget]
-    return any(plans[b]["same_as"] != plans[budget]["same_as"] for b in rivals)
+    """Whether the choice was timed, and one of the others that is not the same plan."""
+    same_as = {name: outcome["same_as"] for name, outcome in record["budgets"].items()}
+    others = _others(record, budget)
+    return budget in times(record) and any(same_as[b] != same_as[budget] for b in others)
 
 
 def starved(records: list[dict]) -> list[tuple[float, str]]:

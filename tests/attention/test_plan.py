@@ -81,6 +81,18 @@ def test_scratch_is_explained(monkeypatch: pytest.MonkeyPatch):
             explain(case)
 
 
+def test_scratch_of_key_ranges_is_explained(monkeypatch: pytest.MonkeyPatch):
+    """dS of one head takes 2 MiB."""
+    case = Case(512, 1024, 64, num_kv_heads=2)
+    ranges = orchard_ops.KeyRanges.from_lengths(torch.tensor([900], device="mps"), 512)
+    for megabytes, products in (
+        (1, "seven products: dS is computed twice, since too few key/value heads fit into 1 MiB"),
+        (2, "five products: dS of 1 of 2 heads at a time"),
+    ):
+        monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", str(megabytes))
+        assert explain(case, key_ranges=ranges).products.startswith(products)
+
+
 @pytest.mark.parametrize(
     "tiles", ("r2_k32_b2", "forward=r2_k32_b2", "attention_forward=r1_k8_b0,x")
 )
