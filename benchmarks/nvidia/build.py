@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +117,14 @@ def write_archive(path: Path, texts: Iterable[tuple[str, str]]) -> None:
         for name, text in texts:
             archive.writestr(f"{name}.ptx", text)
     temporary.replace(path)
+
+
+def kernels_to_prove(planner: Planner, groups: Sequence[str] | None = None) -> dict[str, Kernel]:
+    """What prove.py runs, by name, or what it runs for some of cases.GROUPS."""
+    variants = {} if groups else every_variant(planner)
+    for group in groups or cases.GROUPS:
+        variants |= cases.kernels_of(planner, cases.GROUPS[group]())
+    return variants
 
 
 def build_kernels(variants: dict[str, Kernel], arch: str, jobs: int) -> None:
@@ -402,9 +410,7 @@ def main() -> None:
         return
     PLANNER.parent.mkdir(parents=True, exist_ok=True)
     planner = build_planner(PLANNER)
-    variants = {} if options.groups else every_variant(planner)
-    for group in options.groups or cases.GROUPS:
-        variants |= cases.kernels_of(planner, cases.GROUPS[group]())
+    variants = kernels_to_prove(planner, options.groups)
     write_sources(SOURCES)
     chosen = {name: kernel for name, kernel in variants.items() if options.only in name}
     build_kernels(chosen, options.arch, options.jobs)

@@ -271,6 +271,7 @@ def options() -> Iterator[Case]:
         yield base.but(kv_len=1)
         # A group's query heads are divided: 3 parts, 8 of 3 heads, 8 of 2.
         yield base.but(kv_len=300, scratch_bytes=14 << 20, dropout_p=0.1)
+        yield base.but(kv_len=300, scratch_bytes=64 << 20, dropout_p=0.1)
         yield base.but(kv_len=37, batch=1, num_heads=24, num_kv_heads=1, head_dim=128)
         yield base.but(kv_len=70, num_heads=16, num_kv_heads=1, head_dim=248, has_dlse=True)
         yield base.but(q_len=3, kv_len=2, head_dim=1)
@@ -403,8 +404,8 @@ def parts() -> Iterator[Case]:
         yield base.but(ranges="any", batch=2, num_heads=2)
 
 
-GROUPS = {"scores": scores, "ranges": ranges, "parts": parts}
-"""The groups of problems whose kernels are not among `plans.every_variant`."""
+GROUPS = {"options": options, "scores": scores, "ranges": ranges, "parts": parts}
+"""The groups of problems with kernels that are not among `plans.every_variant`."""
 
 
 def kernels_of(planner: Planner, problems: Iterable[Case]) -> dict[str, Kernel]:

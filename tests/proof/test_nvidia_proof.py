@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("simulator", reason="kernels are made by the simulator's Metal engine")
 
-from benchmarks.nvidia import build, prove
+from benchmarks.nvidia import build, cases, controls, exact, prove
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = prove.RESULTS / "proof.jsonl"
@@ -38,3 +38,12 @@ def test_the_docs_count_what_has_run_of_the_present_kernels():
     cases = {(record["group"], record["case"]) for record in present}
     docs = (ROOT / "docs" / "proof.md").read_text()
     assert f"of the present ones {len(cases)} problems have run so far, and none failed" in docs
+
+
+def test_every_problem_has_its_kernels(tmp_path: Path):
+    planner = build.build_planner(tmp_path / "libplanner.so")
+    made = set(build.kernels_to_prove(planner))
+    planted = [case for _, case, _ in controls.disturbed_parameters()]
+    groups = {group.__name__: list(group()) for group in (cases.long, cases.small, exact.cases)}
+    for name, problems in (groups | {"controls": planted}).items():
+        assert set(cases.kernels_of(planner, problems)) <= made, name
