@@ -13,14 +13,17 @@ namespace {
 
 // A visible pair of dq, by one of dk and dv. These are four products and the exponentials, behind
 // which storing dS hides; dq is three products and the exponentials again, or one with stored dS.
-constexpr double kQueriesWeight = 0.95, kStoredWeight = 0.5;
+constexpr double kQueriesWeight = 0.75, kStoredWeight = 0.25;
 
 // Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two
 // blocks of rows have twice as many products under way.
-constexpr double kGroupsOfCore = 1.5, kTallGroupsOfCore = 1.1;
+constexpr double kGroupsOfCore = 1.4, kTallGroupsOfCore = 1.25;
+
+// Threadgroups that a core holds at once, as dkv_parts.cpp has it; others wait.
+constexpr int64_t kHeld = 4;
 
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
-constexpr double kLaunchColumns = 65536;
+constexpr double kLaunchColumns = 83000;
 
 // A float of a sum that another launch goes on with is stored and loaded again: in the time of
 // these 8 bytes an M1, whose cores have less bandwidth than any other's, multiplies so many
@@ -39,6 +42,12 @@ class Visible {
     const int64_t keys = end - begin;
     return static_cast<double>(
         pairs_up_to(last_ - begin, keys) - pairs_up_to(first_ - 1 - begin, keys));
+  }
+
+  /// Rows that see any of the keys.
+  int64_t rows_of(int64_t begin, int64_t end) const {
+    return std::max<int64_t>(
+        std::min(rows_ - 1, end - 1 - first_) - std::max<int64_t>(begin - last_, 0) + 1, 1);
   }
 
   /// Rows that see one of the keys: the most that any of the keys has.
@@ -73,10 +82,19 @@ class Visible {
 
 double cores(const Problem& p) { return static_cast<double>(p.gpu_cores); }
 
-/// A launch lasts as long as its work takes on all cores, or its longest threadgroup on a core that
-/// has few of them. `heaviest`: pairs of that threadgroup.
-double time_of_launch(const Problem& p, double pairs, double heaviest, double groups_of_core) {
-  return std::max(pairs / cores(p), groups_of_core * heaviest);
+/// Threadgroups in whose time the core that has most of them is through. Where cores hold all at
+/// once, some have one more than others; of those that wait, each core takes one when it is free.
+double turns_of_core(const Problem& p, int64_t groups, double groups_of_core) {
+  if (groups > kHeld * p.gpu_cores) return static_cast<double>(groups) / p.gpu_cores;
+  return std::max(groups_of_core, static_cast<double>(blocks_of(groups, p.gpu_cores)));
+}
+
+/// A launch lasts as long as the core with most threadgroups takes, or its longest threadgroup on a
+/// core that has few of them. `heaviest`: pairs of that threadgroup.
+double time_of_launch(
+    const Problem& p, double pairs, int64_t groups, double heaviest, double groups_of_core) {
+  return std::max(pairs / static_cast<double>(groups) * turns_of_core(p, groups, groups_of_core),
+      groups_of_core * heaviest);
 }
 
 double groups_of_core(DqTile tile) { return tile.r == 1 ? kGroupsOfCore : kTallGroupsOfCore; }
@@ -97,9 +115,11 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
   }
   const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
-  return time_of_launch(p, pairs, of_keys, kGroupsOfCore) +
+  const int64_t key_groups = heads * parts * blocks_of(end - begin, keys);
+  const int64_t row_groups = heads * group * blocks_of(visible.rows_of(begin, end), rows);
+  return time_of_launch(p, pairs, key_groups, of_keys, kGroupsOfCore) +
          (stored ? kStoredWeight : kQueriesWeight) *
-             time_of_launch(p, for_queries, of_queries, groups_of_core(tile)) +
+             time_of_launch(p, for_queries, row_groups, of_queries, groups_of_core(tile)) +
          2 * kLaunchColumns / bd;
 }
 

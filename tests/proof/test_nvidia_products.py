@@ -66,7 +66,7 @@ def test_the_other_choice_is_timed_too(planner):
     )  # fmt: skip
 
 
-def small_bench(planner, clock):
+def small_bench(planner, clock, once=lambda work: 1.0):
     problem = Problem("float16", 64, 96, True, num_heads=2, num_kv_heads=1)
     texts = {}
     for kernels in (
@@ -75,7 +75,7 @@ def small_bench(planner, clock):
     ):
         for kernel in kernels:
             texts[kernel.name] = lambda kernel=kernel: Text(build.source_of(kernel))
-    return products.Bench(Engine(texts), planner, clock, "cpu"), problem
+    return products.Bench(Engine(texts), planner, clock, once, "cpu"), problem
 
 
 def fake_clock(works):
@@ -97,6 +97,15 @@ def test_run(planner, monkeypatch, gated):
     assert (five.kv_heads_at_once, five.keys_at_once, five.dkv_parts) == (1, 96, 1)
     assert (same.products, same.milliseconds, same.same_as) == (5, [], "256 MiB")
     assert (seven.products, seven.milliseconds, seven.scratch_bytes) == (7, [2.0] * 3, 0)
+
+
+def test_what_takes_far_longer_is_timed_once(planner):
+    times = iter([1.0, products.FAR])
+    bench, problem = small_bench(planner, fake_clock, lambda work: next(times))
+    bench.run(problem)
+    outcomes = bench.records[0].budgets
+    assert outcomes["256 MiB"].milliseconds == [1.0] * 3
+    assert outcomes["none"].milliseconds == [products.FAR] and not outcomes["none"].failure
 
 
 def test_results_that_change_while_timed_are_noticed(planner, monkeypatch):
