@@ -11,15 +11,15 @@ namespace {
 // the slower of two ways in 1 of 158 cases, where it takes 5 % more. benchmarks.nvidia.choice
 // compares them again with benchmarks/results/nvidia/products.json.
 
-// A visible pair of dq, by one of dk and dv. These are four products and the exponentials, behind
-// which storing dS hides; dq is three products and the exponentials again, or one with stored dS.
+// A visible pair of dq, by one of dk and dv: dq is three products, or one where dS is stored; dk and
+// dv are four.
 constexpr double kQueriesWeight = 0.75, kStoredWeight = 0.25;
 
 // Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two
 // blocks of rows have twice as many products under way.
 constexpr double kGroupsOfCore = 1.4, kTallGroupsOfCore = 1.25;
 
-// Threadgroups that a core holds at once, as dkv_parts.cpp has it; others wait.
+// Threadgroups that a core works on side by side, as in forward_parts.cpp; others wait.
 constexpr int64_t kHeld = 4;
 
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
