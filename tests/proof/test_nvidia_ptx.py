@@ -87,16 +87,18 @@ def test_our_kernels(family, dtype, variants, tmp_path):
 @pytest.mark.slow
 def test_every_variant(variants, tmp_path):
     """There are 12 head dims, of which 9 may store dS; rows are read by chunks or elements, with
-    dropout or without."""
+    dropout or without; a forward's keys are divided or not, which is joined with dropout or without."""
     narrow, wide = 3, 9
     of_dtype = {
         "forward": 12 * 4,
+        "forward of a part": 12 * 4,
+        "joining": 2,
         "delta": 12 * 2,
         "dkv": (narrow + 2 * wide) * 4,
         "dq": 12 * 4,
         "dq from dS": wide * 2,
     }
-    assert len(variants) == 3 * sum(of_dtype.values()) == 666
+    assert len(variants) == 3 * sum(of_dtype.values()) == 816
     for kernel in variants.values():
         assemble(ptx.compile(build.source_of(kernel)), tmp_path)
 

@@ -94,7 +94,7 @@ def forward_results(case: Case, shifts: tuple[float, float] = (0.0, 0.0)) -> tup
     x = forward._operands()
     kernel, params = forward._plan(sources, x)
     shape = (*x["query"].tensor.shape[:3], 2)
-    stats, out = Guarded(shape, dense(shape), F32), empty(x["query"].tensor, "padded")
+    stats, out = Guarded(shape, dense(shape), F32), empty(x["out"].tensor, "padded")
     launch(
         _forward_library(kernel["instantiation"]), kernel, sources.buffers,
         with_seed(params, key_end=case.kv_len, out=tuple(out.tensor.stride())),

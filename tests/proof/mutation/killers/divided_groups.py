@@ -123,18 +123,21 @@ def sums_of_parts(
 
 
 def _cases() -> Iterator[Divided]:
-    """Three parts of two heads; parts of one; the sums of a part in parts of their own."""
+    """Three parts of two heads, values wider than keys; parts of one; the sums of a part in parts
+    of their own."""
     narrow = Case(
         129, 41, 15, batch=2, num_heads=12, num_kv_heads=2, dtype=F32, dropout_p=0.3,
         window_left=70, window_right=6, diagonal=-40,
     )  # fmt: skip
     wide = Case(128, 40, 64, num_heads=12, num_kv_heads=2, dtype=F16, window_right=0)
+    values = Case(129, 41, 15, num_heads=12, num_kv_heads=2, dtype=F32, value_dim=21)
     alone = Case(257, 33, 15, num_heads=3, num_kv_heads=1, dtype=F32, dropout_p=0.3)
     long = Case(1040, 20, 15, num_heads=2, num_kv_heads=1, dtype=F32, dropout_p=0.3)
     for family in KEYS_SIDE:
         yield Divided(f"{family}: parts of groups, elements", family, narrow, layouts=_LAYOUTS)
         yield Divided(f"{family}: parts of heads 1 to 3", family, narrow, kv_heads=(1, 3))
         yield Divided(f"{family}: parts of groups, storing", family, wide, store_ds=True)
+        yield Divided(f"{family}: parts of groups, wide values", family, values)
         yield Divided(f"{family}: parts of a head each", family, alone)
         yield Divided(f"{family}: sums in parts of parts", family, long, parts=2)
 

@@ -36,6 +36,7 @@ CASES = {
     "elements, sinks": Case(70, 811, 15, batch=2, dtype=F16, sinks=True, value_dim=7),
     "wide values, softcap": Case(40, 530, 48, softcap=3.0, dtype=F32, value_dim=40),
     "dropout": Case(33, 530, 16, dropout_p=0.25, dtype=F32),
+    "dropout, elements": Case(33, 530, 15, dropout_p=0.25, dtype=F32, value_dim=7),
     "rows without a key, parts without a block": Case(
         560, 560, 16, num_heads=1, window_right=0, diagonal=-20, dtype=F32
     ),
