@@ -87,7 +87,8 @@ def test_our_kernels(family, dtype, variants, tmp_path):
 @pytest.mark.slow
 def test_every_variant(variants, tmp_path):
     """There are 12 head dims, of which 9 may store dS; rows are read by chunks or elements, with
-    dropout or without. A forward's keys may be divided; the parts are joined with dropout or without.
+    dropout or without. A forward's keys may be divided; its parts are joined with dropout or
+    without.
     """
     narrow, wide = 3, 9
     of_dtype = {
