@@ -133,8 +133,7 @@ _READING = (
 )
 _TENSOR_CORES_SAY = (
     "bfloat16: Apple's matrix unit multiplies float operands at the rate of half ones. Here they "
-    "are multiplied on tensor cores as sums of two bfloat16 numbers, 16 bits, which lose nothing "
-    "of bfloat16 operands; "
+    "are multiplied on tensor cores after rounding to 11 bits, which bfloat16 operands survive; "
     "*by shuffles* is the exact product of floats, 24 shuffles and 16 fused multiply-adds each."
 )
 

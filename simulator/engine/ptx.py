@@ -37,16 +37,15 @@ def compile(
     function_constants: Mapping[str | int, object] | None = None,
     only: Sequence[str] = ("*",),
     equal_rate: bool = False,
-    bfloat16_sums: bool = False,
+    tf32: bool = False,
 ) -> str:
     """Compiles a Metal source to PTX, or takes it from the cache.
 
     The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
-    matrix product are multiplied as float operands are, without tensor cores.  With
-    ``bfloat16_sums`` float operands are multiplied there, too, each as the sum of two bfloat16
-    numbers: 16 bits of it (from sm_86 on).  Raises CompileError.
+    matrix product are multiplied as float operands are, without tensor cores.  With ``tf32`` float
+    operands are rounded to 11 bits and multiplied there, too.  Raises CompileError.
     """
-    modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_BFLOAT16_SUMS"] * bfloat16_sums
+    modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_TF32"] * tf32
     lint.check_characters(source)
     text = preprocess(source, tuple(str(path) for path in include_dirs), tuple(defines))
     constants = {str(key): value for key, value in (function_constants or {}).items()}

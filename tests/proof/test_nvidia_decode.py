@@ -181,17 +181,12 @@ def test_a_variant_of_each_kind_becomes_ptx(planner: caches.CachePlanner):
 
 def test_float_products_on_tensor_cores(planner: caches.CachePlanner):
     """A mode for bfloat16 alone: half operands are there already."""
-
-    def source(dtype: str) -> str:
-        found = caches.kernels_of(planner, [DecodeWork(dtype, 64, 4096, 1, 1).shaped()])
-        return build.source_of(next(k for k in found.values() if k.family == "attention_decode"))
-
-    native = ptx.compile(source("bfloat16"))
-    text = ptx.compile(source("bfloat16"), bfloat16_sums=True)
-    assert text.count("shfl.sync") < native.count("shfl.sync") / 20
-    # As many products as in float16: keys and values are known to be single bfloat16 numbers.
-    in_half = ptx.compile(source("float16")).count("mma.sync")
-    assert text.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == in_half > 0
+    work = DecodeWork("bfloat16", 64, 4096, 1, 1)
+    found = caches.kernels_of(planner, [work.shaped()])
+    kernel = next(k for k in found.values() if k.family == "attention_decode")
+    text = ptx.compile(build.source_of(kernel), tf32=True)
+    assert "m16n8k8.row.col.f32.tf32.tf32.f32" in text
+    assert text.count("shfl.sync") < ptx.compile(build.source_of(kernel)).count("shfl.sync") / 20
 
 
 # ---- PyTorch's kernels --------------------------------------------------------------------------

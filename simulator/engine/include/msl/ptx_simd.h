@@ -109,59 +109,24 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
       "f"(c1), "r"(h));
 }
 
-// float operands in a mode of their own: each is the sum of two bfloat16 numbers, which the tensor
-// cores multiply.  `high` is the operand without its lower 16 bits, `low` the rounded rest.  The
-// sum is right to 2^-16 of the operand.
-struct BfloatSum {
-  uint high, low;  // two elements each
-  bool one;        // `high` is enough: the operands were bfloat16
-};
-MSL_INLINE inline float rest_of(float v) {
-  uint high = __builtin_bit_cast(uint, v) & 0xffff0000u;
-  return __builtin_fabsf(v) - __builtin_fabsf(__builtin_bit_cast(float, high));
-}
-// At least 2^-32 of `high`, and of its sign: zero times infinity would be NaN, and so would the sum
-// of two infinities of different signs.  Where `low` is NaN, as the rest of infinity is, the
-// maximum takes the other number.
-MSL_INLINE inline uint least_rest(uint high) {
+// float operands in a mode of their own: the tensor cores' product of TF32 numbers.  It pairs
+// column t of A with row t of B and t + 4 with t + 4, where a lane has columns 2 t and 2 t + 1 of
+// A: the sum over k is in another order.  The words of B are transposed in two halves.
+MSL_INLINE MSL_CONVERGENT inline uint tf32(float v) {
   uint r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(high), "r"(0x2f802f80u), "r"(0x80008000u));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
   return r;
 }
-MSL_INLINE inline uint at_least(uint low, uint least) {
-  uint r;
-  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(low), "r"(least));
-  return r;
-}
-MSL_INLINE inline BfloatSum bfloat_sum(float2 v) {
-  // Where the compiler sees that the operands were widened from bfloat16 it knows that they come
-  // through another round trip as they are.  Elsewhere nothing is compared.
-  vec<bfloat, 2> narrow = {(bfloat)v.x, (bfloat)v.y};
-  float2 wide = {(float)narrow.x, (float)narrow.y};
-  bool same = __builtin_bit_cast(ulong, wide) == __builtin_bit_cast(ulong, v);
-  if (__builtin_constant_p(same) && same) {
-    uint high = pack<bfloat>(narrow);
-    return {high, least_rest(high), true};
-  }
-  uint x = __builtin_bit_cast(uint, v.x), y = __builtin_bit_cast(uint, v.y), low;
-  uint high = x >> 16 | (y & 0xffff0000u);
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(rest_of(v.y)), "f"(rest_of(v.x)));
-  return {high, at_least(low, least_rest(high)), false};
-}
-// c += (a.high + a.low) b.  The 16x8x16 product has room for both side by side in k.  The lower
-// eight rows of A may be anything, as those of the result are not used.
-MSL_INLINE MSL_CONVERGENT inline void bfloat_product(float& c0, float& c1, BfloatSum a, uint b) {
+MSL_INLINE MSL_CONVERGENT inline void tf32_product(float& c0, float& c1, float2 a, float2 b) {
+  uint x = tf32(b.x), y = tf32(b.y);
+  uint low = transpose((x & 0xffffu) | y << 16), high = transpose(x >> 16 | (y & 0xffff0000u));
   float unused0 = 0.0f, unused1 = 0.0f;
   asm volatile(
-      "{.reg .b32 any; mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-      "{%4,any,%5,any}, {%6,%6}, {%0,%1,%2,%3};}"
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
-      : "r"(a.high), "r"(a.low), "r"(transpose(b)));
-}
-MSL_INLINE MSL_CONVERGENT inline void bfloat_sum_product(float& c0, float& c1, float2 a, float2 b) {
-  BfloatSum left = bfloat_sum(a), right = bfloat_sum(b);
-  bfloat_product(c0, c1, left, right.high);
-  if (!right.one) bfloat_product(c0, c1, left, right.low);
+      : "r"(tf32(a.x)), "r"(0u), "r"(tf32(a.y)), "r"((low & 0xffffu) | high << 16),
+      "r"(low >> 16 | (high & 0xffff0000u)));
 }
 
 // Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
@@ -179,8 +144,8 @@ MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
     tensor_core_product(c0, c1, a, b);
   } else {
     float2 left = {(float)a[0], (float)a[1]}, right = {(float)b[0], (float)b[1]};
-#ifdef MSL_BFLOAT16_SUMS
-    bfloat_sum_product(c0, c1, left, right);
+#ifdef MSL_TF32
+    tf32_product(c0, c1, left, right);
 #else
     float_product(c0, c1, left, right);
 #endif
