@@ -402,6 +402,11 @@ def parts() -> Iterator[Case]:
         yield base.but(mask="bool", hides="padding", mask_full=(True, False, False, True))
         yield base.but(ranges="documents", sinks=True, dropout_p=0.1)
         yield base.but(ranges="any", batch=2, num_heads=2)
+    widths = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    for dtype, dim, dropout_p in itertools.product(DTYPES, widths, (0.0, 0.2)):
+        base = Case(9, 1001, dim, dtype, num_heads=4, num_kv_heads=2, dropout_p=dropout_p)
+        yield base
+        yield base.but(head_dim=dim - 3)  # rows that are not of whole chunks
 
 
 GROUPS = {"options": options, "scores": scores, "ranges": ranges, "parts": parts}

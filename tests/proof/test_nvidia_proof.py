@@ -47,3 +47,12 @@ def test_every_problem_has_its_kernels(tmp_path: Path):
     groups = {group.__name__: list(group()) for group in (cases.long, cases.small, exact.cases)}
     for name, problems in (groups | {"controls": planted}).items():
         assert set(cases.kernels_of(planner, problems)) <= made, name
+
+
+def test_every_kernel_has_a_problem(tmp_path: Path):
+    planner = build.build_planner(tmp_path / "libplanner.so")
+    made = build.kernels_to_prove(planner)
+    problems = [*cases.every_variant(cases.head_dims(list(made)))]
+    for group in (*cases.GROUPS.values(), cases.long):
+        problems += group()
+    assert set(made) == set(cases.kernels_of(planner, problems))
