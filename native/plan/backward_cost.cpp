@@ -8,11 +8,11 @@ namespace orchard {
 namespace {
 
 // The numbers are fitted to backwards timed on a GPU of 132 cores: with them the estimate prefers
-// the slower of two ways in 1 of 158 cases, where it takes 5 % more. benchmarks.nvidia.choice
-// compares them again with benchmarks/results/nvidia/products.json.
+// the slower of two ways in none of 218 cases where that one takes 3 % more.
+// benchmarks.nvidia.choice compares them again with benchmarks/results/nvidia/products.json.
 
-// A visible pair of dq, by one of dk and dv: dq is three products, or one where dS is stored; dk and
-// dv are four.
+// A visible pair of dq, by one of dk and dv: dq is three products, or one where dS is stored; dk
+// and dv are four.
 constexpr double kQueriesWeight = 0.75, kStoredWeight = 0.25;
 
 // Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two

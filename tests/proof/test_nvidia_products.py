@@ -61,7 +61,7 @@ def test_the_other_choice_is_timed_too(planner):
     stored = {budget: plan.ds_elements > 0 for budget, plan in case.plans.items()}
     assert [budget for budget, stores in stored.items() if not stores] == ["256 MiB", "none"]
     heads, keys = products_cases.at_once(problem, case.plans["1 GiB"])
-    assert (heads, keys) == (8, 1856) and products_cases.at_once(problem, case.plans["none"]) == (
+    assert (heads, keys) == (1, 16384) and products_cases.at_once(problem, case.plans["none"]) == (
         16, 16384,
     )  # fmt: skip
 
@@ -243,14 +243,13 @@ def test_report():
 
 
 def test_the_estimate_prefers_what_is_faster(tmp_path: Path):
-    """Of all that was timed it prefers the slower one once, and loses less than 5 %."""
+    """Of all that was timed it never prefers what takes more than 3 % longer."""
     library = tmp_path / "libplanner.so"
     choice.planner.compile_planner(library)
     records = json.loads((RESULTS / "products.json").read_text())["records"]
     found = list(choice.comparisons(records, library))
-    assert len(found) > 100 and choice.spread(found) < 1.07
-    lost = choice.lost(found)
-    assert len(lost) <= 1 and all(x.loss < 1.05 for x in lost), lost
+    assert len(found) > 200 and choice.spread(found) < 1.08
+    assert not choice.lost(found)
 
 
 def test_a_wrong_preference_is_noticed():

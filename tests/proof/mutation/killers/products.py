@@ -109,22 +109,26 @@ _WINDOWS: tuple[dict[str, int], ...] = (
 
 def plan_of_times(sources: Sources) -> None:
     """The estimate is what counting gives."""
-    for window, cores, (d, dtype) in itertools.product(_WINDOWS, (1, 8, 500), _TILES):
+    for window, cores, (d, dtype) in itertools.product(_WINDOWS, (1, 3, 8, 500), _TILES):
         for call, at_once in (
             (Call(d=d, dtype=dtype, cores=cores, **window), (2, 130)),
+            (Call(l=129, d=d, dtype=dtype, cores=cores, **window), (2, 130)),
+            (Call(l=1, d=d, dtype=dtype, cores=cores, **window), (2, 130)),
             (Call(b=3, h=6, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
             (Call(d=d, dtype=dtype, cores=cores, **window), (1, 64)),
             (Call(h=3, hk=3, s=65, d=d, dtype=dtype, cores=cores, **window), (2, 64)),
             (Call(b=5, h=2, hk=1, d=d, dtype=dtype, cores=cores, **window), (3, 130)),
+            (Call(b=33, h=1, hk=1, l=40, s=10, d=d, dtype=dtype, cores=cores, **window), (33, 10)),
             (Call(l=20, s=10, b=2, d=d, dtype=dtype, cores=cores, **window), (2, 10)),
         ):
             for stored, parts in itertools.product((False, True), (1, call.group)):
                 found = sources.time_of_backward(call.request(), stored, at_once, parts)
                 expected = time_of(call, stored, at_once, parts)
                 assert math.isclose(found, expected, rel_tol=1e-12), (call, at_once, found)
-    long = Call(h=2, hk=2, l=1 << 28, s=1 << 28, right=0, cores=1)
-    pairs = 2.0 * ((1 << 27) * ((1 << 28) + 1))
-    found = sources.time_of_backward(long.request(), True, (2, 1 << 28), 1)
+    heads = 1 << 10  # of 2^33 threadgroups
+    long = Call(h=heads, hk=heads, l=1 << 28, s=1 << 28, right=0, cores=1)
+    pairs = float(heads) * ((1 << 27) * ((1 << 28) + 1))
+    found = sources.time_of_backward(long.request(), True, (heads, 1 << 28), 1)
     assert math.isclose(found, 1.25 * pairs + 2 * 83000 / 64, rel_tol=1e-12)
 
 
@@ -214,6 +218,8 @@ def plan_of_divisions(sources: Sources) -> None:
     for h in (64, 128, 256):  # whose tiles of one key/value head are 2^62 floats and more
         far = Call(h=h, hk=1, l=1 << 28, s=1 << 28, scratch=1 << 40)
         assert sources.ds_divisions(far.request()) == list(divisions_of(far))
+    many = Call(h=32, hk=32, l=1, s=1 << 28, scratch=1 << 37)  # of one head 2^32 - 8 keys would fit
+    assert sources.ds_divisions(many.request()) == list(divisions_of(many)) != []
 
 
 def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> Iterator[list[int]]:
