@@ -72,15 +72,17 @@ def test_a_long_step_allocates_the_formula(length: int, budget_mb: int):
     check_step(PROBLEMS[0], length, budget_mb, execute=False)
 
 
-@pytest.mark.parametrize(("budget_mb", "share"), ((0, 0), (15, 16), (16, 8), (130, 1)))
-def test_scratch_is_of_as_many_heads_or_keys_as_share_it(budget_mb: int, share: int):
+@pytest.mark.parametrize(
+    ("budget_mb", "heads", "keys"), ((0, 0, 0), (15, 2, 704), (16, 1, 2048), (130, 8, 2048))
+)
+def test_scratch_is_of_as_many_heads_or_keys_as_share_it(budget_mb: int, heads: int, keys: int):
     """At L = 2048 dS of each of eight heads takes 16 MiB."""
     problem, length = PROBLEMS[0], 2048
     check_step(problem, length, budget_mb, execute=False)
     with memory.scratch_budget(budget_mb):
         planned = memory.planned_scratch(problem, length)
-    sums = 4 * length * problem.head_dim if budget_mb == 15 else 0  # of dq, where keys are divided
-    assert planned == (ds_of(problem, length) // share if share else 0) + sums
+    sums = problem.head_dim if 0 < keys < length else 0  # of dq, where keys are divided
+    assert planned == 4 * heads * length * (keys + sums)
 
 
 @pytest.mark.parametrize("execute", (True, False), ids=("executed", "recorded"))

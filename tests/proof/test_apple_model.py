@@ -334,8 +334,8 @@ def test_structures_say_what_their_parameters_mean():
 
 
 def test_backward_as_the_plan_launches_it():
-    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so that its keys
-    are divided between dispatches."""
+    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so that the keys of
+    all heads are divided between dispatches."""
     from benchmarks.apple_model import predictions
 
     def launches(length, scratch, head_dim=64):
@@ -352,25 +352,25 @@ def test_backward_as_the_plan_launches_it():
     seven = [(counts.DELTA, 16), (counts.DKV, 16), (counts.DQ, 16)]
     assert [(x.family, x.heads) for x in launches(4096, without)] == seven
     assert launches(4096, with_ds, head_dim=128)[1].family == counts.DKV_PAIRS_STORING
-    of_head = launches(16384, with_ds)[1:]
-    of_head = of_head[: len(of_head) // 16]
-    assert of_head[0].key_begin == 0 and of_head[-1].key_end == 16384 > of_head[0].key_end
+    of_heads = launches(16384, with_ds)[1:]  # of all 16 at once
+    assert {x.heads for x in of_heads} == {16}
+    assert of_heads[0].key_begin == 0 and of_heads[-1].key_end == 16384 > of_heads[0].key_end
     for causal in (True, False):
         problem = problems.Problem(16384, 1, causal)
         for family in (counts.DKV_STORING, counts.DQ_FROM_DS):
             # Together, the dispatches are the undivided kernel.
             kernel = kernels.structure(family, "float16", 64)
-            of_family = [x for x in of_head if x.family == family]
+            of_family = [x for x in of_heads if x.family == family]
             parts = [problems.blocks(kernel, problem, (x.key_begin, x.key_end)) for x in of_family]
             assert [len(x) for x in parts] == [x.blocks for x in of_family]
             assert sum(map(sum, parts)) == sum(problems.blocks(kernel, problem))
     divided = predictions.backward_row("float16", 64, problems.Problem(16384), with_ds, step=40)
-    assert divided["products"] == 5 and divided["key_parts"] == len(of_head) // 2
+    assert divided["products"] == 5 and divided["key_parts"] == len(of_heads) // 2
     # dq's sums in float, behind dS: all dispatches but the last write them, all but the first read.
-    first, *_, last = (x for x in of_head if x.family == counts.DQ_FROM_DS)
+    first, *_, last = (x for x in of_heads if x.family == counts.DQ_FROM_DS)
     for x in (first, last):
         keys = x.key_end - x.key_begin
-        moved = 4 * (16384 * keys + 16384 * 64) / predictions.MEMORY_BANDWIDTH * 1e3
+        moved = 4 * 16 * (16384 * keys + 16384 * 64) / predictions.MEMORY_BANDWIDTH * 1e3
         dense = problems.Problem(16384, causal=False)
         assert predictions.ds_milliseconds(x, 64, dense) == pytest.approx(moved)
     problem = problems.Problem(2048)
