@@ -334,8 +334,8 @@ def test_structures_say_what_their_parameters_mean():
 
 
 def test_backward_as_the_plan_launches_it():
-    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so that the keys of
-    all heads are divided between dispatches."""
+    """dS of one head: 64 MiB at 4096, four at a time in 256 MiB; 1 GiB at 16384, so that the keys
+    of all heads are divided between dispatches."""
     from benchmarks.apple_model import predictions
 
     def launches(length, scratch, head_dim=64):
