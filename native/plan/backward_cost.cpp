@@ -15,15 +15,18 @@ namespace {
 // and dv are four.
 constexpr double kQueriesWeight = 0.75, kStoredWeight = 0.25;
 
-// Threadgroups that keep one core busy: one alone waits for its own products. Simdgroups with two
-// blocks of rows have twice as many products under way.
-constexpr double kGroupsOfCore = 1.4, kTallGroupsOfCore = 1.25;
+// Threadgroups that keep one core busy: one alone waits for its own products.
+constexpr double kGroupsOfCore = 1.4;
 
-// Threadgroups that a core works on side by side, as in forward_parts.cpp; others wait.
+// Threadgroups that a core works on side by side, as in forward_parts.cpp. Of more, each core takes
+// another one when it is free, so that all are through together.
 constexpr int64_t kHeld = 4;
 
+// Turns over keys, by their launches' sum: in each the GPU begins and ends anew.
+constexpr double kTurnsOfKeys = 1.04;
+
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.
-constexpr double kLaunchColumns = 83000;
+constexpr double kLaunchColumns = 80000;
 
 // A float of a sum that another launch goes on with is stored and loaded again: in the time of
 // these 8 bytes an M1, whose cores have less bandwidth than any other's, multiplies so many
@@ -82,22 +85,18 @@ class Visible {
 
 double cores(const Problem& p) { return static_cast<double>(p.gpu_cores); }
 
-/// Threadgroups in whose time the core that has most of them is through. Where cores hold all at
-/// once, some have one more than others; of those that wait, each core takes one when it is free.
-double turns_of_core(const Problem& p, int64_t groups, double groups_of_core) {
+/// Threadgroups in whose time the core that has most of them is through.
+double turns_of_core(const Problem& p, int64_t groups) {
   if (groups > kHeld * p.gpu_cores) return static_cast<double>(groups) / p.gpu_cores;
-  return std::max(groups_of_core, static_cast<double>(blocks_of(groups, p.gpu_cores)));
+  return std::max(kGroupsOfCore, static_cast<double>(blocks_of(groups, p.gpu_cores)));
 }
 
 /// A launch lasts as long as the core with most threadgroups takes, or its longest threadgroup on a
 /// core that has few of them. `heaviest`: pairs of that threadgroup.
-double time_of_launch(
-    const Problem& p, double pairs, int64_t groups, double heaviest, double groups_of_core) {
-  return std::max(pairs / static_cast<double>(groups) * turns_of_core(p, groups, groups_of_core),
-      groups_of_core * heaviest);
+double time_of_launch(const Problem& p, double pairs, int64_t groups, double heaviest) {
+  return std::max(
+      pairs / static_cast<double>(groups) * turns_of_core(p, groups), kGroupsOfCore * heaviest);
 }
-
-double groups_of_core(DqTile tile) { return tile.r == 1 ? kGroupsOfCore : kTallGroupsOfCore; }
 
 /// Of so many key/value heads, with their query heads, and of keys [begin, end): dk and dv, and dq,
 /// or their part of it.
@@ -109,18 +108,17 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
   const int64_t rows = std::min<int64_t>(8 * tile.r * kSimdgroups, p.q.sizes[2]);
   const int64_t keys = std::min<int64_t>(keys_of_group(row.dkv), end - begin);
   const double pairs = static_cast<double>(heads * group) * visible.pairs(begin, end);
-  double for_queries = pairs;
-  if (end - begin < p.k.sizes[2]) {
-    for_queries += kFloatColumns * static_cast<double>(heads * group * p.q.sizes[2]);
-  }
+  const bool in_turns = end - begin < p.k.sizes[2];
+  const double sums = in_turns ? static_cast<double>(heads * group * p.q.sizes[2]) : 0;
   const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
   const int64_t key_groups = heads * parts * blocks_of(end - begin, keys);
   const int64_t row_groups = heads * group * blocks_of(visible.rows_of(begin, end), rows);
-  return time_of_launch(p, pairs, key_groups, of_keys, kGroupsOfCore) +
-         (stored ? kStoredWeight : kQueriesWeight) *
-             time_of_launch(p, for_queries, row_groups, of_queries, groups_of_core(tile)) +
-         2 * kLaunchColumns / bd;
+  const double time = time_of_launch(p, pairs, key_groups, of_keys) +
+                      (stored ? kStoredWeight : kQueriesWeight) *
+                          time_of_launch(p, pairs + kFloatColumns * sums, row_groups, of_queries) +
+                      2 * kLaunchColumns / bd;
+  return in_turns ? kTurnsOfKeys * time : time;
 }
 
 }  // namespace

@@ -63,11 +63,11 @@ class Call(NamedTuple):
         return seen
 
 
-def time_of_launch(call: Call, pairs: float, groups: int, heaviest: float, fill: float) -> float:
-    """Of so many threadgroups, where a core works on four at most, and is busy with `fill`."""
+def time_of_launch(call: Call, pairs: float, groups: int, heaviest: float) -> float:
+    """Of so many threadgroups: 1.4 keep a core busy, and beyond 4 all cores are through together."""
     most = math.ceil(groups / call.cores)
-    turns = max(fill, most) if groups <= 4 * call.cores else groups / call.cores
-    return max(pairs / groups * turns, fill * heaviest)
+    turns = max(1.4, most) if groups <= 4 * call.cores else groups / call.cores
+    return max(pairs / groups * turns, 1.4 * heaviest)
 
 
 def time_of(call: Call, stored: bool, at_once: tuple[int, int], parts: int) -> float:
@@ -75,7 +75,6 @@ def time_of(call: Call, stored: bool, at_once: tuple[int, int], parts: int) -> f
     keys_of_group, rows_of_dq, rows_of_stored = _TILES[call.d, call.dtype]
     rows = min(rows_of_stored if stored else rows_of_dq, call.l)
     weight = 0.25 if stored else 0.75
-    fill = 1.25 if stored and rows_of_stored == 64 else 1.4
     visible, total = call.visible().double(), 0.0
     for head, begin in itertools.product(
         range(0, call.heads, at_once[0]), range(0, call.s, at_once[1])
@@ -86,16 +85,17 @@ def time_of(call: Call, stored: bool, at_once: tuple[int, int], parts: int) -> f
         keys = min(keys_of_group, seen.shape[1])
         of_keys = call.group // parts * keys * seen.sum(0).max().item()
         of_queries = rows * seen.sum(1).max().item()
-        again = 24 * heads * call.group * call.l if seen.shape[1] < call.s else 0
         key_groups = heads * parts * math.ceil(seen.shape[1] / keys)
         seeing = max(int((seen.sum(1) > 0).sum()), 1)
         row_groups = heads * call.group * math.ceil(seeing / rows)
-        total += time_of_launch(call, pairs, key_groups, of_keys, 1.4)
-        total += weight * time_of_launch(call, pairs + again, row_groups, of_queries, fill)
-        total += 2 * 83000 / call.d
+        turn = seen.shape[1] < call.s
+        again = 24 * heads * call.group * call.l * turn
+        time = time_of_launch(call, pairs, key_groups, of_keys)
+        time += weight * time_of_launch(call, pairs + again, row_groups, of_queries)
+        total += (time + 2 * 80000 / call.d) * (1.04 if turn else 1.0)
     if parts > 1:
         total += 48 * call.heads * parts * call.s / call.cores
-        total += 83000 / call.d * math.ceil(call.heads / at_once[0])
+        total += 80000 / call.d * math.ceil(call.heads / at_once[0])
     return total
 
 
@@ -129,7 +129,7 @@ def plan_of_times(sources: Sources) -> None:
     long = Call(h=heads, hk=heads, l=1 << 28, s=1 << 28, right=0, cores=1)
     pairs = float(heads) * ((1 << 27) * ((1 << 28) + 1))
     found = sources.time_of_backward(long.request(), True, (heads, 1 << 28), 1)
-    assert math.isclose(found, 1.25 * pairs + 2 * 83000 / 64, rel_tol=1e-12)
+    assert math.isclose(found, 1.25 * pairs + 2 * 80000 / 64, rel_tol=1e-12)
 
 
 def _turns(of_all: int, fitting: int) -> int:
