@@ -64,7 +64,7 @@ class Call(NamedTuple):
 
 
 def time_of_launch(call: Call, pairs: float, groups: int, heaviest: float) -> float:
-    """Of so many threadgroups: 1.4 keep a core busy, and beyond 4 all cores are through together."""
+    """Of so many threadgroups: 1.4 keep a core busy; beyond 4 all cores end together."""
     most = math.ceil(groups / call.cores)
     turns = max(1.4, most) if groups <= 4 * call.cores else groups / call.cores
     return max(pairs / groups * turns, 1.4 * heaviest)
