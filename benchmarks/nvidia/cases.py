@@ -269,7 +269,7 @@ def options() -> Iterator[Case]:
         yield base.but(scale=0.5, kv_len=9000)  # largest scores rise for long, little by little
         yield base.but(q_len=1, num_heads=32, num_kv_heads=8, head_dim=128, kv_len=5000)
         yield base.but(kv_len=1)
-        # A group's query heads are divided: 3 parts, 8 of 3 heads, 8 of 2.
+        # A group's query heads are divided: 3 parts, without dS and with it, 8 of 3 heads, 8 of 2.
         yield base.but(kv_len=300, scratch_bytes=14 << 20, dropout_p=0.1)
         yield base.but(kv_len=300, scratch_bytes=64 << 20, dropout_p=0.1)
         yield base.but(kv_len=37, batch=1, num_heads=24, num_kv_heads=1, head_dim=128)

@@ -7,8 +7,8 @@
 namespace orchard {
 namespace {
 
-// The numbers are fitted to backwards timed on a GPU of 132 cores: with them the estimate prefers
-// the slower of two ways in none of 218 cases where that one takes 3 % more.
+// The numbers are fitted to backwards timed on a GPU of 132 cores: in 218 comparisons of five
+// products and seven the estimate never prefers what takes more than 3 % longer.
 // benchmarks.nvidia.choice compares them again with benchmarks/results/nvidia/products.json.
 
 // A visible pair of dq, by one of dk and dv: dq is three products, or one where dS is stored; dk
@@ -22,7 +22,8 @@ constexpr double kGroupsOfCore = 1.4;
 // another one when it is free, so that all are through together.
 constexpr int64_t kHeld = 4;
 
-// Turns over keys, by their launches' sum: in each the GPU begins and ends anew.
+// What turns over keys take, by the time of their launches one by one: the cores wait for the last
+// threadgroup of each.
 constexpr double kTurnsOfKeys = 1.04;
 
 // A launch takes some 5 us, in which a core multiplies so many pairs by head_dim columns.

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("simulator", reason="kernels are made by the simulator's Metal engine")
 
 from benchmarks.nvidia import build, cases, controls, exact, prove
+from benchmarks.nvidia.plans import Planner
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = prove.RESULTS / "proof.jsonl"
@@ -40,19 +41,26 @@ def test_the_docs_count_what_has_run_of_the_present_kernels():
     assert f"of the present ones {len(cases)} problems have run so far, and none failed" in docs
 
 
-def test_every_problem_has_its_kernels(tmp_path: Path):
-    planner = build.build_planner(tmp_path / "libplanner.so")
-    made = set(build.kernels_to_prove(planner))
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    return build.build_planner(tmp_path_factory.mktemp("planner") / "libplanner.so")
+
+
+@pytest.fixture(scope="module")
+def made(planner: Planner) -> set[str]:
+    """The kernels that build.py makes for prove.py."""
+    return set(build.kernels_to_prove(planner))
+
+
+def test_every_problem_has_its_kernels(planner: Planner, made: set[str]):
     planted = [case for _, case, _ in controls.disturbed_parameters()]
     groups = {group.__name__: list(group()) for group in (cases.long, cases.small, exact.cases)}
     for name, problems in (groups | {"controls": planted}).items():
         assert set(cases.kernels_of(planner, problems)) <= made, name
 
 
-def test_every_kernel_has_a_problem(tmp_path: Path):
-    planner = build.build_planner(tmp_path / "libplanner.so")
-    made = build.kernels_to_prove(planner)
+def test_every_kernel_has_a_problem(planner: Planner, made: set[str]):
     problems = [*cases.every_variant(cases.head_dims(list(made)))]
     for group in (*cases.GROUPS.values(), cases.long):
         problems += group()
-    assert set(made) == set(cases.kernels_of(planner, problems))
+    assert made == set(cases.kernels_of(planner, problems))
