@@ -161,7 +161,7 @@ void put_plan(StableIValue* stack, Plan plan, Plan backward) {
   std::vector<int64_t> launches;  // six numbers each
   for (const KernelLaunch& x : plan.launches) {
     for (int64_t n : {static_cast<int64_t>(x.kernel), static_cast<int64_t>(x.groups[0]),
-             static_cast<int64_t>(x.groups[1]), int64_t{x.first_kv_head}, int64_t{x.key_begin},
+             static_cast<int64_t>(x.groups[1]), int64_t{x.first_head}, int64_t{x.key_begin},
              int64_t{x.key_end}}) {
       launches.push_back(n);
     }

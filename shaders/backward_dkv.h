@@ -63,9 +63,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   threadgroup uint4 storage[Blocks::kStorage];
 
   G taken;
-  Head head = taken.first_head(group.x, params);
-  const Window window = head.window;
   const int heads = taken.heads(params);
+  Head head = query_head(params.first_head + group.x * heads, params);
+  const Window window = head.window;
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int key0 = group_key0 + simdgroup * 8;
   const LanePosition at = lane_position(lane);
@@ -81,17 +81,18 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
+  const float dk_factor = score_derivative(params);
+  const float dv_factor = (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale;
   const OutputRows<Sum> dk_rows = taken.dk_rows(dk, group.x, head, params);
   const OutputRows<Sum> dv_rows = taken.dv_rows(dv, group.x, head, params);
   SumParts<T, BQ, V::kVec> parts;
-  parts.start();
+  parts.start(taken.had_turns(params));
 
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
-    const DscoreTiles<V::kListed> ds_tiles =
-        dscore_tiles<V::kListed>(ds, group.x * heads + member, at, params);
+    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
     ColumnRanges<V::kListed, BQ> ranges;
     ranges.start(head, key_ranges, range_hulls, lane, params);
     const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
@@ -147,7 +148,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           times_derivative<kHides>(ds_block, derivatives);
         }
         if (STORE_DS) {
-          store_dscore(ds_tiles, ranges, key0, row0, ds_block, params);
+          store_dscore(ds_tiles, window, ranges, key0, row0, unmasked.has(row0), ds_block, params);
         }
         if (V::kDropout) {
           drop_transposed(p, kept, kPScale);
@@ -160,18 +161,14 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         rows.advance(1);
       }
       if (parts.ended()) {
-        parts.put_aside(dk_sum, dk_rows, key0, at);
-        parts.put_aside(dv_sum, dv_rows, key0, at);
+        parts.put_aside(dk_sum, dk_factor, dk_rows, key0, at);
+        parts.put_aside(dv_sum, dv_factor, dv_rows, key0, at);
         parts.start_next();
       }
     }
     sums_of_keys.store(key_sums, head, key0, at, params);
   }
 
-  parts.add_earlier(dk_sum, dk_rows, key0, at);
-  parts.add_earlier(dv_sum, dv_rows, key0, at);
-  scale(dk_sum, score_derivative(params));
-  scale(dv_sum, (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale);
-  store_rows<V::kVec>(dk_rows, dk_sum, key0, at);
-  store_rows<V::kVec>(dv_rows, dv_sum, key0, at);
+  parts.store(dk_sum, dk_factor, dk_rows, key0, at);
+  parts.store(dv_sum, dv_factor, dv_rows, key0, at);
 }

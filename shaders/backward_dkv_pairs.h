@@ -82,9 +82,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   threadgroup uint4 storage[Blocks::kStorage + kHandedOver];
 
   G taken;
-  Head head = taken.first_head(group.x, params);
-  const Window window = head.window;
   const int heads = taken.heads(params);
+  Head head = query_head(params.first_head + group.x * heads, params);
+  const Window window = head.window;
   const int group_key0 = params.key_begin + group.y * kGroupKeys;  // early keys are the heaviest
   const int pair = simdgroup / 2;
   const bool second = simdgroup % 2 == 1;
@@ -103,15 +103,15 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                       pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
+  const float factor = second ? score_derivative(params) : 1.0f;
   SumParts<T, BQ, V::kVec> parts;
-  parts.start();
+  parts.start(taken.had_turns(params));
 
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   for (int member = 0; member < heads; member++, head.head++) {
     const int64_t stats0 = ((int64_t)head.batch * params.num_heads + head.head) * params.q_len;
     const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
-    const DscoreTiles<V::kListed> ds_tiles =
-        dscore_tiles<V::kListed>(ds, group.x * heads + member, at, params);
+    const DscoreTiles ds_tiles = dscore_tiles(ds, group.x * heads + member, at, params);
     ColumnRanges<V::kListed, BQ> ranges;
     ranges.start(head, key_ranges, range_hulls, lane, params);
     const Range blocks = ranges.query_blocks(blocks_of_window, group_key0, group_key1);
@@ -182,7 +182,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           dscore_transposed<kHides>(x, p, row_delta);
           sums_of_keys.take(x, params);
           if (STORE_DS) {
-            store_dscore(ds_tiles, ranges, key0, row0, x, params);
+            store_dscore(ds_tiles, window, ranges, key0, row0, unmasked.has(row0), x, params);
           }
         }
         if (kValueDepth < kDepth && !second) {
@@ -195,7 +195,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       if (parts.ended()) {
         const OutputRows<Sum> rows_of_sum = second ? taken.dk_rows(dk, group.x, head, params)
                                                    : taken.dv_rows(dv, group.x, head, params);
-        parts.put_aside(sum, rows_of_sum, key0, at);
+        parts.put_aside(sum, factor, rows_of_sum, key0, at);
         parts.start_next();
       }
     }
@@ -204,14 +204,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
     }
   }
 
-  if (second) {
-    const OutputRows<Sum> dk_rows = taken.dk_rows(dk, group.x, head, params);
-    parts.add_earlier(sum, dk_rows, key0, at);
-    scale(sum, score_derivative(params));
-    store_rows<V::kVec>(dk_rows, sum, key0, at);
-  } else {
-    const OutputRows<Sum> dv_rows = taken.dv_rows(dv, group.x, head, params);
-    parts.add_earlier(sum, dv_rows, key0, at);
-    store_rows<V::kVec>(dv_rows, sum, key0, at);
-  }
+  const OutputRows<Sum> rows_of_sum =
+      second ? taken.dk_rows(dk, group.x, head, params) : taken.dv_rows(dv, group.x, head, params);
+  parts.store(sum, factor, rows_of_sum, key0, at);
 }

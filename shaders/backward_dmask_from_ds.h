@@ -55,8 +55,8 @@ attention_backward_dmask_from_ds(device float* ds [[buffer(kBufferDs)]],  // Dsc
     }
     RowHulls<LISTED, 1> hulls;
     hulls.start(head, range_hulls, row0, params);
-    const DscoreTiles<LISTED> tiles =
-        dscore_tiles<LISTED>(ds, head.batch * params.num_heads + head.head, at, params);
+    const DscoreTiles tiles =
+        dscore_tiles(ds, head.batch * params.num_heads + head.head, at, params);
     const device float* tile = tiles.tile(key0, row0);
     Tile<float, 1, kCols> ds_block;
     ORCHARD_UNROLL

@@ -37,7 +37,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     const device float* alibi_slopes [[buffer(kBufferAlibiSlopes)]],  // (Hq) or (B, Hq)
     const device int* key_ranges [[buffer(kBufferKeyRanges)]],        // (B, Hq, L, 4)
     const device int* range_hulls
-    [[buffer(kBufferRangeHulls)]],  // RangeHulls, read if params.ranges.ds_partial
+    [[buffer(kBufferRangeHulls)]],  // RangeHulls, read if params.ds_partial
     uint3 group [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -58,7 +58,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;  // heaviest first, as in the forward
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
-  if (V::kListed && params.ranges.ds_partial &&
+  if (V::kListed && params.ds_partial &&
       stores_dscore(head, range_hulls, group_row0, lane, params)) {
     return;  // attention_backward_dq_from_ds has computed these
   }

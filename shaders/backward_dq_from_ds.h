@@ -83,13 +83,12 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   const int kGroupRows = 8 * R * SIMDGROUPS;
   threadgroup uint4 storage[BK * StagedRow<F, BD>::kLength * sizeof(F) / 16];
 
-  const int first_head = params.first_kv_head * (params.num_heads / params.num_kv_heads);
-  const Head head = query_head(group.x + first_head, params);
+  const Head head = query_head(group.x + params.first_head, params);
   const Window window = head.window;
   const int group_row0 = (grid.y - 1 - group.y) * kGroupRows;
   const int row0 = group_row0 + simdgroup * 8 * R;
   const LanePosition at = lane_position(lane);
-  if (V::kListed && params.ranges.ds_partial &&
+  if (V::kListed && params.ds_partial &&
       !stores_dscore(head, range_hulls, group_row0, lane, params)) {
     return;  // attention_backward_dq computes these
   }
@@ -111,7 +110,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   if (params.key_begin > 0) {
     partial.load(dq_sum);
   }
-  const DscoreTiles<V::kListed> ds_tiles = dscore_tiles<V::kListed>(ds, group.x, at, params);
+  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
   const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
@@ -123,7 +122,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     if (!seen.template any<BK>()) {
       const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       k.advance(steps);
-      tile = ds_tiles.behind(tile, key0, steps * BK, row0);
+      tile = ds_tiles.tile(key0 + steps * BK, row0);
       block += steps - 1;
       continue;
     }
@@ -145,7 +144,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mma_AB(dq_sum, ds_block, k);
     k.advance(1);
-    tile = ds_tiles.behind(tile, key0, BK, row0);
+    tile = ds_tiles.template next<BK>(tile, row0);
   }
 
   if (params.key_end < params.kv_len) {

@@ -1,6 +1,7 @@
 // Which query heads of a group a threadgroup of the backward's key side takes, and where it stores
-// what they sum up to. Few key/value heads would leave a GPU idle. There a group's query heads are
-// divided between threadgroups, and backward_dkv_sums.h adds up what these leave.
+// what they sum up to. Few key/value heads would leave a GPU idle, and dS of a whole group may not
+// fit into its buffer. There a group's query heads are divided into parts, which run side by side
+// and in turns, and backward_dkv_sums.h adds up what those side by side leave.
 #pragma once
 
 #include "loader.h"
@@ -14,10 +15,8 @@ struct WholeGroup {
     return params.num_heads / params.num_kv_heads;
   }
 
-  /// index counts threadgroups of the dispatch: key/value heads.
-  METAL_FUNC Head first_head(int index, constant AttentionParams& params) const {
-    return first_of_group(index + params.first_kv_head, params);
-  }
+  /// Whether an earlier turn has stored sums of other heads.
+  METAL_FUNC bool had_turns(constant AttentionParams&) const { return false; }
 
   template <typename T>
   METAL_FUNC OutputRows<T> dk_rows(
@@ -33,22 +32,17 @@ struct WholeGroup {
 };
 
 /// One of the params.dkv_parts parts of a group, as many heads in each. The sums are rows of float,
-/// (key/value heads of the dispatch, parts, S, D + Dv): dk's columns, and dv's behind them.
+/// (key/value heads of the dispatch, dkv_sums, S, D + Dv): dk's columns, and dv's behind them.
 struct PartOfGroup {
   template <typename T>
   using Sum = float;
 
-  WholeGroup group;
-
   METAL_FUNC int heads(constant AttentionParams& params) const {
-    return group.heads(params) / params.dkv_parts;
+    return params.num_heads / params.num_kv_heads / params.dkv_parts;
   }
 
-  /// index counts threadgroups of the dispatch: parts of key/value heads.
-  METAL_FUNC Head first_head(int index, constant AttentionParams& params) const {
-    Head head = group.first_head(index / params.dkv_parts, params);
-    head.head += index % params.dkv_parts * heads(params);
-    return head;
+  METAL_FUNC bool had_turns(constant AttentionParams& params) const {
+    return params.first_head % (params.num_heads / params.num_kv_heads) > 0;
   }
 
   METAL_FUNC OutputRows<float> dk_rows(

@@ -1,36 +1,37 @@
 // dS, the gradient of the scores, on its way from the key's side of the backward to the query's:
 // float tiles of 8 keys x 8 queries, contiguous, ordered by (query head, key block, query block).
-// Where not all keys' tiles fit into the buffer, several dispatches share it, and dq is summed
-// behind them in between. Where key_ranges are given, the buffer has params.ranges.ds_keys keys for
-// each 8 queries, and a key has the place of the one so many keys ahead: no 8 queries whose dS is
-// stored see both (RangeHull::fits).
+// The buffer has params.ds_keys keys for each 8 queries. A key has the place of the one so many
+// keys ahead, which is never missed: either no 8 queries whose dS is stored see both, as a window
+// and key_ranges have it (RangeHull::fits), or dispatches take turns, and dq is summed in between.
 #pragma once
 
+#include "keys.h"
 #include "params.h"
 #include "softmax.h"
 #include "tile.h"
 
 /// The tiles of one query head.
-template <bool LISTED>
 struct DscoreTiles {
   device float* data;
   int query_blocks;  // of 8 rows
-  int key_blocks;    // of 8 keys
-  int key_begin;     // of the dispatch
+  int key_blocks;    // of 8 keys, after which places repeat
   LanePosition at;
 
   /// Elements between tiles of consecutive key blocks.
   METAL_FUNC int64_t row_of_tiles() const { return (int64_t)query_blocks * 64; }
 
   METAL_FUNC device float* tile(int key0, int row0) const {
-    const int key_block = LISTED ? key0 / 8 % key_blocks : (key0 - key_begin) / 8;
+    const int key_block = key0 / 8 % key_blocks;
     return data + ((int64_t)key_block * query_blocks + row0 / 8) * 64;
   }
 
-  /// From `tile`, of (key0, row0), to that of (key0 + keys, row0).
-  METAL_FUNC const device float* behind(
-      const device float* tile_of_key, int key0, int keys, int row0) const {
-    return LISTED ? tile(key0 + keys, row0) : tile_of_key + row_of_tiles() * (keys / 8);
+  /// From the tile of a key that begins a block of BK, of queries from row0 on, to the next
+  /// block's.
+  template <int BK>
+  METAL_FUNC const device float* next(const device float* tile_of_key, int row0) const {
+    const int64_t all = key_blocks * row_of_tiles();
+    const device float* behind = tile_of_key + BK / 8 * row_of_tiles();
+    return behind < data + all ? behind : behind - all;
   }
 
   /// One fragment of dS^T (keys, queries) to a tile, as the key's side holds it.
@@ -45,18 +46,17 @@ struct DscoreTiles {
   }
 };
 
-/// Stores a row of tiles, dS^T of 8 keys; what begins beyond the keys or queries has no tile.
-template <bool LISTED, int COLS, typename Ranges>
-METAL_FUNC void store_dscore(DscoreTiles<LISTED> tiles, thread const Ranges& ranges, int key0,
-    int row0, thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
-  if (key0 >= params.kv_len) {
-    return;
-  }
+/// Stores a row of tiles, dS^T of 8 keys. Tiles without a pair that the window lets through have no
+/// place: theirs may be that of other keys. `whole`: whether it lets all pairs through.
+template <int COLS, typename Ranges>
+METAL_FUNC void store_dscore(DscoreTiles tiles, Window window, thread const Ranges& ranges,
+    int key0, int row0, bool whole, thread const Tile<float, 1, COLS>& ds,
+    constant AttentionParams& params) {
   device float* tile = tiles.tile(key0, row0);
-  const bool whole = row0 + 8 * COLS <= params.q_len;
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
-    if ((whole || row0 + 8 * c < params.q_len) && ranges.stores(row0 + 8 * c, key0, params)) {
+    const int row = row0 + 8 * c;
+    if ((whole || window.sees_any(row, 8, key0, 8)) && ranges.stores(row, key0, params)) {
       tiles.store(tile + 64 * c, ds.fragments[0][c]);
     }
   }
@@ -109,14 +109,11 @@ METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
 }
 
 /// head counts from the first one of the dispatch.
-template <bool LISTED>
-METAL_FUNC DscoreTiles<LISTED> dscore_tiles(
+METAL_FUNC DscoreTiles dscore_tiles(
     device float* ds, int head, LanePosition at, constant AttentionParams& params) {
-  DscoreTiles<LISTED> tiles;
+  DscoreTiles tiles;
   tiles.query_blocks = (params.q_len + 7) / 8;
-  tiles.key_begin = params.key_begin;
-  tiles.key_blocks =
-      LISTED ? params.ranges.ds_keys / 8 : (params.key_end - params.key_begin + 7) / 8;
+  tiles.key_blocks = params.ds_keys / 8;
   tiles.data = ds + head * (int64_t)tiles.key_blocks * tiles.row_of_tiles();
   tiles.at = at;
   return tiles;

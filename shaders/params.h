@@ -69,8 +69,6 @@ struct RangeParams {
   int64_t head;
   int32_t left;
   int32_t right;
-  int32_t ds_keys;     ///< keys whose dS is stored for each 8 queries; 0: none
-  int32_t ds_partial;  ///< whether some queries may see keys farther apart: their dS is not stored
 };
 
 /// One attention problem. Row i sees key j iff i + diagonal - window_left <= j and
@@ -114,10 +112,14 @@ struct AttentionParams {
   int32_t dmask_parts;         ///< threadgroups that share a tile of dmask (backward)
   int32_t has_key_sums;        ///< whether the key's side sums up dS of each key (backward)
   int32_t forward_parts;       ///< threadgroups that share the keys of a block of queries (forward)
-  int32_t first_kv_head;       ///< of batch * num_kv_heads, where this dispatch begins (backward)
+  int32_t first_head;          ///< of batch * num_heads, where this dispatch begins (backward)
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
   int32_t dkv_parts;           ///< parts of a group's query heads on the key's side (backward)
+  int32_t dkv_sums;    ///< of them, that run at once and leave sums: the others add to these
+  int32_t ds_keys;     ///< keys that the buffer for dS has for each 8 queries
+  int32_t ds_partial;  ///< whether some queries may see keys that are farther apart, as far
+                       ///< as key_ranges tell: their dS is not stored
 };
 
 /// Lengths and diagonals stay below ORCHARD_MAX_LENGTH so that int32 holds i + diagonal +
@@ -142,5 +144,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 32 + 3 * 48 + 4 * 8 + 26 * 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 24 + 3 * 48 + 4 * 8 + 29 * 4 + 4,
     "host and shader must agree on AttentionParams");

@@ -288,7 +288,7 @@ METAL_FUNC bool stores_dscore(
   RangeHulls hulls;
   hulls.start(head, all, params);
   const RangeHull hull = hulls.at(row / ORCHARD_DS_ROWS * count + lane % count);
-  return simd_min(hull.fits(params.ranges.ds_keys) ? 1 : 0) != 0;
+  return simd_min(hull.fits(params.ds_keys) ? 1 : 0) != 0;
 }
 
 /// Writes the hull of 8 queries, once for all heads that have these ranges.
@@ -392,11 +392,11 @@ struct ColumnRanges<true, BQ> {
   }
 
   METAL_FUNC bool stores(int row0, int key0, constant AttentionParams& params) const {
-    if (!params.ranges.ds_partial) {
+    if (!params.ds_partial) {
       return true;
     }
     const RangeHull hull = hulls.at(row0 / 8);
-    return hull.fits(params.ranges.ds_keys) && hull.meets(key0, key0 + 8);
+    return hull.fits(params.ds_keys) && hull.meets(key0, key0 + 8);
   }
 
   template <int COLS>

@@ -1,7 +1,8 @@
 // dk and dv are sums over all queries of a group's heads. Where T is float, one long sum would lose
 // more than unfused math does, which sums in blocks. So it is made in parts: behind each of them
 // the sum in registers is added to the output's rows in device memory, and begins again from zero.
-// A half type's rounding hides the loss, and its sums stay whole.
+// A half type's rounding hides the loss, and its sums stay whole. Where a group's heads take turns
+// (dkv_parts.h), the rows have the sums of earlier turns from the start.
 #pragma once
 
 #include "loader.h"
@@ -17,9 +18,9 @@ struct SumParts {
   int left;     // blocks of this part that are not yet taken
   bool stored;  // an earlier part
 
-  METAL_FUNC void start() {
+  METAL_FUNC void start(bool had_turns) {
     left = kPartQueries / BQ;
-    stored = false;
+    stored = had_turns;
   }
 
   /// Takes the blocks from `block` on that belong to this part; says where they end.
@@ -37,21 +38,23 @@ struct SumParts {
     stored = true;
   }
 
-  /// Adds the earlier parts to x. The output is read only where this thread has stored to it.
+  /// Stores x times a factor, the sum of this part, with what the earlier ones have left there. The
+  /// output is read only where this thread, or an earlier dispatch, has stored to it.
   template <typename O, int COLS>
-  METAL_FUNC void add_earlier(
-      thread Tile<float, 1, COLS>& x, OutputRows<O> from, int row0, LanePosition at) const {
-    if (kDivided && stored) {
-      add_stored_rows<VEC>(x, from, row0, at);
+  METAL_FUNC void store(thread Tile<float, 1, COLS>& x, float factor, OutputRows<O> to, int row0,
+      LanePosition at) const {
+    scale(x, factor);
+    if (stored) {
+      add_stored_rows<VEC>(x, to, row0, at);
     }
+    store_rows<VEC>(to, x, row0, at);
   }
 
-  /// Moves x, the sum of this part, to the output.
+  /// The same, for x to begin again.
   template <typename O, int COLS>
-  METAL_FUNC void put_aside(
-      thread Tile<float, 1, COLS>& x, OutputRows<O> to, int row0, LanePosition at) const {
-    add_earlier(x, to, row0, at);
-    store_rows<VEC>(to, x, row0, at);
+  METAL_FUNC void put_aside(thread Tile<float, 1, COLS>& x, float factor, OutputRows<O> to,
+      int row0, LanePosition at) const {
+    store(x, factor, to, row0, at);
     zero(x);
   }
 };

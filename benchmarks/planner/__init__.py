@@ -87,13 +87,13 @@ class Launch:
 
     kernel: int
     groups: tuple[int, int]
-    first_kv_head: int
+    first_head: int
     key_begin: int
     key_end: int
 
     def set(self, params: ctypes.Structure) -> None:
         """As orchard::KernelLaunch::set."""
-        params.first_kv_head = self.first_kv_head
+        params.first_head = self.first_head
         params.key_begin, params.key_end = self.key_begin, self.key_end
 
 
@@ -265,7 +265,7 @@ class Planner:
 
         Args:
             stored: whether dS is, rather than computed twice.
-            at_once: key/value heads and keys of a launch.
+            at_once: query heads and keys of a launch.
             parts: of a group's query heads.
         """
         numbers = map(ctypes.c_int64, (*at_once, parts))

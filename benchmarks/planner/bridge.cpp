@@ -60,7 +60,7 @@ Answer* bridge_plan(const Problem* problem, const Layout* out, const Layout* dou
   return answer;
 }
 
-/// What dk, dv and dq take by the plan's estimate: with dS stored, of so many key/value heads and
+/// What dk, dv and dq take by the plan's estimate: with dS stored, of so many query heads and
 /// keys at once, or computed twice, and so many parts of a group.
 double bridge_time_of_backward(const Problem* problem, int32_t stored, int64_t heads_at_once,
     int64_t keys_at_once, int64_t parts) {
@@ -77,7 +77,7 @@ uint64_t bridge_ds_divisions(const Problem* problem, int64_t* numbers, uint64_t 
   const auto all = orchard::ds_divisions(*problem, bd);
   for (size_t i = 0; i < std::min<size_t>(capacity, all.size()); i++) {
     const orchard::DsDivision& x = all[i];
-    for (int64_t number : {x.kv_heads, x.keys, x.tile_elements, x.sum_elements, x.stored_keys})
+    for (int64_t number : {x.heads, x.keys, x.tile_elements, x.sum_elements, x.stored_keys})
       *numbers++ = number;
   }
   return all.size();
@@ -155,7 +155,7 @@ void bridge_kernel(const Answer* answer, uint64_t n, const char** texts, uint64_
 
 uint64_t bridge_num_launches(const Answer* answer) { return answer->plan.launches.size(); }
 
-/// kernel, groups in x and y, first_kv_head, key_begin, key_end; the last three as the launch sets
+/// kernel, groups in x and y, first_head, key_begin, key_end; the last three as the launch sets
 /// them in the params
 void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
   const orchard::KernelLaunch& launch = answer->plan.launches[n];
@@ -164,7 +164,7 @@ void bridge_launch(const Answer* answer, uint64_t n, int64_t* numbers) {
   numbers[0] = static_cast<int64_t>(launch.kernel);
   numbers[1] = static_cast<int64_t>(launch.groups[0]);
   numbers[2] = static_cast<int64_t>(launch.groups[1]);
-  numbers[3] = params.first_kv_head;
+  numbers[3] = params.first_head;
   numbers[4] = params.key_begin;
   numbers[5] = params.key_end;
 }

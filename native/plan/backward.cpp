@@ -19,12 +19,13 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;
-  plan.params.ranges.ds_keys = static_cast<int32_t>(ds.stored_keys);
-  plan.params.ranges.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
+  plan.params.ds_keys = static_cast<int32_t>(ds.stored_keys);
+  plan.params.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
   const GroupDivision groups = divide_groups(p, ds, keys);
   const bool divided = groups.parts > 1;
   plan.dkv_part_elements = groups.elements;
   plan.params.dkv_parts = static_cast<int32_t>(groups.parts);
+  plan.params.dkv_sums = static_cast<int32_t>(groups.at_once);
   const size_t dkv = plan.kernels.size(), dq = dkv + 1, sums = dq + 1;
   plan.kernels.push_back(
       make_kernel(p, dkv_family(row.dkv), dkv_choice(row.dkv, store_ds, dtype.operand),
@@ -38,28 +39,30 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
         full_variant(p, chunks), query_heads(p), p.q.sizes[2]));
   }
   if (divided) plan.kernels.push_back(make_key_sums(p));
-  const uint64_t query_heads_of_one =
-      kv_heads(p) > 0 ? static_cast<uint64_t>(query_heads(p) / kv_heads(p)) : 0;
-  for (int64_t head = 0; head < kv_heads(p); head += ds.kv_heads) {
-    const uint64_t heads = static_cast<uint64_t>(std::min(ds.kv_heads, kv_heads(p) - head));
+  const auto launch = [&](size_t kernel, int64_t x, int64_t y, int64_t head, int64_t key,
+                          int64_t key_end) {
+    plan.launches.push_back({kernel, {static_cast<uint64_t>(x), static_cast<uint64_t>(y)},
+        static_cast<int32_t>(head), static_cast<int32_t>(key), static_cast<int32_t>(key_end)});
+  };
+  const auto rows_of = [&](size_t kernel) {
+    return static_cast<int64_t>(plan.kernels[kernel].groups[1]);
+  };
+  const int64_t all = kv_heads(p) > 0 ? query_heads(p) : 0;
+  const int64_t group = all > 0 ? all / kv_heads(p) : 0;
+  for (int64_t head = 0; head < all; head += ds.heads) {
+    const int64_t end = std::min(head + ds.heads, all), heads = end - head;
     for (int64_t key = 0; key < p.k.sizes[2]; key += ds.keys) {
       const int64_t key_end = std::min(key + ds.keys, p.k.sizes[2]);
-      KernelLaunch launch{dkv,
-          {heads * static_cast<uint64_t>(groups.parts),
-              static_cast<uint64_t>(blocks_of(key_end - key, keys))},
-          static_cast<int32_t>(head), static_cast<int32_t>(key), static_cast<int32_t>(key_end)};
-      plan.launches.push_back(launch);
-      launch.kernel = dq;
-      launch.groups = {heads * query_heads_of_one, plan.kernels[dq].groups[1]};
-      plan.launches.push_back(launch);
+      launch(dkv, heads * groups.parts / group, blocks_of(key_end - key, keys), head, key, key_end);
+      launch(dq, heads, rows_of(dq), head, key, key_end);
     }
-    if (divided) {
-      plan.launches.push_back({sums, {heads, plan.kernels[sums].groups[1]},
-          static_cast<int32_t>(head), 0, plan.params.kv_len});
+    if (divided && end % group == 0) {  // the last turn of the group's heads
+      const int64_t at_once = std::max(heads / group, int64_t{1});
+      launch(sums, at_once, rows_of(sums), end - at_once * group, 0, p.k.sizes[2]);
     }
   }
-  if (plan.params.ranges.ds_partial == 0) {
-    return store_ds && ds.kv_heads == kv_heads(p) && ds.keys == p.k.sizes[2];
+  if (plan.params.ds_partial == 0) {
+    return store_ds && ds.heads == query_heads(p) && ds.keys == p.k.sizes[2];
   }
   // The span of keys is the caller's word: queries that see keys farther apart are for this one.
   plan.add(make_kernel(p, "attention_backward_dq", dq_choice(row.dq, dtype.operand),

@@ -99,22 +99,21 @@ double time_of_launch(const Problem& p, double pairs, int64_t groups, double hea
       pairs / static_cast<double>(groups) * turns_of_core(p, groups), kGroupsOfCore * heaviest);
 }
 
-/// Of so many key/value heads, with their query heads, and of keys [begin, end): dk and dv, and dq,
-/// or their part of it.
+/// Of so many query heads and of keys [begin, end): dk and dv, and dq, or their part of it.
 double time_of_launches(const Problem& p, const TileRow& row, int bd, bool stored, int64_t parts,
     int64_t heads, int64_t begin, int64_t end) {
   const Visible visible(p);
   const DqTile tile = stored ? row.dq_from_ds : row.dq;
-  const int64_t group = query_heads(p) / kv_heads(p);
+  const int64_t of_part = query_heads(p) / kv_heads(p) / parts;
   const int64_t rows = std::min<int64_t>(8 * tile.r * kSimdgroups, p.q.sizes[2]);
   const int64_t keys = std::min<int64_t>(keys_of_group(row.dkv), end - begin);
-  const double pairs = static_cast<double>(heads * group) * visible.pairs(begin, end);
+  const double pairs = static_cast<double>(heads) * visible.pairs(begin, end);
   const bool in_turns = end - begin < p.k.sizes[2];
-  const double sums = in_turns ? static_cast<double>(heads * group * p.q.sizes[2]) : 0;
-  const double of_keys = static_cast<double>(group / parts * keys) * visible.most_rows(begin, end);
+  const double sums = in_turns ? static_cast<double>(heads * p.q.sizes[2]) : 0;
+  const double of_keys = static_cast<double>(of_part * keys) * visible.most_rows(begin, end);
   const double of_queries = static_cast<double>(rows) * visible.most_keys(begin, end);
-  const int64_t key_groups = heads * parts * blocks_of(end - begin, keys);
-  const int64_t row_groups = heads * group * blocks_of(visible.rows_of(begin, end), rows);
+  const int64_t key_groups = heads / of_part * blocks_of(end - begin, keys);
+  const int64_t row_groups = heads * blocks_of(visible.rows_of(begin, end), rows);
   const double time = time_of_launch(p, pairs, key_groups, of_keys) +
                       (stored ? kStoredWeight : kQueriesWeight) *
                           time_of_launch(p, pairs + kFloatColumns * sums, row_groups, of_queries) +
@@ -126,19 +125,21 @@ double time_of_launches(const Problem& p, const TileRow& row, int bd, bool store
 
 double time_of_backward(
     const Problem& p, const TileRow& row, int bd, const DsDivision& ds, int64_t parts) {
+  const int64_t all = query_heads(p);
   double time = 0;
   if (parts > 1) {
     const double rows = static_cast<double>(kv_heads(p) * parts * p.k.sizes[2]);
     time += 2 * kFloatColumns * rows / cores(p);  // of dk and of dv
-    time += kLaunchColumns / bd * static_cast<double>(blocks_of(kv_heads(p), ds.kv_heads));
+    time +=
+        kLaunchColumns / bd * static_cast<double>(std::min(blocks_of(all, ds.heads), kv_heads(p)));
   }
   for (int64_t begin = 0; begin < p.k.sizes[2]; begin += ds.keys) {
     const auto of_heads = [&](int64_t heads) {
       const int64_t end = std::min(begin + ds.keys, p.k.sizes[2]);
       return time_of_launches(p, row, bd, ds.tile_elements > 0, parts, heads, begin, end);
     };
-    time += static_cast<double>(kv_heads(p) / ds.kv_heads) * of_heads(ds.kv_heads);
-    if (kv_heads(p) % ds.kv_heads > 0) time += of_heads(kv_heads(p) % ds.kv_heads);
+    time += static_cast<double>(all / ds.heads) * of_heads(ds.heads);
+    if (all % ds.heads > 0) time += of_heads(all % ds.heads);
   }
   return time;
 }

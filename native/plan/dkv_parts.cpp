@@ -13,10 +13,8 @@ constexpr int64_t kGroupsOfCore = 8;
 // would cost more than a tenth of the products.
 constexpr int64_t kPartQueries = 256;
 
-// The sums take no more than this part of what a backward may take for dS and for them, and so few
-// bytes that the kernels count elements in int32.
+// The sums take no more than this part of what a backward may take for dS and for them.
 constexpr int64_t kShareOfScratch = 8;
-constexpr int64_t kMostBytes = int64_t{1} << 30;
 
 }  // namespace
 
@@ -31,20 +29,23 @@ int64_t dkv_parts(int64_t heads, int64_t threadgroups, int64_t gpu_cores, int64_
 
 int64_t most_part_elements(const Problem& p) {
   if (query_heads(p) <= kv_heads(p)) return 0;
-  return std::min(p.scratch_bytes / kShareOfScratch, kMostBytes) / int64_t{sizeof(float)};
+  return std::min(p.scratch_bytes / kShareOfScratch / int64_t{sizeof(float)}, kMostPartElements);
 }
 
+int64_t sums_of_part(const Problem& p) { return p.k.sizes[2] * (p.k.sizes[3] + p.v.sizes[3]); }
+
 GroupDivision divide_groups(const Problem& p, const DsDivision& ds, int keys_of_group) {
-  const int64_t of_one = ds.kv_heads * p.k.sizes[2] * (p.k.sizes[3] + p.v.sizes[3]);  // of a part
-  if (of_one == 0) return {1, 0};
-  const int64_t heads = query_heads(p) / kv_heads(p);
+  if (ds.heads == 0 || kv_heads(p) == 0 || sums_of_part(p) == 0) return {1, 1, 0};
+  const int64_t group = query_heads(p) / kv_heads(p), heads = std::min(ds.heads, group);
+  const int64_t groups = ds.heads / heads, of_one = groups * sums_of_part(p);
   const int64_t left =
       p.scratch_bytes / int64_t{sizeof(float)} - ds.tile_elements - ds.sum_elements;
   const int64_t fitting = std::min(most_part_elements(p), left) / of_one;
-  const int64_t threadgroups = ds.kv_heads * blocks_of(ds.keys, keys_of_group);
-  const int64_t parts = dkv_parts(
+  const int64_t threadgroups = groups * blocks_of(ds.keys, keys_of_group);
+  const int64_t at_once = dkv_parts(
       heads, threadgroups, p.gpu_cores, std::min(fitting, heads * p.q.sizes[2] / kPartQueries));
-  return {parts, parts > 1 ? parts * of_one : 0};
+  const int64_t parts = group / heads * at_once;
+  return {parts, at_once, parts > 1 ? at_once * of_one : 0};
 }
 
 }  // namespace orchard

@@ -5,6 +5,7 @@
 
 #include "backward_cost.h"
 #include "dkv_parts.h"
+#include "params.h"
 
 namespace orchard {
 namespace {
@@ -15,44 +16,72 @@ constexpr int kDsHeadDim = 64;
 // A division of more turns would spend more on launches, and on making the plan, than it saves.
 constexpr int64_t kMostTurns = 1024;
 
-/// Keys that the buffer has for each 8 queries. Where key_ranges leave them a span of keys, keys
-/// that are farther apart share a place: whole blocks of every kernel.
+/// Keys within which any 8 queries in a row see theirs; 0: not known.
+int64_t key_span(const Problem& p) {
+  if (p.has_key_ranges) return p.key_span;
+  return int64_t{clamp_window(p.window_left)} + clamp_window(p.window_right) + 8;
+}
+
+/// Keys that the buffer has for each 8 queries. Where these see a span of keys, keys that are
+/// farther apart share a place: whole blocks of every kernel.
 int64_t stored_keys(const Problem& p) {
-  const int64_t all = 8 * blocks_of(p.k.sizes[2], 8);
-  if (!p.has_key_ranges || p.key_span <= 0 || p.key_span >= all) return all;
-  const int64_t span = p.key_span + 7;  // wherever in a block of 8 keys it begins
-  return std::min(all, ORCHARD_KEY_CHUNK * blocks_of(span, ORCHARD_KEY_CHUNK));
+  const int64_t all = 8 * blocks_of(p.k.sizes[2], 8), span = key_span(p);
+  if (span <= 0 || span >= all) return all;
+  // wherever in a block of 8 keys it begins
+  return std::min(all, ORCHARD_KEY_CHUNK * blocks_of(span + 7, ORCHARD_KEY_CHUNK));
 }
 
 /// Of `all`, so many at once that each turn has as many, or fewer the last: at most `fitting`.
 int64_t even_turns(int64_t all, int64_t fitting) { return blocks_of(all, blocks_of(all, fitting)); }
 
-/// Adds the divisions that fit into so many floats.
+/// How many query heads may share the buffer: 1, 2 ... of a group, if they divide it and their sums
+/// of dk and dv have room, then 1, 2, 4 ... whole groups.
+std::vector<int64_t> heads_at_once(const Problem& p) {
+  const int64_t group = query_heads(p) / kv_heads(p);
+  std::vector<int64_t> found;
+  for (int64_t heads = 1; heads < group && sums_of_part(p) <= kMostPartElements; heads++) {
+    if (group % heads == 0) found.push_back(heads);
+  }
+  for (int64_t groups = 1; groups < 2 * kv_heads(p); groups *= 2) {
+    found.push_back(group * std::min(groups, kv_heads(p)));
+  }
+  return found;
+}
+
+/// Adds the divisions that fit into so many floats, beside the sums of a part where a group's heads
+/// take turns.
 void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivision>& found) {
-  const int64_t kv_len = p.k.sizes[2], heads = kv_heads(p);
-  const int64_t query_heads_of_one = query_heads(p) / heads;
-  const int64_t rows = query_heads_of_one * 8 * blocks_of(p.q.sizes[2], 8);
+  const int64_t kv_len = p.k.sizes[2], all = query_heads(p), group = all / kv_heads(p);
+  const int64_t rows = 8 * blocks_of(p.q.sizes[2], 8);
   const int64_t stored = stored_keys(p);
-  if (stored <= floats / rows) {
-    const int64_t of_one = rows * stored;
-    const int64_t at_once = even_turns(heads, std::min(floats / of_one, heads));
-    if (blocks_of(heads, at_once) <= kMostTurns) {
-      found.push_back({at_once, kv_len, at_once * of_one, 0, p.has_key_ranges ? stored : 0});
-    }
+  const auto fits = [&](int64_t heads, int64_t keys) {
+    return blocks_of(all, heads) * blocks_of(kv_len, keys) <= kMostTurns;
+  };
+  const auto room = [&](int64_t heads) {
+    return heads < group ? floats - sums_of_part(p) : floats;
+  };
+  int64_t whole = 0;  // heads at once of which all keys fit
+  for (int64_t heads : heads_at_once(p)) {
+    if (stored <= room(heads) / (heads * rows)) whole = heads;
+  }
+  if (whole >= group) {
+    const int64_t groups = std::min(floats / (group * rows * stored), kv_heads(p));
+    whole = group * even_turns(kv_heads(p), groups);
+  }
+  if (whole > 0 && fits(whole, kv_len)) {
+    found.push_back({whole, kv_len, whole * rows * stored, 0, stored});
   }
   // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
   // whole.
   if (p.has_key_ranges) return;
-  const int64_t sums_of_one = query_heads_of_one * p.q.sizes[2] * bd;
-  for (int64_t wanted = 1; wanted < 2 * heads; wanted *= 2) {
-    const int64_t at_once = std::min(wanted, heads);
-    const int64_t fitting = (floats - at_once * sums_of_one) / (at_once * rows);
-    if (fitting < ORCHARD_KEY_CHUNK) return;
-    if (fitting >= kv_len) continue;
+  const int64_t sums_of_one = p.q.sizes[2] * bd;
+  for (int64_t heads : heads_at_once(p)) {
+    const int64_t fitting = (room(heads) - heads * sums_of_one) / (heads * rows);
+    if (fitting < ORCHARD_KEY_CHUNK || fitting >= stored) continue;
     const int64_t chunks = blocks_of(kv_len, ORCHARD_KEY_CHUNK);
     const int64_t keys = ORCHARD_KEY_CHUNK * even_turns(chunks, fitting / ORCHARD_KEY_CHUNK);
-    if (blocks_of(heads, at_once) * blocks_of(kv_len, keys) > kMostTurns) continue;
-    found.push_back({at_once, keys, at_once * rows * keys, at_once * sums_of_one, 0});
+    if (!fits(heads, keys)) continue;
+    found.push_back({heads, keys, heads * rows * keys, heads * sums_of_one, keys});
   }
 }
 
@@ -70,7 +99,7 @@ std::vector<DsDivision> ds_divisions(const Problem& p, int bd) {
 }
 
 DsDivision divide_ds(const Problem& p, const TileRow& row, int bd) {
-  DsDivision best{kv_heads(p), p.k.sizes[2], 0, 0, 0};
+  DsDivision best{query_heads(p), p.k.sizes[2], 0, 0, 0};
   const std::vector<DsDivision> divisions = ds_divisions(p, bd);
   if (divisions.empty()) return best;
   if (p.has_key_ranges) return divisions.front();  // what the rows see is not known

@@ -5,14 +5,15 @@
 
 namespace orchard {
 
-/// How a backward that stores dS is divided: so many of the batch * num_kv_heads key/value heads,
-/// with their query heads, and so many keys share the buffer at once.
+/// How a backward that stores dS is divided: so many of the batch * num_heads query heads, and so
+/// many keys, share the buffer at once. They are all heads of one or more groups, or, where dS of a
+/// whole group does not fit, an equal part of one group's.
 struct DsDivision {
-  int64_t kv_heads;
+  int64_t heads;
   int64_t keys;
   int64_t tile_elements;  // of the buffer, before the sums of dq; 0: dS is not stored
   int64_t sum_elements;   // behind them
-  int64_t stored_keys;    // of key_ranges: keys that the buffer has for each 8 queries
+  int64_t stored_keys;    // keys that the buffer has for each 8 queries
 };
 
 /// Divisions that fit into Problem::scratch_bytes, alone and beside the sums of a divided group

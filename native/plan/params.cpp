@@ -89,7 +89,7 @@ void fill_params(const Problem& p, AttentionParams& params) {
   params.window_left = clamp_window(p.window_left);
   params.window_right = clamp_window(p.window_right);
   if (p.has_key_ranges) {  // these windows count from the rows' own positions
-    params.ranges = {p.ranges_batch, p.ranges_head, params.window_left, params.window_right, 0, 0};
+    params.ranges = {p.ranges_batch, p.ranges_head, params.window_left, params.window_right};
     params.window_left = params.window_right = ORCHARD_WINDOW_OPEN;
   }
   params.scale = static_cast<float>(p.scale);
@@ -141,7 +141,7 @@ void Plan::add(KernelPlan kernel) {
 }
 
 void KernelLaunch::set(AttentionParams& params) const {
-  params.first_kv_head = first_kv_head;
+  params.first_head = first_head;
   params.key_begin = key_begin;
   params.key_end = key_end;
 }

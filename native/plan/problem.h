@@ -90,7 +90,7 @@ struct KernelPlan {
 struct KernelLaunch {
   size_t kernel = 0;
   std::array<uint64_t, 2> groups{};
-  int32_t first_kv_head = 0;
+  int32_t first_head = 0;
   int32_t key_begin = 0;
   int32_t key_end = 0;
 

@@ -55,3 +55,52 @@ def test_parts_are_scratch(recording, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "0")
     low = explain(q, k, v, enable_gqa=True)
     assert low.scratch_bytes == 0 and "_parts" not in "".join(low.kernels)
+
+
+TURNS = {  # how many launches share a MiB for dS, and how many of them the heads of a group take
+    "heads": (Case(330, 300, 64, batch=2, num_heads=8, num_kv_heads=2, dtype=torch.float16,
+                   window_right=0, diagonal=40), 8),
+    "heads and keys, dropout": (Case(600, 400, 64, num_heads=4, num_kv_heads=1, dropout_p=0.2,
+                                     dtype=torch.bfloat16), 8),
+    "pairs, sums in parts": (Case(600, 90, 96, num_heads=12, num_kv_heads=1, dtype=torch.float32,
+                                  softcap=3.0), 3),
+    "sums in parts": (Case(1100, 70, 64, num_heads=8, num_kv_heads=1, value_dim=40,
+                           dtype=torch.float32, alibi="head"), 4),
+    "window": (Case(500, 500, 64, num_heads=8, num_kv_heads=1, dtype=torch.float16,
+                    window_left=130, window_right=9), 4),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("name", TURNS)
+def test_heads_of_a_group_take_turns(name: str, recording, monkeypatch: pytest.MonkeyPatch):
+    """dS of a whole group does not fit: parts of its heads share the buffer in turns."""
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
+    monkeypatch.setenv("ORCHARD_GPU_CORES", "1")
+    case, turns = TURNS[name]
+    with recording() as launches:
+        check_case(case)
+    if launches is None:
+        return
+    kernels = [launch.kernel for launch in launches]
+    assert sum("_dq_from_ds_" in kernel for kernel in kernels) == turns
+    assert sum("_dkv_" in kernel and kernel.endswith("_parts") for kernel in kernels) == turns
+    assert sum("_dkv_sums_" in kernel for kernel in kernels) == case.batch * case.num_kv_heads
+
+
+@pytest.mark.usefixtures("checked")
+def test_keys_of_a_window_share_places(recording, monkeypatch: pytest.MonkeyPatch):
+    """Any 8 queries see at most 108 keys, so that dS takes 128 for each: 504 KiB in place of 2 MiB,
+    and has the same bits as where all keys have places of their own."""
+    case = Case(500, 530, 64, num_heads=2, num_kv_heads=2, dtype=torch.bfloat16, dropout_p=0.1,
+                window_left=80, window_right=20, diagonal=15)  # fmt: skip
+    monkeypatch.setenv("ORCHARD_GPU_CORES", "1")
+    operands = [x.to("mps") for x in case.operands()]
+    q, k, v = (x.detach().requires_grad_() for x in operands[:3])
+    found = explain(q, k, v, window_left=80, window_right=20)
+    assert found.scratch_bytes == 4 * 2 * 504 * 128
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
+    with recording() as launches:
+        check_case(case)
+    if launches is not None:
+        assert sum("_dq_from_ds_" in launch.kernel for launch in launches) == 1

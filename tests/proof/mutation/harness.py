@@ -222,7 +222,7 @@ class Sources:
             "refusal": plan.refusal, "detail": plan.detail, "advice": plan.advice,
             "kernels": [vars(kernel) | {"groups": list(kernel.groups)} for kernel in plan.kernels],
             "launches": [
-                [x.kernel, *x.groups, x.first_kv_head, x.key_begin, x.key_end]
+                [x.kernel, *x.groups, x.first_head, x.key_begin, x.key_end]
                 for x in plan.launches
             ],
             "scratch_bytes": 4 * plan.ds_elements,
