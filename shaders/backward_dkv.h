@@ -71,7 +71,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const LanePosition at = lane_position(lane);
   const int group_key1 = min(group_key0 + kGroupKeys, params.kv_len);
   const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
-  const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
+  const Starts unmasked = window.unmasked_rows(key0, 8, BQ);
+  const Starts ds_rows = window.rows_of_tiles(key0);
+  const int ds_place = STORE_DS ? dscore_place(key0, params) : 0;
 
   LeftOperand<T, F, 1, kDepth, V::kVec, true> k;
   k.load(device_rows<V::kVec>(head.key_rows(key, params.k, params.head_dim), key0, at));
@@ -81,8 +83,8 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   zero(dk_sum);
   Tile<float, 1, kDepth> dv_sum;
   zero(dv_sum);
-  const float dk_factor = score_derivative(params);
-  const float dv_factor = (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale;
+  const float dk_scale = score_derivative(params);
+  const float dv_scale = (V::kDropout ? params.dropout_rescale : 1.0f) / kPScale;
   const OutputRows<Sum> dk_rows = taken.dk_rows(dk, group.x, head, params);
   const OutputRows<Sum> dv_rows = taken.dv_rows(dv, group.x, head, params);
   SumParts<T, BQ, V::kVec> parts;
@@ -148,7 +150,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           times_derivative<kHides>(ds_block, derivatives);
         }
         if (STORE_DS) {
-          store_dscore(ds_tiles, window, ranges, key0, row0, unmasked.has(row0), ds_block, params);
+          store_dscore(ds_tiles, ds_place, ds_rows, ranges, key0, row0, ds_block, params);
         }
         if (V::kDropout) {
           drop_transposed(p, kept, kPScale);
@@ -161,14 +163,18 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         rows.advance(1);
       }
       if (parts.ended()) {
-        parts.put_aside(dk_sum, dk_factor, dk_rows, key0, at);
-        parts.put_aside(dv_sum, dv_factor, dv_rows, key0, at);
+        scale(dk_sum, dk_scale);
+        scale(dv_sum, dv_scale);
+        parts.put_aside(dk_sum, dk_rows, key0, at);
+        parts.put_aside(dv_sum, dv_rows, key0, at);
         parts.start_next();
       }
     }
     sums_of_keys.store(key_sums, head, key0, at, params);
   }
 
-  parts.store(dk_sum, dk_factor, dk_rows, key0, at);
-  parts.store(dv_sum, dv_factor, dv_rows, key0, at);
+  scale(dk_sum, dk_scale);
+  scale(dv_sum, dv_scale);
+  parts.store(dk_sum, dk_rows, key0, at);
+  parts.store(dv_sum, dv_rows, key0, at);
 }

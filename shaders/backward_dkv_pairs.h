@@ -92,7 +92,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const LanePosition at = lane_position(lane);
   const int group_key1 = min(group_key0 + kGroupKeys, params.kv_len);
   const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
-  const Unmasked unmasked = window.unmasked_rows(key0, 8, BQ);
+  const Starts unmasked = window.unmasked_rows(key0, 8, BQ);
+  const Starts ds_rows = window.rows_of_tiles(key0);
+  const int ds_place = STORE_DS ? dscore_place(key0, params) : 0;
 
   LeftOperand<T, F, 1, kDepth, V::kVec, kKeep> left;  // K or V
   const HeadRows<T> k_rows = head.key_rows(key, params.k, params.head_dim);
@@ -103,7 +105,6 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
                       pair * kBlocks * ORCHARD_SIMD_WIDTH + lane;
   Tile<float, 1, kDepth> sum;  // dV or dK
   zero(sum);
-  const float factor = second ? score_derivative(params) : 1.0f;
   SumParts<T, BQ, V::kVec> parts;
   parts.start(taken.had_turns(params));
 
@@ -182,7 +183,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           dscore_transposed<kHides>(x, p, row_delta);
           sums_of_keys.take(x, params);
           if (STORE_DS) {
-            store_dscore(ds_tiles, window, ranges, key0, row0, unmasked.has(row0), x, params);
+            store_dscore(ds_tiles, ds_place, ds_rows, ranges, key0, row0, x, params);
           }
         }
         if (kValueDepth < kDepth && !second) {
@@ -195,7 +196,10 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       if (parts.ended()) {
         const OutputRows<Sum> rows_of_sum = second ? taken.dk_rows(dk, group.x, head, params)
                                                    : taken.dv_rows(dv, group.x, head, params);
-        parts.put_aside(sum, factor, rows_of_sum, key0, at);
+        if (second) {
+          scale(sum, score_derivative(params));
+        }
+        parts.put_aside(sum, rows_of_sum, key0, at);
         parts.start_next();
       }
     }
@@ -206,5 +210,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
 
   const OutputRows<Sum> rows_of_sum =
       second ? taken.dk_rows(dk, group.x, head, params) : taken.dv_rows(dv, group.x, head, params);
-  parts.store(sum, factor, rows_of_sum, key0, at);
+  if (second) {
+    scale(sum, score_derivative(params));
+  }
+  parts.store(sum, rows_of_sum, key0, at);
 }

@@ -39,6 +39,7 @@ attention_backward_dmask_from_ds(device float* ds [[buffer(kBufferDs)]],  // Dsc
   const int row0 = int(group.y) / key_blocks * ORCHARD_MAP_BLOCK + simdgroup * 8;
   const LanePosition at = lane_position(lane);
   const Window window = window_of(params);
+  const int place = dscore_place(key0, params);
   MaskSharers sharers;
   sharers.start(entry, params);
   const Range terms = terms_of_part(sharers.count(), part, parts);
@@ -57,7 +58,7 @@ attention_backward_dmask_from_ds(device float* ds [[buffer(kBufferDs)]],  // Dsc
     hulls.start(head, range_hulls, row0, params);
     const DscoreTiles tiles =
         dscore_tiles(ds, head.batch * params.num_heads + head.head, at, params);
-    const device float* tile = tiles.tile(key0, row0);
+    const device float* tile = tiles.tile(place, row0);
     Tile<float, 1, kCols> ds_block;
     ORCHARD_UNROLL
     for (int c = 0; c < kCols; c++) {

@@ -66,7 +66,7 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   ranges.start(head, key_ranges, group_row0, row0, at, lane, params);
   const Range blocks = ranges.key_blocks(
       window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK);
-  const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
+  const Starts unmasked = window.unmasked_keys(row0, 8 * R, BK);
   const DropoutDraws draws = dropout_draws(head.batch, head.head, at, params);
 
   LeftOperand<T, F, R, kDepth, V::kVec, kKeep> q;

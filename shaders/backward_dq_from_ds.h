@@ -100,7 +100,7 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
       ranges.key_blocks(
           window.key_blocks(group_row0, min(group_row0 + kGroupRows, params.q_len), BK), BK),
       BK, params);
-  const Unmasked unmasked = window.unmasked_keys(row0, 8 * R, BK);
+  const Starts unmasked = window.unmasked_keys(row0, 8 * R, BK);
   RightOperand<T, F, BK, BD, ORCHARD_THREADS(SIMDGROUPS), V::kVec, true> k;
   k.start(head.key_rows(key, params.k, params.head_dim), blocks.begin * BK,
       reinterpret_cast<threadgroup F*>(storage), thread_index, at);
@@ -110,41 +110,45 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   if (params.key_begin > 0) {
     partial.load(dq_sum);
   }
-  const DscoreTiles ds_tiles = dscore_tiles(ds, group.x, at, params);
-  const device float* tile = ds_tiles.tile(blocks.begin * BK, row0);
+  DscoreBlocks<BK> stored;
+  stored.tiles = dscore_tiles(ds, group.x, at, params);
+  stored.row0 = row0;
   MaskMap<typename V::Score::Mask> visible;
   visible.start(head, mask_map, params);
 
-  for (int block = blocks.begin; block < blocks.end; block++) {
-    const int key0 = block * BK;
-    const auto seen =
-        ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
-    if (!seen.template any<BK>()) {
-      const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
-      k.advance(steps);
-      tile = ds_tiles.tile(key0 + steps * BK, row0);
-      block += steps - 1;
-      continue;
-    }
-    const bool all_seen = unmasked.has(key0);
-    const bool passes = visible.passes(row0, key0);
-    Tile<float, R, BK / 8> ds_block;
-    ORCHARD_UNROLL
-    for (int r = 0; r < R; r++) {
-      ORCHARD_UNROLL
-      for (int c = 0; c < BK / 8; c++) {
-        const bool in_window = all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8);
-        const bool written = in_window && passes && hulls.meets(r, key0 + 8 * c);
-        ds_block.fragments[r][c] = written ? ds_tiles.load(tile, r, c) : float2(0.0f);
+  for (int block = blocks.begin; block < blocks.end;) {
+    const int last = stored.start_lap(block, blocks.end, params);
+    for (; block < last; block++) {
+      const int key0 = block * BK;
+      const auto seen =
+          ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
+      if (!seen.template any<BK>()) {
+        const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
+        k.advance(steps);
+        stored.advance(steps);
+        block += steps - 1;
+        continue;
       }
+      const bool all_seen = unmasked.has(key0);
+      const bool passes = visible.passes(row0, key0);
+      Tile<float, R, BK / 8> ds_block;
+      ORCHARD_UNROLL
+      for (int r = 0; r < R; r++) {
+        ORCHARD_UNROLL
+        for (int c = 0; c < BK / 8; c++) {
+          const bool in_window = all_seen || window.sees_any(row0 + 8 * r, 8, key0 + 8 * c, 8);
+          const bool written = in_window && passes && hulls.meets(r, key0 + 8 * c);
+          ds_block.fragments[r][c] = written ? stored.load(r, c) : float2(0.0f);
+        }
+      }
+      k.fetch(seen);
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+      k.store(seen);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      mma_AB(dq_sum, ds_block, k);
+      k.advance(1);
+      stored.advance(1);
     }
-    k.fetch(seen);
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    k.store(seen);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    mma_AB(dq_sum, ds_block, k);
-    k.advance(1);
-    tile = ds_tiles.template next<BK>(tile, row0);
   }
 
   if (params.key_end < params.kv_len) {

@@ -10,28 +10,22 @@
 #include "softmax.h"
 #include "tile.h"
 
+/// The place of 8 keys from key0 on, in blocks of 8 keys.
+METAL_FUNC int dscore_place(int key0, constant AttentionParams& params) {
+  return key0 / 8 % (params.ds_keys / 8);
+}
+
 /// The tiles of one query head.
 struct DscoreTiles {
   device float* data;
   int query_blocks;  // of 8 rows
-  int key_blocks;    // of 8 keys, after which places repeat
   LanePosition at;
 
   /// Elements between tiles of consecutive key blocks.
   METAL_FUNC int64_t row_of_tiles() const { return (int64_t)query_blocks * 64; }
 
-  METAL_FUNC device float* tile(int key0, int row0) const {
-    const int key_block = key0 / 8 % key_blocks;
-    return data + ((int64_t)key_block * query_blocks + row0 / 8) * 64;
-  }
-
-  /// From the tile of a key that begins a block of BK, of queries from row0 on, to the next
-  /// block's.
-  template <int BK>
-  METAL_FUNC const device float* next(const device float* tile_of_key, int row0) const {
-    const int64_t all = key_blocks * row_of_tiles();
-    const device float* behind = tile_of_key + BK / 8 * row_of_tiles();
-    return behind < data + all ? behind : behind - all;
+  METAL_FUNC device float* tile(int place, int row0) const {
+    return data + ((int64_t)place * query_blocks + row0 / 8) * 64;
   }
 
   /// One fragment of dS^T (keys, queries) to a tile, as the key's side holds it.
@@ -46,17 +40,46 @@ struct DscoreTiles {
   }
 };
 
-/// Stores a row of tiles, dS^T of 8 keys. Tiles without a pair that the window lets through have no
-/// place: theirs may be that of other keys. `whole`: whether it lets all pairs through.
+/// head counts from the first one of the dispatch.
+METAL_FUNC DscoreTiles dscore_tiles(
+    device float* ds, int head, LanePosition at, constant AttentionParams& params) {
+  DscoreTiles tiles;
+  tiles.query_blocks = (params.q_len + 7) / 8;
+  tiles.data = ds + head * (int64_t)(params.ds_keys / 8) * tiles.row_of_tiles();
+  tiles.at = at;
+  return tiles;
+}
+
+/// The tiles of queries from row0 on, by blocks of BK keys.
+template <int BK>
+struct DscoreBlocks {
+  DscoreTiles tiles;
+  int row0;
+  const device float* tile;  // the block's first one
+
+  /// Goes to a block. Returns the one behind it that has the first place, or the end before it.
+  METAL_FUNC int start_lap(int block, int end, constant AttentionParams& params) {
+    const int place = dscore_place(block * BK, params);
+    tile = tiles.tile(place, row0);
+    return min(end, block + (params.ds_keys / 8 - place + BK / 8 - 1) / (BK / 8));
+  }
+
+  /// So many blocks on, in this lap or beyond it.
+  METAL_FUNC void advance(int steps) { tile += tiles.row_of_tiles() * (steps * (BK / 8)); }
+
+  METAL_FUNC float2 load(int r, int c) const { return tiles.load(tile, r, c); }
+};
+
+/// Stores a row of tiles, dS^T of 8 keys. A tile without a pair that the window lets through has no
+/// place, since its own may be that of other keys: `rows` are those where tiles may begin.
 template <int COLS, typename Ranges>
-METAL_FUNC void store_dscore(DscoreTiles tiles, Window window, thread const Ranges& ranges,
-    int key0, int row0, bool whole, thread const Tile<float, 1, COLS>& ds,
-    constant AttentionParams& params) {
-  device float* tile = tiles.tile(key0, row0);
+METAL_FUNC void store_dscore(DscoreTiles tiles, int place, Starts rows, thread const Ranges& ranges,
+    int key0, int row0, thread const Tile<float, 1, COLS>& ds, constant AttentionParams& params) {
+  device float* tile = tiles.tile(place, row0);
   ORCHARD_UNROLL
   for (int c = 0; c < COLS; c++) {
     const int row = row0 + 8 * c;
-    if ((whole || window.sees_any(row, 8, key0, 8)) && ranges.stores(row, key0, params)) {
+    if (rows.has(row) && ranges.stores(row, key0, params)) {
       tiles.store(tile + 64 * c, ds.fragments[0][c]);
     }
   }
@@ -106,15 +129,4 @@ METAL_FUNC void dscore_transposed(thread Tile<float, 1, COLS>& ds,
   for (int c = 0; c < COLS; c++) {
     ds.fragments[0][c] = weighted<HIDES>(p.fragments[0][c], ds.fragments[0][c] - delta.pairs[c]);
   }
-}
-
-/// head counts from the first one of the dispatch.
-METAL_FUNC DscoreTiles dscore_tiles(
-    device float* ds, int head, LanePosition at, constant AttentionParams& params) {
-  DscoreTiles tiles;
-  tiles.query_blocks = (params.q_len + 7) / 8;
-  tiles.key_blocks = params.ds_keys / 8;
-  tiles.data = ds + head * (int64_t)tiles.key_blocks * tiles.row_of_tiles();
-  tiles.at = at;
-  return tiles;
 }

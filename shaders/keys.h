@@ -12,12 +12,20 @@ struct Range {
   METAL_FUNC bool has(int index) const { return index >= begin && index < end; }
 };
 
-/// Where a simdgroup's blocks may begin, on the axis of its loop, for all pairs in them to be seen.
-struct Unmasked {
+/// Where blocks of a simdgroup may begin, on the axis of its loop, so that something is so: from
+/// `first` on so many.
+struct Starts {
   int first;
-  int last;
+  uint count;
 
-  METAL_FUNC bool has(int begin) const { return begin >= first && begin <= last; }
+  METAL_FUNC bool has(int begin) const { return uint(begin - first) < count; }
+
+  METAL_FUNC static Starts between(int first, int last) {
+    Starts starts;
+    starts.first = first;
+    starts.count = max(last - first + 1, 0);
+    return starts;
+  }
 };
 
 /// Row i sees key j if both exist and i + diagonal - left <= j <= i + diagonal + right.
@@ -62,21 +70,21 @@ struct Window {
   }
 
   /// First keys of blocks of BK that every row [row0, row0 + rows) sees whole.
-  METAL_FUNC Unmasked unmasked_keys(int row0, int rows, int BK) const {
-    Unmasked keys;
-    keys.first = row0 + rows - 1 + diagonal - left;
-    keys.last = min(kv_len, row0 + diagonal + right + 1) - BK;
-    keys.last = row0 + rows <= q_len ? keys.last : -1;
-    return keys;
+  METAL_FUNC Starts unmasked_keys(int row0, int rows, int BK) const {
+    const int last = min(kv_len, row0 + diagonal + right + 1) - BK;
+    return Starts::between(row0 + rows - 1 + diagonal - left, row0 + rows <= q_len ? last : -1);
   }
 
   /// First rows of blocks of BQ of which each sees every key [key0, key0 + keys).
-  METAL_FUNC Unmasked unmasked_rows(int key0, int keys, int BQ) const {
-    Unmasked rows;
-    rows.first = key0 + keys - 1 - diagonal - right;
-    rows.last = min(q_len, key0 - diagonal + left + 1) - BQ;
-    rows.last = key0 + keys <= kv_len ? rows.last : -1;
-    return rows;
+  METAL_FUNC Starts unmasked_rows(int key0, int keys, int BQ) const {
+    const int last = min(q_len, key0 - diagonal + left + 1) - BQ;
+    return Starts::between(key0 + keys - 1 - diagonal - right, key0 + keys <= kv_len ? last : -1);
+  }
+
+  /// First rows of blocks of 8 of which any sees any of 8 keys from key0 on.
+  METAL_FUNC Starts rows_of_tiles(int key0) const {
+    const int last = min(key0 + 7 - diagonal + left, q_len - 1);
+    return Starts::between(max(key0 - diagonal - right - 7, 0), key0 < kv_len ? last : -1);
   }
 
   METAL_FUNC static Range clipped(int begin, int end, int length) {

@@ -38,12 +38,11 @@ struct SumParts {
     stored = true;
   }
 
-  /// Stores x times a factor, the sum of this part, with what the earlier ones have left there. The
-  /// output is read only where this thread, or an earlier dispatch, has stored to it.
+  /// Stores x, the sum of this part, with what the earlier ones have left there. The output is read
+  /// only where this thread, or an earlier dispatch, has stored to it.
   template <typename O, int COLS>
-  METAL_FUNC void store(thread Tile<float, 1, COLS>& x, float factor, OutputRows<O> to, int row0,
-      LanePosition at) const {
-    scale(x, factor);
+  METAL_FUNC void store(
+      thread Tile<float, 1, COLS>& x, OutputRows<O> to, int row0, LanePosition at) const {
     if (stored) {
       add_stored_rows<VEC>(x, to, row0, at);
     }
@@ -52,9 +51,9 @@ struct SumParts {
 
   /// The same, for x to begin again.
   template <typename O, int COLS>
-  METAL_FUNC void put_aside(thread Tile<float, 1, COLS>& x, float factor, OutputRows<O> to,
-      int row0, LanePosition at) const {
-    store(x, factor, to, row0, at);
+  METAL_FUNC void put_aside(
+      thread Tile<float, 1, COLS>& x, OutputRows<O> to, int row0, LanePosition at) const {
+    store(x, to, row0, at);
     zero(x);
   }
 };
