@@ -83,8 +83,9 @@ struct Window {
 
   /// First rows of blocks of 8 of which any sees any of 8 keys from key0 on.
   METAL_FUNC Starts rows_of_tiles(int key0) const {
-    const int last = min(key0 + 7 - diagonal + left, q_len - 1);
-    return Starts::between(max(key0 - diagonal - right - 7, 0), key0 < kv_len ? last : -1);
+    const int first = key0 - diagonal - right;  // row that sees key0
+    const int last = min(min(key0 + 7, kv_len - 1) - diagonal + left, q_len - 1);
+    return Starts::between(max(first - 7, 0), key0 < kv_len && first < q_len ? last : -1);
   }
 
   METAL_FUNC static Range clipped(int begin, int end, int length) {

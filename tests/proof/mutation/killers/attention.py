@@ -67,10 +67,7 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
     delta = (do.double() * out.double()).sum(-1)
     if dlse is not None:
         delta -= dlse.double()
-    row = torch.arange(case.q_len)[:, None] + case.diagonal
-    key = torch.arange(case.kv_len)
-    left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
-    visible = (key >= row - left) & (key <= row + right)
+    visible = window_of(case)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     group = case.num_heads // case.num_kv_heads
     k64, v64 = (x.double().repeat_interleave(group, 1) for x in (k, v))
@@ -85,6 +82,14 @@ def reference(case: Case, with_dlse: bool, shifts: tuple[float, float]) -> Refer
     size = (p * (dp.abs() + delta.abs()[..., None])).max() * (4 + score.abs().max())
     rounding = 4 * torch.finfo(F32).eps * size.item()
     return Reference((q, k, v, do), dlse, ref, eager, out, delta, p, ds, rounding, visible)
+
+
+def window_of(case: Case) -> Tensor:
+    """(L, S), what the window lets through."""
+    row = torch.arange(case.q_len)[:, None] + case.diagonal
+    key = torch.arange(case.kv_len)
+    left, right = (w if w >= 0 else 1 << 30 for w in (case.window_left, case.window_right))
+    return (key >= row - left) & (key <= row + right)
 
 
 @functools.cache
@@ -127,6 +132,23 @@ def ds_tiles(ds: Tensor) -> Tensor:
         .unflatten(-3, (blocks[0], 8))
         .permute(*range(len(heads)), -2, -4, -1, -3)
     )  # fmt: skip  (..., key block, query block, key, query)
+
+
+def tiles_of_pairs(pairs: Tensor) -> Tensor:
+    """(..., key block, query block), whether a tile holds any of them."""
+    return ds_tiles(pairs.double()).flatten(-2).any(-1)
+
+
+def in_places(tiles: Tensor, stored: Tensor, keys: int) -> Tensor:
+    """Tiles of dS in a buffer that has so many keys for each 8 queries. What is not `stored`
+    (heads, key blocks, query blocks) is NaN."""
+    count = keys // 8
+    placed = tiles.new_full((tiles.shape[0], count, *tiles.shape[2:]), math.nan)
+    for key in range(tiles.shape[1]):
+        place, mine = placed[:, key % count], stored[:, key]
+        assert place[mine].isnan().all(), "two tiles in a place"
+        place[mine] = tiles[:, key][mine]
+    return placed
 
 
 @dataclass(frozen=True)
@@ -183,20 +205,18 @@ class Attention:
             )
             results = {"dk": empty(k, self.layouts[1]), "dv": empty(v, self.layouts[2])}
             if self.store_ds:
-                shape = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).shape
-                results["ds"] = Guarded(shape, dense(shape), F32)
+                results["ds"] = self._empty_ds(params)
         else:
-            inputs = {"ds": self._stored_ds(given)} | key
+            inputs = {"ds": self._stored_ds(given, params.ds_keys)} | key
             results = {"dq": empty(q, self.layouts[0])}
         strides = {
             name: tuple(results[name].tensor.stride())
             for name in ("out", "dq", "dk", "dv")
             if name in results
         }
-        first = self.kv_heads[0] if self.kv_heads else 0
         block = with_seed(
-            params, has_dlse=int(self.dlse), first_kv_head=first, key_end=self.case.kv_len,
-            **strides,
+            params, has_dlse=int(self.dlse), first_head=self._query_heads().start,
+            key_end=self.case.kv_len, **strides,
         )  # fmt: skip
         counters = launch(
             library, kernel, sources.buffers, block, inputs, results,
@@ -230,11 +250,15 @@ class Attention:
     def _row_stats(self) -> Guarded:
         return Guarded.like(forward_results(self.case, self.shifts)[1], "dense")
 
-    def _stored_ds(self, given: Reference) -> Guarded:
+    def _empty_ds(self, params: Params) -> Guarded:
+        heads = self._query_heads()
+        shape = (heads.stop - heads.start, params.ds_keys // 8, -(-self.case.q_len // 8), 8, 8)
+        return Guarded(shape, dense(shape), F32)
+
+    def _stored_ds(self, given: Reference, keys: int) -> Guarded:
         """dS as the key's side leaves it: NaN in tiles that nobody sees."""
         tiles = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).float()
-        seen = ds_tiles(given.visible.double()).flatten(-2).any(-1)
-        tiles = torch.where(seen[..., None, None], tiles, math.nan)
+        tiles = in_places(tiles, tiles_of_pairs(given.visible).expand(tiles.shape[:3]), keys)
         stored = Guarded(tiles.shape, dense(tiles.shape), F32)
         stored.tensor.copy_(tiles)
         return stored
@@ -341,17 +365,17 @@ class Attention:
         return whole
 
     def _compare_ds(self, given: Reference, x: Tensor) -> None:
-        """Exact to float32's sums where anything is seen, zero or untouched elsewhere."""
+        """Exact to float32's sums where anything is seen; tiles that nobody sees are untouched."""
         heads = self._query_heads()
         ds = given.ds - given.weights * self._rounding_of_delta(given)[..., None]
         expected = ds_tiles(ds.flatten(0, 1)[heads])
-        seen = ds_tiles(given.visible.double()).bool().expand(expected.shape)
+        stored = tiles_of_pairs(given.visible).expand(expected.shape[:3])
+        seen = ds_tiles(given.visible.double()).expand(expected.shape)
+        expected, seen = (in_places(y, stored, 8 * x.shape[1]) for y in (expected, seen))
+        assert torch.equal(x.isnan(), expected.isnan()), "the tiles of dS that are stored"
         error = (x.double() - expected).abs()
-        assert (error[seen] <= given.ds_rounding).all(), "dS"
-        tiles = seen.flatten(-2).any(-1, keepdim=True)[..., None].expand(expected.shape)
-        assert (x[tiles & ~seen] == 0).all(), "dS of what is not seen"
-        rest = x[~tiles]
-        assert (rest.isnan() | (rest == 0)).all(), "dS of tiles that nobody sees"
+        assert (error[seen == 1] <= given.ds_rounding).all(), "dS"
+        assert (x[seen == 0] == 0).all(), "dS of what is not seen"
 
     def _products(self, kernel: dict) -> int:
         """8 x 8 x 8 products if exactly the blocks between the first and last visible one run."""

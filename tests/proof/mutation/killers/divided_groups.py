@@ -27,7 +27,6 @@ from .attention import (
     KEYS_SIDE,
     Attention,
     dense,
-    ds_tiles,
     empty,
     kernel_of,
     reference,
@@ -41,9 +40,11 @@ _LAYOUTS = ("padded", "blhd", "rows_odd", "dense", "odd")  # no two tensors have
 
 @dataclass(frozen=True)
 class Divided(Attention):
-    """The two kernels one after the other, for key/value heads `kv_heads` of all batches."""
+    """The two kernels one after the other, for key/value heads `kv_heads` of all batches; in turns,
+    for one of them."""
 
     parts: int = 3
+    turns: int = 1
 
     def run(self, sources: Sources, note: Callable[[str], None] = lambda _: None) -> None:
         given, case = reference(self.case, self.dlse, self.shifts), self.case
@@ -53,26 +54,32 @@ class Divided(Attention):
         )
         assert params.dkv_parts == self.parts
         heads = slice(*self.kv_heads or (0, case.batch * case.num_kv_heads))
-        count = heads.stop - heads.start
+        count, sums = heads.stop - heads.start, self.parts // self.turns
+        assert self.turns == 1 or count == 1
         width = case.head_dim + given.operands[2].shape[3]
-        shape = (1, count * self.parts, case.kv_len, width)
+        shape = (1, count * sums, case.kv_len, width)
         parts = Guarded(shape, dense(shape), F32)
         _, k, v, _ = given.operands
         results = {"dk": empty(k, self.layouts[1]), "dv": empty(v, self.layouts[2])}
         written = {"dk": parts, "dv": parts}
         if self.store_ds:
-            tiles = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).shape
-            written["ds"] = Guarded(tiles, dense(tiles), F32)
+            written["ds"] = self._empty_ds(params)
         inputs = {name: x[name] for name in ("query", "key", "value", "dout")}
         inputs |= {"row_stats": self._row_stats(), "delta": self._delta(given)}
         own = {name: tuple(y.tensor.stride()) for name, y in results.items()}
-        block = with_seed(params, first_kv_head=heads.start, key_end=case.kv_len, **own)
-        for family, taken, left in (
-            (self.family, inputs, written),
-            (DKV_SUMS, {"dkv_parts": parts}, results),
+        first, of_turn = (
+            self._query_heads().start,
+            case.num_heads // case.num_kv_heads // self.turns,
+        )
+        for family, taken, left, begin in (
+            *((self.family, inputs, written, first + t * of_turn) for t in range(self.turns)),
+            (DKV_SUMS, {"dkv_parts": parts}, results, first),
         ):
+            block = with_seed(
+                params, first_head=begin, key_end=case.kv_len, dkv_sums=sums, **own
+            )  # fmt: skip
             kernel = kernel_of(plan, family, case.kv_len)
-            kernel["groups"][0] = count * (self.parts if family == self.family else 1)
+            kernel["groups"][0] = count * (sums if family == self.family else 1)
             library = compile_kernel(sources, family, kernel, self.check)
             note("compiled")
             launch(library, kernel, sources.buffers, block, taken, left, workers=1)
@@ -86,7 +93,7 @@ def sums_of_parts(
     sources: Sources, note: Callable[[str], None], dtype: torch.dtype, check: bool = False
 ) -> None:
     """Bit for bit what an addition in order gives, for key/value heads 1 and 2 of 4."""
-    heads, parts, kv_len, d, dv = 4, 4, 6, 40, 33
+    heads, parts, sums, kv_len, d, dv = 4, 4, 3, 6, 40, 33
     layouts = {
         name: (shape, dense(shape), 0)
         for name, shape in (
@@ -97,11 +104,11 @@ def sums_of_parts(
     number = {F16: 0, BF16: 1, F32: 2}[dtype]
     asked = request(layouts, number, True, scratch_bytes=1 << 30, gpu_cores=_MANY)
     plan, params = sources.plan(asked)
-    assert params.dkv_parts == parts
+    assert params.dkv_parts == params.dkv_sums == parts
     kernel = kernel_of(plan, DKV_SUMS, kv_len)
     assert kernel["groups"] == [heads, 4]  # 6 x 73 elements
     kernel["groups"][0] = 2
-    shape = (2, parts, kv_len, d + dv)
+    shape = (2, sums, kv_len, d + dv)
     given = Guarded(shape, dense(shape), F32)
     given.tensor.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
     results = {
@@ -111,10 +118,10 @@ def sums_of_parts(
     own = {name: tuple(y.tensor.stride()) for name, y in results.items()}
     library = compile_kernel(sources, DKV_SUMS, kernel, check)
     note("compiled")
-    block = with_seed(params, first_kv_head=1, key_end=kv_len, **own)
+    block = with_seed(params, first_head=4, key_end=kv_len, dkv_sums=sums, **own)
     launch(library, kernel, sources.buffers, block, {"dkv_parts": given}, results, workers=1)
     expected = torch.zeros(2, kv_len, d + dv)
-    for part in range(parts):
+    for part in range(sums):
         expected = expected + given.tensor[:, part]
     for name, columns in (("dk", slice(0, d)), ("dv", slice(d, None))):
         found = results[name].tensor.flatten(0, 1)
@@ -131,6 +138,7 @@ def _cases() -> Iterator[Divided]:
     )  # fmt: skip
     wide = Case(128, 40, 64, num_heads=12, num_kv_heads=2, dtype=F16, window_right=0)
     values = Case(129, 41, 15, num_heads=12, num_kv_heads=2, dtype=F32, value_dim=21)
+    halves = Case(256, 40, 48, num_heads=8, num_kv_heads=2, dtype=F16, dropout_p=0.3)
     alone = Case(257, 33, 15, num_heads=3, num_kv_heads=1, dtype=F32, dropout_p=0.3)
     long = Case(1040, 20, 15, num_heads=2, num_kv_heads=1, dtype=F32, dropout_p=0.3)
     for family in KEYS_SIDE:
@@ -140,6 +148,10 @@ def _cases() -> Iterator[Divided]:
         yield Divided(f"{family}: parts of groups, wide values", family, values)
         yield Divided(f"{family}: parts of a head each", family, alone)
         yield Divided(f"{family}: sums in parts of parts", family, long, parts=2)
+        yield Divided(f"{family}: sums in turns", family, narrow, kv_heads=(2, 3), turns=3)
+        yield Divided(f"{family}: sums of halves in turns", family, halves, kv_heads=(1, 2),
+                      parts=4, turns=2)  # fmt: skip
+        yield Divided(f"{family}: sums in parts and turns", family, long, parts=2, turns=2)
 
 
 def _plan(sources: Sources, scratch: int, cores: int, number: int = 0, **sizes: int) -> tuple:
@@ -228,7 +240,7 @@ def plan_of_divided_launches(sources: Sources) -> None:
             of_dq = dq["groups"][1]
             assert plan["launches"][1:] == [
                 [1, 4, blocks, 0, 0, 70], [2, 4, of_dq, 0, 0, 70], [3, 2, of_sums, 0, 0, 70],
-                [1, 4, blocks, 2, 0, 70], [2, 4, of_dq, 2, 0, 70], [3, 2, of_sums, 2, 0, 70],
+                [1, 4, blocks, 4, 0, 70], [2, 4, of_dq, 4, 0, 70], [3, 2, of_sums, 4, 0, 70],
             ]  # fmt: skip
     # Keys of one head in turns: the sums of its parts are added up behind the last ones.
     keys, end, budget = 2048, 4072, 8 * 4096 * 3136
@@ -237,14 +249,14 @@ def plan_of_divided_launches(sources: Sources) -> None:
     of_dq = plan["kernels"][2]["groups"][1]
     assert plan["launches"][1:] == [
         launch
-        for head in (0, 1)
+        for head in (0, 2)
         for launch in (
             [1, 2, 64, head, 0, keys], [2, 2, of_dq, head, 0, keys],
             [1, 2, 64, head, keys, end], [2, 2, of_dq, head, keys, end],
             [3, 1, end, head, 0, end],
         )
     ]  # fmt: skip
-    whole, _ = _plan(sources, budget, 1, h=4, hk=2, l=4096, s=end, d=64)
+    whole, _ = _plan(sources, 2 * budget, 1, h=4, hk=2, l=4096, s=end, d=64)
     assert [kernel["family"] for kernel in whole["kernels"][1:]] == [DKV, DQ_FROM_DS]
     assert "_parts" not in whole["kernels"][1]["name"]
     assert "Group" not in whole["kernels"][1]["instantiation"]

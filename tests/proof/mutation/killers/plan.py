@@ -175,7 +175,8 @@ def plan_of_scratch(sources: Sources) -> None:
         expected = [[0, *delta, 0, 0, 70]]
         for first in range(0, 15, step):
             heads = min(step, 15 - first)
-            expected += [[1, heads, dkv[1], first, 0, 70], [2, 2 * heads, dq[1], first, 0, 70]]
+            expected += [[1, heads, dkv[1], 2 * first, 0, 70],
+                         [2, 2 * heads, dq[1], 2 * first, 0, 70]]  # fmt: skip
         assert plan["launches"] == expected
         last = plan["kernels"][-1]["family"]
         assert last == (DQ_FROM_DS if at_once else DQ)
@@ -198,9 +199,9 @@ def plan_of_large_sums(sources: Sources) -> None:
     layouts = _layouts(b=1, h=16, hk=1, l=1 << 28, s=64)
     plan, _ = sources.plan(request(layouts, 0, True, scratch_bytes=1 << 60))
     assert plan["scratch_bytes"] == 4 * 16 * (1 << 28) * 64
-    q_len, keys = 1 << 24, 8192
-    layouts = _layouts(b=1, h=2, hk=1, l=q_len, s=1 << 20, d=128)
-    tiles, sums = 2 * q_len * keys, 2 * q_len * 128
+    q_len, keys = 1 << 25, 8192
+    layouts = _layouts(b=1, h=1, hk=1, l=q_len, s=1 << 20, d=128)
+    tiles, sums = q_len * keys, q_len * 128
     plan, params = sources.plan(request(layouts, 0, True, scratch_bytes=4 * (tiles + sums)))
     assert plan["scratch_bytes"] == 4 * (tiles + sums) and params.dq_sums == tiles
     assert [launch[4:] for launch in plan["launches"][1:5]] == [

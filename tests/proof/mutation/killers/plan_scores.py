@@ -463,7 +463,7 @@ def plan_of_maps_with_windows(sources: Sources) -> None:
     assert plan["kernels"][0]["name"].endswith("_ranges") and plan["map_elements"] == 3
     assert (params.window_left, params.window_right) == (1 << 30, 1 << 30)
     assert (params.ranges.left, params.ranges.right) == (7, 9)
-    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
+    assert params.ds_keys == params.ds_partial == 0
     empty = _mask((1, 0, 4, 40, 70), inner=0)
     plan, _ = sources.plan(request(_layouts(b=0), 0, mask=empty, ranges_batch=9, **ranges))
     assert not plan["map_elements"]
@@ -487,7 +487,7 @@ def plan_of_key_spans(sources: Sources) -> None:
             at_once = min(fits, 2)
             assert plan["scratch_bytes"] == at_once * keys * row
             expected = [0] if not fits else [keys, partial]
-            assert [params.ranges.ds_keys, params.ranges.ds_partial][: len(expected)] == expected
+            assert [params.ds_keys, params.ds_partial][: len(expected)] == expected
             families = [kernel["family"] for kernel in plan["kernels"]]
             of_query = [DQ_FROM_DS, *[DQ] * partial] if fits else [DQ]
             assert families == [DELTA, DKV, *of_query]
@@ -510,7 +510,7 @@ def plan_of_key_spans(sources: Sources) -> None:
     without = request(layouts, 0, True, key_span=1, scratch_bytes=1 << 30)
     plan, params = sources.plan(without)
     assert plan["scratch_bytes"] == 2 * 992 * row
-    assert params.ranges.ds_keys == params.ranges.ds_partial == 0
+    assert (params.ds_keys, params.ds_partial) == (992, 0)
 
 
 def plan_of_value_widths(sources: Sources) -> None:

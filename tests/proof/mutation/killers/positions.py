@@ -141,7 +141,8 @@ def _far_ds(
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
     block = torch.frombuffer(
-        bytearray(with_seed(params, key_end=key_end, dq_sums=tiles, **own)), dtype=torch.uint8
+        bytearray(with_seed(params, key_end=key_end, ds_keys=key_end, dq_sums=tiles, **own)),
+        dtype=torch.uint8,
     ).clone()
     numbers = sources.buffers
     buffers = {numbers[name]: y.buffer for name, y in x.items()}

@@ -77,25 +77,25 @@ def time_of(call: Call, stored: bool, at_once: tuple[int, int], parts: int) -> f
     weight = 0.25 if stored else 0.75
     visible, total = call.visible().double(), 0.0
     for head, begin in itertools.product(
-        range(0, call.heads, at_once[0]), range(0, call.s, at_once[1])
+        range(0, call.b * call.h, at_once[0]), range(0, call.s, at_once[1])
     ):
-        heads = min(at_once[0], call.heads - head)
+        heads = min(at_once[0], call.b * call.h - head)
         seen = visible[:, begin : begin + at_once[1]]
-        pairs = heads * call.group * seen.sum().item()
+        pairs = heads * seen.sum().item()
         keys = min(keys_of_group, seen.shape[1])
         of_keys = call.group // parts * keys * seen.sum(0).max().item()
         of_queries = rows * seen.sum(1).max().item()
-        key_groups = heads * parts * math.ceil(seen.shape[1] / keys)
+        key_groups = heads * parts // call.group * math.ceil(seen.shape[1] / keys)
         seeing = max(int((seen.sum(1) > 0).sum()), 1)
-        row_groups = heads * call.group * math.ceil(seeing / rows)
+        row_groups = heads * math.ceil(seeing / rows)
         turn = seen.shape[1] < call.s
-        again = 24 * heads * call.group * call.l * turn
+        again = 24 * heads * call.l * turn
         time = time_of_launch(call, pairs, key_groups, of_keys)
         time += weight * time_of_launch(call, pairs + again, row_groups, of_queries)
         total += (time + 2 * 80000 / call.d) * (1.04 if turn else 1.0)
     if parts > 1:
         total += 48 * call.heads * parts * call.s / call.cores
-        total += 80000 / call.d * math.ceil(call.heads / at_once[0])
+        total += 80000 / call.d * min(math.ceil(call.b * call.h / at_once[0]), call.heads)
     return total
 
 
@@ -111,17 +111,19 @@ def plan_of_times(sources: Sources) -> None:
     """The estimate is what counting gives."""
     for window, cores, (d, dtype) in itertools.product(_WINDOWS, (1, 3, 8, 500), _TILES):
         for call, at_once in (
-            (Call(d=d, dtype=dtype, cores=cores, **window), (2, 130)),
-            (Call(l=129, d=d, dtype=dtype, cores=cores, **window), (2, 130)),
-            (Call(l=1, d=d, dtype=dtype, cores=cores, **window), (2, 130)),
-            (Call(b=3, h=6, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
-            (Call(d=d, dtype=dtype, cores=cores, **window), (1, 64)),
+            (Call(d=d, dtype=dtype, cores=cores, **window), (4, 130)),
+            (Call(l=129, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
+            (Call(l=1, d=d, dtype=dtype, cores=cores, **window), (4, 130)),
+            (Call(b=3, h=6, d=d, dtype=dtype, cores=cores, **window), (12, 130)),
+            (Call(d=d, dtype=dtype, cores=cores, **window), (2, 64)),
             (Call(h=3, hk=3, s=65, d=d, dtype=dtype, cores=cores, **window), (2, 64)),
-            (Call(b=5, h=2, hk=1, d=d, dtype=dtype, cores=cores, **window), (3, 130)),
+            (Call(b=5, h=2, hk=1, d=d, dtype=dtype, cores=cores, **window), (6, 130)),
+            (Call(h=8, d=d, dtype=dtype, cores=cores, **window), (2, 64)),
             (Call(b=33, h=1, hk=1, l=40, s=10, d=d, dtype=dtype, cores=cores, **window), (33, 10)),
             (Call(l=20, s=10, b=2, d=d, dtype=dtype, cores=cores, **window), (2, 10)),
         ):
-            for stored, parts in itertools.product((False, True), (1, call.group)):
+            turns = max(call.group // at_once[0], 1)
+            for stored, parts in itertools.product((False, True), (turns, call.group)):
                 found = sources.time_of_backward(call.request(), stored, at_once, parts)
                 expected = time_of(call, stored, at_once, parts)
                 assert math.isclose(found, expected, rel_tol=1e-12), (call, at_once, found)
@@ -136,40 +138,64 @@ def _turns(of_all: int, fitting: int) -> int:
     return math.ceil(of_all / math.ceil(of_all / fitting))
 
 
+def _heads_at_once(call: Call) -> Iterator[int]:
+    """Divisors of the group, if sums of dk and dv have room, and 1, 2, 4 ... groups."""
+    if call.s * 2 * call.d <= 1 << 28:
+        yield from (n for n in range(1, call.group) if call.group % n == 0)
+    for power in range(60):
+        yield call.group * min(1 << power, call.heads)
+        if 1 << power >= call.heads:
+            return
+
+
+def _stored_keys(call: Call) -> int:
+    """All, or what 8 queries see through the window and what begins or ends in their blocks."""
+    keys = 8 * math.ceil(call.s / 8)
+    if min(call.left, call.right) < 0:
+        return keys
+    return min(keys, 64 * math.ceil((call.left + call.right + 8 + 7) / 64))
+
+
 def divisions_of(call: Call) -> Iterator[tuple[int, ...]]:
-    """What the plan should have to choose from: whole heads, and keys of 1, 2, 4 ... heads."""
-    rows = call.group * 8 * math.ceil(call.l / 8)
-    floats = call.scratch // 4
+    """What the plan should have to choose from: as many heads as fit with all keys, and keys of so
+    many heads. Where a group's heads take turns, sums of dk and dv have room, too."""
+    rows, stored = 8 * math.ceil(call.l / 8), _stored_keys(call)
+    floats, every = call.scratch // 4, call.b * call.h
     for room in (floats, floats - min(call.scratch // 8, 1 << 30) // 4)[: 1 + (call.group > 1)]:
-        of_one = rows * 8 * math.ceil(call.s / 8)
-        if of_one <= room:
-            heads = _turns(call.heads, min(room // of_one, call.heads))
-            if math.ceil(call.heads / heads) <= 1024:
-                yield heads, call.s, heads * of_one, 0, 0
-        for power in range(60):
-            heads = min(1 << power, call.heads)
-            sums = heads * call.group * call.l * call.d
-            keys = (room - sums) // (heads * rows) if room > sums else 0
-            if 64 <= keys < call.s:
+        left = {
+            heads: room - (call.s * 2 * call.d if heads < call.group else 0)
+            for heads in _heads_at_once(call)
+        }
+        whole = max((n for n in left if n * rows * stored <= left[n]), default=0)
+        if whole >= call.group:
+            fitting = room // (call.group * rows * stored)
+            whole = call.group * _turns(call.heads, min(fitting, call.heads))
+        if whole and math.ceil(every / whole) <= 1024:
+            yield whole, call.s, whole * rows * stored, 0, stored
+        for heads in _heads_at_once(call):
+            sums = heads * call.l * call.d
+            keys = (left[heads] - sums) // (heads * rows) if left[heads] > sums else 0
+            if 64 <= keys < stored:
                 keys = 64 * _turns(math.ceil(call.s / 64), keys // 64)
-                turns = math.ceil(call.heads / heads) * math.ceil(call.s / keys)
-                if turns <= 1024:
-                    yield heads, keys, heads * rows * keys, sums, 0
-            if heads == call.heads:
-                break
+                if math.ceil(every / heads) * math.ceil(call.s / keys) <= 1024:
+                    yield heads, keys, heads * rows * keys, sums, keys
 
 
-def _parts_of(call: Call, division: tuple[int, ...]) -> int:
-    """As in divided_groups.py: the least divisor of the group that fills the GPU, and fits."""
+def _parts_of(call: Call, division: tuple[int, ...]) -> tuple[int, int]:
+    """As in divided_groups.py: the least divisor of the heads that run at once, of one group, that
+    fills the GPU, and fits; all parts of the group, and those that run at once."""
     heads, keys, tiles, sums, _ = division
+    of_group = min(heads, call.group)
     room = min(call.scratch // 4 - tiles - sums, min(call.scratch // 8, 1 << 30) // 4)
-    most = min(room // (heads * call.s * 2 * call.d), call.group * call.l // 256)
-    groups = heads * math.ceil(keys / _TILES[call.d, call.dtype][0])
+    most = min(
+        room // (heads // of_group * call.s * 2 * call.d), of_group * call.l // 256
+    )  # fmt: skip
+    groups = heads // of_group * math.ceil(keys / _TILES[call.d, call.dtype][0])
     parts = 1
-    for n in range(2, call.group + 1):
-        if call.group % n == 0 and n <= most and parts * groups < 8 * call.cores:
+    for n in range(2, of_group + 1):
+        if of_group % n == 0 and n <= most and parts * groups < 8 * call.cores:
             parts = n
-    return parts
+    return call.group // of_group * parts, parts
 
 
 def _calls() -> Iterator[Call]:
@@ -202,7 +228,7 @@ def plan_of_divisions(sources: Sources) -> None:
     ):  # fmt: skip
         found = sources.ds_divisions(Call(3, 10, 5, 41, 70, scratch=scratch).request())
         assert [x for x in found if x[1] == 70][:1] == (
-            [(at_once, 70, at_once * group // 4, 0, 0)] if at_once else []
+            [(2 * at_once, 70, at_once * group // 4, 0, 72)] if at_once else []
         )
     for empty in ({"b": 0}, {"h": 0}, {"h": 0, "hk": 2}, {"hk": 0}, {"l": 0}, {"s": 0}, {"d": 48}):
         fields = {"h": 0, "hk": 0} if empty == {"h": 0} else empty
@@ -225,41 +251,49 @@ def plan_of_divisions(sources: Sources) -> None:
 def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> Iterator[list[int]]:
     """dk and dv, and dq behind them, in turns; where groups are divided, the sums of their parts
     behind all turns of their heads."""
-    for head in range(0, call.heads, at_once[0]):
-        heads = min(at_once[0], call.heads - head)
+    every = call.b * call.h
+    for head in range(0, every, at_once[0]):
+        heads = min(at_once[0], every - head)
         for begin in range(0, call.s, at_once[1]):
             end = min(begin + at_once[1], call.s)
             groups = math.ceil((end - begin) / _TILES[call.d, call.dtype][0])
-            yield [1, heads * parts, groups, head, begin, end]
-            yield [2, heads * call.group, plan["kernels"][2]["groups"][1], head, begin, end]
-        if parts > 1:
-            yield [3, heads, plan["kernels"][3]["groups"][1], head, 0, call.s]
+            yield [1, heads * parts // call.group, groups, head, begin, end]
+            yield [2, heads, plan["kernels"][2]["groups"][1], head, begin, end]
+        if parts > 1 and (head + heads) % call.group == 0:
+            groups = max(heads // call.group, 1)
+            first = head + heads - groups * call.group
+            yield [3, groups, plan["kernels"][3]["groups"][1], first, 0, call.s]
 
 
 def plan_of_choices(sources: Sources) -> None:
     """Of seven products and the divisions the one that takes least; the first of equal ones."""
     chosen = set()
     for call in _calls():
-        seven = (call.heads, call.s, 0, 0, 0)
+        seven = (call.b * call.h, call.s, 0, 0, 0)
         options = [seven, *sources.ds_divisions(call.request())]
         times = []
         for x in options:
-            parts = _parts_of(call, x)
+            parts, _ = _parts_of(call, x)
             times.append(sources.time_of_backward(call.request(), x[2] > 0, x[:2], parts))
         for stores_ds in (False, True):
             first = 1 if stores_ds and len(options) > 1 else 0
             best = min(range(first, len(options)), key=times.__getitem__)
-            heads, keys, tiles, sums, _ = options[best]
+            heads, keys, tiles, sums, stored = options[best]
             plan, params = sources.plan(call.request(stores_ds=stores_ds))
             assert plan["scratch_bytes"] == 4 * (tiles + sums), (call, options[best])
-            assert params.dq_sums == tiles and params.dkv_parts == _parts_of(call, options[best])
+            assert (params.dq_sums, params.ds_keys) == (tiles, stored)
+            assert (params.dkv_parts, params.dkv_sums) == _parts_of(call, options[best])
+            groups = params.dkv_sums * max(heads // call.group, 1)
+            elements = groups * call.s * 2 * call.d if params.dkv_parts > 1 else 0
+            assert plan["dkv_part_elements"] == elements
             family = DQ_FROM_DS if tiles else DQ
             assert plan["kernels"][2]["family"] == family
             assert plan["launches"][1:] == list(
                 _launches(call, plan, (heads, keys), params.dkv_parts)
             )
-            chosen.add((tiles > 0, heads < call.heads, keys < call.s))
-    assert len(chosen) == 5  # whole, by heads, by keys, by both, and seven products
+            of_heads = (heads < call.group) + (heads < call.b * call.h)
+            chosen.add((tiles > 0, of_heads, keys < call.s, 0 < stored < call.s and keys == call.s))
+    assert len(chosen) == 9, chosen
 
 
 def plan_of_ranges_in_turns(sources: Sources) -> None:
@@ -273,7 +307,7 @@ def plan_of_ranges_in_turns(sources: Sources) -> None:
         stored = 8 * math.ceil(call.s / 8)
         heads = min(call.scratch // 4 // (rows * stored), call.heads)
         heads = _turns(call.heads, heads)
-        assert found == [(heads, call.s, heads * rows * stored, 0, stored)]
+        assert found == [(heads * call.group, call.s, heads * rows * stored, 0, stored)]
         plan, _ = sources.plan(call.request(has_key_ranges=True))
         assert plan["scratch_bytes"] == 4 * heads * rows * stored
     assert not sources.ds_divisions(Call(scratch=1 << 16).request(has_key_ranges=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 from orchard_ops.testing import assert_attention_close
 
 from ..harness import BOOL, DMASK, DQ, DQ_FROM_DS, FORWARD
-from .attention import F32, KEYS_SIDE, ds_tiles, keys_of_group, repository
+from .attention import (
+    F32,
+    KEYS_SIDE,
+    ds_tiles,
+    in_places,
+    keys_of_group,
+    repository,
+    tiles_of_pairs,
+    window_of,
+)
 from .compiled import template_arguments
 from .score_problems import Scores, fits, given, meets
 from .score_runs import IN_PARTS, left_by_the_repository, plan_of
@@ -100,20 +110,16 @@ def _rows_of(problem: Scores, family: str) -> Tensor:
     return own
 
 
-def _in_places(problem: Scores, tiles: Tensor) -> Tensor:
-    """Tiles of dS in the places that key blocks share; NaN where nothing is stored."""
-    x, count = given(problem), problem.ds_keys // 8
+def _stored_tiles(problem: Scores) -> Tensor:
+    """(heads, key blocks, query blocks) of dS, whether key_ranges let the key's side store them."""
+    x, case = given(problem), problem.case
     assert x.sight is not None
-    placed = torch.full((tiles.shape[0], count, *tiles.shape[2:]), math.nan, dtype=torch.float64)
-    for index in range(len(tiles)):
-        batch, head = divmod(index, problem.case.num_heads)
-        for row in range(tiles.shape[2]):
-            hull = x.sight.hull(batch, head, slice(8 * row, 8 * row + 8))
-            for key in range(tiles.shape[1] if fits(hull, problem.ds_keys) else 0):
-                if meets(hull, 8 * key, 8 * key + 8):
-                    assert placed[index, key % count, row].isnan().all()
-                    placed[index, key % count, row] = tiles[index, key, row]
-    return placed
+    shape = (case.batch * case.num_heads, -(-case.kv_len // 8), -(-case.q_len // 8))
+    stored = torch.zeros(shape, dtype=torch.bool)
+    for index, key, row in itertools.product(*map(range, shape)):
+        hull = x.sight.hull(*divmod(index, case.num_heads), slice(8 * row, 8 * row + 8))
+        stored[index, key, row] = fits(hull, problem.ds_keys) and meets(hull, 8 * key, 8 * key + 8)
+    return stored
 
 
 def _compare_ds(problem: Scores, got: Tensor) -> None:
@@ -121,8 +127,18 @@ def _compare_ds(problem: Scores, got: Tensor) -> None:
     expected = ds_tiles(x.ds.flatten(0, 1))
     seen = ds_tiles(x.seen.flatten(0, 1).double()) > 0
     if problem.ds_keys:
-        expected, seen = (_in_places(problem, tiles) for tiles in (expected, seen.double()))
+        stored = _stored_tiles(problem)
+        expected, seen = (
+            in_places(tiles, stored, problem.ds_keys) for tiles in (expected, seen.double())
+        )
         assert torch.equal(expected.isnan(), got.isnan()), "the tiles of dS that are stored"
+        seen = seen == 1
+    elif x.sight is None:
+        window = tiles_of_pairs(window_of(problem.case)).expand(expected.shape[:3])
+        expected, seen = (
+            in_places(tiles, window, 8 * got.shape[1]) for tiles in (expected, seen.double())
+        )
+        assert got[expected.isnan()].isnan().all(), "tiles of dS that no window has"
         seen = seen == 1
     error = (got.double() - expected).abs()
     eps = torch.finfo(problem.case.dtype).eps

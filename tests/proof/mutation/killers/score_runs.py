@@ -102,7 +102,7 @@ def _shapes(
         "dq": (tuple(x["query"].shape), case.dtype), "dk": (tuple(x["key"].shape), case.dtype),
         "dv": (tuple(x["value"].shape), case.dtype), "dsinks": ((rows[1],), F32),
         "mask_map": ((max(plan["map_elements"], 1), 2), torch.int32),
-        "ds": ((rows[0] * rows[1], problem.ds_keys // 8 or blocks[0], blocks[1], 8, 8), F32),
+        "ds": ((rows[0] * rows[1], params.ds_keys // 8 or blocks[0], blocks[1], 8, 8), F32),
         "range_hulls": ((*ranges.shape[:2], -(-rows[2] // 8), 6), torch.int32),
         "dmask": (tuple(mask.sizes) if mask else (1,), x["mask"].dtype if mask else F32),
         "dmask_parts": (
