@@ -134,6 +134,9 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         map(p, stats);
         if (!unmasked.has(row0)) {
           mask_transposed(p, window, key0, row0, at);
+          if (V::Score::kCapped && !kHides) {  // it is NaN where the score is
+            mask_transposed(derivatives, window, key0, row0, at);
+          }
         }
         ranges.hide(p, key0, row0, at);
         Tile<float, 1, kBlocks> ds_block;

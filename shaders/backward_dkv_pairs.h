@@ -162,6 +162,9 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           map(x, stats);
           if (!unmasked.has(row0)) {
             mask_transposed(x, window, key0, row0, at);
+            if (V::Score::kCapped && !kHides) {  // it is NaN where the score is
+              mask_transposed(derivatives, window, key0, row0, at);
+            }
           }
           ranges.hide(x, key0, row0, at);
           if (V::Score::kCapped) {

@@ -114,6 +114,9 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
     map(p, stats);
     if (!unmasked.has(key0)) {
       mask(p, window, row0, key0, 0.0f, at);
+      if (V::Score::kCapped && !kHides) {  // it is NaN where the score is
+        mask(derivatives, window, row0, key0, 0.0f, at);
+      }
     }
     ranges.hide(p, key0, 0.0f, at);
     Tile<float, R, BK / 8> dp;

@@ -146,11 +146,12 @@ attention_decode_merge(const device float* sums
   float total = joined.total;
   float weight = 1.0f;  // of the parts, from the sink's origin
   if (attention.has_sinks) {
-    top = max(top, sinks[head]);
+    const float sink = sinks[head];
+    top = max(top, sink);
     weight = Exp::of(joined.top - top);
-    total = total * weight + Exp::of(sinks[head] - top);
+    total = sum_beside(total, sink) * weight + exponential_of_sink(sink, top);
   }
-  const float factor = total == 0.0f ? 0.0f : weight / total;
+  const float factor = joined.total == 0.0f ? 0.0f : weight / total;
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;

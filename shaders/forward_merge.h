@@ -29,6 +29,7 @@ attention_forward_merge(const device float* parts [[buffer(kBufferForwardParts)]
   }
   const bool has_sink = NATURAL && params.has_sinks;
   const float sink = has_sink ? sinks[head.head] : numeric_limits<float>::lowest();
+  own.y = has_sink ? sum_beside(own.y, sink) : own.y;
   OnlineSoftmax<1, NATURAL> softmax;
   softmax.origin[0] = max(simd_max(own.x), sink);
   const float weight = Exponential<NATURAL>::of(own.x - softmax.origin[0]);

@@ -34,7 +34,7 @@ struct FinishedRow {
   template <bool DROPOUT, int ROWS, bool NATURAL>
   METAL_FUNC void finish(thread const OnlineSoftmax<ROWS, NATURAL>& softmax, int r, float of_keys,
       bool has_sink, float sink, constant AttentionParams& params) {
-    const float total = has_sink ? of_keys + softmax.exponential(r, sink) : of_keys;
+    const float total = has_sink ? of_keys + exponential_of_sink(sink, softmax.origin[r]) : of_keys;
     factor = of_keys == 0.0f ? 0.0f : (DROPOUT ? params.dropout_rescale : 1.0f) / total;
     stats = softmax.row_stats(r, of_keys, total);
   }

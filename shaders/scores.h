@@ -32,9 +32,10 @@ METAL_FUNC float score_derivative(constant AttentionParams& params) { return par
 /// What tanh_log2 takes x by: 2 log2(e).
 METAL_FUNC float tanh_unit() { return 2.88539008f; }
 
-/// tanh(x) of y = x tanh_unit(), which is (2^y - 1) / (2^y + 1), to 3 units in the last place:
-/// softcap multiplies its error. Where 2^y is near 1 the difference would cancel, so that below 1
-/// y is multiplied by a polynomial in y^2, fitted to tanh(x) / y. NaN is not above.
+/// tanh(x) of y = x tanh_unit(), which is (2^y - 1) / (2^y + 1). softcap multiplies its error: over
+/// all floats x at most 2.9 units in the last place, the rounding of y among them, where exp2 is
+/// right to half a unit. Where 2^y is near 1 the difference would cancel, so that below 1 y is
+/// multiplied by a polynomial in y^2, fitted to tanh(x) / y. NaN is not above.
 METAL_FUNC float tanh_log2(float y) {
   const float size = abs(y);
   const float e = fast::exp2(-size);  // which cannot overflow

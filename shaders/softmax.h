@@ -16,6 +16,18 @@ struct Exponential {
   METAL_FUNC static float logarithm(float x) { return NATURAL ? log(x) : log2(x); }
 };
 
+/// A sum of exponentials whose origin a sink is about to move. A sink of +inf would leave 0 of it,
+/// where inf - inf shall make it NaN. The sum of no key stays 0.
+METAL_FUNC float sum_beside(float sum, float sink) {
+  return sink == INFINITY && sum != 0.0f ? NAN : sum;
+}
+
+/// The exponential of a sink, counted from an origin that is not below it: 1 at the origin, though
+/// that be +inf.
+METAL_FUNC float exponential_of_sink(float sink, float origin) {
+  return sink == origin ? 1.0f : Exponential<true>::of(sink - origin);
+}
+
 /// Exponentials count from an origin of each row. It follows the row's largest score only when that
 /// is more than a slack of 2^8 above it, which is rare after the first keys: weights reach 2^8, and
 /// what was accumulated is seldom brought to a new origin.
@@ -89,6 +101,7 @@ struct OnlineSoftmax {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
       top[r] = score;
+      sum[r] = sum_beside(sum[r], score);
     }
     raise(top, 0.0f, o);
   }
@@ -96,20 +109,21 @@ struct OnlineSoftmax {
   /// Sum over the whole row.
   METAL_FUNC float total(int r) const { return row_sum(sum[r]); }
 
-  METAL_FUNC float exponential(int r, float score) const { return Exp::of(score - origin[r]); }
-
   /// What the backward needs of a row: the origin of its exponentials, and the logarithm of their
   /// sum, `total`, of which keys have `of_keys`. They stay apart, since one number would lose the
   /// logarithm beside a large origin. A row without a key has a logarithm of -inf, and an origin
-  /// that is the lowest number; where it has a sink, its logarithm is -0 (sees_no_key).
+  /// that is the lowest number; where it has a sink, its logarithm is -0 (sees_no_key). Where the
+  /// sum of other rows is NaN, so is the origin: in_powers() loses a logarithm of NaN, and weights
+  /// are NaN by the origin.
   METAL_FUNC float2 row_stats(int r, float of_keys, float total) const {
     const float log_sum = Exp::logarithm(total);
-    return float2(origin[r], of_keys == 0.0f ? -abs(log_sum) : log_sum);
+    const bool lost = of_keys != 0.0f && isnan(log_sum);
+    return float2(lost ? NAN : origin[r], of_keys == 0.0f ? -abs(log_sum) : abs(log_sum));
   }
 };
 
-/// Whether a row with these statistics sees no key. Other sums have an exponential of 1 in them, so
-/// that their logarithm has no sign.
+/// Whether a row with these statistics sees no key. Other sums have an exponential of 1 in them, or
+/// are NaN, so that their logarithm has no sign.
 METAL_FUNC bool sees_no_key(float2 stats) { return as_type<int>(stats.y) < 0; }
 
 /// Which of a block's rows see a key: row i of it is bit i.

@@ -184,6 +184,17 @@ def test_rows_without_a_key():
     torch.testing.assert_close(out[1], case.operands()[2][1, :, 7:8].expand_as(out[1]))
 
 
+def test_a_sink_of_infinity(fresh_stats: None):
+    """Rows are NaN, as inf - inf is; the first sees no key, and is 0 with its sink for its lse."""
+    case = Case(3, 300, 64, window_right=0, diagonal=-1, sinks=True)
+    sinks = torch.tensor([math.inf, 0.5], device="mps")
+    out, lse = (x.cpu() for x in forward(case, case.operands()[:3], sinks=sinks))
+    assert ran_on_decode()
+    assert not out[:, :, 0].any() and bool((lse[0, :, 0] == sinks.cpu()).all())
+    assert bool(out[:, 0, 1:].isnan().all()) and bool(lse[:, 0, 1:].isnan().all())
+    assert bool(out[:, 1].isfinite().all()) and bool(lse[:, 1].isfinite().all())
+
+
 def test_operands_are_read_where_they_lie():
     """No copy: the cache of a model is (B, S, H, D) memory and longer than the keys that are."""
     import simulator

@@ -440,13 +440,17 @@ class Problem:
         `top` is the largest of each row where it is known.
         Returns the origin and the sum of each row, (B, Hq, rows, 1), and the sinks' exponentials.
         A row without a key counts from the lowest finite number, and its sum is 0. Every other sum
-        is at least 1, since the largest score's exponential is.
+        is at least 1, since the largest score's exponential is. A sink is among the scores: one of
+        +inf makes sums NaN, but for rows without a key, where it is alone.
         """
         lowest = torch.finfo(x.dtype).min
+        blind: Tensor | None = None
         if x.shape[3] == 0:  # no key in sight
             origin = x.new_full((*x.shape[:3], 1), lowest)
         else:
             top = x.amax(dim=-1, keepdim=True) if top is None else top
+            if self.sinks is not None:
+                blind = top == -math.inf
             origin = top.clamp_(min=lowest)
         if self.sinks is not None:
             origin = torch.maximum(origin, self.sinks)
@@ -455,6 +459,8 @@ class Problem:
         if self.sinks is None:
             return origin, total, None
         sink = self._exp_(self.sinks - origin)
+        alone = self.sinks == math.inf
+        sink.masked_fill_(alone if blind is None else alone & blind, 1.0)
         return origin, total.add_(sink), sink
 
     def in_unit(self, origin: Tensor, total: Tensor) -> Tensor:
