@@ -97,6 +97,24 @@ void give(const Mods& mods, const std::string& name, KernelPlan& kernel) {
   kernel.family += "_flex";
 }
 
+/// Gives the map's kernel its threadgroups: a simdgroup takes ORCHARD_MAP_RUN blocks of a row,
+/// where that of an ordinary map takes one.
+void divide_map(Plan& plan) {
+  const int64_t rows = blocks_of(plan.params.q_len, ORCHARD_MAP_BLOCK);
+  const int64_t cols = blocks_of(plan.params.kv_len, ORCHARD_MAP_BLOCK);
+  const int64_t blocks = rows * blocks_of(cols, kSimdgroups * ORCHARD_MAP_RUN);
+  for (KernelPlan& kernel : plan.kernels) {
+    if (kernel.role != KernelRole::kMap) continue;
+    kernel.groups[1] = static_cast<uint64_t>(blocks);
+    kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ",
+        kernel.groups[0], " x ", blocks, " threadgroups of ", kernel.threads, " threads");
+  }
+  for (KernelLaunch& launch : plan.launches) {
+    const KernelPlan& kernel = plan.kernels[launch.kernel];
+    if (kernel.role == KernelRole::kMap) launch.groups = kernel.groups;
+  }
+}
+
 /// The ordinary plan, and the one with the functions. The first is kept so that its address stays
 /// its own.
 struct Known {
@@ -114,6 +132,7 @@ std::shared_ptr<const Plan> with(const Mods& mods, std::shared_ptr<const Plan> o
   auto plan = std::make_shared<Plan>(*ordinary);
   const std::string name = name_of(join(mods.score, "\n", mods.mask, "\n", mods.has_map()));
   for (KernelPlan& kernel : plan->kernels) give(mods, name, kernel);
+  divide_map(*plan);
   if (plans.size() >= kMostPlans) plans.clear();
   plans[key] = {std::move(ordinary), plan};
   return plan;

@@ -76,36 +76,34 @@ METAL_FUNC FlexCaptures flex_captures(const device uchar* capture0, const device
   return captures;
 }
 
-/// block_states of one head.
+/// block_states of one head. What says where they lie stays in memory: few tiles ask, and a loop
+/// would keep it in registers.
 struct BlockStates {
   const device uchar* states;
-  int64_t row_stride;
-  int block_q;
-  int block_kv;
-  int last_row;
-  int last_col;
-  bool given;
-  bool whole;
+  constant FlexParams* params;
 
-  METAL_FUNC void start(int batch, int head, const device uchar* all, constant FlexParams& params) {
-    states = all + batch * params.states.batch + head * params.states.head;
-    row_stride = params.states.row;
-    block_q = params.states.block_q;
-    block_kv = params.states.block_kv;
-    last_row = params.states.rows - 1;
-    last_col = params.states.cols - 1;
-    given = params.states.given;
-    whole = params.states.whole;
+  METAL_FUNC void start(int batch, int head, const device uchar* all, constant FlexParams& flex) {
+    params = &flex;
+    states = all + batch * flex.states.batch + head * flex.states.head;
   }
+
+  METAL_FUNC bool whole() const { return params->states.whole; }
 
   /// A BlockState: that of the block which holds the pair.
   METAL_FUNC int of(int row, int key) const {
-    return given ? states[min(row / block_q, last_row) * row_stride + min(key / block_kv, last_col)]
-                 : kStateAsk;
+    return params->states.given ? listed(row, key) : int(kStateAsk);
+  }
+
+  /// The same where block_states is given.
+  METAL_FUNC int listed(int row, int key) const {
+    constant BlockStateParams& blocks = params->states;
+    return states[min(row / blocks.block_q, blocks.rows - 1) * blocks.row +
+                  min(key / blocks.block_kv, blocks.cols - 1)];
   }
 
   /// The first query behind the row's block.
   METAL_FUNC int behind(int row) const {
-    return given ? (row / block_q + 1) * block_q : ORCHARD_MAX_LENGTH;
+    constant BlockStateParams& blocks = params->states;
+    return blocks.given ? (row / blocks.block_q + 1) * blocks.block_q : ORCHARD_MAX_LENGTH;
   }
 };

@@ -62,9 +62,11 @@ struct FlexScore {
   using Mask = MAP;
 };
 
-/// The functions of one head, and what block_states say of the tile in hand.
+/// The functions of one head, and what block_states say of its tiles.
 template <typename SCORE_MOD, typename MASK_MOD>
 struct HeadMods {
+  static constant constexpr const int kEachPair = -1;  // has a state of its own
+
   SCORE_MOD score_mod;
   MASK_MOD mask_mod;
   BlockStates states;
@@ -73,7 +75,6 @@ struct HeadMods {
   int head;
   int last_row;
   int last_key;
-  int state;  // of the tile
 
   METAL_FUNC void start(Head of, ScoreBuffers buffers, constant AttentionParams& params) {
     score_mod.captures = buffers.captures;
@@ -84,17 +85,16 @@ struct HeadMods {
     head = of.head;
     last_row = params.q_len - 1;
     last_key = params.kv_len - 1;
-    state = kStateEverything;
   }
 
-  /// To a tile whose pairs are `masked` or all seen. It lies in one block of the map.
-  METAL_FUNC void enter(int row0, int key0, bool masked) {
-    state = masked ? states.of(row0, key0) : int(kStateEverything);
-    // Where a block of the map has several states, each pair has its own.
-    state = masked && !states.whole ? int(kStateAsk) : state;
+  /// Of a tile whose pairs are `masked` or all seen. It lies in one block of the map. Where that
+  /// has several states, each pair has its own.
+  METAL_FUNC int state(int row0, int key0, bool masked) const {
+    if (!masked) {
+      return kStateEverything;
+    }
+    return states.whole() ? states.of(row0, key0) : kEachPair;
   }
-
-  METAL_FUNC bool hides() const { return state != kStateEverything; }
 
   METAL_FUNC float2 scores(float2 products, int2 rows, int2 keys, thread float2& slopes) const {
     float first;
@@ -106,13 +106,18 @@ struct HeadMods {
     return scores;
   }
 
-  METAL_FUNC bool sees(int row, int key) const {
-    const int own = states.whole ? state : states.of(row, key);
-    return own == kStateAsk ? mask_mod.sees(batch, head, row, key) : own != kStateNothing;
+  METAL_FUNC bool sees(int row, int key, int state) const {
+    return state == kStateAsk ? mask_mod.sees(batch, head, row, key) : state != kStateNothing;
   }
 
-  METAL_FUNC float2 hide(float2 s, int2 rows, int2 keys) const {
-    return float2(sees(rows.x, keys.x) ? s.x : -INFINITY, sees(rows.y, keys.y) ? s.y : -INFINITY);
+  /// `state` is the tile's. Where each pair has its own, block_states is given.
+  METAL_FUNC float2 hide(float2 s, int2 rows, int2 keys, int state) const {
+    int2 own = int2(state);
+    if (state == kEachPair) {
+      own = int2(states.listed(rows.x, keys.x), states.listed(rows.y, keys.y));
+    }
+    return float2(sees(rows.x, keys.x, own.x) ? s.x : -INFINITY,
+        sees(rows.y, keys.y, own.y) ? s.y : -INFINITY);
   }
 };
 
@@ -132,11 +137,7 @@ struct Scores<FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
     col = at.col;
   }
 
-  METAL_FUNC void fetch(int key0, bool masked) {
-    if (MAP::kAny) {
-      mods.enter(first_row, key0, masked);
-    }
-  }
+  METAL_FUNC void fetch(int, bool) {}
 
   METAL_FUNC int2 rows(int r) const { return int2(row0 + 8 * r); }
 
@@ -152,7 +153,7 @@ struct Scores<FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
   }
 
   METAL_FUNC void apply(thread Tile<float, ROWS, COLS>& s,
-      thread Tile<float, ROWS, COLS>& derivatives, int key0, bool,
+      thread Tile<float, ROWS, COLS>& derivatives, int key0, bool masked,
       constant AttentionParams&) const {
     ORCHARD_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -162,12 +163,13 @@ struct Scores<FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
             mods.scores(s.fragments[r][c], rows(r), keys(key0, c), derivatives.fragments[r][c]);
       }
     }
-    if (MAP::kAny && mods.hides()) {
+    const int state = MAP::kAny ? mods.state(first_row, key0, masked) : int(kStateEverything);
+    if (state != kStateEverything) {
       ORCHARD_UNROLL
       for (int r = 0; r < ROWS; r++) {
         ORCHARD_UNROLL
         for (int c = 0; c < COLS; c++) {
-          s.fragments[r][c] = mods.hide(s.fragments[r][c], rows(r), keys(key0, c));
+          s.fragments[r][c] = mods.hide(s.fragments[r][c], rows(r), keys(key0, c), state);
         }
       }
     }
@@ -205,11 +207,7 @@ struct ScoresTransposed<FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
     row = at.col;
   }
 
-  METAL_FUNC void fetch(int row0, bool masked) {
-    if (MAP::kAny) {
-      mods.enter(row0, first_key, masked);
-    }
-  }
+  METAL_FUNC void fetch(int, bool) {}
 
   METAL_FUNC int2 rows(int row0, int c) const {
     const int first = row0 + row;
@@ -218,17 +216,18 @@ struct ScoresTransposed<FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
 
   template <typename Ranges>
   METAL_FUNC void apply(thread Tile<float, 1, COLS>& s, thread Tile<float, 1, COLS>& derivatives,
-      thread const Ranges&, int row0, bool, constant AttentionParams&) const {
+      thread const Ranges&, int row0, bool masked, constant AttentionParams&) const {
     const int2 keys = int2(key);
     ORCHARD_UNROLL
     for (int c = 0; c < COLS; c++) {
       s.fragments[0][c] =
           mods.scores(s.fragments[0][c], rows(row0, c), keys, derivatives.fragments[0][c]);
     }
-    if (MAP::kAny && mods.hides()) {
+    const int state = MAP::kAny ? mods.state(row0, first_key, masked) : int(kStateEverything);
+    if (state != kStateEverything) {
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
-        s.fragments[0][c] = mods.hide(s.fragments[0][c], rows(row0, c), keys);
+        s.fragments[0][c] = mods.hide(s.fragments[0][c], rows(row0, c), keys, state);
       }
     }
     const bool whole = first_key + 7 <= mods.last_key && row0 + 8 * COLS - 1 <= mods.last_row;

@@ -16,6 +16,7 @@ from benchmarks.planner import Kernel, MaskPlace, Params, Place, Plan
 
 MOST_CAPTURES, CAPTURE_DIMS, FIRST_CAPTURE = 8, 4, 23  # shaders/flex_params.h
 MAP_BLOCK = 32  # ORCHARD_MAP_BLOCK
+_MAP_RUN = 8  # ORCHARD_MAP_RUN
 _MAX_LENGTH = 1 << 28
 _SIMDGROUPS = 4
 _FORMING = ("attention_forward", "attention_backward_dkv", "attention_backward_dkv_pairs",
@@ -132,7 +133,8 @@ class FlexPlanner:
             raise ValueError(f"the plan refuses: {plan.refusal} ({plan.detail})")
         if not mods.has_map and not mods.score:
             return plan
-        return replace(plan, kernels=[with_mods(kernel, mods) for kernel in plan.kernels])
+        plan = replace(plan, kernels=[with_mods(kernel, mods) for kernel in plan.kernels])
+        return with_map_divided(plan)
 
 
 def with_mods(kernel: Kernel, mods: Mods) -> Kernel:
@@ -160,6 +162,24 @@ def with_mods(kernel: Kernel, mods: Mods) -> Kernel:
         raise ValueError(f"{kernel.name}: its type is not named twice: {kernel.instantiation}")
     instantiation = f"{mods.score}\n{mods.mask}\n{line}"
     return replace(kernel, family=f"{kernel.family}_flex", name=own, instantiation=instantiation)
+
+
+def with_map_divided(plan: Plan) -> Plan:
+    """The map's kernel with its own threadgroups: a simdgroup takes _MAP_RUN blocks of a row."""
+    rows, cols = (-(-n // MAP_BLOCK) for n in (plan.params.q_len, plan.params.kv_len))
+    groups = rows * -(-cols // (_SIMDGROUPS * _MAP_RUN))
+    kernels, launches = list(plan.kernels), list(plan.launches)
+    for n, launch in enumerate(launches):
+        kernel = kernels[launch.kernel]
+        if kernel.family == "attention_flex_map":
+            own = (kernel.groups[0], groups)
+            tile = (
+                f"blocks of {MAP_BLOCK} queries and keys of the mask; {own[0]} x {own[1]} "
+                f"threadgroups of {kernel.threads} threads"
+            )
+            kernels[launch.kernel] = replace(kernel, groups=own, tile=tile)
+            launches[n] = replace(launch, groups=own)
+    return replace(plan, kernels=kernels, launches=launches)
 
 
 def _hash(text: str) -> int:

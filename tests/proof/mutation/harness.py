@@ -49,6 +49,7 @@ APPEND, DECODE, DECODE_MERGE = CACHE_FAMILIES = (
 DTYPE_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 BOOL = 3  # of a mask
 MAP_BLOCK = 32  # ORCHARD_MAP_BLOCK of params.h
+MAP_RUN = 8  # ORCHARD_MAP_RUN of flex_params.h
 GUARD_BYTES = 4096
 OBJECTS = ROOT / "build" / "mutation" / "objects"  # of the repository's plan
 

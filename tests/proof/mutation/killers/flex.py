@@ -17,6 +17,7 @@ from ..harness import (
     BOOL,
     DTYPE_NUMBERS,
     MAP_BLOCK,
+    MAP_RUN,
     Guarded,
     MaskPlace,
     Sources,
@@ -156,7 +157,10 @@ class Flexed:
         if self.family == FLEX_MAP:
             call = f"{FLEX_MAP}<{mask_mod}, 4>"
             line = f'template [[host_name("{name}")]] [[kernel]] decltype({call}) {call};\n'
-            return kernel | {"name": name, "instantiation": scoring.mask + line}, params
+            rows, cols = (-(-n // MAP_BLOCK) for n in (case.q_len, case.kv_len))
+            groups = [kernel["groups"][0], rows * -(-cols // (4 * MAP_RUN))]
+            own = {"name": name, "instantiation": scoring.mask + line, "groups": groups}
+            return kernel | own, params
         score = f"FlexScore<{'ScoreMod' if scoring.score else 'NoScoreMod'}, {mask_mod}, " + (
             f"{MAP}>" if has_map else "NoMask>"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from simulator import engine
 
-from ..harness import BOOL, DTYPE_NUMBERS, MaskPlace, Sources, request, with_seed
+from ..harness import BOOL, DTYPE_NUMBERS, MAP_RUN, MaskPlace, Sources, request, with_seed
 from .attention import F32
 from .compiled import compile_kernel
 from .positions import Sparse
@@ -63,7 +63,7 @@ def _map(
         sources.buffers["mask_map"]: found.buffer,
         sources.buffers["params"]: engine.Buffer(data.data_ptr(), len(block), False),
     }
-    groups = -(-cols // 4)  # of threadgroups for a row of blocks
+    groups = -(-cols // (4 * MAP_RUN))  # of threadgroups for a row of blocks
     grid = (2 * _HEADS * 128, 1 if groups > 1 else 2, 1)
     library.launch(kernel["name"], grid, (128, 1, 1), buffers, workers=1)
     return found.as_integers()[:, :, : 1 if groups > 1 else 2].clone()

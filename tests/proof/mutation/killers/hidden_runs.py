@@ -16,11 +16,11 @@ from .score_problems import Scores
 from .score_runs import launched, left_by_the_repository, plan_of
 from .scores import Scored
 
-_KEYS = Case(75, 32 * 106 + 1, 16, num_heads=1, dtype=F32, mask="bool")
+_KEYS = Case(75, 32 * 394 + 1, 16, num_heads=1, dtype=F32, mask="bool")
 _QUERIES = _KEYS.but(q_len=_KEYS.kv_len, kv_len=75)
 _ONE_ROW = (False, False, False, True)
 _ONE_COLUMN = (False, False, True, False)
-_WINDOW = _KEYS.but(head_dim=128, q_len=40, window_left=2300, diagonal=3350)
+_WINDOW = _KEYS.but(head_dim=128, q_len=40, window_left=8444, diagonal=12566)
 PROBLEMS: tuple[tuple[str, Scores, tuple[str, ...]], ...] = (
     ("keys", Scores(_KEYS, "runs"), (FORWARD, DQ)),
     # The first of two blocks of the map's rows that a threadgroup has sees keys before the second.
@@ -36,8 +36,8 @@ PROBLEMS: tuple[tuple[str, Scores, tuple[str, ...]], ...] = (
     ("queries of pairs", Scores(_QUERIES.but(head_dim=96), "runs"), (DKV_PAIRS,)),
     ("queries of one column", Scores(_QUERIES.but(mask_full=_ONE_COLUMN), "runs"), (DKV,)),
 )  # fmt: skip
-_FAR = 32 * 70
-"""Of the 69 hidden blocks of the map a loop looks at the 1st, the 33rd and the 65th."""
+_FAR = 32 * 270
+"""Of the 269 hidden blocks of the map a loop looks at the 1st, the 129th and the 257th."""
 
 
 def _counted(
@@ -53,7 +53,7 @@ def _counted(
     return counters, kernel["threads"] * kernel["groups"][0] * kernel["groups"][1]
 
 
-def one_look_for_32_hidden_blocks(
+def one_look_for_128_hidden_blocks(
     sources: Sources, note: Callable[[str], None], family: str, head_dim: int,
     hides: str, lengths: tuple[int, int], expected: int,
 ) -> None:  # fmt: skip
@@ -88,11 +88,11 @@ def _looks() -> Iterator[Property]:
         (FORWARD, 16), (FORWARD, 128), (DQ, 16), (DQ_FROM_DS, 64), (DKV, 16), (DKV_PAIRS, 96),
     ):  # fmt: skip
         for name, hides, lengths, looks in (
-            ("one look for 32 hidden blocks", "tail", (32, _FAR), 3),
+            ("one look for 128 hidden blocks", "tail", (32, _FAR), 3),
             ("one look for 18 blocks between others", "gap", (64, 32 * 20), 1),
         ):
             test = functools.partial(
-                one_look_for_32_hidden_blocks, family=family, head_dim=head_dim, hides=hides,
+                one_look_for_128_hidden_blocks, family=family, head_dim=head_dim, hides=hides,
                 lengths=lengths, expected=looks,
             )  # fmt: skip
             yield Property(f"{family}: {name}, {head_dim}", family, test)
