@@ -64,7 +64,7 @@ def comparisons(records: list[dict], library: Path) -> Iterator[Comparison]:
         windows = {name: getattr(scoring, name) for name in ("window_left", "window_right")}
 
         def estimate(outcome: dict) -> float:
-            at_once = (outcome["kv_heads_at_once"], outcome["keys_at_once"])
+            at_once = (outcome["heads_at_once"], outcome["keys_at_once"])
             return plans.time_of_backward(
                 layouts, number, outcome["products"] == 5, at_once, outcome["dkv_parts"],  # noqa: B023
                 gpu_cores=MULTIPROCESSORS, **windows,  # noqa: B023

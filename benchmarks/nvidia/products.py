@@ -57,7 +57,7 @@ class Outcome:
     launches: int
     products: int
     scratch_bytes: int
-    kv_heads_at_once: int
+    heads_at_once: int
     keys_at_once: int
     dkv_parts: int
     same_as: str

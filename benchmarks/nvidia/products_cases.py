@@ -70,9 +70,9 @@ def case(problem: Problem, planner: Planner) -> Case:
 
 
 def at_once(problem: Problem, plan: Plan) -> tuple[int, int]:
-    """Key/value heads and keys of the first launches, which are all where dS is not stored."""
+    """Query heads and keys of the first launches, which are all where dS is not stored."""
     (launch, *_) = (k for k in plan.kernels if k.family.startswith("attention_backward_dq"))
-    return launch.groups[0] // problem.group, launch.launch.key_end - launch.launch.key_begin
+    return launch.groups[0], launch.launch.key_end - launch.launch.key_begin
 
 
 def kernels(planner: Planner) -> dict[str, Kernel]:

@@ -116,12 +116,14 @@ class AttentionLayer:
 
     def most_scratch(self, length: int, budget_mb: int) -> int:
         """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and sums
-        of dk and dv, as far as an eighth of the budget allows; together no more than the budget."""
+        of dk and dv, as far as an eighth of the budget allows, or those of one part; together no
+        more than the budget."""
         budget, scores = budget_mb << 20, 0
         if self.head_dim > _NOT_STORING_HEAD_DIM:
             whole = -(-length // 8) * 8
             scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
-        return min(scores + min(self._most_sums(length), budget // 8), budget)
+        sums = max(budget // 8, length * 2 * self.head_dim * _FLOAT32)
+        return min(scores + min(self._most_sums(length), sums), budget)
 
     def _most_sums(self, length: int) -> int:
         """Sums of dk and dv in float32 for each part of a group of query heads, where these are

@@ -94,7 +94,7 @@ def test_run(planner, monkeypatch, gated):
     assert not record.failure
     five, same, seven = (record.budgets[b] for b in ("256 MiB", "1 GiB, five", "none"))
     assert (five.products, five.milliseconds, five.same_as) == (5, [1.0] * 3, "256 MiB")
-    assert (five.kv_heads_at_once, five.keys_at_once, five.dkv_parts) == (1, 96, 1)
+    assert (five.heads_at_once, five.keys_at_once, five.dkv_parts) == (2, 96, 1)
     assert (same.products, same.milliseconds, same.same_as) == (5, [], "256 MiB")
     assert (seven.products, seven.milliseconds, seven.scratch_bytes) == (7, [2.0] * 3, 0)
 
@@ -159,7 +159,7 @@ def record(num_kv_heads, milliseconds, length=4096, failure=""):
             "launches": launches,
             "products": number,
             "scratch_bytes": 0,
-            "kv_heads_at_once": 16,
+            "heads_at_once": 16,
             "keys_at_once": length,
             "dkv_parts": 1,
             "same_as": budget,
