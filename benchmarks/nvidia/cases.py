@@ -280,6 +280,15 @@ def options() -> Iterator[Case]:
         storing = base.but(stores_ds=True)
         yield storing.but(scratch_bytes=14 << 20, window_right=0)  # one of four key heads at a time
         yield storing.but(scratch_bytes=32 << 20, head_dim=128, dropout_p=0.1)  # two, two
+        # Heads of a group in turns: one at a time; half of the keys of one; two, under a window.
+        alone = storing.but(num_kv_heads=1)
+        yield alone.but(scratch_bytes=6 << 20, window_right=0, diagonal=111)
+        yield alone.but(scratch_bytes=4 << 20, head_dim=128, dropout_p=0.1)
+        yield alone.but(scratch_bytes=4 << 20, window_left=255, window_right=0, diagonal=111)
+        # Keys of a window share places.
+        yield storing.but(scratch_bytes=8 << 20, num_kv_heads=6, window_left=100, window_right=27)
+        yield storing.but(scratch_bytes=8 << 20, head_dim=80, window_left=9, window_right=50,
+                          diagonal=300)  # fmt: skip
 
 
 def long() -> Iterator[Case]:
