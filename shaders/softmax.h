@@ -113,17 +113,19 @@ struct OnlineSoftmax {
   /// sum, `total`, of which keys have `of_keys`. They stay apart, since one number would lose the
   /// logarithm beside a large origin. A row without a key has a logarithm of -inf, and an origin
   /// that is the lowest number; where it has a sink, its logarithm is -0 (sees_no_key). Where the
-  /// sum of other rows is NaN, so is the origin: in_powers() loses a logarithm of NaN, and weights
-  /// are NaN by the origin.
+  /// sum of another row is NaN, its origin is, and makes all weights NaN: in_powers() loses a
+  /// logarithm that is NaN, and the sign of a NaN says nothing.
   METAL_FUNC float2 row_stats(int r, float of_keys, float total) const {
     const float log_sum = Exp::logarithm(total);
-    const bool lost = of_keys != 0.0f && isnan(log_sum);
-    return float2(lost ? NAN : origin[r], of_keys == 0.0f ? -abs(log_sum) : abs(log_sum));
+    if (of_keys == 0.0f) {
+      return float2(origin[r], -abs(log_sum));
+    }
+    return isnan(log_sum) ? float2(NAN, 0.0f) : float2(origin[r], log_sum);
   }
 };
 
-/// Whether a row with these statistics sees no key. Other sums have an exponential of 1 in them, or
-/// are NaN, so that their logarithm has no sign.
+/// Whether a row with these statistics sees no key. Other sums have an exponential of 1 in them, so
+/// that their logarithm has no sign; where they are NaN, 0 stands for it.
 METAL_FUNC bool sees_no_key(float2 stats) { return as_type<int>(stats.y) < 0; }
 
 /// Which of a block's rows see a key: row i of it is bit i.
