@@ -20,6 +20,8 @@ from torch import Tensor
 
 _MAX_BUFFERS = 31
 _ERROR_LOG_BUFFER, _ERROR_LOG_SIZE = 5, 6  # CUjit_option
+_MOST_IN_Y = 65535
+"""Threadgroups of a grid along y that CUDA has room for. Metal has more, and so has CUDA along x."""
 _ATTRIBUTES = {"shared_bytes": 1, "local_bytes": 3, "registers": 4}  # CUfunction_attribute
 
 
@@ -32,6 +34,12 @@ class _Arguments(ctypes.Structure):
         ("group", ctypes.c_uint32 * 3),
         ("threadgroup_argument_begin", ctypes.c_uint32 * 8),
     ]
+
+
+def turned(text: bytes) -> bytes:
+    """The kernel for a grid whose x and y have changed places: it counts threadgroups as before."""
+    x, y, held = b"%ctaid.x", b"%ctaid.y", b"%ctaid.held"
+    return text.replace(x, held).replace(y, x).replace(held, y)
 
 
 def _three(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -60,16 +68,17 @@ class Kernels:
         self._mutate = mutate
         self._cache = archive.parent / "machine-code"
         self.names = [name.removesuffix(".ptx") for name in self._archive.namelist()]
-        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._functions: dict[tuple[str, bool], ctypes.c_void_p] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        self._images: dict[str, concurrent.futures.Future] = {}
+        self._images: dict[tuple[str, bool], concurrent.futures.Future] = {}
 
-    def assemble(self, names: list[str]) -> None:
-        """Begins to assemble these kernels, in this order."""
+    def assemble(self, names: list[str], turns: bool = False) -> None:
+        """Begins to assemble these kernels, in this order; for a turned grid."""
         for name in names:
-            if name not in self._images:
+            if (name, turns) not in self._images:
                 text = self._mutate(self.text(name))
-                self._images[name] = self._pool.submit(_assemble, text, self._cache)
+                text = turned(text) if turns else text
+                self._images[name, turns] = self._pool.submit(_assemble, text, self._cache)
 
     def text(self, name: str) -> bytes:
         """The PTX."""
@@ -97,8 +106,11 @@ class Kernels:
         copy = torch.frombuffer(bytearray(params[1]), dtype=torch.uint8).cuda()
         arguments.buffers[params[0]] = copy.data_ptr()
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        function = self._function(name)
-        shape = (*_three(groups), math.prod(threads), 1, 1)  # a block has one dimension
+        x, y, z = _three(groups)
+        turns = y > _MOST_IN_Y
+        function = self._function(name, turns)
+        grid = (y, x, z) if turns else (x, y, z)
+        shape = (*grid, math.prod(threads), 1, 1)  # a block has one dimension
         alive = (arguments, copy, *buffers.values())
 
         def start(_alive: object = alive) -> None:
@@ -120,20 +132,20 @@ class Kernels:
             values[key] = value.value
         return values
 
-    def _function(self, name: str) -> ctypes.c_void_p:
-        if name not in self._functions:
-            self.assemble([name])
+    def _function(self, name: str, turns: bool = False) -> ctypes.c_void_p:
+        if (name, turns) not in self._functions:
+            self.assemble([name], turns)
             function = ctypes.c_void_p()
             self._check(
                 self._cuda.cuModuleGetFunction(
                     ctypes.byref(function),
-                    self._load(name, self._images[name].result()),
+                    self._load(name, self._images[name, turns].result()),
                     name.encode(),
                 ),
                 name,
             )
-            self._functions[name] = function
-        return self._functions[name]
+            self._functions[name, turns] = function
+        return self._functions[name, turns]
 
     def _load(self, name: str, image: bytes) -> ctypes.c_void_p:
         module = ctypes.c_void_p()
