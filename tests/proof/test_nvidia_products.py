@@ -254,7 +254,10 @@ def test_the_estimate_prefers_what_is_faster(tmp_path: Path):
 
 def test_a_wrong_preference_is_noticed():
     right = choice.Comparison("a", "1152 MiB", 0.7, 0.8)
-    wrong = choice.Comparison("b", "1152 MiB", 0.7, 1.1), choice.Comparison("c", "1152 MiB", 1.5, 0.9)
+    wrong = (
+        choice.Comparison("b", "1152 MiB", 0.7, 1.1),
+        choice.Comparison("c", "1152 MiB", 1.5, 0.9),
+    )
     near = choice.Comparison("d", "1152 MiB", 0.98, 1.1)
     assert choice.lost([right, *wrong, near]) == [wrong[1], wrong[0]]
     assert [round(x.loss, 2) for x in (right, *wrong, near)] == [1.0, 1.43, 1.5, 1.02]

@@ -203,12 +203,22 @@ def merged(
     if case.sinks:
         sinks = torch.linspace(-3, 3, case.num_heads)
         inputs["sinks"] = Guarded.like(sinks[None, None, None], "dense")
+        inputs["sinks"].tensor[..., 0] = math.inf
     stats = Guarded((*rows, 2), dense((*rows, 2)), F32)
     library = compile_kernel(sources, FORWARD_MERGE, kernel, check)
     note("compiled")
     launch(library, kernel, sources.buffers, with_seed(params), inputs,
            {"out": out, "row_stats": stats}, workers=1)  # fmt: skip
 
+    if sinks is not None:
+        _assert_infinite(totals[:, :, 0], out.tensor[:, 0], stats.tensor[:, 0])
+        sinks, origins, totals, sums = (
+            sinks[1:],
+            origins[:, :, 1:],
+            totals[:, :, 1:],
+            sums[:, :, 1:],
+        )
+    found, of_rows = (x.tensor[:, -origins.shape[2] :] for x in (out, stats))
     natural = case.sinks or case.softcap > 0
     unit = 1.0 if natural else math.log(2)
     top = origins.amax(0)
@@ -220,15 +230,23 @@ def merged(
     right = (weights[..., None] * sums).sum(0) / total[..., None].clamp_min(1e-30)
     right = torch.where(keys[..., None] > 0, right / (1 - case.dropout_p), 0.0)
     tolerance = 1e-5 if case.dtype == F32 else 2e-3
-    assert ((out.tensor.double() - right).abs() <= tolerance * (1 + right.abs())).all(), "out"
-    assert torch.equal(stats.tensor[..., 0], top), "origins"
+    assert ((found.double() - right).abs() <= tolerance * (1 + right.abs())).all(), "out"
+    assert torch.equal(of_rows[..., 0], top), "origins"
     log = total.log() / unit
     alone = keys == 0
-    assert ((stats.tensor[..., 1].double() - log)[~alone].abs() < 1e-5).all(), "logarithms"
-    of_none = stats.tensor[..., 1][alone]
+    assert ((of_rows[..., 1].double() - log)[~alone].abs() < 1e-5).all(), "logarithms"
+    of_none = of_rows[..., 1][alone]
     assert bool(of_none.signbit().all()) and torch.equal(
         of_none, torch.full_like(of_none, -math.inf if sinks is None else -0.0)
     ), "rows without a key"
+
+
+def _assert_infinite(totals: Tensor, out: Tensor, stats: Tensor) -> None:
+    """Of a head whose sink is +inf: NaN, but for rows without a key."""
+    seen = totals.sum(0) > 0
+    assert out[seen].isnan().all() and (out[~seen] == 0).all()
+    assert stats[seen][:, 0].isnan().all() and (stats[~seen][:, 0] == math.inf).all()
+    assert (stats[..., 1] == 0).all() and torch.equal(stats[..., 1].signbit(), ~seen)
 
 
 MERGED = {

@@ -205,6 +205,8 @@ def _calls() -> Iterator[Call]:
             yield Call(h=16, hk=hk, l=l, s=l, d=d, right=0, **at)
         yield Call(b=3, h=10, hk=5, l=4001, s=7009, **at)
         yield Call(b=8, h=16, hk=16, l=2048, s=2048, left=255, right=0, **at)
+        for right in (9, 10):  # 64 keys, and one more
+            yield Call(h=2, hk=2, l=512, s=512, left=40, right=right, **at)
         yield Call(b=64, h=32, hk=32, l=2048, s=2048, **at)
         yield Call(right=0, diagonal=-(1 << 20), **at)  # no pair: all ways take the same
         yield Call(h=1, hk=1, l=1, s=1, **at)  # one: nearly the same
