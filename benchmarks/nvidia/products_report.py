@@ -90,16 +90,21 @@ def _has_rival(record: dict, budget: str) -> bool:
     return budget in times(record) and any(same_as[b] != same_as[budget] for b in others)
 
 
-def starved(records: list[dict]) -> list[tuple[float, str]]:
-    """Where grouped heads take more than GROUPED times full ones, best budget beside best."""
+def grouped(records: list[dict]) -> list[tuple[float, str]]:
+    """What grouped heads take by full ones, best budget beside best, the worst first."""
     found = []
     for record in records:
         full, own = _full_heads(record, records), times(record)
         if full and own and record["length"] >= FROM_LENGTH:
-            ratio = min(own.values()) / full
-            if ratio > GROUPED:
+            if record["num_kv_heads"] < record["num_heads"]:
+                ratio = min(own.values()) / full
                 found.append((ratio, f"{record['problem']}: {ratio:.2f}"))
     return sorted(found, reverse=True)
+
+
+def starved(records: list[dict]) -> list[tuple[float, str]]:
+    """Where grouped heads take more than GROUPED times full ones."""
+    return [(ratio, text) for ratio, text in grouped(records) if ratio > GROUPED]
 
 
 def _rows(records: list[dict]) -> Iterator[str]:
@@ -135,7 +140,7 @@ def page(result: dict) -> str:
     """Markdown of what products.py writes as JSON."""
     records = result["records"]
     budgets = list(records[0]["budgets"]) if records else []
-    lost, grouped = losses(records), starved(records)
+    lost, slow = losses(records), starved(records)
     lines = [
         "# Five products or seven, on an NVIDIA GPU",
         "",
@@ -160,7 +165,7 @@ def page(result: dict) -> str:
         "",
         f"## Where grouped heads take more than {GROUPED} times full ones, from L {FROM_LENGTH}",
         "",
-        *_listed(grouped),
+        *_listed(slow),
     ]
     if result["not_run"]:
         lines += ["", "## Not run", "", "For want of time:", "", *_listed_names(result["not_run"])]
@@ -211,7 +216,20 @@ def section(result: dict) -> str:
         f"budgets {len(losses(records))} of {compared(records)} choices are. [All times]"
         "(../benchmarks/results/nvidia/products.md)."
     )
-    return "\n".join(["", note, "", *summary(result), ""])
+    return "\n".join(["", note, "", *summary(result), "", _of_groups(result), ""])
+
+
+def _of_groups(result: dict) -> str:
+    found, slow = grouped(result["records"]), starved(result["records"])
+    if not found:
+        return ""
+    said = (
+        f"From L {FROM_LENGTH} on the fastest backward of key/value heads in groups takes "
+        f"{found[-1][0]:.2f} to {found[0][0]:.2f} times that of full heads, which do the same "
+        f"products. Above {GROUPED}: {'; '.join(text for _, text in slow) or 'none'}."
+    )
+    not_run = result["not_run"]
+    return said + (f" For want of time not run: {'; '.join(not_run)}." if not_run else "")
 
 
 def in_docs(text: str) -> str:

@@ -61,7 +61,7 @@ def test_the_other_choice_is_timed_too(planner):
     stored = {budget: plan.ds_elements > 0 for budget, plan in case.plans.items()}
     assert [budget for budget, stores in stored.items() if not stores] == ["320 MiB", "none"]
     heads, keys = products_cases.at_once(problem, case.plans["1152 MiB"])
-    assert (heads, keys) == (1, 16384) and products_cases.at_once(problem, case.plans["none"]) == (
+    assert (heads, keys) == (8, 2048) and products_cases.at_once(problem, case.plans["none"]) == (
         16, 16384,
     )  # fmt: skip
 
