@@ -21,7 +21,7 @@ from torch import Tensor
 _MAX_BUFFERS = 31
 _ERROR_LOG_BUFFER, _ERROR_LOG_SIZE = 5, 6  # CUjit_option
 _MOST_IN_Y = 65535
-"""Threadgroups of a grid along y that CUDA has room for. Metal has more, and so has CUDA along x."""
+"""Threadgroups of a grid along y that CUDA has room for; along x it has as many as Metal."""
 _ATTRIBUTES = {"shared_bytes": 1, "local_bytes": 3, "registers": 4}  # CUfunction_attribute
 
 

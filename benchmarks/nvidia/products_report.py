@@ -95,10 +95,10 @@ def grouped(records: list[dict]) -> list[tuple[float, str]]:
     found = []
     for record in records:
         full, own = _full_heads(record, records), times(record)
-        if full and own and record["length"] >= FROM_LENGTH:
-            if record["num_kv_heads"] < record["num_heads"]:
-                ratio = min(own.values()) / full
-                found.append((ratio, f"{record['problem']}: {ratio:.2f}"))
+        in_groups = record["num_kv_heads"] < record["num_heads"]
+        if full and own and in_groups and record["length"] >= FROM_LENGTH:
+            ratio = min(own.values()) / full
+            found.append((ratio, f"{record['problem']}: {ratio:.2f}"))
     return sorted(found, reverse=True)
 
 
