@@ -88,18 +88,24 @@ def test_heads_of_a_group_take_turns(name: str, recording, monkeypatch: pytest.M
     assert sum("_dkv_sums_" in kernel for kernel in kernels) == case.batch * case.num_kv_heads
 
 
+WINDOWS = {  # any 8 queries see at most 108 keys, so that dS takes 128 for each
+    "dropout": Case(500, 530, 64, num_heads=2, num_kv_heads=2, dtype=torch.bfloat16, dropout_p=0.1,
+                    window_left=80, window_right=20, diagonal=15),
+    "gradient of a bias": Case(200, 230, 128, dtype=torch.float32, mask="float32",
+                               window_left=80, window_right=20, diagonal=15),
+}  # fmt: skip
+
+
 @pytest.mark.usefixtures("checked")
-def test_keys_of_a_window_share_places(recording, monkeypatch: pytest.MonkeyPatch):
-    """Any 8 queries see at most 108 keys, so that dS takes 128 for each: 504 KiB in place of 2 MiB,
-    and has the same bits as where all keys have places of their own."""
-    case = Case(500, 530, 64, num_heads=2, num_kv_heads=2, dtype=torch.bfloat16, dropout_p=0.1,
-                window_left=80, window_right=20, diagonal=15)  # fmt: skip
+@pytest.mark.parametrize("name", WINDOWS)
+def test_keys_of_a_window_share_places(name: str, recording, monkeypatch: pytest.MonkeyPatch):
+    case = WINDOWS[name]
     monkeypatch.setenv("ORCHARD_GPU_CORES", "1")
-    operands = [x.to("mps") for x in case.operands()]
-    q, k, v = (x.detach().requires_grad_() for x in operands[:3])
-    found = explain(q, k, v, window_left=80, window_right=20)
-    assert found.scratch_bytes == 4 * 2 * 504 * 128
-    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "1")
+    q, k, v, _ = (x.to("mps").requires_grad_() for x in case.operands())
+    found = explain(q, k, v, window_left=80, window_right=20, enable_gqa=True)
+    heads = case.batch * case.num_heads
+    assert found.scratch_bytes == 4 * heads * -(-case.q_len // 8) * 8 * 128
+    monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "2")
     with recording() as launches:
         check_case(case)
     if launches is not None:

@@ -24,7 +24,7 @@ from benchmarks.nvidia import (  # noqa: E402
     reference,
     timing,
 )
-from benchmarks.nvidia.driver import Launch  # noqa: E402
+from benchmarks.nvidia.driver import Launch, turned  # noqa: E402
 from benchmarks.nvidia.paths import RESULTS  # noqa: E402
 from benchmarks.nvidia.peers import contenders, gate, packages, pytorch  # noqa: E402
 from benchmarks.nvidia.peers.launches import Text  # noqa: E402
@@ -401,3 +401,12 @@ def test_docs_show_the_committed_result():
     assert shown[peers_report.PAGE] == peers_report.brief(result)
     assert shown[peers_report.APPENDIX] == peers_report.section(result)
     assert (RESULTS / "peers.md").read_text() == peers_report.page(result)
+
+
+def test_a_turned_kernel_counts_threadgroups_as_before():
+    """What a grid of more than 65535 threadgroups along y is launched with."""
+    text = b"mov.u32 %r1, %ctaid.x;\nmov.u32 %r2, %ctaid.y;\nmov.u32 %r3, %tid.x;\n"
+    assert turned(text) == text.replace(b"r1, %ctaid.x", b"r1, %ctaid.y").replace(
+        b"r2, %ctaid.y", b"r2, %ctaid.x"
+    )
+    assert turned(turned(text)) == text
