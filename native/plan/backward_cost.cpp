@@ -7,9 +7,9 @@
 namespace orchard {
 namespace {
 
-// The numbers are fitted to backwards timed on a GPU of 132 cores: in 218 comparisons of five
-// products and seven the estimate never prefers what takes more than 3 % longer.
-// benchmarks.nvidia.choice compares them again with benchmarks/results/nvidia/products.json.
+// The numbers are fitted to backwards timed on a GPU of 132 cores.
+// benchmarks.nvidia.choice compares what they make the plan prefer with what was timed there
+// since.
 
 // A visible pair of dq, by one of dk and dv: dq is three products, or one where dS is stored; dk
 // and dv are four.

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     advice: str
     kernels: tuple[Kernel, ...]
     launches: tuple[tuple[int, ...], ...]
-    """The launches in order, each as its kernel, threadgroups in x and y, first key/value head,
+    """The launches in order, each as its kernel, threadgroups in x and y, first query head,
     first key and end of keys."""
     scratch_bytes: int
 

@@ -43,5 +43,5 @@ def _why_twice(kernel: Kernel) -> str:
     if not budget:
         return "since it may take no memory (ORCHARD_BACKWARD_SCRATCH_MB is 0)"
     if "_ranges" in kernel.name:
-        return f"since too few key/value heads fit into {budget} MiB at a time"
+        return f"since not one query head fits into {budget} MiB"
     return f"since no part of it that fits into {budget} MiB at a time would save time"

@@ -86,7 +86,7 @@ def test_scratch_of_key_ranges_is_explained(monkeypatch: pytest.MonkeyPatch):
     case = Case(512, 1024, 64, num_kv_heads=2)
     ranges = orchard_ops.KeyRanges.from_lengths(torch.tensor([900], device="mps"), 512)
     for megabytes, products in (
-        (1, "seven products: dS is computed twice, since too few key/value heads fit into 1 MiB"),
+        (1, "seven products: dS is computed twice, since not one query head fits into 1 MiB"),
         (2, "five products: dS of 1 of 2 heads at a time"),
     ):
         monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", str(megabytes))
