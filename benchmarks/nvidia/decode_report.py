@@ -16,6 +16,8 @@ BEGIN = "<!-- benchmarks.nvidia.decode -->"
 SHORT, LONG = ROOT / "docs" / "decoding.md", ROOT / "docs" / "performance-tables.md"
 TARGET, GROUP_TARGET = 0.85, 3.0
 """Of the copy at the most keys; times PyTorch's with groups of 8."""
+_PARTS_HALVED = 16
+"""Of a key/value head: what the plan chooses for 4096 keys, beside which half as many are timed."""
 _OURS, _TENSOR_CORES, _PEER, _MERGE = "ours", "ours, tensor-cores", "PyTorch's", "merge alone"
 
 
@@ -202,7 +204,25 @@ def short_section(result: dict) -> str:
         f"PyTorch's kernels on the same GPU, likewise. Run on {_where(result)}, where a float "
         "product is made of others; [all figures](performance-tables.md#decode-on-an-nvidia-gpu)."
     )
-    return "\n".join(["", note, "", *lines, ""])
+    return "\n".join(["", note, "", *lines, "", *_half_of_the_parts(grid)])
+
+
+def _half_of_the_parts(records: list[dict]) -> list[str]:
+    """The rate with half of the plan's parts by that with all of them, where both were timed."""
+    half = f"{_PARTS_HALVED // 2} parts"
+    halved = [r for r in records if r["parts"] == _PARTS_HALVED and half in r["times"]]
+    said = []
+    for batch in sorted({r["batch"] for r in halved}):
+        rates = [
+            r["times"][main_of(r)]["median"] / r["times"][half]["median"]
+            for r in halved if r["batch"] == batch
+        ]  # fmt: skip
+        said.append(f"{min(rates):.2f} to {max(rates):.2f} at batch {batch}")
+    if not said:
+        return []
+    length = min(r["length"] for r in halved)
+    text = f"The rate of {half} by that of {_PARTS_HALVED}, at {length} keys: {', '.join(said)}."
+    return [text, ""]
 
 
 def _short_cell(record: dict) -> str:

@@ -117,7 +117,7 @@ class Bench:
             found[budget] = Outcome(
                 len(plan.kernels), 5 if plan.ds_elements else 7, 
                 4 * (plan.ds_elements + plan.dkv_part_elements),
-                *products_cases.at_once(case.problem, plan), plan.params.dkv_parts,
+                *products_cases.at_once(plan), plan.params.dkv_parts,
                 case.same_as(budget),
             )  # fmt: skip
         return found

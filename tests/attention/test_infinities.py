@@ -12,11 +12,6 @@ from attention_cases import DTYPES, Case, run
 import orchard_ops
 from orchard_ops.scoring import Scoring
 
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
-
-
 INFINITE = {  # the case, the argument, which of its numbers is infinite
     "sink": (Case(40, 70, 32, num_heads=4, sinks=True), "sinks", 1),
     "sink of a divided forward": (Case(33, 513, 80, sinks=True), "sinks", 1),
@@ -91,7 +86,7 @@ def test_infinity_reaches_what_it_reaches_in_the_reference(
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 def test_an_infinite_element_of_a_mask_is_that_of_sdpa(device: str, shape: tuple[int, ...]):
     """NaN in its rows of out and dq, in all of dk and dv of its heads, and in its rows of dmask."""
-    mask = randn(*shape)
+    mask = torch.randn(*shape)
     mask[..., -1, 5] = math.inf
     results = []
     for attention, on in (
@@ -99,7 +94,7 @@ def test_an_infinite_element_of_a_mask_is_that_of_sdpa(device: str, shape: tuple
         (orchard_ops.flash_attn, device),
     ):
         torch.manual_seed(1)
-        tensors = [randn(1, 2, n, 32) for n in (40, 70, 70)]
+        tensors = [torch.randn(1, 2, n, 32) for n in (40, 70, 70)]
         leaves = [x.to(on).requires_grad_() for x in (*tensors, mask)]
         out = attention(*leaves[:3], attn_mask=leaves[3])
         results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))

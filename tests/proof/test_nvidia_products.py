@@ -60,8 +60,8 @@ def test_the_other_choice_is_timed_too(planner):
     assert case.same_as("none") == "320 MiB" and case.same_as("1152 MiB, five") == "1152 MiB"
     stored = {budget: plan.ds_elements > 0 for budget, plan in case.plans.items()}
     assert [budget for budget, stores in stored.items() if not stores] == ["320 MiB", "none"]
-    heads, keys = products_cases.at_once(problem, case.plans["1152 MiB"])
-    assert (heads, keys) == (8, 2048) and products_cases.at_once(problem, case.plans["none"]) == (
+    heads, keys = products_cases.at_once(case.plans["1152 MiB"])
+    assert (heads, keys) == (8, 2048) and products_cases.at_once(case.plans["none"]) == (
         16, 16384,
     )  # fmt: skip
 
