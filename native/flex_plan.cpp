@@ -5,6 +5,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "plan/instantiate.h"
 #include "plan/join.h"
 #include "plan/plan_cache.h"
 #include "plan/tiles.h"
@@ -105,9 +106,7 @@ void divide_map(Plan& plan) {
   const int64_t blocks = rows * blocks_of(cols, kSimdgroups * ORCHARD_MAP_RUN);
   for (KernelPlan& kernel : plan.kernels) {
     if (kernel.role != KernelRole::kMap) continue;
-    kernel.groups[1] = static_cast<uint64_t>(blocks);
-    kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ",
-        kernel.groups[0], " x ", blocks, " threadgroups of ", kernel.threads, " threads");
+    set_map_groups(static_cast<int64_t>(kernel.groups[0]), blocks, kernel);
   }
   for (KernelLaunch& launch : plan.launches) {
     const KernelPlan& kernel = plan.kernels[launch.kernel];

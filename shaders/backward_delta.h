@@ -16,8 +16,7 @@ struct Sinks {
   static constant constexpr const bool kAny = true;
 
   METAL_FUNC static float gradient(float sink, float2 stats, float delta) {
-    const float log_sum = Weights<true>::in_powers(stats.y);
-    return -Weights<true>::of(float2(sink), float2(stats.x), float2(log_sum)).x * delta;
+    return -weight_of_sink(sink, stats) * delta;
   }
 };
 

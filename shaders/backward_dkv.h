@@ -73,7 +73,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
   const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
   const Starts unmasked = window.unmasked_rows(key0, 8, BQ);
   const Starts ds_rows = window.rows_of_tiles(key0);
-  const int ds_place = STORE_DS ? dscore_place(key0, params) : 0;
+  const int64_t ds_first = STORE_DS ? dscore_row(key0, params).first : 0;
 
   LeftOperand<T, F, 1, kDepth, V::kVec, true> k;
   k.load(device_rows<V::kVec>(head.key_rows(key, params.k, params.head_dim), key0, at));
@@ -153,7 +153,7 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
           times_derivative<kHides>(ds_block, derivatives);
         }
         if (STORE_DS) {
-          store_dscore(ds_tiles, ds_place, ds_rows, ranges, key0, row0, ds_block, params);
+          store_dscore(ds_tiles, ds_first, ds_rows, ranges, key0, row0, ds_block, params);
         }
         if (V::kDropout) {
           drop_transposed(p, kept, kPScale);

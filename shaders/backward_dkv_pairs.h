@@ -94,7 +94,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
   const Range blocks_of_window = window.query_blocks(group_key0, group_key1, BQ);
   const Starts unmasked = window.unmasked_rows(key0, 8, BQ);
   const Starts ds_rows = window.rows_of_tiles(key0);
-  const int ds_place = STORE_DS ? dscore_place(key0, params) : 0;
+  const int64_t ds_first = STORE_DS ? dscore_row(key0, params).first : 0;
 
   LeftOperand<T, F, 1, kDepth, V::kVec, kKeep> left;  // K or V
   const HeadRows<T> k_rows = head.key_rows(key, params.k, params.head_dim);
@@ -186,7 +186,7 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
           dscore_transposed<kHides>(x, p, row_delta);
           sums_of_keys.take(x, params);
           if (STORE_DS) {
-            store_dscore(ds_tiles, ds_place, ds_rows, ranges, key0, row0, x, params);
+            store_dscore(ds_tiles, ds_first, ds_rows, ranges, key0, row0, x, params);
           }
         }
         if (kValueDepth < kDepth && !second) {

@@ -39,7 +39,7 @@ attention_backward_dmask_from_ds(device float* ds [[buffer(kBufferDs)]],  // Dsc
   const int row0 = int(group.y) / key_blocks * ORCHARD_MAP_BLOCK + simdgroup * 8;
   const LanePosition at = lane_position(lane);
   const Window window = window_of(params);
-  const int place = dscore_place(key0, params);
+  const DscoreRow row = dscore_row(key0, params);
   MaskSharers sharers;
   sharers.start(entry, params);
   const Range terms = terms_of_part(sharers.count(), part, parts);
@@ -58,13 +58,13 @@ attention_backward_dmask_from_ds(device float* ds [[buffer(kBufferDs)]],  // Dsc
     hulls.start(head, range_hulls, row0, params);
     const DscoreTiles tiles =
         dscore_tiles(ds, head.batch * params.num_heads + head.head, at, params);
-    const device float* tile = tiles.tile(place, row0);
+    const device float* tile = tiles.tile(row.first, row0);
     Tile<float, 1, kCols> ds_block;
     ORCHARD_UNROLL
     for (int c = 0; c < kCols; c++) {
       const bool written =
           window.sees_any(row0, 8, key0 + 8 * c, 8) && hulls.meets(0, key0 + 8 * c);
-      ds_block.fragments[0][c] = written ? tiles.load(tile, 0, c) : float2(0.0f);
+      ds_block.fragments[0][c] = written ? tiles.load(tile, row.next * 64, 0, c) : float2(0.0f);
     }
     sum.take(ds_block);
   }

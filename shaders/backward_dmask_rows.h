@@ -5,9 +5,9 @@
 //     sum = sum + dlse + exp((sink - m) - log(l)) delta
 //   dmask = sum
 //
-// which is what dS sums up to along a row. A threadgroup takes 32 SIMDGROUPS rows of one (batch,
-// head) of the mask, a thread for each; where all rows share one row of the mask, it takes all of
-// them.
+// which is what dS sums up to along a row: NaN, where the row's weights are. A threadgroup takes 32
+// SIMDGROUPS rows of one (batch, head) of the mask, a thread for each; where all rows share one row
+// of the mask, it takes all of them.
 #pragma once
 
 #include "keys.h"
@@ -48,11 +48,9 @@ attention_backward_dmask_rows(const device float2* row_stats
       }
       float of_row = params.has_dlse ? dlse[stats0 + row] : 0.0f;
       if (params.has_sinks) {
-        const float log_sum = Weights<true>::in_powers(stats.y);
-        const float2 sink = float2(sinks[head.head]);
-        of_row += Weights<true>::of(sink, float2(stats.x), float2(log_sum)).x * delta[stats0 + row];
+        of_row += weight_of_sink(sinks[head.head], stats) * delta[stats0 + row];
       }
-      sum.take(of_row);
+      sum.take(isnan(stats.x) ? NAN : of_row);
     }
     sharers.advance();
   }

@@ -12,8 +12,8 @@ struct Range {
   METAL_FUNC bool has(int index) const { return index >= begin && index < end; }
 };
 
-/// Where blocks of a simdgroup may begin, on the axis of its loop, so that something is so: from
-/// `first` on so many.
+/// First rows, or first keys, of blocks for which some condition holds: `count` numbers from
+/// `first` on. A block that begins with another one does not meet it.
 struct Starts {
   int first;
   uint count;

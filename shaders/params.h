@@ -89,7 +89,9 @@ struct AttentionParams {
   int64_t alibi_head;
   int64_t dmask_elements;
   RangeParams ranges;
-  int64_t dq_sums;  ///< elements of buffer ds before PartialDq (backward)
+  int64_t dq_sums;    ///< elements of buffer ds before PartialDq (backward)
+  int64_t ds_folded;  ///< the tile that key 0 would have, were its row folded (dscore.h); 0: no row
+                      ///< is
   int32_t batch;
   int32_t num_heads;     ///< query heads
   int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads /
@@ -116,8 +118,10 @@ struct AttentionParams {
   int32_t key_begin;           ///< keys of this dispatch (backward, where dS is stored): a multiple
   int32_t key_end;             ///< of ORCHARD_KEY_CHUNK, unless the end of the keys
   int32_t dkv_parts;           ///< parts of a group's query heads on the key's side (backward)
-  int32_t dkv_sums;    ///< of them, that run at once and leave sums: the others add to these
-  int32_t ds_keys;     ///< keys that the buffer for dS has for each 8 queries
+  int32_t dkv_sums;    ///< how many parts of a group run at once, each with sums of its own. Those
+                       ///< of later turns add to the same sums
+  int32_t ds_keys;     ///< 8 times the rows that the buffer for dS has for a head (dscore.h)
+  int32_t ds_row;      ///< tiles of such a row
   int32_t ds_partial;  ///< whether some queries may see keys that are farther apart, as far
                        ///< as key_ranges tell: their dS is not stored
 };
@@ -144,5 +148,5 @@ struct AttentionParams {
 
 static_assert(sizeof(TensorStrides) == 32, "host and shader must agree on TensorStrides");
 static_assert(sizeof(MaskStrides) == 48, "host and shader must agree on MaskStrides");
-static_assert(sizeof(AttentionParams) == 8 * 32 + 24 + 3 * 48 + 4 * 8 + 29 * 4 + 4,
+static_assert(sizeof(AttentionParams) == 8 * 32 + 24 + 3 * 48 + 5 * 8 + 30 * 4,
     "host and shader must agree on AttentionParams");

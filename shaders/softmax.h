@@ -184,6 +184,14 @@ struct Weights {
   }
 };
 
+/// The weight of a sink in a row with these statistics. Where the sink is the origin, its
+/// exponential is 1, though both be +inf.
+METAL_FUNC float weight_of_sink(float sink, float2 stats) {
+  const float difference = sink == stats.x ? 0.0f : sink - stats.x;
+  const float log_sum = Weights<true>::in_powers(stats.y);
+  return Weights<true>::of(float2(difference), float2(0.0f), float2(log_sum)).x;
+}
+
 /// Makes weights of scores: statistics of this lane's row of each row of fragments.
 template <int ROWS, bool NATURAL>
 struct RowStats {

@@ -277,11 +277,11 @@ class Planner:
     ) -> list[tuple[int, ...]]:
         """orchard::ds_divisions, each in the order of DsDivision's fields."""
         capacity = 64
-        numbers = (ctypes.c_int64 * (5 * capacity))()
+        numbers = (ctypes.c_int64 * (7 * capacity))()
         with self._problem(layouts, dtype, "", None, fields) as address:
             count = self._library.bridge_ds_divisions(address, numbers, ctypes.c_uint64(capacity))
         assert count <= capacity
-        return [tuple(numbers[5 * n : 5 * n + 5]) for n in range(count)]
+        return [tuple(numbers[7 * n : 7 * n + 7]) for n in range(count)]
 
     @contextmanager
     def _problem(

@@ -67,17 +67,18 @@ double bridge_time_of_backward(const Problem* problem, int32_t stored, int64_t h
   const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
   const orchard::TileRow& row = orchard::tiles(bd, orchard::names(problem->dtype));
   return orchard::time_of_backward(
-      *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, 0}, parts);
+      *problem, row, bd, {heads_at_once, keys_at_once, stored, 0, {}}, parts);
 }
 
-/// The divisions of dS that fit, five numbers each as DsDivision has them: writes as many as fit,
+/// The divisions of dS that fit, seven numbers each as DsDivision has them: writes as many as fit,
 /// and returns how many there are.
 uint64_t bridge_ds_divisions(const Problem* problem, int64_t* numbers, uint64_t capacity) {
   const int bd = orchard::padded_head_dim(orchard::widest_head_dim(*problem));
   const auto all = orchard::ds_divisions(*problem, bd);
   for (size_t i = 0; i < std::min<size_t>(capacity, all.size()); i++) {
     const orchard::DsDivision& x = all[i];
-    for (int64_t number : {x.heads, x.keys, x.tile_elements, x.sum_elements, x.stored_keys})
+    for (int64_t number : {x.heads, x.keys, x.tile_elements, x.sum_elements, x.rows.keys,
+             x.rows.tiles, x.rows.folded})
       *numbers++ = number;
   }
   return all.size();

@@ -19,8 +19,10 @@ bool add_products(const Problem& p, const TileRow& row, int bd, bool chunks, Pla
   const bool store_ds = ds.tile_elements > 0;
   plan.ds_elements = ds.tile_elements + ds.sum_elements;
   plan.params.dq_sums = ds.tile_elements;
-  plan.params.ds_keys = static_cast<int32_t>(ds.stored_keys);
-  plan.params.ds_partial = store_ds && p.has_key_ranges && ds.stored_keys < p.k.sizes[2];
+  plan.params.ds_keys = static_cast<int32_t>(ds.rows.keys);
+  plan.params.ds_row = static_cast<int32_t>(ds.rows.tiles);
+  plan.params.ds_folded = ds.rows.folded;
+  plan.params.ds_partial = store_ds && p.has_key_ranges && ds.rows.keys < p.k.sizes[2];
   const GroupDivision groups = divide_groups(p, ds, keys);
   const bool divided = groups.parts > 1;
   plan.dkv_part_elements = groups.elements;

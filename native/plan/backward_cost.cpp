@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "forward_parts.h"
 #include "params.h"
 
 namespace orchard {
@@ -17,10 +18,6 @@ constexpr double kQueriesWeight = 0.75, kStoredWeight = 0.25;
 
 // Threadgroups that keep one core busy: one alone waits for its own products.
 constexpr double kGroupsOfCore = 1.4;
-
-// Threadgroups that a core works on side by side, as in forward_parts.cpp. Of more, each core takes
-// another one when it is free, so that all are through together.
-constexpr int64_t kHeld = 4;
 
 // What turns over keys take, by the time of their launches one by one: the cores wait for the last
 // threadgroup of each.
@@ -86,9 +83,10 @@ class Visible {
 
 double cores(const Problem& p) { return static_cast<double>(p.gpu_cores); }
 
-/// Threadgroups in whose time the core that has most of them is through.
+/// Threadgroups in whose time the core that has most of them is through. Of more than the cores
+/// work on side by side, each takes another one when it is free, so that all are through together.
 double turns_of_core(const Problem& p, int64_t groups) {
-  if (groups > kHeld * p.gpu_cores) return static_cast<double>(groups) / p.gpu_cores;
+  if (groups > kHeldByCore * p.gpu_cores) return static_cast<double>(groups) / p.gpu_cores;
   return std::max(kGroupsOfCore, static_cast<double>(blocks_of(groups, p.gpu_cores)));
 }
 

@@ -22,13 +22,37 @@ int64_t key_span(const Problem& p) {
   return int64_t{clamp_window(p.window_left)} + clamp_window(p.window_right) + 8;
 }
 
-/// Keys that the buffer has for each 8 queries. Where these see a span of keys, keys that are
-/// farther apart share a place: whole blocks of every kernel.
-int64_t stored_keys(const Problem& p) {
+/// Rows for all keys, or where 8 queries see a span of them, a ring of rows: whole blocks of every
+/// kernel.
+DscoreRows ring_of_rows(const Problem& p) {
   const int64_t all = 8 * blocks_of(p.k.sizes[2], 8), span = key_span(p);
-  if (span <= 0 || span >= all) return all;
+  const int64_t tiles = blocks_of(p.q.sizes[2], 8);
+  if (span <= 0 || span >= all) return {all, tiles, 0};
   // wherever in a block of 8 keys it begins
-  return std::min(all, ORCHARD_KEY_CHUNK * blocks_of(span + 7, ORCHARD_KEY_CHUNK));
+  return {std::min(all, ORCHARD_KEY_CHUNK * blocks_of(span + 7, ORCHARD_KEY_CHUNK)), tiles, 0};
+}
+
+/// Rows that are folded where a window ends with the keys behind a query. In blocks of 8: all
+/// queries see the first `whole` of the keys, each one behind is seen by one of the queries less,
+/// and those from `seen` on by none.
+DscoreRows folded_rows(const Problem& p) {
+  const int64_t queries = blocks_of(p.q.sizes[2], 8);
+  const int64_t ahead = p.diagonal + clamp_window(p.window_right);
+  const int64_t whole = ahead > 0 ? blocks_of(ahead, 8) : 0;
+  const int64_t seen = std::min(blocks_of(p.k.sizes[2], 8), whole + queries);
+  const int64_t step = ORCHARD_KEY_CHUNK / 8;  // the fold is between blocks of every kernel
+  const int64_t rows = step * blocks_of(whole + blocks_of(seen - whole, 2), step);
+  const int64_t tiles = std::max(queries, 2 * queries - (seen - whole) + 1);
+  return {8 * rows, tiles, (whole + seen - 1) * tiles + whole};
+}
+
+/// How all of a query head's dS takes the least memory.
+DscoreRows stored_rows(const Problem& p) {
+  const DscoreRows ring = ring_of_rows(p);
+  const bool causal = !p.has_key_ranges && p.window_right >= 0;
+  if (!causal) return ring;
+  const DscoreRows folded = folded_rows(p);
+  return folded.keys < ring.keys && folded.elements() < ring.elements() ? folded : ring;
 }
 
 /// Of `all`, so many at once that each turn has as many, or fewer the last: at most `fitting`.
@@ -52,8 +76,8 @@ std::vector<int64_t> heads_at_once(const Problem& p) {
 /// take turns.
 void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivision>& found) {
   const int64_t kv_len = p.k.sizes[2], all = query_heads(p), group = all / kv_heads(p);
-  const int64_t rows = 8 * blocks_of(p.q.sizes[2], 8);
-  const int64_t stored = stored_keys(p);
+  const int64_t tiles = blocks_of(p.q.sizes[2], 8);
+  const DscoreRows stored = stored_rows(p);
   const auto fits = [&](int64_t heads, int64_t keys) {
     return blocks_of(all, heads) * blocks_of(kv_len, keys) <= kMostTurns;
   };
@@ -62,26 +86,27 @@ void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivis
   };
   int64_t whole = 0;  // heads at once of which all keys fit
   for (int64_t heads : heads_at_once(p)) {
-    if (stored <= room(heads) / (heads * rows)) whole = heads;
+    if (stored.elements() <= room(heads) / heads) whole = heads;
   }
   if (whole >= group) {
-    const int64_t groups = std::min(floats / (group * rows * stored), kv_heads(p));
+    const int64_t groups = std::min(floats / (group * stored.elements()), kv_heads(p));
     whole = group * even_turns(kv_heads(p), groups);
   }
   if (whole > 0 && fits(whole, kv_len)) {
-    found.push_back({whole, kv_len, whole * rows * stored, 0, stored});
+    found.push_back({whole, kv_len, whole * stored.elements(), 0, stored});
   }
   // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
   // whole.
   if (p.has_key_ranges) return;
   const int64_t sums_of_one = p.q.sizes[2] * bd;
   for (int64_t heads : heads_at_once(p)) {
-    const int64_t fitting = (room(heads) - heads * sums_of_one) / (heads * rows);
-    if (fitting < ORCHARD_KEY_CHUNK || fitting >= stored) continue;
+    const int64_t fitting = (room(heads) / heads - sums_of_one) / (8 * tiles);
+    if (fitting < ORCHARD_KEY_CHUNK || fitting >= ring_of_rows(p).keys) continue;
     const int64_t chunks = blocks_of(kv_len, ORCHARD_KEY_CHUNK);
     const int64_t keys = ORCHARD_KEY_CHUNK * even_turns(chunks, fitting / ORCHARD_KEY_CHUNK);
     if (!fits(heads, keys)) continue;
-    found.push_back({heads, keys, heads * rows * keys, heads * sums_of_one, keys});
+    const DscoreRows rows{keys, tiles, 0};
+    found.push_back({heads, keys, heads * rows.elements(), heads * sums_of_one, rows});
   }
 }
 
@@ -99,7 +124,7 @@ std::vector<DsDivision> ds_divisions(const Problem& p, int bd) {
 }
 
 DsDivision divide_ds(const Problem& p, const TileRow& row, int bd) {
-  DsDivision best{query_heads(p), p.k.sizes[2], 0, 0, 0};
+  DsDivision best{query_heads(p), p.k.sizes[2], 0, 0, {}};
   const std::vector<DsDivision> divisions = ds_divisions(p, bd);
   if (divisions.empty()) return best;
   if (p.has_key_ranges) return divisions.front();  // what the rows see is not known

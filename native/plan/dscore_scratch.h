@@ -5,6 +5,15 @@
 
 namespace orchard {
 
+/// Where dS of a query head lies: rows of tiles of 8 keys x 8 queries (shaders/dscore.h).
+struct DscoreRows {
+  int64_t keys;    // of the buffer's rows, 8 in each
+  int64_t tiles;   // of a row
+  int64_t folded;  // AttentionParams::ds_folded; 0: no row is folded
+
+  int64_t elements() const { return keys / 8 * tiles * 64; }
+};
+
 /// How a backward that stores dS is divided: so many of the batch * num_heads query heads, and so
 /// many keys, share the buffer at once. They are all heads of one or more groups, or, where dS of a
 /// whole group does not fit, an equal part of one group's.
@@ -13,7 +22,7 @@ struct DsDivision {
   int64_t keys;
   int64_t tile_elements;  // of the buffer, before the sums of dq; 0: dS is not stored
   int64_t sum_elements;   // behind them
-  int64_t stored_keys;    // keys that the buffer has for each 8 queries
+  DscoreRows rows;
 };
 
 /// Divisions that fit into Problem::scratch_bytes, alone and beside the sums of a divided group

@@ -5,6 +5,9 @@
 
 namespace orchard {
 
+/// Threadgroups that a core works on side by side, so that one computes while others wait.
+constexpr int64_t kHeldByCore = 4;
+
 /// Floats that each part leaves: O, an origin and a sum of every row.
 int64_t part_elements(const Problem& problem);
 

@@ -180,6 +180,12 @@ void add_forward_merge(const Problem& p, int64_t parts, Plan& plan) {
   plan.add(std::move(kernel));
 }
 
+void set_map_groups(int64_t heads, int64_t blocks, KernelPlan& kernel) {
+  kernel.groups = {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)};
+  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
+      " x ", blocks, " threadgroups of ", kernel.threads, " threads");
+}
+
 void add_mask_map(const Problem& p, Plan& plan) {
   if (!p.has_mask) return;
   const std::array<int64_t, 5> sizes = mask_map_sizes(p);
@@ -189,10 +195,8 @@ void add_mask_map(const Problem& p, Plan& plan) {
   KernelPlan kernel = named_kernel("attention_mask_map",
       join("attention_mask_map_", p.mask_dtype == DType::kBool ? "bool" : names(p.mask_dtype).torch,
           listed ? "_ranges" : ""),
-      join(mask_element(p), ", ", kSimdgroups, ", ", word(listed)),
-      {static_cast<uint64_t>(heads), static_cast<uint64_t>(blocks)});
-  kernel.tile = join("blocks of ", ORCHARD_MAP_BLOCK, " queries and keys of the mask; ", heads,
-      " x ", blocks, " threadgroups of ", kernel.threads, " threads");
+      join(mask_element(p), ", ", kSimdgroups, ", ", word(listed)), {});
+  set_map_groups(heads, blocks, kernel);
   plan.map_elements = heads * sizes[3] * sizes[4];
   plan.add(std::move(kernel));
 }

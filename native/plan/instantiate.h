@@ -33,6 +33,10 @@ KernelPlan make_kernel(const Problem& problem, const std::string& family, const 
 /// Plans the kernel that makes a forward's results of its parts.
 void add_forward_merge(const Problem& problem, int64_t parts, Plan& plan);
 
+/// Gives the kernel that makes a mask's map its threadgroups: so many heads of the map, and groups
+/// of its blocks.
+void set_map_groups(int64_t heads, int64_t blocks, KernelPlan& kernel);
+
 /// Plans the map of what the mask lets through, where there is a mask.
 void add_mask_map(const Problem& problem, Plan& plan);
 

@@ -27,6 +27,8 @@ _FAR = 1 << 30
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 _NOT_STORING_HEAD_DIM = 48
 """Up to this head_dim no backward stores dS."""
+_KEY_CHUNK = 64
+"""ORCHARD_KEY_CHUNK, keys."""
 _PART_QUERIES = 256
 _PART_KEYS, _MOST_PARTS, _GROUPS_OF_CORE = 256, 32, 4
 """Of a divided forward, as in native/plan/forward_parts.cpp."""
@@ -115,15 +117,21 @@ class AttentionLayer:
         }
 
     def most_scratch(self, length: int, budget_mb: int) -> int:
-        """No backward takes more scratch: dS of all heads in float32, in tiles of 8 x 8, and sums
-        of dk and dv, as far as an eighth of the budget allows, or those of one part; together no
-        more than the budget."""
+        """No backward takes more scratch: dS of all heads in float32, and sums of dk and dv, as far
+        as an eighth of the budget allows, or those of one part; together no more than the
+        budget."""
         budget, scores = budget_mb << 20, 0
         if self.head_dim > _NOT_STORING_HEAD_DIM:
-            whole = -(-length // 8) * 8
-            scores = score_matrix_bytes(self.batch, self.num_heads, whole, whole)
+            scores = self.batch * self.num_heads * self._stored_scores(length) * _FLOAT32
         sums = max(budget // 8, length * 2 * self.head_dim * _FLOAT32)
         return min(scores + min(self._most_sums(length), sums), budget)
+
+    def _stored_scores(self, length: int) -> int:
+        """Elements of a head's dS, in tiles of 8 x 8. Under a causal mask half of them are stored,
+        in rows that fill whole chunks of keys (native/plan/dscore_scratch.cpp)."""
+        whole = -(-length // 8) * 8
+        folded = -(-length // (2 * _KEY_CHUNK)) * _KEY_CHUNK * (whole + 8)
+        return min(folded, whole * whole) if self.is_causal else whole * whole
 
     def _most_sums(self, length: int) -> int:
         """Sums of dk and dv in float32 for each part of a group of query heads, where these are

@@ -21,6 +21,12 @@ INFINITE = {  # the case, the argument, which of its numbers is infinite
     "sink, windows without a key": (
         Case(40, 40, 32, sinks=True, window_right=0, diagonal=-8), "sinks", 1,
     ),
+    "sink of a head without a key": (
+        Case(40, 40, 32, sinks=True, window_right=0, diagonal=-64), "sinks", 1,
+    ),
+    "sink of a divided head without a key": (
+        Case(33, 513, 80, sinks=True, window_right=0, diagonal=-64), "sinks", 1,
+    ),
     "sink, ranges without a key": (Case(40, 70, 32, sinks=True, ranges="any"), "sinks", 1),
     "sinks, ranges, divided": (Case(60, 700, 32, ranges="any", sinks=True), "sinks", 1),
     "sink of rows that store dS": (
@@ -36,6 +42,17 @@ INFINITE = {  # the case, the argument, which of its numbers is infinite
     "mask of rows": (
         Case(40, 70, 32, mask="same", mask_full=(True, True, True, False), sinks=True),
         "attn_mask", (0, 1, 17, 0),
+    ),
+    "mask of rows, no sinks": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, True, False)),
+        "attn_mask", (0, 1, 17, 0),
+    ),
+    "mask of heads": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, False, False)),
+        "attn_mask", (0, 1, 0, 0),
+    ),
+    "query, mask of rows": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, True, False)), "query", (0, 1, 17, 5),
     ),
     "mask, divided": (Case(33, 777, 64, mask="same"), "attn_mask", (0, 1, 17, 5)),
     "mask, softcap": (Case(40, 70, 32, mask="same", softcap=5.0), "attn_mask", (0, 1, 17, 5)),

@@ -64,8 +64,8 @@ def test_every_variant_without_scratch(
 
 
 def test_scratch_is_shared_by_as_many_heads_as_fit(recording, monkeypatch: pytest.MonkeyPatch):
-    """dS of a group of two query heads takes 2 x 43 x 41 tiles, or 882 KiB, so 1 MiB holds one
-    group."""
+    """dS of a group of two query heads takes 2 x 24 rows of 46 tiles, or 552 KiB, so 1 MiB holds
+    one group."""
     case = Case(341, 325, 64, batch=2, num_heads=6, num_kv_heads=3, window_right=0, dropout_p=0.1)
     monkeypatch.setenv("ORCHARD_GPU_CORES", "1")  # which any launch fills
     together = check_case(case)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from attention_cases import SEED, Case
@@ -139,15 +141,38 @@ def tiles_of_pairs(pairs: Tensor) -> Tensor:
     return ds_tiles(pairs.double()).flatten(-2).any(-1)
 
 
-def in_places(tiles: Tensor, stored: Tensor, keys: int) -> Tensor:
-    """Tiles of dS in a buffer that has so many keys for each 8 queries. What is not `stored`
-    (heads, key blocks, query blocks) is NaN."""
-    count = keys // 8
-    placed = tiles.new_full((tiles.shape[0], count, *tiles.shape[2:]), math.nan)
-    for key in range(tiles.shape[1]):
-        place, mine = placed[:, key % count], stored[:, key]
-        assert place[mine].isnan().all(), "two tiles in a place"
-        place[mine] = tiles[:, key][mine]
+class DscoreRows(NamedTuple):
+    """Where dS of a head lies, as the params have it."""
+
+    keys: int
+    tiles: int
+    folded: int
+
+    @staticmethod
+    def of(params: Params) -> DscoreRows:
+        return DscoreRows(params.ds_keys, params.ds_row, params.ds_folded)
+
+    def shape(self, heads: int) -> tuple[int, ...]:
+        return heads, self.keys // 8, self.tiles, 8, 8
+
+    def first(self, key: int, queries: int) -> int:
+        """The tile of the first of so many blocks of queries, in the row of a block of keys."""
+        if self.folded and key >= self.keys // 8:
+            return self.folded - key * (self.tiles + 1)
+        return key % (self.keys // 8) * self.tiles + self.tiles - queries
+
+
+def in_places(tiles: Tensor, stored: Tensor, rows: DscoreRows) -> Tensor:
+    """Tiles of dS where they lie. What is not `stored` (heads, key blocks, query blocks) is NaN."""
+    heads, keys, queries = tiles.shape[:3]
+    placed = tiles.new_full(rows.shape(heads), math.nan)
+    for head, key in itertools.product(range(heads), range(keys)):
+        mine = stored[head, key].nonzero()[:, 0]
+        places = rows.first(key, queries) + mine
+        in_head = placed[head].flatten(0, 1)
+        assert (places >= 0).all(), "a tile before the buffer"
+        assert in_head[places].isnan().all(), "two tiles in a place"
+        in_head[places] = tiles[head, key, mine]
     return placed
 
 
@@ -207,7 +232,7 @@ class Attention:
             if self.store_ds:
                 results["ds"] = self._empty_ds(params)
         else:
-            inputs = {"ds": self._stored_ds(given, params.ds_keys)} | key
+            inputs = {"ds": self._stored_ds(given, DscoreRows.of(params))} | key
             results = {"dq": empty(q, self.layouts[0])}
         strides = {
             name: tuple(results[name].tensor.stride())
@@ -222,7 +247,8 @@ class Attention:
             library, kernel, sources.buffers, block, inputs, results,
             seed=self.schedule, workers=1,
         )  # fmt: skip
-        self._compare(given, {name: y.tensor for name, y in results.items()})
+        found = {name: y.tensor for name, y in results.items()}
+        self._compare(given, found, DscoreRows.of(params))
         assert counters.mma == self._products(kernel), "not the expected number of matrix products"
         if self.check:  # which counts accesses, and leaves gaps in threadgroup memory
             staged = self.family != DQ_FROM_DS or not counters.mma
@@ -252,13 +278,13 @@ class Attention:
 
     def _empty_ds(self, params: Params) -> Guarded:
         heads = self._query_heads()
-        shape = (heads.stop - heads.start, params.ds_keys // 8, -(-self.case.q_len // 8), 8, 8)
+        shape = DscoreRows.of(params).shape(heads.stop - heads.start)
         return Guarded(shape, dense(shape), F32)
 
-    def _stored_ds(self, given: Reference, keys: int) -> Guarded:
+    def _stored_ds(self, given: Reference, rows: DscoreRows) -> Guarded:
         """dS as the key's side leaves it: NaN in tiles that nobody sees."""
         tiles = ds_tiles(given.ds.flatten(0, 1)[self._query_heads()]).float()
-        tiles = in_places(tiles, tiles_of_pairs(given.visible).expand(tiles.shape[:3]), keys)
+        tiles = in_places(tiles, tiles_of_pairs(given.visible).expand(tiles.shape[:3]), rows)
         stored = Guarded(tiles.shape, dense(tiles.shape), F32)
         stored.tensor.copy_(tiles)
         return stored
@@ -325,12 +351,12 @@ class Attention:
         if self.family not in KEYS_SIDE:
             kernel["groups"][1] = -(-self.case.q_len // (32 * self.tile[0]))
 
-    def _compare(self, given: Reference, results: dict[str, Tensor]) -> None:
+    def _compare(self, given: Reference, results: dict[str, Tensor], rows: DscoreRows) -> None:
         if self.kv_heads:
             results = self._only_those_heads(given, results)
         for name, x in results.items():
             if name == "ds":
-                self._compare_ds(given, x)
+                self._compare_ds(given, x, rows)
                 continue
             if name == "delta":
                 size = (given.operands[3].double() * given.out.double()).abs().sum(-1)
@@ -364,14 +390,14 @@ class Attention:
             whole[name] = right.view(x.shape)
         return whole
 
-    def _compare_ds(self, given: Reference, x: Tensor) -> None:
+    def _compare_ds(self, given: Reference, x: Tensor, rows: DscoreRows) -> None:
         """Exact to float32's sums where anything is seen; tiles that nobody sees are untouched."""
         heads = self._query_heads()
         ds = given.ds - given.weights * self._rounding_of_delta(given)[..., None]
         expected = ds_tiles(ds.flatten(0, 1)[heads])
         stored = tiles_of_pairs(given.visible).expand(expected.shape[:3])
         seen = ds_tiles(given.visible.double()).expand(expected.shape)
-        expected, seen = (in_places(y, stored, 8 * x.shape[1]) for y in (expected, seen))
+        expected, seen = (in_places(y, stored, rows) for y in (expected, seen))
         assert torch.equal(x.isnan(), expected.isnan()), "the tiles of dS that are stored"
         error = (x.double() - expected).abs()
         assert (error[seen == 1] <= given.ds_rounding).all(), "dS"

@@ -72,7 +72,15 @@ def divided_keys(
     for begin in range(0, kv_len, 64):
         end = min(begin + 64, kv_len)
         block = with_seed(
-            params, first_head=2, key_begin=begin, key_end=end, ds_keys=64, dq_sums=tiles, **own
+            params,
+            first_head=2,
+            key_begin=begin,
+            key_end=end,
+            ds_keys=64,
+            ds_row=10,
+            ds_folded=0,
+            dq_sums=tiles,
+            **own,
         )
         for family, inputs, outputs in (
             (keys_side, ("query", "key", "value", "dout", "row_stats", "delta"), ("dk", "dv")),

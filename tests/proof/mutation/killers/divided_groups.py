@@ -26,6 +26,7 @@ from .attention import (
     F32,
     KEYS_SIDE,
     Attention,
+    DscoreRows,
     dense,
     empty,
     kernel_of,
@@ -86,7 +87,7 @@ class Divided(Attention):
         found = {name: y.tensor for name, y in results.items()}
         if self.store_ds:
             found["ds"] = written["ds"].tensor
-        self._compare(given, found)
+        self._compare(given, found, DscoreRows.of(params))
 
 
 def sums_of_parts(

@@ -141,7 +141,17 @@ def _far_ds(
     note("compiled")
     own = {name: tuple(x[name].tensor.stride()) for name in ("dq", "dk", "dv")}
     block = torch.frombuffer(
-        bytearray(with_seed(params, key_end=key_end, ds_keys=key_end, dq_sums=tiles, **own)),
+        bytearray(
+            with_seed(
+                params,
+                key_end=key_end,
+                ds_keys=key_end,
+                ds_row=blocks,
+                ds_folded=0,
+                dq_sums=tiles,
+                **own,
+            )
+        ),
         dtype=torch.uint8,
     ).clone()
     numbers = sources.buffers

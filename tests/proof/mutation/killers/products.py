@@ -148,43 +148,58 @@ def _heads_at_once(call: Call) -> Iterator[int]:
             return
 
 
-def _stored_keys(call: Call) -> int:
-    """All, or what 8 queries see through the window and what begins or ends in their blocks."""
-    keys = 8 * math.ceil(call.s / 8)
+def _ring(call: Call) -> tuple[int, int, int]:
+    """All keys, or what 8 queries see through the window and what begins or ends in their blocks,
+    with all tiles of queries."""
+    keys, tiles = 8 * math.ceil(call.s / 8), math.ceil(call.l / 8)
     if min(call.left, call.right) < 0:
-        return keys
-    return min(keys, 64 * math.ceil((call.left + call.right + 8 + 7) / 64))
+        return keys, tiles, 0
+    return min(keys, 64 * math.ceil((call.left + call.right + 8 + 7) / 64)), tiles, 0
+
+
+def _stored_rows(call: Call) -> tuple[int, int, int]:
+    """The ring, or the first half of the rows that lose a tile each, with the other half in it."""
+    ring, ahead = _ring(call), max(math.ceil((call.diagonal + call.right) / 8), 0)
+    tiles = ring[1]
+    shrinking = min(math.ceil(call.s / 8) - ahead, tiles)
+    if call.right < 0 or shrinking < 1:
+        return ring
+    keys = 64 * math.ceil((ahead + math.ceil(shrinking / 2)) / 8)
+    width = max(tiles, tiles + (tiles - shrinking + 1))  # the longest row of them, and the shortest
+    smaller = keys < ring[0] and keys * width < ring[0] * tiles
+    return (keys, width, (2 * ahead + shrinking - 1) * width + ahead) if smaller else ring
 
 
 def divisions_of(call: Call) -> Iterator[tuple[int, ...]]:
     """What the plan should have to choose from: as many heads as fit with all keys, and keys of so
     many heads. Where a group's heads take turns, sums of dk and dv have room, too."""
-    rows, stored = 8 * math.ceil(call.l / 8), _stored_keys(call)
+    rows, stored = 8 * math.ceil(call.l / 8), _stored_rows(call)
+    of_head = stored[0] * stored[1] * 8
     floats, every = call.scratch // 4, call.b * call.h
     for room in (floats, floats - min(call.scratch // 8, 1 << 30) // 4)[: 1 + (call.group > 1)]:
         left = {
             heads: room - (call.s * 2 * call.d if heads < call.group else 0)
             for heads in _heads_at_once(call)
         }
-        whole = max((n for n in left if n * rows * stored <= left[n]), default=0)
+        whole = max((n for n in left if n * of_head <= left[n]), default=0)
         if whole >= call.group:
-            fitting = room // (call.group * rows * stored)
+            fitting = room // (call.group * of_head)
             whole = call.group * _turns(call.heads, min(fitting, call.heads))
         if whole and math.ceil(every / whole) <= 1024:
-            yield whole, call.s, whole * rows * stored, 0, stored
+            yield whole, call.s, whole * of_head, 0, *stored
         for heads in _heads_at_once(call):
             sums = heads * call.l * call.d
             keys = (left[heads] - sums) // (heads * rows) if left[heads] > sums else 0
-            if 64 <= keys < stored:
+            if 64 <= keys < _ring(call)[0]:
                 keys = 64 * _turns(math.ceil(call.s / 64), keys // 64)
                 if math.ceil(every / heads) * math.ceil(call.s / keys) <= 1024:
-                    yield heads, keys, heads * rows * keys, sums, keys
+                    yield heads, keys, heads * rows * keys, sums, keys, rows // 8, 0
 
 
 def _parts_of(call: Call, division: tuple[int, ...]) -> tuple[int, int]:
     """As in divided_groups.py: the least divisor of the heads that run at once, of one group, that
     fills the GPU, and fits; all parts of the group, and those that run at once."""
-    heads, keys, tiles, sums, _ = division
+    heads, keys, tiles, sums, *_ = division
     of_group = min(heads, call.group)
     room = min(call.scratch // 4 - tiles - sums, min(call.scratch // 8, 1 << 30) // 4)
     most = min(
@@ -208,6 +223,14 @@ def _calls() -> Iterator[Call]:
         for right in (9, 10):  # 64 keys, and one more
             yield Call(h=2, hk=2, l=512, s=512, left=40, right=right, **at)
         yield Call(b=64, h=32, hk=32, l=2048, s=2048, **at)
+        for l, s, diagonal in (
+            (2048, 1024, 0), (1024, 2048, 0), (1024, 2048, 1024), (999, 1500, 260),
+            (1024, 2048, -100), (2048, 2048, 1100), (64, 4096, 100),
+        ):  # fmt: skip
+            for right in (0, 5):
+                yield Call(h=2, hk=2, l=l, s=s, right=right, diagonal=diagonal, **at)
+        yield Call(h=2, hk=2, l=2048, s=2048, left=1200, right=0, **at)  # folded, or a ring
+        yield Call(h=2, hk=2, l=2048, s=2048, left=900, right=0, **at)
         yield Call(right=0, diagonal=-(1 << 20), **at)  # no pair: all ways take the same
         yield Call(h=1, hk=1, l=1, s=1, **at)  # one: nearly the same
         yield Call(h=1, hk=1, l=70000, s=70, **at)
@@ -230,7 +253,7 @@ def plan_of_divisions(sources: Sources) -> None:
     ):  # fmt: skip
         found = sources.ds_divisions(Call(3, 10, 5, 41, 70, scratch=scratch).request())
         assert [x for x in found if x[1] == 70][:1] == (
-            [(2 * at_once, 70, at_once * group // 4, 0, 72)] if at_once else []
+            [(2 * at_once, 70, at_once * group // 4, 0, 72, 6, 0)] if at_once else []
         )
     for empty in ({"b": 0}, {"h": 0}, {"h": 0, "hk": 2}, {"hk": 0}, {"l": 0}, {"s": 0}, {"d": 48}):
         fields = {"h": 0, "hk": 0} if empty == {"h": 0} else empty
@@ -271,7 +294,7 @@ def plan_of_choices(sources: Sources) -> None:
     """Of seven products and the divisions the one that takes least; the first of equal ones."""
     chosen = set()
     for call in _calls():
-        seven = (call.b * call.h, call.s, 0, 0, 0)
+        seven = (call.b * call.h, call.s, 0, 0, 0, 0, 0)
         options = [seven, *sources.ds_divisions(call.request())]
         times = []
         for x in options:
@@ -280,10 +303,11 @@ def plan_of_choices(sources: Sources) -> None:
         for stores_ds in (False, True):
             first = 1 if stores_ds and len(options) > 1 else 0
             best = min(range(first, len(options)), key=times.__getitem__)
-            heads, keys, tiles, sums, stored = options[best]
+            heads, keys, tiles, sums, *rows = options[best]
             plan, params = sources.plan(call.request(stores_ds=stores_ds))
             assert plan["scratch_bytes"] == 4 * (tiles + sums), (call, options[best])
-            assert (params.dq_sums, params.ds_keys) == (tiles, stored)
+            assert params.dq_sums == tiles
+            assert [params.ds_keys, params.ds_row, params.ds_folded] == rows
             assert (params.dkv_parts, params.dkv_sums) == _parts_of(call, options[best])
             groups = params.dkv_sums * max(heads // call.group, 1)
             elements = groups * call.s * 2 * call.d if params.dkv_parts > 1 else 0
@@ -294,8 +318,9 @@ def plan_of_choices(sources: Sources) -> None:
                 _launches(call, plan, (heads, keys), params.dkv_parts)
             )
             of_heads = (heads < call.group) + (heads < call.b * call.h)
-            chosen.add((tiles > 0, of_heads, keys < call.s, 0 < stored < call.s and keys == call.s))
-    assert len(chosen) == 9, chosen
+            fewer = 0 < rows[0] < call.s and keys == call.s
+            chosen.add((tiles > 0, of_heads, keys < call.s, fewer, rows[2] > 0))
+    assert len(chosen) == 11, chosen
 
 
 def plan_of_ranges_in_turns(sources: Sources) -> None:
@@ -309,7 +334,8 @@ def plan_of_ranges_in_turns(sources: Sources) -> None:
         stored = 8 * math.ceil(call.s / 8)
         heads = min(call.scratch // 4 // (rows * stored), call.heads)
         heads = _turns(call.heads, heads)
-        assert found == [(heads * call.group, call.s, heads * rows * stored, 0, stored)]
+        tiles = math.ceil(call.l / 8)
+        assert found == [(heads * call.group, call.s, heads * rows * stored, 0, stored, tiles, 0)]
         plan, _ = sources.plan(call.request(has_key_ranges=True))
         assert plan["scratch_bytes"] == 4 * heads * rows * stored
     assert not sources.ds_divisions(Call(scratch=1 << 16).request(has_key_ranges=True))

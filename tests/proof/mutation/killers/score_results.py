@@ -14,6 +14,7 @@ from ..harness import BOOL, DMASK, DQ, DQ_FROM_DS, FORWARD
 from .attention import (
     F32,
     KEYS_SIDE,
+    DscoreRows,
     ds_tiles,
     in_places,
     keys_of_group,
@@ -29,8 +30,8 @@ from .score_runs import IN_PARTS, left_by_the_repository, plan_of
 _PRODUCTS = {FORWARD: (1, 1), DQ: (2, 1), DQ_FROM_DS: (1, 0), DMASK: (2, 0)}
 
 
-def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
-    """Raises if a kernel's results are not what they must be."""
+def compare(problem: Scores, family: str, results: dict[str, Tensor], rows: DscoreRows) -> None:
+    """Raises if a kernel's results are not what they must be. `rows`: of dS, if that is stored."""
     x = given(problem)
     named: dict[str, Tensor | None] = dict.fromkeys(
         ("out", "lse", "dq", "dk", "dv", "dmask", "dsinks")
@@ -42,7 +43,7 @@ def compare(problem: Scores, family: str, results: dict[str, Tensor]) -> None:
         elif name in ("delta", "sink_parts"):
             _compare_rows(problem, name, got)
         elif name == "ds":
-            _compare_ds(problem, got)
+            _compare_ds(problem, got, rows)
         elif name == "mask_map":
             assert torch.equal(got, _map(problem)), "mask_map"
         elif name == "range_hulls":
@@ -122,22 +123,18 @@ def _stored_tiles(problem: Scores) -> Tensor:
     return stored
 
 
-def _compare_ds(problem: Scores, got: Tensor) -> None:
+def _compare_ds(problem: Scores, got: Tensor, rows: DscoreRows) -> None:
     x = given(problem)
     expected = ds_tiles(x.ds.flatten(0, 1))
     seen = ds_tiles(x.seen.flatten(0, 1).double()) > 0
     if problem.ds_keys:
         stored = _stored_tiles(problem)
-        expected, seen = (
-            in_places(tiles, stored, problem.ds_keys) for tiles in (expected, seen.double())
-        )
+        expected, seen = (in_places(tiles, stored, rows) for tiles in (expected, seen.double()))
         assert torch.equal(expected.isnan(), got.isnan()), "the tiles of dS that are stored"
         seen = seen == 1
     elif x.sight is None:
         window = tiles_of_pairs(window_of(problem.case)).expand(expected.shape[:3])
-        expected, seen = (
-            in_places(tiles, window, 8 * got.shape[1]) for tiles in (expected, seen.double())
-        )
+        expected, seen = (in_places(tiles, window, rows) for tiles in (expected, seen.double()))
         assert got[expected.isnan()].isnan().all(), "tiles of dS that no window has"
         seen = seen == 1
     error = (got.double() - expected).abs()

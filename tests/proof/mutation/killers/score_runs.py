@@ -30,7 +30,7 @@ from ..harness import (
     request,
     with_seed,
 )  # fmt: skip
-from .attention import F32, dense, repository
+from .attention import F32, DscoreRows, dense, repository
 from .score_problems import Scores, given
 
 WRITTEN = {
@@ -95,14 +95,13 @@ def _shapes(
     x, case, mask = given(problem).tensors, problem.case, given(problem).mask
     ranges = x.get("key_ranges", torch.empty(1, 1, 1))
     rows = tuple(x["query"].shape[:3])
-    blocks = -(-case.kv_len // 8), -(-case.q_len // 8)
     return {
         "out": ((*rows, x["value"].shape[3]), case.dtype), "row_stats": ((*rows, 2), F32),
         "delta": (rows, F32), "sink_parts": ((*rows[:2], -(-rows[2] // 8)), F32),
         "dq": (tuple(x["query"].shape), case.dtype), "dk": (tuple(x["key"].shape), case.dtype),
         "dv": (tuple(x["value"].shape), case.dtype), "dsinks": ((rows[1],), F32),
         "mask_map": ((max(plan["map_elements"], 1), 2), torch.int32),
-        "ds": ((rows[0] * rows[1], params.ds_keys // 8 or blocks[0], blocks[1], 8, 8), F32),
+        "ds": (DscoreRows.of(params).shape(rows[0] * rows[1]), F32),
         "range_hulls": ((*ranges.shape[:2], -(-rows[2] // 8), 6), torch.int32),
         "dmask": (tuple(mask.sizes) if mask else (1,), x["mask"].dtype if mask else F32),
         "dmask_parts": (

@@ -30,7 +30,7 @@ from ..harness import (
     MASK_MAP,
     Sources,
 )  # fmt: skip
-from .attention import BF16, F16, F32
+from .attention import BF16, F16, F32, DscoreRows
 from .compiled import compile_kernel
 from .score_problems import Scores
 from .score_results import compare, products
@@ -54,7 +54,7 @@ class Scored:
         library = compile_kernel(sources, family, kernel, self.check)
         note("compiled")
         results, counters = launched(problem, kernel, plan, params, known, library, sources.buffers)
-        compare(problem, family, results)
+        compare(problem, family, results, DscoreRows.of(params))
         expected = products(problem, kernel)
         assert counters.mma == expected, f"{counters.mma} matrix products, not {expected}"
 
