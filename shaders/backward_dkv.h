@@ -104,21 +104,21 @@ attention_backward_dkv(const device T* query [[buffer(kBufferQuery)]],  // (B, H
         thread_index, at);
     ScoresTransposed<typename V::Score, kBlocks> scores;
     scores.start(head, buffers, key0, at, params);
-    QueriesAhead<typename V::Score::Mask, BQ> visible;
-    visible.start(head, mask_map, group_key0, blocks.begin, lane, params);
+    MaskMap<typename V::Score::Mask> visible;
+    visible.start(head, mask_map, params);
     KeySums<(V::Score::Mask::kAdds)> sums_of_keys;
     sums_of_keys.start();
     for (int block = blocks.begin; block < blocks.end;) {
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
         const int row0 = block * BQ;
-        if (!visible.passes(row0) || !ranges.meets(row0, group_key0, group_key1)) {
-          const int steps = visible.steps_past(block);
+        if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
+          const int steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
           rows.advance(steps);
           block += steps - 1;
           continue;
         }
-        const bool masked = visible.masked(row0);
+        const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
         scores.fetch(row0, masked);
         ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
         stats.load(row_stats + stats0, row0, params.q_len, at);

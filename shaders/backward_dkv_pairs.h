@@ -122,8 +122,8 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
         thread_index, at);
     ScoresTransposed<typename V::Score, kBlocks> scores;
     scores.start(head, buffers, key0, at, params);
-    QueriesAhead<typename V::Score::Mask, BQ> visible;
-    visible.start(head, mask_map, group_key0, blocks.begin, lane, params);
+    MaskMap<typename V::Score::Mask> visible;
+    visible.start(head, mask_map, params);
     const Staged scored = second ? rows.dout.staged : rows.q.staged;  // S = K Q^T, dP = V dO^T
     const Staged summed = second ? rows.q.staged : rows.dout.staged;  // dV of dO, dK of Q
     KeySums<(V::Score::Mask::kAdds && !V::Score::kCapped)> sums_of_keys;
@@ -132,13 +132,13 @@ attention_backward_dkv_pairs(const device T* query [[buffer(kBufferQuery)]],  //
       const int last = parts.take(block, blocks.end);
       for (; block < last; block++) {
         const int row0 = block * BQ;
-        if (!visible.passes(row0) || !ranges.meets(row0, group_key0, group_key1)) {
-          const int steps = visible.steps_past(block);
+        if (!visible.passes(row0, group_key0) || !ranges.meets(row0, group_key0, group_key1)) {
+          const int steps = steps_past_queries<BQ>(block, visible, group_key0, lane);
           rows.advance(steps);
           block += steps - 1;
           continue;
         }
-        const bool masked = visible.masked(row0);
+        const bool masked = visible.template keys<BQ>(row0, group_key0).masked();
         ColumnStats<kBlocks, kNatural> stats;  // asked for early: they come from device memory
         ColumnValues<kBlocks> row_delta;
         if (second) {

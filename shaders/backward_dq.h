@@ -89,16 +89,17 @@ attention_backward_dq(const device T* query [[buffer(kBufferQuery)]],  // (B, Hq
   const ScoreBuffers buffers = score_buffers(attn_mask, alibi_slopes);
   Scores<typename V::Score, R, BK / 8> scores;
   scores.start(head, buffers, ranges, row0, at, params);
-  KeysAhead<typename V::Score::Mask, kGroupRows, BK> visible;
-  visible.start(head, mask_map, group_row0, blocks.begin, lane, params);
+  MaskMap<typename V::Score::Mask> visible;
+  visible.start(head, mask_map, params);
   Tile<float, R, kDepth> dq_sum;
   zero(dq_sum);
 
   for (int block = blocks.begin; block < blocks.end; block++) {
     const int key0 = block * BK;
-    const auto seen = ranges.template narrow<BK>(visible.seen_keys(key0), key0);
+    const auto seen =
+        ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
     if (!seen.template any<BK>()) {
-      const int steps = visible.steps_past(block);
+      const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
       kv.advance(steps);
       block += steps - 1;
       continue;

@@ -113,23 +113,24 @@ attention_backward_dq_from_ds(const device T* key [[buffer(kBufferKey)]],  // (B
   DscoreBlocks<BK> stored;
   stored.tiles = dscore_tiles(ds, group.x, at, params);
   stored.row0 = row0;
-  KeysAhead<typename V::Score::Mask, kGroupRows, BK> visible;
-  visible.start(head, mask_map, group_row0, blocks.begin, lane, params);
+  MaskMap<typename V::Score::Mask> visible;
+  visible.start(head, mask_map, params);
 
   for (int block = blocks.begin; block < blocks.end;) {
     const int last = stored.start_lap(block, blocks.end, params);
     for (; block < last; block++) {
       const int key0 = block * BK;
-      const auto seen = ranges.template narrow<BK>(visible.seen_keys(key0), key0);
+      const auto seen =
+          ranges.template narrow<BK>(visible.template keys<kGroupRows>(group_row0, key0), key0);
       if (!seen.template any<BK>()) {
-        const int steps = visible.steps_past(block);
+        const int steps = steps_past_keys<kGroupRows, BK>(block, visible, group_row0, params, lane);
         k.advance(steps);
         stored.advance(steps);
         block += steps - 1;
         continue;
       }
       const bool all_seen = unmasked.has(key0);
-      const bool passes = visible.block_passes(row0, key0);
+      const bool passes = visible.passes(row0, key0);
       Tile<float, R, BK / 8> ds_block;
       ORCHARD_UNROLL
       for (int r = 0; r < R; r++) {

@@ -221,22 +221,17 @@ struct MaskMap<Mask<E, PAIRS>> {
     return blocks[min(row, last_row) * row_stride + (col & col_bits)];
   }
 
-  /// Of blocks of the map that have ROWS queries, together.
+  /// The keys from key0 on that any of ROWS queries from row0 on sees.
   template <int ROWS>
-  METAL_FUNC uint2 word(int row, int col) const {
+  METAL_FUNC Seen keys(int row0, int key0) const {
+    const int row = row0 / ORCHARD_MAP_BLOCK;
+    const int col = key0 / ORCHARD_MAP_BLOCK;
     uint2 together = block(row, col);
     ORCHARD_UNROLL
     for (int i = 1; i < ROWS / ORCHARD_MAP_BLOCK; i++) {
       const uint2 next = block(row + i, col);
       together = uint2(together.x | next.x, together.y & next.y);
     }
-    return together;
-  }
-
-  /// The keys from key0 on that any of ROWS queries from row0 on sees.
-  template <int ROWS>
-  METAL_FUNC Seen keys(int row0, int key0) const {
-    const uint2 together = word<ROWS>(row0 / ORCHARD_MAP_BLOCK, key0 / ORCHARD_MAP_BLOCK);
     Seen seen;
     seen.bits = together.x >> (key0 % ORCHARD_MAP_BLOCK);
     seen.masked_pairs = Mask<E, PAIRS>::kAdds || together.y == 0;
