@@ -12,12 +12,12 @@
 #define ORCHARD_LOOK ((ORCHARD_LANE_LOOK) * (ORCHARD_SIMD_WIDTH))
 
 /// Steps from a loop's block, of BLOCK keys or queries, to the next one that is not known to be
-/// hidden. `hidden`: blocks of the map, from the one that holds it on, before the first one of
-/// which this lane knows that it lets a pair through.
+/// hidden. Each lane has looked at some blocks of the map. It says which is the first of them that
+/// lets a pair through, counted from the one that holds the loop's block.
 template <int BLOCK>
-METAL_FUNC int steps_past(int block, int hidden) {
+METAL_FUNC int steps_past(int block, int first) {
   const int kBlocks = ORCHARD_MAP_BLOCK / BLOCK;  // of one of the map
-  return max(simd_min(hidden) * kBlocks - block % kBlocks, 1);
+  return max(simd_min(first) * kBlocks - block % kBlocks, 1);
 }
 
 /// From a block of BK keys, of which ROWS queries from row0 on see none.

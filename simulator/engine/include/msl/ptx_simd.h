@@ -1,6 +1,15 @@
 // PTX backend: simdgroup operations.  "Hardware lane" is the GPU's number, "lane" Metal's.
 #pragma once
 
+namespace metal {
+struct __sum;
+struct __min;
+struct __max;
+struct __and;
+struct __or;
+struct __xor;
+}  // namespace metal
+
 namespace msl {
 namespace backend {
 MSL_INLINE inline uint hardware_lane() {
@@ -43,8 +52,31 @@ MSL_INLINE MSL_CONVERGENT T shuffle(T v, uint source) {
   __builtin_memcpy(&v, buffer, sizeof(T));
   return v;
 }
+
+// A reduction of integers over all lanes is one instruction.
+#define MSL_REDUX(operation, type, instruction)                                        \
+  MSL_INLINE MSL_CONVERGENT inline type redux(const metal::operation*, type v) {       \
+    type r;                                                                            \
+    asm volatile("redux.sync." instruction " %0, %1, 0xffffffff;" : "=r"(r) : "r"(v)); \
+    return r;                                                                          \
+  }
+MSL_REDUX(__sum, int, "add.s32")
+MSL_REDUX(__sum, uint, "add.u32")
+MSL_REDUX(__min, int, "min.s32")
+MSL_REDUX(__min, uint, "min.u32")
+MSL_REDUX(__max, int, "max.s32")
+MSL_REDUX(__max, uint, "max.u32")
+MSL_REDUX(__and, uint, "and.b32")
+MSL_REDUX(__or, uint, "or.b32")
+MSL_REDUX(__xor, uint, "xor.b32")
+#undef MSL_REDUX
+
 template <class Op, int WIDTH = 32, class T>
 MSL_INLINE MSL_CONVERGENT T reduce(T v) {
+  if constexpr (WIDTH == 32 && (__is_same(T, int) || __is_same(T, uint)) &&
+                requires { redux(static_cast<const Op*>(nullptr), v); }) {
+    return redux(static_cast<const Op*>(nullptr), v);
+  }
   for (uint d = WIDTH / 2; d; d /= 2) v = Op::apply(v, shuffle(v, lane() ^ d));
   return v;
 }
