@@ -45,7 +45,7 @@ _EXECUTED_BYTES = 4 << 30
 _PATIENCE = 10  # seconds
 
 SCRATCH_VARIABLE = "ORCHARD_BACKWARD_SCRATCH_MB"
-SCRATCH_BUDGETS_MB = (0, 256)
+SCRATCH_BUDGETS_MB = (0, 260)
 """What the backward may store dS in: nothing, the low-memory mode, or the default."""
 
 

@@ -5,9 +5,9 @@
 //     sum = sum + dlse + exp((sink - m) - log(l)) delta
 //   dmask = sum
 //
-// which is what dS sums up to along a row: NaN, where the row's weights are. A threadgroup takes 32
-// SIMDGROUPS rows of one (batch, head) of the mask, a thread for each; where all rows share one row
-// of the mask, it takes all of them.
+// which is what dS sums up to along a row: NaN where weights are, or dO V^T is infinite. A
+// threadgroup takes 32 SIMDGROUPS rows of one (batch, head) of the mask, a thread for each; where
+// all rows share one row of the mask, it takes all of them.
 #pragma once
 
 #include "keys.h"
@@ -46,11 +46,14 @@ attention_backward_dmask_rows(const device float2* row_stats
       if (sees_no_key(stats)) {  // and has nothing to move
         continue;
       }
-      float of_row = params.has_dlse ? dlse[stats0 + row] : 0.0f;
+      const float of_lse = params.has_dlse ? dlse[stats0 + row] : 0.0f;
+      const float of_out = delta[stats0 + row];
+      float of_row = of_lse;
       if (params.has_sinks) {
-        of_row += weight_of_sink(sinks[head.head], stats) * delta[stats0 + row];
+        of_row += weight_of_sink(sinks[head.head], stats) * of_out;
       }
-      sum.take(isnan(stats.x) ? NAN : of_row);
+      const bool finite = isfinite(of_out) || isinf(of_lse);
+      sum.take(finite && !isnan(stats.x) ? of_row : NAN);
     }
     sharers.advance();
   }

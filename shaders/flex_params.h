@@ -7,8 +7,8 @@
 #define ORCHARD_MOST_CAPTURES 8
 #define ORCHARD_CAPTURE_DIMS 4
 
-/// Blocks of the map that a simdgroup writes. Few of them lose little time where it has to ask the
-/// functions, since it does so for one block after the other.
+/// Blocks of the map that a simdgroup writes. They are few, since it asks the functions for one
+/// block after the other.
 #define ORCHARD_MAP_RUN 8
 
 /// Index of each [[buffer(n)]] that only these kernels have. block_states is bound in the place of

@@ -13,7 +13,7 @@ struct Range {
 };
 
 /// First rows, or first keys, of blocks for which some condition holds: `count` numbers from
-/// `first` on. A block that begins with another one does not meet it.
+/// `first` on. A block that begins elsewhere does not meet it.
 struct Starts {
   int first;
   uint count;

@@ -91,7 +91,7 @@ struct AttentionParams {
   RangeParams ranges;
   int64_t dq_sums;    ///< elements of buffer ds before PartialDq (backward)
   int64_t ds_folded;  ///< the tile that key 0 would have, were its row folded (dscore.h); 0: no row
-                      ///< is
+                      ///< that queries see is
   int32_t batch;
   int32_t num_heads;     ///< query heads
   int32_t num_kv_heads;  ///< divides num_heads; query head h reads key head h / (num_heads /

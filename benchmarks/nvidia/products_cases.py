@@ -12,7 +12,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 KV_HEADS = (16, 4, 2, 1)
 """Beside 16 query heads: groups of 1, 4, 8 and 16."""
 WINDOW = 1024
-BUDGETS = {"320 MiB": 320 << 20, "1152 MiB": 1152 << 20}
+BUDGETS = {"325 MiB": 325 << 20, "1170 MiB": 1170 << 20}
 """Scratch for dS: the defaults of a Mac of 16 GB, and of one of 48 GB."""
 FIVE = ", five"
 """Behind a budget: dS is stored, where a buffer for it fits, whatever the plan would choose."""

@@ -276,7 +276,7 @@ class Planner:
         self, layouts: Mapping[str, Place], dtype: int, **fields: float
     ) -> list[tuple[int, ...]]:
         """orchard::ds_divisions, each in the order of DsDivision's fields."""
-        capacity = 64
+        capacity = 256
         numbers = (ctypes.c_int64 * (7 * capacity))()
         with self._problem(layouts, dtype, "", None, fields) as address:
             count = self._library.bridge_ds_divisions(address, numbers, ctypes.c_uint64(capacity))

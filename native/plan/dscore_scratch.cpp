@@ -84,16 +84,18 @@ void add_divisions(const Problem& p, int bd, int64_t floats, std::vector<DsDivis
   const auto room = [&](int64_t heads) {
     return heads < group ? floats - sums_of_part(p) : floats;
   };
-  int64_t whole = 0;  // heads at once of which all keys fit
+  std::vector<int64_t> whole;  // heads at once of which all keys fit: the most of them first
   for (int64_t heads : heads_at_once(p)) {
-    if (stored.elements() <= room(heads) / heads) whole = heads;
+    if (stored.elements() <= room(heads) / heads) whole.insert(whole.begin(), heads);
   }
-  if (whole >= group) {
+  if (!whole.empty() && whole[0] >= group) {
     const int64_t groups = std::min(floats / (group * stored.elements()), kv_heads(p));
-    whole = group * even_turns(kv_heads(p), groups);
+    const int64_t even = group * even_turns(kv_heads(p), groups);
+    if (even != whole[0]) whole.insert(whole.begin(), even);
   }
-  if (whole > 0 && fits(whole, kv_len)) {
-    found.push_back({whole, kv_len, whole * stored.elements(), 0, stored});
+  for (int64_t heads : whole) {
+    if (!fits(heads, kv_len)) continue;
+    found.push_back({heads, kv_len, heads * stored.elements(), 0, stored});
   }
   // The keys that ranges let a row see are few as a rule: a buffer for all is worth having only
   // whole.

@@ -9,7 +9,7 @@ namespace orchard {
 struct DscoreRows {
   int64_t keys;    // of the buffer's rows, 8 in each
   int64_t tiles;   // of a row
-  int64_t folded;  // AttentionParams::ds_folded; 0: no row is folded
+  int64_t folded;  // AttentionParams::ds_folded
 
   int64_t elements() const { return keys / 8 * tiles * 64; }
 };

@@ -12,9 +12,12 @@ _GIB = 1 << 30
 SHARE_OF_MEMORY = 32
 """A backward borrows at most this part of the memory, for a moment and of one layer at a time:
 a small one beside the model, its gradients and its optimizer."""
-STEP_MB, LEAST_SCRATCH_MB, MOST_SCRATCH_MB = 64, 256, 4096
-"""The budget is a multiple of the first. Less than the second has never been the default. The third
-holds dS of 2^30 scores, which is a launch that fills any GPU."""
+STEP_MB, BORROWED_MB = 64, 65
+"""For each so many MiB of its share a backward borrows the second: the half of dS under a causal
+mask has a row of tiles more (native/plan/dscore_scratch.cpp), and so that of lengths which are
+powers of two fits."""
+LEAST_STEPS, MOST_STEPS = 4, 64
+"""The most holds dS of 2^30 scores, which is a launch that fills any GPU."""
 LEAST_CORES = 8
 """Of a GPU that says nothing about its cores: a base M1 has 7 or 8 of them."""
 
@@ -30,7 +33,7 @@ class Gpu(NamedTuple):
     def scratch_mb(self) -> int:
         """The default of ORCHARD_BACKWARD_SCRATCH_MB."""
         share_mb = (self.memory // SHARE_OF_MEMORY) >> 20
-        return min(max(share_mb // STEP_MB * STEP_MB, LEAST_SCRATCH_MB), MOST_SCRATCH_MB)
+        return min(max(share_mb // STEP_MB, LEAST_STEPS), MOST_STEPS) * BORROWED_MB
 
 
 def of_machine(ram: int) -> Gpu:

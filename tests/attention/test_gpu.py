@@ -16,14 +16,14 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("memory", "scratch_mb"),
     (
-        (0, 256),  # not known
-        (5 * GIB, 256),
-        (10 * GIB, 320),
-        (12 * GIB - 1, 320),
-        (12 * GIB, 384),
-        (48 * GIB, 1536),
-        (128 * GIB, 4096),
-        (400 * GIB, 4096),
+        (0, 260),  # not known
+        (5 * GIB, 260),
+        (10 * GIB, 325),
+        (12 * GIB - 1, 325),
+        (12 * GIB, 390),
+        (48 * GIB, 1560),
+        (128 * GIB, 4160),
+        (400 * GIB, 4160),
     ),
 )
 def test_the_scratch_is_a_share_of_the_memory(memory: int, scratch_mb: int):

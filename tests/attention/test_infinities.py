@@ -54,6 +54,17 @@ INFINITE = {  # the case, the argument, which of its numbers is infinite
     "query, mask of rows": (
         Case(40, 70, 32, mask="same", mask_full=(True, True, True, False)), "query", (0, 1, 17, 5),
     ),
+    "value, mask of rows": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, True, False)), "value", (0, 0, 17, 5),
+    ),
+    "dout, mask of rows": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, True, False)), "dout", (0, 1, 17, 5),
+    ),
+    "dout, mask of rows, sinks": (
+        Case(40, 70, 32, mask="same", mask_full=(True, True, True, False), sinks=True),
+        "dout", (0, 1, 17, 5),
+    ),
+    "value, sinks": (Case(40, 70, 32, sinks=True), "value", (0, 0, 17, 5)),
     "mask, divided": (Case(33, 777, 64, mask="same"), "attn_mask", (0, 1, 17, 5)),
     "mask, softcap": (Case(40, 70, 32, mask="same", softcap=5.0), "attn_mask", (0, 1, 17, 5)),
     "query": (Case(40, 70, 32), "query", (0, 1, 17, 5)),

@@ -37,7 +37,7 @@ def test_the_longest_fits_and_a_longer_one_does_not(
     batch = 3 if "--batch" in arguments else 1
     layer = AttentionLayer(8, 2, 64, "float16", batch, "--full" not in arguments)
     step = TrainingStep(layer, 4, "--checkpoint" in arguments)
-    ours = functools.partial(step.ours, scratch_mb=256)  # of a machine of 8 GiB
+    ours = functools.partial(step.ours, scratch_mb=260)  # of a machine of 8 GiB
     for name, peak in (("orchard_ops", ours), ("sdpa", step.stock)):
         longest = found["longest"][name]
         assert longest % 64 == 0 and longest > 0
@@ -73,7 +73,7 @@ def test_scratch_is_the_argument_the_variable_or_the_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     budgets = {n: plan(capsys, "--ram", str(n))["scratch_mb"] for n in (8, 16, 24, 36, 64, 192)}
-    assert budgets == {8: 256, 16: 320, 24: 512, 36: 832, 64: 1536, 192: 4096}
+    assert budgets == {8: 260, 16: 325, 24: 520, 36: 845, 64: 1560, 192: 4160}
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", "7")
     assert plan(capsys, "--ram", "8")["scratch_mb"] == 7
     assert plan(capsys, "--ram", "8", "--scratch", "0")["scratch_mb"] == 0
@@ -100,7 +100,7 @@ def test_memory_is_the_machine_s_unless_it_is_told(
     monkeypatch.setattr(plan_length.gpu, "here", lambda: gpu.Gpu(8, 17 << 30))
     found = plan(capsys)
     assert found["memory_bytes"] == 17 << 30 and "Metal recommends" in found["memory_source"]
-    assert found["scratch_mb"] == 512
+    assert found["scratch_mb"] == 520
 
 
 def test_nothing_left_is_said(capsys: pytest.CaptureFixture[str]):

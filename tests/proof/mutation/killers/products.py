@@ -181,12 +181,14 @@ def divisions_of(call: Call) -> Iterator[tuple[int, ...]]:
             heads: room - (call.s * 2 * call.d if heads < call.group else 0)
             for heads in _heads_at_once(call)
         }
-        whole = max((n for n in left if n * of_head <= left[n]), default=0)
-        if whole >= call.group:
+        whole = sorted((n for n in left if n * of_head <= left[n]), reverse=True)
+        if whole and whole[0] >= call.group:
             fitting = room // (call.group * of_head)
-            whole = call.group * _turns(call.heads, min(fitting, call.heads))
-        if whole and math.ceil(every / whole) <= 1024:
-            yield whole, call.s, whole * of_head, 0, *stored
+            even = call.group * _turns(call.heads, min(fitting, call.heads))
+            whole = [even, *whole] if even != whole[0] else whole
+        for at_once in whole:
+            if math.ceil(every / at_once) <= 1024:
+                yield at_once, call.s, at_once * of_head, 0, *stored
         for heads in _heads_at_once(call):
             sums = heads * call.l * call.d
             keys = (left[heads] - sums) // (heads * rows) if left[heads] > sums else 0
@@ -335,7 +337,8 @@ def plan_of_ranges_in_turns(sources: Sources) -> None:
         heads = min(call.scratch // 4 // (rows * stored), call.heads)
         heads = _turns(call.heads, heads)
         tiles = math.ceil(call.l / 8)
-        assert found == [(heads * call.group, call.s, heads * rows * stored, 0, stored, tiles, 0)]
+        first = (heads * call.group, call.s, heads * rows * stored, 0, stored, tiles, 0)
+        assert found[0] == first
         plan, _ = sources.plan(call.request(has_key_ranges=True))
         assert plan["scratch_bytes"] == 4 * heads * rows * stored
     assert not sources.ds_divisions(Call(scratch=1 << 16).request(has_key_ranges=True))
