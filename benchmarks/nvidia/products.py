@@ -205,14 +205,13 @@ def main() -> None:
     clock = functools.partial(timing.take_turns, seconds=options.seconds, limits=(2, 15), warm_up=1)
     once = functools.partial(timing.events, repeats=1)
     bench = Bench(kernels, Planner(PRODUCTS_PLANNER), clock, once)
-    not_run: list[str] = []
-    for problem in products_cases.problems():
-        if time.monotonic() - began > options.budget:
-            not_run.append(str(problem))
-            continue
-        bench.run(problem)
+    left, text = [*products_cases.problems()], ""
+    while left and time.monotonic() - began <= options.budget:
+        bench.run(left.pop(0))
         torch.cuda.empty_cache()
-    print(_write(bench, not_run, options.output))
+        # A run that is cut off leaves what it has.
+        text = _write(bench, [str(problem) for problem in left], options.output)
+    print(text)
     failed = any(r.failure or any(o.failure for o in r.budgets.values()) for r in bench.records)
     sys.exit(not bench.usable or failed)
 

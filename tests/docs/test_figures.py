@@ -61,7 +61,7 @@ def test_memory_in_words():
         if r["length"] == 8192 and r["problem"] == "B1 H32/8 D128 causal bfloat16"
     )
     low, usual = (mode["peak"] / 2**20 for mode in record["ours"])
-    assert record["ours"][1]["scratch_budget_mb"] == 256
+    assert record["ours"][1]["scratch_budget_mb"] == 260
     assert f"ours takes {usual:.0f} MiB beyond q, k, v and dout, {low:.0f} MiB in low" in TEXT
     assert f"and PyTorch's {record['unfused']['peak'] / 2**30:.1f} GiB" in TEXT
 
