@@ -23,7 +23,7 @@ _RAGGED = Case(77, 101, batch=2, window_right=0, diagonal=-7)
 _DIVIDED = _RAGGED.but(q_len=131, kv_len=517, batch=1, num_heads=8, num_kv_heads=2, diagonal=386)
 # In 1 MiB dS of one head fits, but not of two; of one, half of the keys.
 _IN_TURNS = {
-    "heads in turn": _RAGGED.but(q_len=384, kv_len=512, batch=1, num_kv_heads=2),
+    "heads in turn": _RAGGED.but(q_len=704, kv_len=512, batch=1, num_kv_heads=2),
     # Rows see nearly all keys: fewer pairs, and dS would not be worth storing in turns.
     "keys in turn": _RAGGED.but(
         kv_len=3400, batch=1, num_heads=1, window_left=40, window_right=-1, diagonal=50
