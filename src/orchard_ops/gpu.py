@@ -10,7 +10,7 @@ import torch
 
 _GIB = 1 << 30
 SHARE_OF_MEMORY = 32
-"""A backward borrows at most this part of the memory, for a moment and of one layer at a time:
+"""A backward borrows about this part of the memory at most, for a moment, of one layer at a time:
 a small one beside the model, its gradients and its optimizer."""
 STEP_MB, BORROWED_MB = 64, 65
 """For each so many MiB of its share a backward borrows the second: the half of dS under a causal
