@@ -9,9 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import rooms
+
+if TYPE_CHECKING:
+    from benchmarks.planner import Planner
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = rooms.device(sys.platform, os.environ)
@@ -100,6 +104,18 @@ def recording() -> Callable[..., AbstractContextManager[list | None]]:
     A Mac keeps none: `launches` is None there, and the test judges by the results alone.
     """
     return simulator.recording if SIMULATED else contextlib.nullcontext
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    """native/plan as a library of its own, where it can be compiled."""
+    if sys.platform != "linux":
+        pytest.skip("the plan alone is compiled on Linux")
+    from benchmarks import planner
+
+    library = tmp_path_factory.mktemp("planner") / "planner.so"
+    planner.compile_planner(library)
+    return planner.Planner(library)
 
 
 @pytest.fixture

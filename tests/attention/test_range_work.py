@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -105,13 +104,6 @@ def test_products_of_long_sequences(name: str, scratch: str, monkeypatch: pytest
 
 
 # ---- memory, by the plan ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> planner.Planner:
-    library: Path = tmp_path_factory.mktemp("planner") / "planner.so"
-    planner.compile_planner(library)
-    return planner.Planner(library)
 
 
 def backward(
