@@ -236,16 +236,16 @@ def build_cache_kernels(of: caches.CachePlanner, arch: str, jobs: int) -> int:
         include = [peer.INCLUDE]
         return ptx.compile(decode_peer.SOURCE, arch=arch, include_dirs=include, only=[name])
 
-    def compile_in_mode(kernel: planner.Kernel, tf32: bool) -> str:
-        return ptx.compile(source_of(kernel), arch=arch, tf32=tf32)
+    def compile_in_mode(kernel: planner.Kernel, split_floats: bool) -> str:
+        return ptx.compile(source_of(kernel), arch=arch, split_floats=split_floats)
 
     with ThreadPoolExecutor(jobs) as pool:
-        native = functools.partial(compile_in_mode, tf32=False)
+        native = functools.partial(compile_in_mode, split_floats=False)
         write_archive(CACHES_KERNELS, zip(proven, pool.map(native, proven.values())))
         ours = zip(timed, pool.map(native, timed.values()))
         peers = zip(theirs, pool.map(compile_peer, theirs))
         write_archive(DECODE_KERNELS["native"], itertools.chain(ours, peers))
-        on_cores = functools.partial(compile_in_mode, tf32=True)
+        on_cores = functools.partial(compile_in_mode, split_floats=True)
         ours = zip(timed, pool.map(on_cores, timed.values()))
         write_archive(DECODE_KERNELS["tensor-cores"], ours)
     return len(proven) + 2 * len(timed) + len(theirs)

@@ -134,9 +134,10 @@ _READING = (
     "others that were tried."
 )
 _TENSOR_CORES_SAY = (
-    "bfloat16: Apple's matrix unit multiplies float operands at the rate of half ones. Here they "
-    "are multiplied on tensor cores after rounding to 11 bits, which bfloat16 operands survive; "
-    "*by shuffles* is the exact product of floats, 24 shuffles and 16 fused multiply-adds each."
+    "bfloat16 and float32: Apple's matrix unit multiplies float operands at the rate of half ones. "
+    "Here a float is split into two numbers that tensor cores multiply, with 16 bits together "
+    "beside keys and values of bfloat16 and 22 beside those of float32; *by shuffles* is the exact "
+    "product of floats, 24 shuffles and 16 fused multiply-adds each."
 )
 
 

@@ -257,6 +257,8 @@ class Bench:
         before = [x.clone() for side in sides.values() for y in side.results for x in y.values()]
         if self.device == "cuda":
             torch.cuda.empty_cache()
+        # A graph reads as many bytes as the copy moves: launching it takes no larger a share.
+        again = max(1, -(-self._copied // (work.kv_bytes * len(sets))))
         calls = {name: (side.run, len(side.launches)) for name, side in sides.items()}
         calls[AGAIN] = calls[OURS]
         # Its scratch holds the sums of the last set, so that it has results of its own.
@@ -264,12 +266,12 @@ class Bench:
         merging.run()
         merges = [launches[-1] for launches in merging.launches]
         calls[MERGE] = (lambda: [x.start() for x in merges], len(merges))
-        starts = {name: self._replayed(run) for name, (run, _) in calls.items()}
+        starts = {name: self._replayed(run, again) for name, (run, _) in calls.items()}
         samples = self.clock({**starts, COPY: self._copy})
         after = [x for side in sides.values() for y in side.results for x in y.values()]
         if not all(map(torch.equal, before, after)):
             raise AssertionError("the results changed while they were timed")
-        times = {name: [x / n for x in samples[name]] for name, (_, n) in calls.items()}
+        times = {name: [x / (n * again) for x in samples[name]] for name, (_, n) in calls.items()}
         self._compare(record, times, samples[COPY])
         for mode in work.modes:
             self.timed[mode].update(self._names(sides, mode))
@@ -279,15 +281,20 @@ class Bench:
         chosen = (sides[name].launches[0] for name in wanted if name in sides)
         return {launch.name for launches in chosen for launch in launches}
 
-    def _replayed(self, run: Callable[[], object]) -> Work:
-        """All of it as one graph: the host would take longer to launch than the GPU to run."""
+    def _replayed(self, run: Callable[[], object], again: int) -> Work:
+        """Many runs as one graph: the host would take longer to launch them than the GPU to run."""
+
+        def all_of_it() -> None:
+            for _ in range(again):
+                run()
+
         if self.device != "cuda":
-            return lambda: run() and None
+            return all_of_it
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin()
-            run()
+            all_of_it()
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph.replay

@@ -59,9 +59,9 @@ class DecodeWork:
     def modes(self) -> tuple[str, ...]:
         """Of kernels; the last one is the one whose parts are varied.
 
-        Half operands are on the tensor cores in "native" already. float32 is not right there.
+        Half operands are on the tensor cores in "native" already.
         """
-        return ("native", "tensor-cores") if self.dtype == "bfloat16" else ("native",)
+        return ("native",) if self.dtype == "float16" else ("native", "tensor-cores")
 
     @property
     def has_peer(self) -> bool:

@@ -37,15 +37,16 @@ def compile(
     function_constants: Mapping[str | int, object] | None = None,
     only: Sequence[str] = ("*",),
     equal_rate: bool = False,
-    tf32: bool = False,
+    split_floats: bool = False,
 ) -> str:
     """Compiles a Metal source to PTX, or takes it from the cache.
 
     The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
-    matrix product are multiplied as float operands are, without tensor cores.  With ``tf32`` float
-    operands are rounded to 11 bits and multiplied there, too.  Raises CompileError.
+    matrix product are multiplied as float operands are, without tensor cores.  With
+    ``split_floats`` float operands are multiplied there, too, in parts of 16 or 22 bits together.
+    Raises CompileError.
     """
-    modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_TF32"] * tf32
+    modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_SPLIT_FLOATS"] * split_floats
     lint.check_characters(source)
     text = preprocess(source, tuple(str(path) for path in include_dirs), tuple(defines))
     constants = {str(key): value for key, value in (function_constants or {}).items()}

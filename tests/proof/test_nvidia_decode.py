@@ -179,13 +179,23 @@ def test_a_variant_of_each_kind_becomes_ptx(planner: caches.CachePlanner):
         assert f".entry {name}(" in text.replace(" (", "(")
 
 
-def test_float_products_on_tensor_cores(planner: caches.CachePlanner):
-    """A mode for bfloat16 alone: half operands are there already."""
-    work = DecodeWork("bfloat16", 64, 4096, 1, 1)
+PARTS = ("bf16", "tf32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parts", "of_a_product"), [("bfloat16", "bf16", 1), ("float32", "tf32", 2)]
+)
+def test_float_products_on_tensor_cores(
+    planner: caches.CachePlanner, dtype: str, parts: str, of_a_product: int
+):
+    """A mode for floats: half operands are there already."""
+    work = DecodeWork(dtype, 64, 4096, 1, 1)
     found = caches.kernels_of(planner, [work.shaped()])
     kernel = next(k for k in found.values() if k.family == "attention_decode")
-    text = ptx.compile(build.source_of(kernel), tf32=True)
-    assert "m16n8k8.row.col.f32.tf32.tf32.f32" in text
+    text = ptx.compile(build.source_of(kernel), split_floats=True)
+    products = {name: text.count(f"m16n8k8.row.col.f32.{name}.{name}.f32") for name in PARTS}
+    # Q K^T and P V of a block of 16 keys
+    assert products == dict.fromkeys(PARTS, 0) | {parts: of_a_product * 2 * 2 * 64 // 8}
     assert text.count("shfl.sync") < ptx.compile(build.source_of(kernel)).count("shfl.sync") / 20
 
 

@@ -141,24 +141,72 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
       "f"(c1), "r"(h));
 }
 
-// float operands in a mode of their own: the tensor cores' product of TF32 numbers.  It pairs
-// column t of A with row t of B and t + 4 with t + 4, where a lane has columns 2 t and 2 t + 1 of
-// A: the sum over k is in another order.  The words of B are transposed in two halves.
-MSL_INLINE MSL_CONVERGENT inline uint tf32(float v) {
-  uint r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
+// float operands in a mode of their own: tensor cores multiply numbers of fewer bits, so that an
+// operand is split into two of them, the large part and what is left.  Of the 16 rows of a product
+// the upper eight take the large parts of A, the lower eight the small ones; both results are
+// added.  Operands have to be finite: infinity less infinity is NaN.
+#define MSL_PAIR_OF_HALVES(name, which)                                         \
+  MSL_INLINE inline uint name(uint first, uint second) {                        \
+    uint r;                                                                     \
+    asm("prmt.b32 %0, %1, %2, " which ";" : "=r"(r) : "r"(first), "r"(second)); \
+    return r;                                                                   \
+  }
+MSL_PAIR_OF_HALVES(low_halves, "0x5410")
+MSL_PAIR_OF_HALVES(high_halves, "0x7632")
+#undef MSL_PAIR_OF_HALVES
+
+MSL_INLINE inline uint bits_of(float v) { return __builtin_bit_cast(uint, v); }
+// The leading bits of a float, of which `dropped` are left out, are a float, too.
+MSL_INLINE inline float leading(float v, uint dropped) {
+  return __builtin_bit_cast(float, bits_of(v) >> dropped << dropped);
 }
-MSL_INLINE MSL_CONVERGENT inline void tf32_product(float& c0, float& c1, float2 a, float2 b) {
-  uint x = tf32(b.x), y = tf32(b.y);
-  uint low = transpose((x & 0xffffu) | y << 16), high = transpose(x >> 16 | (y & 0xffff0000u));
-  float unused0 = 0.0f, unused1 = 0.0f;
+
+// Whether the compiler knows that a float was a bfloat.
+#define MSL_WAS_BFLOAT(v) \
+  __builtin_constant_p(__builtin_bit_cast(uint, (float)(bfloat)v) == __builtin_bit_cast(uint, v))
+
+// B was bfloat and is one number.  A has 16 bits.
+MSL_INLINE MSL_CONVERGENT inline void split_product(
+    float& c0, float& c1, float2 a, vec<bfloat, 2> b) {
+  uint large = high_halves(bits_of(a.x), bits_of(a.y));
+  vec<bfloat, 2> small = {(bfloat)(a.x - leading(a.x, 16)), (bfloat)(a.y - leading(a.y, 16))};
+  float small0 = 0.0f, small1 = 0.0f;
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, "
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
-      : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
-      : "r"(tf32(a.x)), "r"(0u), "r"(tf32(a.y)), "r"((low & 0xffffu) | high << 16),
-      "r"(low >> 16 | (high & 0xffff0000u)));
+      : "+f"(c0), "+f"(c1), "+f"(small0), "+f"(small1)
+      : "r"(large), "r"(pack<bfloat>(small)), "r"(transpose(pack<bfloat>(b))));
+  c0 += small0;
+  c1 += small1;
+}
+
+// The parts of A and B are TF32 numbers: 22 bits.  Column t of A meets row t of B and t + 4 meets
+// t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.  The
+// words of B are transposed in two halves.
+MSL_INLINE MSL_CONVERGENT inline void split_product(float& c0, float& c1, float2 a, float2 b) {
+  uint low = transpose(low_halves(bits_of(b.x), bits_of(b.y)));
+  uint high = transpose(high_halves(bits_of(b.x), bits_of(b.y)));
+  float2 right = {
+      __builtin_bit_cast(float, low_halves(low, high)),
+      __builtin_bit_cast(float, high_halves(low, high)),
+  };
+  float2 left_large = {leading(a.x, 13), leading(a.y, 13)};
+  float2 left_small = {a.x - left_large.x, a.y - left_large.y};
+  float2 right_large = {leading(right.x, 13), leading(right.y, 13)};
+  float2 right_small = {right.x - right_large.x, right.y - right_large.y};
+  float small0 = 0.0f, small1 = 0.0f;
+#define MSL_TF32_PRODUCT(right)                                                             \
+  asm volatile(                                                                             \
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "   \
+      "{%8,%9}, {%0,%1,%2,%3};"                                                             \
+      : "+f"(c0), "+f"(c1), "+f"(small0), "+f"(small1)                                      \
+      : "r"(bits_of(left_large.x)), "r"(bits_of(left_small.x)), "r"(bits_of(left_large.y)), \
+      "r"(bits_of(left_small.y)), "r"(bits_of((right).x)), "r"(bits_of((right).y)))
+  MSL_TF32_PRODUCT(right_small);
+  MSL_TF32_PRODUCT(right_large);
+#undef MSL_TF32_PRODUCT
+  c0 += small0;
+  c1 += small1;
 }
 
 // Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
@@ -176,8 +224,13 @@ MSL_INLINE MSL_CONVERGENT vec<D, 2> multiply_accumulate(A a, B b, C c) {
     tensor_core_product(c0, c1, a, b);
   } else {
     float2 left = {(float)a[0], (float)a[1]}, right = {(float)b[0], (float)b[1]};
-#ifdef MSL_TF32
-    tf32_product(c0, c1, left, right);
+#ifdef MSL_SPLIT_FLOATS
+    float x = right.x, y = right.y;
+    if (MSL_WAS_BFLOAT(x) && MSL_WAS_BFLOAT(y)) {
+      split_product(c0, c1, left, vec<bfloat, 2>{(bfloat)x, (bfloat)y});
+    } else {
+      split_product(c0, c1, left, right);
+    }
 #else
     float_product(c0, c1, left, right);
 #endif
