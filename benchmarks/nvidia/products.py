@@ -189,11 +189,28 @@ def _write(bench: Bench, not_run: list[str], output: Path) -> str:
     return text
 
 
+def earlier(output: Path, environment: dict) -> list[Record]:
+    """What the run in `output` has recorded. Of other kernels or another kind of GPU: none."""
+    path = output / "products.json"
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    same = ("gpu", "driver", "sources")
+    if any(result["environment"][name] != environment[name] for name in same):
+        return []
+    found = [
+        Record(**record | {"budgets": {b: Outcome(**o) for b, o in record["budgets"].items()}})
+        for record in result["records"]
+    ]
+    return [r for r in found if not r.failure and not any(o.failure for o in r.budgets.values())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", action="store_true", help="only docs/performance-tables.md")
     parser.add_argument("--seconds", type=float, default=0.3, help="of turns, for each problem")
     parser.add_argument("--budget", type=float, default=1e9, help="no problem begins after these")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.docs:
@@ -205,7 +222,10 @@ def main() -> None:
     clock = functools.partial(timing.take_turns, seconds=options.seconds, limits=(2, 15), warm_up=1)
     once = functools.partial(timing.events, repeats=1)
     bench = Bench(kernels, Planner(PRODUCTS_PLANNER), clock, once)
-    left, text = [*products_cases.problems()], ""
+    if options.resume:
+        bench.records = earlier(options.output, describe(PRODUCTS_SOURCES))
+    done = {record.problem for record in bench.records}
+    left, text = [x for x in products_cases.problems() if str(x) not in done], ""
     while left and time.monotonic() - began <= options.budget:
         bench.run(left.pop(0))
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,17 @@ def record(num_kv_heads, milliseconds, length=4096, failure=""):
         "failure": failure,
         "seconds": 1.0,
     }
+
+
+def test_a_run_goes_on_with_what_is_left(tmp_path):
+    result = json.loads((RESULTS / "products.json").read_text())
+    environment, records = result["environment"], result["records"]
+    result["records"][1]["failure"] = "AssertionError: dq"
+    (tmp_path / "products.json").write_text(products_report.json_lines(result))
+    found = products.earlier(tmp_path, environment)
+    assert [asdict(record) for record in found] == [records[0], *records[2:]]
+    assert products.earlier(tmp_path, environment | {"driver": "1.0"}) == []
+    assert products.earlier(tmp_path / "none", environment) == []
 
 
 def test_docs_show_the_committed_result():

@@ -142,9 +142,8 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
 }
 
 // float operands in a mode of their own: tensor cores multiply numbers of fewer bits, so that an
-// operand is split into two of them, the large part and what is left.  Of the 16 rows of a product
-// the upper eight take the large parts of A, the lower eight the small ones; both results are
-// added.  Operands have to be finite: infinity less infinity is NaN.
+// operand is split into two of them, the large part and what is left.  Operands have to be finite:
+// infinity less infinity is NaN.
 #define MSL_PAIR_OF_HALVES(name, which)                                         \
   MSL_INLINE inline uint name(uint first, uint second) {                        \
     uint r;                                                                     \
@@ -156,33 +155,38 @@ MSL_PAIR_OF_HALVES(high_halves, "0x7632")
 #undef MSL_PAIR_OF_HALVES
 
 MSL_INLINE inline uint bits_of(float v) { return __builtin_bit_cast(uint, v); }
-// The leading bits of a float, of which `dropped` are left out, are a float, too.
-MSL_INLINE inline float leading(float v, uint dropped) {
-  return __builtin_bit_cast(float, bits_of(v) >> dropped << dropped);
+MSL_INLINE inline float leading(float v) {  // what high_halves takes of it
+  return __builtin_bit_cast(float, bits_of(v) & 0xffff0000u);
 }
 
 // Whether the compiler knows that a float was a bfloat.
 #define MSL_WAS_BFLOAT(v) \
   __builtin_constant_p(__builtin_bit_cast(uint, (float)(bfloat)v) == __builtin_bit_cast(uint, v))
 
-// B was bfloat and is one number.  A has 16 bits.
+// B was bfloat and is one number.  A has 16 bits: the product is 16 wide, the large parts meet B
+// and so do the small ones.
 MSL_INLINE MSL_CONVERGENT inline void split_product(
     float& c0, float& c1, float2 a, vec<bfloat, 2> b) {
   uint large = high_halves(bits_of(a.x), bits_of(a.y));
-  vec<bfloat, 2> small = {(bfloat)(a.x - leading(a.x, 16)), (bfloat)(a.y - leading(a.y, 16))};
-  float small0 = 0.0f, small1 = 0.0f;
+  vec<bfloat, 2> small = {(bfloat)(a.x - leading(a.x)), (bfloat)(a.y - leading(a.y))};
+  float unused0 = 0.0f, unused1 = 0.0f;
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%7}, "
       "{%0,%1,%2,%3};"
-      : "+f"(c0), "+f"(c1), "+f"(small0), "+f"(small1)
-      : "r"(large), "r"(pack<bfloat>(small)), "r"(transpose(pack<bfloat>(b))));
-  c0 += small0;
-  c1 += small1;
+      : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
+      : "r"(large), "r"(0u), "r"(pack<bfloat>(small)), "r"(transpose(pack<bfloat>(b))));
 }
 
-// The parts of A and B are TF32 numbers: 22 bits.  Column t of A meets row t of B and t + 4 meets
-// t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.  The
-// words of B are transposed in two halves.
+// The parts of A and B are TF32 numbers: 22 bits.  Of the 16 rows of a product the upper eight take
+// the large parts of A, the lower eight the small ones.  Column t of A meets row t of B and t + 4
+// meets t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.
+// The words of B are transposed in two halves.  Sums are added here, where they are rounded, not
+// cut off.
+MSL_INLINE inline float tf32(float v) {
+  uint r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return __builtin_bit_cast(float, r);
+}
 MSL_INLINE MSL_CONVERGENT inline void split_product(float& c0, float& c1, float2 a, float2 b) {
   uint low = transpose(low_halves(bits_of(b.x), bits_of(b.y)));
   uint high = transpose(high_halves(bits_of(b.x), bits_of(b.y)));
@@ -190,23 +194,22 @@ MSL_INLINE MSL_CONVERGENT inline void split_product(float& c0, float& c1, float2
       __builtin_bit_cast(float, low_halves(low, high)),
       __builtin_bit_cast(float, high_halves(low, high)),
   };
-  float2 left_large = {leading(a.x, 13), leading(a.y, 13)};
-  float2 left_small = {a.x - left_large.x, a.y - left_large.y};
-  float2 right_large = {leading(right.x, 13), leading(right.y, 13)};
-  float2 right_small = {right.x - right_large.x, right.y - right_large.y};
-  float small0 = 0.0f, small1 = 0.0f;
-#define MSL_TF32_PRODUCT(right)                                                             \
-  asm volatile(                                                                             \
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "   \
-      "{%8,%9}, {%0,%1,%2,%3};"                                                             \
-      : "+f"(c0), "+f"(c1), "+f"(small0), "+f"(small1)                                      \
-      : "r"(bits_of(left_large.x)), "r"(bits_of(left_small.x)), "r"(bits_of(left_large.y)), \
-      "r"(bits_of(left_small.y)), "r"(bits_of((right).x)), "r"(bits_of((right).y)))
-  MSL_TF32_PRODUCT(right_small);
-  MSL_TF32_PRODUCT(right_large);
+  float2 a_large = {tf32(a.x), tf32(a.y)}, a_small = {a.x - a_large.x, a.y - a_large.y};
+  float2 b_large = {tf32(right.x), tf32(right.y)};
+  float2 b_small = {right.x - b_large.x, right.y - b_large.y};
+  float large0 = 0.0f, large1 = 0.0f, small0 = 0.0f, small1 = 0.0f;
+#define MSL_TF32_PRODUCT(b)                                                               \
+  asm volatile(                                                                           \
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, " \
+      "{%8,%9}, {%0,%1,%2,%3};"                                                           \
+      : "+f"(large0), "+f"(large1), "+f"(small0), "+f"(small1)                            \
+      : "r"(bits_of(a_large.x)), "r"(bits_of(a_small.x)), "r"(bits_of(a_large.y)),        \
+      "r"(bits_of(a_small.y)), "r"(bits_of((b).x)), "r"(bits_of((b).y)))
+  MSL_TF32_PRODUCT(b_small);
+  MSL_TF32_PRODUCT(b_large);
 #undef MSL_TF32_PRODUCT
-  c0 += small0;
-  c1 += small1;
+  c0 += large0 + small0;
+  c1 += large1 + small1;
 }
 
 // Accumulates in float and rounds to D once.  MSL_EQUAL_RATE keeps half precision operands off the
