@@ -142,8 +142,9 @@ MSL_INLINE MSL_CONVERGENT inline void float_product(float& c0, float& c1, float2
 }
 
 // float operands in a mode of their own: tensor cores multiply numbers of fewer bits, so that an
-// operand is split into two of them, the large part and what is left.  Operands have to be finite:
-// infinity less infinity is NaN.
+// operand is split into two of them, the large part and what is left.  Of the 16 rows of a product
+// the upper eight take the large parts of A, the lower eight the small ones; both results are
+// added.  Operands have to be finite: infinity less infinity is NaN.
 #define MSL_PAIR_OF_HALVES(name, which)                                         \
   MSL_INLINE inline uint name(uint first, uint second) {                        \
     uint r;                                                                     \
@@ -163,25 +164,25 @@ MSL_INLINE inline float leading(float v) {  // what high_halves takes of it
 #define MSL_WAS_BFLOAT(v) \
   __builtin_constant_p(__builtin_bit_cast(uint, (float)(bfloat)v) == __builtin_bit_cast(uint, v))
 
-// B was bfloat and is one number.  A has 16 bits: the product is 16 wide, the large parts meet B
-// and so do the small ones.
+// B was bfloat and is one number.  A has 16 bits.
 MSL_INLINE MSL_CONVERGENT inline void split_product(
     float& c0, float& c1, float2 a, vec<bfloat, 2> b) {
   uint large = high_halves(bits_of(a.x), bits_of(a.y));
   vec<bfloat, 2> small = {(bfloat)(a.x - leading(a.x)), (bfloat)(a.y - leading(a.y))};
-  float unused0 = 0.0f, unused1 = 0.0f;
+  float small0 = 0.0f, small1 = 0.0f;
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%7}, "
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
-      : "+f"(c0), "+f"(c1), "+f"(unused0), "+f"(unused1)
-      : "r"(large), "r"(0u), "r"(pack<bfloat>(small)), "r"(transpose(pack<bfloat>(b))));
+      : "+f"(c0), "+f"(c1), "+f"(small0), "+f"(small1)
+      : "r"(large), "r"(pack<bfloat>(small)), "r"(transpose(pack<bfloat>(b))));
+  c0 += small0;
+  c1 += small1;
 }
 
-// The parts of A and B are TF32 numbers: 22 bits.  Of the 16 rows of a product the upper eight take
-// the large parts of A, the lower eight the small ones.  Column t of A meets row t of B and t + 4
-// meets t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.
-// The words of B are transposed in two halves.  Sums are added here, where they are rounded, not
-// cut off.
+// The parts of A and B are TF32 numbers: 22 bits.  Column t of A meets row t of B and t + 4 meets
+// t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.  The
+// words of B are transposed in two halves.  The sum so far is added here, where it is rounded:
+// tensor cores would cut it off.
 MSL_INLINE inline float tf32(float v) {
   uint r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
