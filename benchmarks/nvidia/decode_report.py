@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .features_report import END, json_lines
@@ -47,6 +47,41 @@ def progress(record: dict) -> str:
     if _PEER in share:
         text += f", PyTorch's {share[_PEER]['median']:.3f}"
     return f"{text} ({record['seconds']} s)"
+
+
+def join(results: Sequence[dict]) -> dict:
+    """One result of several runs with the same kernels. Of a work that two have, the later counts.
+
+    Raises:
+        ValueError: the kernels or the GPUs differ.
+    """
+    first, *others = results
+    environment = first["environment"] | {"joined": []}
+    records = {record["work"]: record for record in first["records"]}
+    kernels = {mode: dict(of) for mode, of in first["kernels"].items()}
+    for other in others:
+        own = other["environment"]
+        if any(_same(own) != _same(x["environment"]) for x in results):
+            raise ValueError("runs of different kernels or GPUs cannot be joined")
+        works = [record["work"] for record in other["records"]]
+        environment["joined"].append({"date": own["date"], "works": works})
+        records |= {record["work"]: record for record in other["records"]}
+        for mode, of in other["kernels"].items():
+            kernels.setdefault(mode, {}).update(of)
+    return {"environment": environment, "records": list(records.values()), "kernels": kernels}
+
+
+def _same(environment: dict) -> tuple[str, ...]:
+    sources = environment["sources"]
+    return environment["gpu"], environment["driver"], sources["digest"]
+
+
+def _made(environment: dict) -> str:
+    """Where and from what, and which works ran at another time."""
+    text = provenance(environment)
+    for other in environment.get("joined", ()):
+        text += f"; {', '.join(other['works'])} in a run of its own, {other['date']}"
+    return text
 
 
 def _spread(x: dict, digits: int = 2) -> str:
@@ -147,7 +182,7 @@ def page(result: dict) -> str:
     lines = [
         "# Decode beside a copy and beside PyTorch's Metal kernels, on an NVIDIA GPU",
         "",
-        f"{provenance(result['environment'])}. Made by `python -m benchmarks.nvidia.decode_speed`.",
+        f"{_made(result['environment'])}. Made by `python -m benchmarks.nvidia.decode_speed`.",
         "",
         f"{_READING} {_TENSOR_CORES_SAY} What this says of Apple GPUs, and what not: README.md.",
         "",
@@ -168,7 +203,7 @@ def page(result: dict) -> str:
 
 
 def _where(result: dict) -> str:
-    return f"{provenance(result['environment'])}; an NVIDIA GPU, no Mac"
+    return f"{_made(result['environment'])}; an NVIDIA GPU, no Mac"
 
 
 def long_section(result: dict) -> str:

@@ -359,13 +359,16 @@ class _Scratch(Guarded):
         return self._kept[key]
 
 
-def _write(bench: Bench, output: Path) -> str:
-    """Writes both files and returns the Markdown."""
-    result = {
+def _result_of(bench: Bench) -> dict:
+    return {
         "environment": describe(CACHES_SOURCES),
         "records": [asdict(record) for record in bench.records],
         "kernels": bench.attributes() if bench.usable else {},
     }
+
+
+def _write(result: dict, output: Path) -> str:
+    """Writes both files and returns the Markdown."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "decode.json").write_text(decode_report.json_lines(result))
     text = decode_report.page(result)
@@ -379,11 +382,19 @@ def main() -> None:
     parser.add_argument(
         "--stop-after", type=float, default=1e9, help="seconds; begins no more work"
     )
+    parser.add_argument("--match", default="", help="only works whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="FOLDER", help="run nothing: join earlier --outputs"
+    )
     parser.add_argument("--docs", action="store_true", help="only docs/, from the file")
     options = parser.parse_args()
     if options.docs:
         decode_report.write_docs(json.loads((options.output / "decode.json").read_text()))
+        return
+    if options.join:
+        results = [json.loads((folder / "decode.json").read_text()) for folder in options.join]
+        print(_write(decode_report.join(results), options.output))
         return
     started = time.monotonic()
     kernels = {mode: Kernels(path) for mode, path in DECODE_KERNELS.items()}
@@ -394,7 +405,7 @@ def main() -> None:
     bench = Bench(kernels, CachePlanner(CACHES_PLANNER), clock)
     for of_mode in kernels.values():
         of_mode.assemble(of_mode.names)
-    chosen = list(works())
+    chosen = [work for work in works() if options.match in str(work)]
     bench.planted_fault(chosen[0])
     for work in chosen:
         if time.monotonic() - started > options.stop_after:
@@ -402,7 +413,7 @@ def main() -> None:
             continue
         bench.run(work)
         torch.cuda.empty_cache()
-    print(_write(bench, options.output))
+    print(_write(_result_of(bench), options.output))
     wrong = any(record.failure or record.left_out for record in bench.records)
     sys.exit(not bench.usable or wrong)
 

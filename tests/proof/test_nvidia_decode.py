@@ -407,6 +407,20 @@ def test_report():
     assert json.loads(decode_report.json_lines(result)) == result
 
 
+def test_runs_are_joined():
+    first = result_of(canned(1, 0.6, 0.9, 1.5), canned(8, 0.5, 0.8, 4.0))
+    later = result_of(canned(8, 0.7, 0.8, 4.0))
+    later["environment"]["date"] = "tomorrow"
+    later["kernels"] = {"native": {"two": first["kernels"]["native"]["one"]}}
+    both = decode_report.join([first, later])
+    assert both["records"] == [first["records"][0], later["records"][0]]
+    assert set(both["kernels"]["native"]) == {"one", "two"} and "joined" not in first["environment"]
+    assert "kernels def; work 8 in a run of its own, tomorrow. Made by" in decode_report.page(both)
+    later["environment"]["gpu"] = "Another GPU"
+    with pytest.raises(ValueError, match="different kernels or GPUs"):
+        decode_report.join([first, later])
+
+
 def test_docs_are_those_of_the_results():
     stored = decode_speed.RESULTS / "decode.json"
     result = json.loads(stored.read_text())
