@@ -18,9 +18,10 @@ HEADS = {4096: 16, 8192: 8}
 """The heads of each of two batch entries, by length: as many threadgroups at both."""
 BATCH = 2
 LONGEST = 4096
-"""The longest of the eight documents that are packed, or padded to its length. They have the heads
-of the other works at this length: with 4 of them packed documents are few threadgroups for a large
-GPU, which waits for the last ones."""
+"""The longest of the eight documents that are packed, or padded to its length."""
+PACKED_HEADS = 8
+"""As many as have room for dS at once. With fewer heads packed documents are few threadgroups for a
+large GPU, which waits for the last ones."""
 DTYPE = torch.float16
 
 #: dS of all heads at once: a large GPU is filled even where most blocks are skipped.
@@ -163,7 +164,7 @@ def comparisons(
     head_dims: tuple[int, ...] = HEAD_DIMS,
     heads: dict[int, int] = HEADS,
     longest: int = LONGEST,
-    packed_heads: int = HEADS[LONGEST],
+    packed_heads: int = PACKED_HEADS,
 ) -> Iterator[Comparison]:
     alone = [x for x in FEATURES if x not in (PLAIN, PADDED, PACKED, PACKED_SEVEN)]
     for head_dim in head_dims:
