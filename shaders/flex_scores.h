@@ -73,8 +73,6 @@ struct HeadMods {
   float factor;  // of a product
   int batch;
   int head;
-  int last_row;
-  int last_key;
 
   METAL_FUNC void start(Head of, ScoreBuffers buffers, constant AttentionParams& params) {
     score_mod.captures = buffers.captures;
@@ -83,8 +81,6 @@ struct HeadMods {
     factor = IsGiven<SCORE_MOD>::kValue ? params.scale : params.scale_log2;
     batch = of.batch;
     head = of.head;
-    last_row = params.q_len - 1;
-    last_key = params.kv_len - 1;
   }
 
   /// Of a tile whose pairs are `masked` or all seen. It lies in one block of the map. Where that
@@ -173,22 +169,6 @@ struct Scores<FlexScore<SCORE_MOD, MASK_MOD, MAP>, ROWS, COLS> {
         }
       }
     }
-    const bool whole =
-        first_row + 8 * ROWS - 1 <= mods.last_row && key0 + 8 * COLS - 1 <= mods.last_key;
-    if (!SCORE_MOD::kUnitSlope && !whole) {
-      // There a product is 0, where the function may have no derivative.
-      ORCHARD_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        ORCHARD_UNROLL
-        for (int c = 0; c < COLS; c++) {
-          const int key = key0 + 8 * c + col;
-          const bool exists = row0 + 8 * r <= mods.last_row;
-          const float2 slopes = derivatives.fragments[r][c];
-          derivatives.fragments[r][c] = float2(exists && key <= mods.last_key ? slopes.x : 0.0f,
-              exists && key < mods.last_key ? slopes.y : 0.0f);
-        }
-      }
-    }
   }
 };
 
@@ -228,17 +208,6 @@ struct ScoresTransposed<FlexScore<SCORE_MOD, MASK_MOD, MAP>, COLS> {
       ORCHARD_UNROLL
       for (int c = 0; c < COLS; c++) {
         s.fragments[0][c] = mods.hide(s.fragments[0][c], rows(row0, c), keys, state);
-      }
-    }
-    const bool whole = first_key + 7 <= mods.last_key && row0 + 8 * COLS - 1 <= mods.last_row;
-    if (!SCORE_MOD::kUnitSlope && !whole) {
-      ORCHARD_UNROLL
-      for (int c = 0; c < COLS; c++) {
-        const int first = row0 + 8 * c + row;
-        const bool exists = key <= mods.last_key;
-        const float2 slopes = derivatives.fragments[0][c];
-        derivatives.fragments[0][c] = float2(exists && first <= mods.last_row ? slopes.x : 0.0f,
-            exists && first < mods.last_row ? slopes.y : 0.0f);
       }
     }
   }

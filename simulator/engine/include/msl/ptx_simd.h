@@ -179,14 +179,13 @@ MSL_INLINE MSL_CONVERGENT inline void split_product(
   c1 += small1;
 }
 
-// The parts of A and B are TF32 numbers: 22 bits.  Column t of A meets row t of B and t + 4 meets
-// t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.  The
-// words of B are transposed in two halves.  The sum so far is added here, where it is rounded:
+// The parts of A and B are TF32 numbers, of 11 bits each.  Both are cut off, the small one by the
+// tensor cores: to round them takes several instructions.  Column t of A meets row t of B and t + 4
+// meets t + 4, where a lane has columns 2 t and 2 t + 1 of A: the sum over k is in another order.
+// The words of B are transposed in two halves.  The sum so far is added here, where it is rounded:
 // tensor cores would cut it off.
 MSL_INLINE inline float tf32(float v) {
-  uint r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return __builtin_bit_cast(float, r);
+  return __builtin_bit_cast(float, bits_of(v) & 0xffffe000u);
 }
 MSL_INLINE MSL_CONVERGENT inline void split_product(float& c0, float& c1, float2 a, float2 b) {
   uint low = transpose(low_halves(bits_of(b.x), bits_of(b.y)));

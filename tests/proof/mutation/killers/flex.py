@@ -265,6 +265,10 @@ def killers() -> tuple[Flexed | Property, ...]:
         "captures": replace(of_map, mask="eight"),
         "captures of a query": FlexCase(33, 150, 16, "none", "eight"),  # the 33rd is by itself
         "twice as many blocks as simdgroups": replace(of_map, kv_len=250),
+        **{  # of 8 blocks for a simdgroup, and 4 simdgroups
+            f"{blocks} blocks of keys": replace(of_map, q_len=40, kv_len=32 * blocks)
+            for blocks in (9, 31, 32, 33)
+        },
     }
     alike = {  # maps that are the same for batches, or for heads
         "of batches": (FlexCase(75, 90, 16, "none", "batches"), (False, True)),
@@ -279,6 +283,7 @@ def killers() -> tuple[Flexed | Property, ...]:
         "states to the last byte": _blocks(
             FlexCase(75, 90, 16, "softcap", "pairs"), 20, 30, 2, HEADS
         ),
+        "states of odd blocks": _blocks(FlexCase(75, 90, 16, "softcap", "pairs"), 15, 25, 1, 1),
         "number": FlexCase(33, 75, 16, "number", "none"),
         "captures": FlexCase(75, 90, 16, "eight", "heads"),
         "captures of a mask": FlexCase(75, 90, 16, "none", "eight"),

@@ -5,15 +5,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from ..harness import DKV, DKV_PAIRS, DQ, FORWARD, Guarded, Sources, launch, request, with_seed
+from ..harness import (
+    DELTA,
+    DKV,
+    DKV_PAIRS,
+    DMASK_ROWS,
+    DQ,
+    FORWARD,
+    Guarded,
+    MaskPlace,
+    Sources,
+    launch,
+    request,
+    with_seed,
+)
 from .attention import F32, dense, kernel_of
 from .compiled import compile_kernel
 from .properties import Property
 
 _LENGTH, _WIDTH = 20, 16
+_WITH_STRIDES = ("out", "dq", "dk", "dv")
 
 
 def _operands() -> dict[str, torch.Tensor]:
@@ -28,7 +43,7 @@ def _operands() -> dict[str, torch.Tensor]:
 
 def _run(
     sources: Sources, note: Callable[[str], None], family: str, inputs: dict[str, torch.Tensor],
-    results: dict[str, tuple[int, ...]], **fields: float,
+    results: dict[str, tuple[int, ...]], has_dlse: bool = False, **fields: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     shape = (1, 2, _LENGTH, _WIDTH)
     layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), (shape, dense(shape), 0))
@@ -44,8 +59,8 @@ def _run(
         for name, x in inputs.items()
     }
     found = {name: Guarded(of, dense(of), F32) for name, of in results.items()}
-    strides = {name: dense(of) for name, of in results.items() if name != "row_stats"}
-    block = with_seed(params, key_end=_LENGTH, **strides)
+    strides = {name: dense(of) for name, of in results.items() if name in _WITH_STRIDES}
+    block = with_seed(params, key_end=_LENGTH, has_dlse=int(has_dlse), **strides)
     launch(library, kernel, sources.buffers, block, given, found, workers=1)
     return {name: x.tensor for name, x in found.items()}
 
@@ -63,6 +78,42 @@ def sink(sources: Sources, note: Callable[[str], None]) -> None:
     assert not log_sum[0, 6:].signbit().any()
     assert (origin[0, :6] == math.inf).all() and (log_sum[:, :6] == 0).all()
     assert log_sum[:, :6].signbit().all() and got["row_stats"][0, 1].isfinite().all()
+
+
+def sink_of_rows_without_a_key(sources: Sources, note: Callable[[str], None]) -> None:
+    """The lse of 8 rows is their sink, +inf, whose gradient is theirs."""
+    inputs = {name: x for name, x in _operands().items() if name == "dout"}
+    inputs["out"] = torch.zeros(1, 2, _LENGTH, _WIDTH)
+    inputs["row_stats"] = torch.tensor((0.0, 3.0)).expand(1, 2, _LENGTH, 2).contiguous()
+    inputs["row_stats"][0, 0, :8] = torch.tensor((math.inf, -0.0))
+    inputs["dlse"] = torch.zeros(2, _LENGTH)
+    inputs["dlse"][0, :8] = 2.0
+    inputs["sinks"] = torch.tensor((math.inf, 0.5))
+    shapes = {"delta": (2, _LENGTH), "sink_parts": (2, 3)}
+    window = {"window_right": 0, "diagonal": -8}
+    got = _run(sources, note, DELTA, inputs, shapes, has_dlse=True, has_sinks=True, **window)
+    assert got["sink_parts"][0, 0] == 8 * 2.0
+    assert (got["sink_parts"][1] == 0).all()
+
+
+def rows_of_a_mask(sources: Sources, note: Callable[[str], None]) -> None:
+    """The gradient of what all keys of a row add: that of its lse, though it be infinite, and NaN
+    where the row is, or its output's gradient."""
+    of_out, of_lse = torch.zeros(2, _LENGTH), torch.full((2, _LENGTH), 0.5)
+    stats = torch.tensor((0.0, 3.0)).repeat(1, 2, _LENGTH, 1)
+    of_out[0, 1], of_lse[0, 1] = -math.inf, math.inf
+    of_out[0, 2] = math.inf
+    of_out[1, 3] = math.nan
+    stats[0, 0, 4] = torch.tensor((math.nan, 0.0))
+    expected = of_lse.clone()
+    expected[0, 2] = expected[0, 4] = expected[1, 3] = math.nan
+    sizes = (1, 1, 2, _LENGTH, 1)
+    got = _run(
+        sources, note, DMASK_ROWS, {"row_stats": stats, "delta": of_out, "dlse": of_lse},
+        {"dmask": (2, _LENGTH)}, has_dlse=True, mask=MaskPlace(sizes, dense(sizes), 0, 1, 2),
+        mask_grad=True,
+    )  # fmt: skip
+    torch.testing.assert_close(got["dmask"], expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def capped(sources: Sources, note: Callable[[str], None], family: str) -> None:
@@ -83,7 +134,9 @@ def capped(sources: Sources, note: Callable[[str], None], family: str) -> None:
 
 
 def properties() -> Iterator[Property]:
-    yield Property(f"{FORWARD}: a sink of infinity", FORWARD, sink)
+    for family, test in ((FORWARD, sink), (DELTA, sink_of_rows_without_a_key)):
+        yield Property(f"{family}: a sink of infinity", family, test)
+    yield Property(f"{DMASK_ROWS}: infinite gradients", DMASK_ROWS, rows_of_a_mask)
     for family in (DQ, DKV, DKV_PAIRS):
         test = functools.partial(capped, family=family)
         yield Property(f"{family}: a capped score of infinity", family, test)

@@ -32,6 +32,18 @@ _mixed = ("padded", "columns", "rows_odd", "dense", "odd")
 _blhd = ("blhd",) * 5
 
 
+def _stored() -> Iterator[tuple[str, Case]]:
+    """Cases of dS whose last tiles decide."""
+    square = Case(256, 256, 64, num_heads=2, num_kv_heads=2, dtype=F32, window_right=0)
+    yield "rows of dS, folded", square
+    yield "folded beside keys that nobody sees", square.but(q_len=136, kv_len=160)
+    yield "rows end within the last tile", square.but(q_len=133, kv_len=160, window_right=3)
+    yield "folded behind whole rows", square.but(q_len=136, kv_len=200, window_right=2, diagonal=30)
+    yield "one query in the last tile", Case(41, 48, 64, dtype=F32, window_right=0)
+    for left in (15, 16):
+        yield f"keys end before a window of {left}", Case(60, 41, 64, dtype=F32, window_left=left)
+
+
 def _attention() -> Iterator[Attention]:
     def each(name: str, case: Case, families: tuple[str, ...] = FAMILIES, **options: Any):
         for family in families:
@@ -85,6 +97,11 @@ def _attention() -> Iterator[Attention]:
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
     storing = {"store_ds": True}
+    for family, more in ((DKV, storing), (DKV_PAIRS, storing), (DQ_FROM_DS, {})):
+        for label, case in _stored():
+            for check in (False, True):
+                name = f"{family}: {label}{', checked' * check}"
+                yield Attention(name, family, case, check=check, **more)
     for family, tile, more in (
         (FORWARD, (4, 8, 2), {}), (FORWARD, (2, 32, 1), {}), (FORWARD, (1, 16, 0), {}),
         (DQ, (4, 32), {}), (DKV, (32, "false"), {}), (DKV_PAIRS, (16, "false"), {}),

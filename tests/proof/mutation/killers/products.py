@@ -233,6 +233,7 @@ def _calls() -> Iterator[Call]:
                 yield Call(h=2, hk=2, l=l, s=s, right=right, diagonal=diagonal, **at)
         yield Call(h=2, hk=2, l=2048, s=2048, left=1200, right=0, **at)  # folded, or a ring
         yield Call(h=2, hk=2, l=2048, s=2048, left=900, right=0, **at)
+        yield Call(h=2, hk=2, l=2048, s=2048, right=1, **at)  # ahead by one key
         yield Call(right=0, diagonal=-(1 << 20), **at)  # no pair: all ways take the same
         yield Call(h=1, hk=1, l=1, s=1, **at)  # one: nearly the same
         yield Call(h=1, hk=1, l=70000, s=70, **at)
@@ -272,7 +273,15 @@ def plan_of_divisions(sources: Sources) -> None:
         far = Call(h=h, hk=1, l=1 << 28, s=1 << 28, scratch=1 << 40)
         assert sources.ds_divisions(far.request()) == list(divisions_of(far))
     many = Call(h=32, hk=32, l=1, s=1 << 28, scratch=1 << 37)  # of one head 2^32 - 8 keys would fit
-    assert sources.ds_divisions(many.request()) == list(divisions_of(many)) != []
+    for more in (0, 4 * 8 * ((1 << 27) + 16)):  # or 2^32 + 2^27
+        call = many._replace(scratch=many.scratch + more)
+        assert sources.ds_divisions(call.request()) == list(divisions_of(call)) != []
+    for s in (1 << 21, (1 << 21) + 1):  # sums of 2^28 numbers, and of more
+        call = Call(h=2, hk=1, l=8, s=s, scratch=1 << 33)
+        assert sources.ds_divisions(call.request()) == list(divisions_of(call)) != []
+    even = Call(h=1, hk=1, l=8, s=128, right=0, diagonal=56, scratch=1 << 20)
+    assert _stored_rows(even) == _ring(even)  # folded they would take as much
+    assert sources.ds_divisions(even.request()) == list(divisions_of(even)) != []
 
 
 def _launches(call: Call, plan: dict, at_once: tuple[int, int], parts: int) -> Iterator[list[int]]:
@@ -339,8 +348,11 @@ def plan_of_ranges_in_turns(sources: Sources) -> None:
         tiles = math.ceil(call.l / 8)
         first = (heads * call.group, call.s, heads * rows * stored, 0, stored, tiles, 0)
         assert found[0] == first
-        plan, _ = sources.plan(call.request(has_key_ranges=True))
-        assert plan["scratch_bytes"] == 4 * heads * rows * stored
+        for right in (-1, 0):  # rows are not folded
+            window = call._replace(right=right)
+            plan, params = sources.plan(window.request(has_key_ranges=True))
+            assert plan["scratch_bytes"] == 4 * heads * rows * stored
+            assert [params.ds_keys, params.ds_row, params.ds_folded] == [stored, tiles, 0]
     assert not sources.ds_divisions(Call(scratch=1 << 16).request(has_key_ranges=True))
 
 
