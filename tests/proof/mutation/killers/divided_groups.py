@@ -204,7 +204,8 @@ def plan_of_parts(sources: Sources) -> None:
     assert _plan(sources, 1 << 40, 1 << 29, b=1 << 12, s=1 << 10, h=2, d=1)[1].dkv_parts == 2
     for empty_size in ({"b": 0}, {"h": 0}, {"s": 0}, {"d": 0, "dv": 0}, {"hk": 0}, {"l": 0}):
         plan, params = _plan(sources, 1 << 40, _MANY, **empty_size)
-        assert params.dkv_parts == params.dkv_sums == 1 and not plan["dkv_part_elements"], empty_size
+        assert params.dkv_parts == params.dkv_sums == 1, empty_size
+        assert not plan["dkv_part_elements"], empty_size
     shape = (1, 12, 1024, 16)
     layouts = dict.fromkeys(("q", "k", "v", "out"), (shape, dense(shape), 0))
     assert sources.plan(request(layouts, 0, gpu_cores=_MANY))[0]["dkv_part_elements"] == 0
