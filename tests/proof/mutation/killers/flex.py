@@ -266,7 +266,7 @@ def killers() -> tuple[Flexed | Property, ...]:
         "captures of a query": FlexCase(33, 150, 16, "none", "eight"),  # the 33rd is by itself
         "twice as many blocks as simdgroups": replace(of_map, kv_len=250),
         **{  # of 8 blocks for a simdgroup, and 4 simdgroups
-            f"{blocks} blocks of keys": replace(of_map, q_len=40, kv_len=32 * blocks)
+            f"{blocks} blocks of keys": FlexCase(40, 32 * blocks, 16, "none", "heads")
             for blocks in (9, 31, 32, 33)
         },
     }
