@@ -267,7 +267,7 @@ def killers() -> tuple[Flexed | Property, ...]:
         "twice as many blocks as simdgroups": replace(of_map, kv_len=250),
         **{  # of 8 blocks for a simdgroup, and 4 simdgroups
             f"{blocks} blocks of keys": FlexCase(40, 32 * blocks, 16, "none", "heads")
-            for blocks in (9, 31, 32, 33)
+            for blocks in (9, 31, 32, 33, 34)
         },
     }
     alike = {  # maps that are the same for batches, or for heads
