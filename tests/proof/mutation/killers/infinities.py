@@ -43,7 +43,7 @@ def _operands() -> dict[str, torch.Tensor]:
 
 def _run(
     sources: Sources, note: Callable[[str], None], family: str, inputs: dict[str, torch.Tensor],
-    results: dict[str, tuple[int, ...]], has_dlse: bool = False, **fields: Any,
+    results: dict[str, tuple[int, ...]], **fields: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     shape = (1, 2, _LENGTH, _WIDTH)
     layouts = dict.fromkeys(("q", "k", "v", "out", "dout"), (shape, dense(shape), 0))
@@ -60,7 +60,7 @@ def _run(
     }
     found = {name: Guarded(of, dense(of), F32) for name, of in results.items()}
     strides = {name: dense(of) for name, of in results.items() if name in _WITH_STRIDES}
-    block = with_seed(params, key_end=_LENGTH, has_dlse=int(has_dlse), **strides)
+    block = with_seed(params, key_end=_LENGTH, has_dlse=int("dlse" in inputs), **strides)
     launch(library, kernel, sources.buffers, block, given, found, workers=1)
     return {name: x.tensor for name, x in found.items()}
 
@@ -82,8 +82,7 @@ def sink(sources: Sources, note: Callable[[str], None]) -> None:
 
 def sink_of_rows_without_a_key(sources: Sources, note: Callable[[str], None]) -> None:
     """The lse of 8 rows is their sink, +inf, whose gradient is theirs."""
-    inputs = {name: x for name, x in _operands().items() if name == "dout"}
-    inputs["out"] = torch.zeros(1, 2, _LENGTH, _WIDTH)
+    inputs = {"dout": _operands()["dout"], "out": torch.zeros(1, 2, _LENGTH, _WIDTH)}
     inputs["row_stats"] = torch.tensor((0.0, 3.0)).expand(1, 2, _LENGTH, 2).contiguous()
     inputs["row_stats"][0, 0, :8] = torch.tensor((math.inf, -0.0))
     inputs["dlse"] = torch.zeros(2, _LENGTH)
@@ -91,7 +90,7 @@ def sink_of_rows_without_a_key(sources: Sources, note: Callable[[str], None]) ->
     inputs["sinks"] = torch.tensor((math.inf, 0.5))
     shapes = {"delta": (2, _LENGTH), "sink_parts": (2, 3)}
     window = {"window_right": 0, "diagonal": -8}
-    got = _run(sources, note, DELTA, inputs, shapes, has_dlse=True, has_sinks=True, **window)
+    got = _run(sources, note, DELTA, inputs, shapes, has_sinks=True, **window)
     assert got["sink_parts"][0, 0] == 8 * 2.0
     assert (got["sink_parts"][1] == 0).all()
 
@@ -110,8 +109,7 @@ def rows_of_a_mask(sources: Sources, note: Callable[[str], None]) -> None:
     sizes = (1, 1, 2, _LENGTH, 1)
     got = _run(
         sources, note, DMASK_ROWS, {"row_stats": stats, "delta": of_out, "dlse": of_lse},
-        {"dmask": (2, _LENGTH)}, has_dlse=True, mask=MaskPlace(sizes, dense(sizes), 0, 1, 2),
-        mask_grad=True,
+        {"dmask": (2, _LENGTH)}, mask=MaskPlace(sizes, dense(sizes), 0, 1, 2), mask_grad=True,
     )  # fmt: skip
     torch.testing.assert_close(got["dmask"], expected, rtol=0.0, atol=0.0, equal_nan=True)
 

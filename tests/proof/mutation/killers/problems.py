@@ -97,7 +97,8 @@ def _attention() -> Iterator[Attention]:
     yield from each("bfloat16, wide heads, dropout", _wide)
     yield from each("blocks of 8", _odd_tiles, layouts=_blhd)
     storing = {"store_ds": True}
-    for family, more in ((DKV, storing), (DKV_PAIRS, storing), (DQ_FROM_DS, {})):
+    of_ds = ((DKV, storing), (DKV_PAIRS, storing), (DQ_FROM_DS, {}))
+    for family, more in of_ds:
         for label, case in _stored():
             for check in (False, True):
                 name = f"{family}: {label}{', checked' * check}"
@@ -114,7 +115,7 @@ def _attention() -> Iterator[Attention]:
         # Scores of one row say nothing about the next.
         yield larger(f"{label}, large scores", case=case.but(scale=40.0))
         yield larger(f"{label}, checked", case=case, check=True)
-    for family, more in ((DKV, storing), (DKV_PAIRS, storing), (DQ_FROM_DS, {})):
+    for family, more in of_ds:
         grouped = Case(40, 52, 64, batch=2, num_heads=6, num_kv_heads=3, dtype=F32, window_right=7)
         for heads in ((0, 2), (2, 5), (5, 6)):
             yield Attention(f"{family}: heads {heads[0]} to {heads[1]}", family, grouped,
