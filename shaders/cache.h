@@ -25,7 +25,8 @@ METAL_FUNC CacheBuffers cache_buffers(const device int* lengths, const device in
   return buffers;
 }
 
-/// Where a block of ORCHARD_CACHE_BLOCK keys lies in every tensor of the cache.
+/// Where a block of ORCHARD_CACHE_BLOCK keys lies in every tensor of the cache: without pages, from
+/// where the sequence begins.
 struct CachedBlock {
   int entry;
   int row;
@@ -56,11 +57,17 @@ struct CachedSequence {
     page_size = params.page_size;
   }
 
+  /// Where it begins in a tensor of the cache, which pages have no single place for.
+  template <bool PAGED>
+  METAL_FUNC int64_t first(constant TensorStrides& strides) const {
+    return PAGED ? 0 : entry * strides.batch;
+  }
+
   /// The block that key0 begins.
   template <bool PAGED>
   METAL_FUNC CachedBlock block(int key0) const {
     CachedBlock block;
-    block.entry = entry;
+    block.entry = 0;
     block.row = key0;
     if (PAGED) {
       const int page = key0 / page_size;
@@ -147,36 +154,38 @@ struct CacheRows {
     width = columns;
   }
 
-  /// As many elements from column `col` on as BITS has, zero beyond the last one.
-  template <typename BITS>
-  METAL_FUNC BITS bits(int64_t row, int col) const {
-    return col < width ? *reinterpret_cast<const device BITS*>(head + row + col) : BITS(0);
+  /// As many elements from column `col` on as BITS has, zero beyond the last one. WIDE: all columns
+  /// that lanes have are of a row.
+  template <bool WIDE, typename BITS>
+  METAL_FUNC BITS bits(const device T* row, int col) const {
+    return WIDE || col < width ? *reinterpret_cast<const device BITS*>(row + col) : BITS(0);
   }
 
   /// Chunk g of what a lane has. Where it has fewer words than a chunk, the rest is anything.
-  template <int LANES, int COUNT>
-  METAL_FUNC Chunk<T> chunk(int64_t row, LaneColumns<T, LANES, COUNT> columns, int g) const {
+  template <bool WIDE, int LANES, int COUNT>
+  METAL_FUNC Chunk<T> chunk(
+      const device T* row, LaneColumns<T, LANES, COUNT> columns, int g) const {
     const int kElements = Chunk<T>::kElements;
     const int words = columns.words(g);
     Chunk<T> chunk;
     if (!VEC) {
-      const device T* elements = head + row;
       ORCHARD_UNROLL
       for (int i = 0; i < kElements / 2; i++) {
         const int first = columns.column(g * kElements + 2 * i);
         const int second = first + 1;
-        chunk.set_pair(i, vec<T, 2>(first < width ? elements[first * col_stride] : T(0),
-                              second < width ? elements[second * col_stride] : T(0)));
+        chunk.set_pair(i, vec<T, 2>(WIDE || first < width ? row[first * col_stride] : T(0),
+                              WIDE || second < width ? row[second * col_stride] : T(0)));
       }
     } else if (words == 4) {
-      chunk.bits = bits<uint4>(row, columns.column(g * kElements));
+      chunk.bits = bits<WIDE, uint4>(row, columns.column(g * kElements));
     } else {
       if (words >= 2) {
-        chunk.bits.xy = bits<uint2>(row, columns.column(g * kElements));
+        chunk.bits.xy = bits<WIDE, uint2>(row, columns.column(g * kElements));
       }
       if (words != 2) {
         const int last = words - 1;
-        chunk.bits[last] = bits<uint>(row, columns.column(g * kElements + last * columns.kOfWord));
+        chunk.bits[last] =
+            bits<WIDE, uint>(row, columns.column(g * kElements + last * columns.kOfWord));
       }
     }
     return chunk;
@@ -189,24 +198,27 @@ struct BlockRows {
   CacheRows<T, VEC> all;
   Range keys;  // of the part
   int key0;
-  int64_t row0;
+  const device T* row0;
 
   METAL_FUNC void move_to(int first, CachedBlock block, constant TensorStrides& strides) {
     key0 = first;
-    row0 = block.offset(strides);
+    row0 = all.head + block.offset(strides);
   }
 
   /// Whether key i of the block is of this part.
   METAL_FUNC bool has(int i) const { return keys.has(key0 + i); }
 
-  METAL_FUNC bool has_all() const { return has(0) && has(ORCHARD_CACHE_BLOCK - 1); }
-
-  /// Of key i of the block. Keys that are not of this part have the row of one that is: no other
-  /// numbers are looked at, and what comes of them is hidden later.
-  template <typename COLUMNS>
-  METAL_FUNC Chunk<T> chunk(int i, COLUMNS columns, int g) const {
-    const int row = clamp(key0 + i, keys.begin, keys.end - 1) - key0;
-    return all.chunk(row0 + row * all.row_stride, columns, g);
+  /// Of key 8 c + i of the block. WHOLE: all keys are of this part, and as wide as a lane's columns
+  /// reach. Else those that are not of it have the row of one that is: no other numbers are looked
+  /// at, and what comes of them is hidden later.
+  template <bool WHOLE, typename COLUMNS>
+  METAL_FUNC Chunk<T> chunk(int c, int i, COLUMNS columns, int g) const {
+    if (WHOLE) {
+      const device T* rows = row0 + 8 * c * all.row_stride;
+      return all.template chunk<true>(rows + i * all.row_stride, columns, g);
+    }
+    const int row = clamp(key0 + 8 * c + i, keys.begin, keys.end - 1) - key0;
+    return all.template chunk<false>(row0 + row * all.row_stride, columns, g);
   }
 };
 
@@ -217,14 +229,26 @@ struct KeyChunks {
   Chunk<T> first[FRAGMENTS][Columns::kChunks];
   Chunk<T> second[FRAGMENTS][Columns::kChunks];
 
+  /// Most blocks are whole: where their rows lie is known before the loop over them.
   template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
+  METAL_FUNC void load(
+      thread const BlockRows<T, VEC>& rows, bool whole, Columns columns, LanePosition at) {
+    if (whole) {
+      load_rows<true>(rows, columns, at);
+    } else {
+      load_rows<false>(rows, columns, at);
+    }
+  }
+
+  template <bool WHOLE, bool VEC>
+  METAL_FUNC void load_rows(
+      thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
     ORCHARD_UNROLL
     for (int c = 0; c < FRAGMENTS; c++) {
       ORCHARD_UNROLL
       for (int g = 0; g < Columns::kChunks; g++) {
-        first[c][g] = rows.chunk(8 * c + at.col, columns, g);
-        second[c][g] = rows.chunk(8 * c + at.col + 1, columns, g);
+        first[c][g] = rows.template chunk<WHOLE>(c, at.col, columns, g);
+        second[c][g] = rows.template chunk<WHOLE>(c, at.col + 1, columns, g);
       }
     }
   }
@@ -237,22 +261,26 @@ struct ValueChunks {
   Chunk<T> of[FRAGMENTS][Columns::kChunks];
 
   template <bool VEC>
-  METAL_FUNC void load(thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
+  METAL_FUNC void load(
+      thread const BlockRows<T, VEC>& rows, bool whole, Columns columns, LanePosition at) {
+    if (whole) {
+      load_rows<true>(rows, columns, at);
+    } else {
+      load_rows<false>(rows, columns, at);
+    }
+  }
+
+  template <bool WHOLE, bool VEC>
+  METAL_FUNC void load_rows(
+      thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
     ORCHARD_UNROLL
     for (int c = 0; c < FRAGMENTS; c++) {
       ORCHARD_UNROLL
       for (int g = 0; g < Columns::kChunks; g++) {
-        of[c][g] = rows.chunk(8 * c + at.row, columns, g);
-      }
-    }
-    if (rows.has_all()) {
-      return;
-    }
-    ORCHARD_UNROLL
-    for (int c = 0; c < FRAGMENTS; c++) {
-      ORCHARD_UNROLL
-      for (int g = 0; g < Columns::kChunks; g++) {
-        of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
+        of[c][g] = rows.template chunk<WHOLE>(c, at.row, columns, g);
+        if (!WHOLE) {
+          of[c][g].bits = rows.has(8 * c + at.row) ? of[c][g].bits : uint4(0);
+        }
       }
     }
   }

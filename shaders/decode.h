@@ -44,7 +44,8 @@ struct SharedQuery {
 
 /// What a row is, and what it sees: keys [begin, end).
 struct DecodeRow {
-  bool exists;
+  bool is_query;
+  bool exists;  // is one, and sees any key
   Head head;
   int query;
   int position;
@@ -55,7 +56,8 @@ struct DecodeRow {
       int kv_index, int row, CachedSequence sequence, constant DecodeParams& params) {
     constant AttentionParams& attention = params.attention;
     const int heads = attention.num_heads / attention.num_kv_heads;
-    exists = row < heads * attention.q_len;
+    is_query = row < heads * attention.q_len;
+    exists = is_query;
     query = row / heads;
     head = query_head(kv_index * heads + row % heads, attention);
     // Aligned at the bottom right, where the call does not move the queries: the last one stands on
@@ -75,6 +77,15 @@ struct DecodeRow {
     exists = exists && first < behind;
     begin = exists ? first : ORCHARD_WINDOW_OPEN;
     end = exists ? behind : 0;
+  }
+
+  /// Scores of key `first` and the next one: -inf for what the row does not see, or is not among
+  /// `keys`.
+  METAL_FUNC float2 hide(float2 score, int first, Range keys) const {
+    Range seen;
+    seen.begin = max(keys.begin, begin);
+    seen.end = min(keys.end, end);
+    return float2(seen.has(first) ? score.x : -INFINITY, seen.has(first + 1) ? score.y : -INFINITY);
   }
 };
 
@@ -160,12 +171,15 @@ METAL_FUNC float seen_score(float score, float addend) {
 /// where there are none.
 METAL_FUNC Range keys_of_part(Range seen, int part, int parts) {
   const int kBlock = ORCHARD_CACHE_BLOCK;
-  const int first = seen.begin / kBlock * kBlock;
-  const int even = (seen.end - first + parts - 1) / parts;
-  const int keys = max((even + kBlock - 1) / kBlock * kBlock, ORCHARD_LEAST_PART);
+  const int first = seen.begin / kBlock;
+  const int blocks = max((seen.end + kBlock - 1) / kBlock - first, 0);
+  const int taken = clamp(blocks / (ORCHARD_LEAST_PART / kBlock), 1, parts);  // parts with keys
+  const int even = blocks / taken;
+  const int rest = blocks - even * taken;  // so many parts have a block more
+  const int begin = first + part * even + min(part, rest);
   Range range;
-  range.begin = max(first + part * keys, seen.begin);
-  range.end = min(first + (part + 1) * keys, seen.end);
+  range.begin = max(begin * kBlock, seen.begin);
+  range.end = min((begin + even + (part < rest)) * kBlock, seen.end);
   return range;
 }
 
@@ -224,9 +238,12 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   sight.start(first_of_group(kv_index, attention), mask, key_ranges, attention);
   DecodeRow rows[R];
   HeadScore<SOFTCAP, ALIBI> scores[R];
-  Range seen;
+  Range seen;  // by any query
   seen.begin = ORCHARD_WINDOW_OPEN;
   seen.end = 0;
+  Range common;  // to all queries
+  common.begin = 0;
+  common.end = ORCHARD_WINDOW_OPEN;
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     rows[r].find(kv_index, row0 + 8 * r + at.row, sequence, params);
@@ -236,10 +253,42 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     scores[r].start(rows[r].head, alibi_slopes, attention);
     seen.begin = min(seen.begin, rows[r].begin);
     seen.end = max(seen.end, rows[r].end);
+    common.begin = rows[r].is_query ? max(common.begin, rows[r].begin) : common.begin;
+    common.end = rows[r].is_query ? min(common.end, rows[r].end) : common.end;
   }
   seen.begin = simd_min(seen.begin);
   seen.end = simd_max(seen.end);
   const Range keys = keys_of_part(seen, part, params.parts * SIMDGROUPS);
+  common.begin = max(simd_max(common.begin), keys.begin);
+  common.end = min(simd_min(common.end), keys.end);
+  const Starts whole_blocks = Starts::between(common.begin, common.end - kBlock);
+
+  // The first keys are asked for before Q is: they are on their way while Q is shared.
+  BlockRows<T, VEC> k_rows;
+  BlockRows<T, VEC> v_rows;
+  k_rows.all.start(key + sequence.template first<PAGED>(attention.k),
+      kv_index % attention.num_kv_heads, attention.k, attention.head_dim);
+  v_rows.all.start(value + sequence.template first<PAGED>(attention.v),
+      kv_index % attention.num_kv_heads, attention.v, attention.v_head_dim);
+  k_rows.keys = keys;
+  v_rows.keys = keys;
+  KeyColumns k_columns;
+  ValueColumns v_columns;
+  k_columns.lane = at.row;
+  v_columns.lane = at.col / 2;
+  KeyChunks<T, kColumns, KeyColumns> k_chunks;
+  ValueChunks<T, kColumns, ValueColumns> v_chunks;
+  const bool wide = attention.head_dim == BD && attention.v_head_dim == VD;
+  int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
+  bool whole = whole_blocks.has(key0);  // every query sees all keys of the block
+  CachedBlock block;
+  if (key0 < keys.end) {
+    block = sequence.template block<PAGED>(key0);
+    k_rows.move_to(key0, block, attention.k);
+    if (kKeysAhead) {
+      k_chunks.load(k_rows, wide && whole, k_columns, at);
+    }
+  }
 
   KeyColumns of_pair[2];  // rows of K^T
   of_pair[0].lane = at.col;
@@ -261,35 +310,14 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   q.pairs = storage;
   q.lane = lane;
 
-  BlockRows<T, VEC> k_rows;
-  BlockRows<T, VEC> v_rows;
-  k_rows.all.start(key, kv_index % attention.num_kv_heads, attention.k, attention.head_dim);
-  v_rows.all.start(value, kv_index % attention.num_kv_heads, attention.v, attention.v_head_dim);
-  k_rows.keys = keys;
-  v_rows.keys = keys;
   Tile<float, R, kValueDepth> o;
   zero(o);
   OnlineSoftmax<R, true> softmax;
   softmax.init();
-  KeyColumns k_columns;
-  ValueColumns v_columns;
-  k_columns.lane = at.row;
-  v_columns.lane = at.col / 2;
-  KeyChunks<T, kColumns, KeyColumns> k_chunks;
-  ValueChunks<T, kColumns, ValueColumns> v_chunks;
-  int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
-  CachedBlock block;
-  if (key0 < keys.end) {
-    block = sequence.template block<PAGED>(key0);
-    k_rows.move_to(key0, block, attention.k);
-    if (kKeysAhead) {
-      k_chunks.load(k_rows, k_columns, at);
-    }
-  }
   while (key0 < keys.end) {
     v_rows.move_to(key0, block, attention.v);
     if (kKeysAhead) {
-      v_chunks.load(v_rows, v_columns, at);
+      v_chunks.load(v_rows, wide && whole, v_columns, at);
     }
     Tile<float, R, kColumns> s;
     ORCHARD_UNROLL
@@ -302,8 +330,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       for (int d = 0; d < kDepth; d++) {
         if (d % kChunk == 0) {
           const int g = d / kChunk;
-          a = kKeysAhead ? k_chunks.first[c][g] : k_rows.chunk(8 * c + at.col, k_columns, g);
-          b = kKeysAhead ? k_chunks.second[c][g] : k_rows.chunk(8 * c + at.col + 1, k_columns, g);
+          a = kKeysAhead ? k_chunks.first[c][g]
+                         : k_rows.template chunk<false>(c, at.col, k_columns, g);
+          b = kKeysAhead ? k_chunks.second[c][g]
+                         : k_rows.template chunk<false>(c, at.col + 1, k_columns, g);
         }
         const vec<F, 2> right = vec<F, 2>(F(a.at(d % kChunk)), F(b.at(d % kChunk)));
         ORCHARD_UNROLL
@@ -332,20 +362,19 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       }
     }
     const int next = sight.next(key0 + kBlock, keys, lane);
+    const bool next_whole = whole_blocks.has(next);
     if (next < keys.end) {
       block = sequence.template block<PAGED>(next);
       k_rows.move_to(next, block, attention.k);
       if (kKeysAhead) {
-        k_chunks.load(k_rows, k_columns, at);
+        k_chunks.load(k_rows, wide && next_whole, k_columns, at);
       }
     }
     if (kValuesAhead && !kKeysAhead) {
-      v_chunks.load(v_rows, v_columns, at);
+      v_chunks.load(v_rows, wide && whole, v_columns, at);
     }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
-      const int begin = max(keys.begin, rows[r].begin);
-      const int end = min(keys.end, rows[r].end);
       ORCHARD_UNROLL
       for (int c = 0; c < kColumns; c++) {
         const int column = key0 + 8 * c + at.col;
@@ -356,8 +385,16 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         if (SharedSight<MASK, RANGES>::kAny) {
           score = float2(seen_score(score.x, addends[c].x), seen_score(score.y, addends[c].y));
         }
-        s.fragments[r][c].x = column >= begin && column < end ? score.x : -INFINITY;
-        s.fragments[r][c].y = column + 1 >= begin && column + 1 < end ? score.y : -INFINITY;
+        s.fragments[r][c] = score;
+      }
+    }
+    if (!whole) {
+      ORCHARD_UNROLL
+      for (int r = 0; r < R; r++) {
+        ORCHARD_UNROLL
+        for (int c = 0; c < kColumns; c++) {
+          s.fragments[r][c] = rows[r].hide(s.fragments[r][c], key0 + 8 * c + at.col, keys);
+        }
       }
     }
     softmax.update(s, o);
@@ -369,7 +406,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       for (int f = 0; f < kValueDepth; f++) {
         if (f % (kChunk / 2) == 0) {
           const int g = f / (kChunk / 2);
-          a = kValuesAhead ? v_chunks.of[c][g] : v_rows.chunk(8 * c + at.row, v_columns, g);
+          a = kValuesAhead ? v_chunks.of[c][g]
+                           : v_rows.template chunk<false>(c, at.row, v_columns, g);
           if (!kValuesAhead || SharedSight<MASK, RANGES>::kAny) {
             a.bits = hidden[c] ? uint4(0) : a.bits;
           }
@@ -382,6 +420,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       }
     }
     key0 = next;
+    whole = next_whole;
   }
 
   // Rows whose fragments lie in different simdgroups become one before they leave the threadgroup.
@@ -412,7 +451,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       if (c0 == 0) {
         joined.find(part_stats + r * 8 + at.row, R * 8);
       }
-      if (joined.total != 0.0f) {
+      if (rows[r].exists && joined.total != 0.0f) {
         for (int c = simdgroup; c < count; c += SIMDGROUPS) {
           const int col = v_columns.column(2 * (c0 + c));
           *reinterpret_cast<device float2*>(sums + index * VD + col) =

@@ -236,13 +236,14 @@ def build_cache_kernels(of: caches.CachePlanner, arch: str, jobs: int) -> int:
         include = [peer.INCLUDE]
         return ptx.compile(decode_peer.SOURCE, arch=arch, include_dirs=include, only=[name])
 
-    def compile_in_mode(kernel: planner.Kernel, split_floats: bool) -> str:
-        return ptx.compile(source_of(kernel), arch=arch, split_floats=split_floats)
+    def compile_in_mode(kernel: planner.Kernel, **mode: bool) -> str:
+        return ptx.compile(source_of(kernel), arch=arch, **mode)
 
     with ThreadPoolExecutor(jobs) as pool:
         native = functools.partial(compile_in_mode, split_floats=False)
         write_archive(CACHES_KERNELS, zip(proven, pool.map(native, proven.values())))
-        ours = zip(timed, pool.map(native, timed.values()))
+        joined = functools.partial(compile_in_mode, split_floats=False, join_rows=True)
+        ours = zip(timed, pool.map(joined, timed.values()))
         peers = zip(theirs, pool.map(compile_peer, theirs))
         write_archive(DECODE_KERNELS["native"], itertools.chain(ours, peers))
         on_cores = functools.partial(compile_in_mode, split_floats=True)

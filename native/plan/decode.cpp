@@ -22,9 +22,10 @@ constexpr int kMergedColumns = 2 * ORCHARD_SIMD_WIDTH;
 /// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
 constexpr int64_t kMostParts = 32;
 
-/// Where a fragment has all rows and a key and its value have no more bytes than this, threadgroups
-/// have little to wait for at once, and there may be twice as many, if each has kLongPart keys.
-constexpr int64_t kFewBytes = 256;
+/// A core holds more threadgroups where each has fewer bytes of a key and its value under way, and
+/// where it has a second fragment of rows to multiply them with. There may be more of them then, if
+/// each has kLongPart keys.
+constexpr int64_t kManyBytes = 512;
 constexpr int64_t kLongPart = 1024;
 
 /// Each row of a threadgroup leaves its sums, which are read again to be merged: 1/64 of the bytes
@@ -84,21 +85,29 @@ int row_fragments(const Problem& p, int64_t rows) {
   return rows > 8 && widest_head_dim(p) <= kWidestPair ? 2 : 1;
 }
 
+/// About as many parts as `parts`, so that all cores have equally many threadgroups: each part is
+/// one for each of `others`.
+int64_t in_whole_rounds(int64_t parts, int64_t others, int64_t cores) {
+  const int64_t rounds = std::max<int64_t>((2 * parts * others + cores) / (2 * cores), 1);
+  return rounds * cores / others;
+}
+
 /// Threadgroups that share the keys of a sequence, where those of a key/value head have `rows`, in
-/// `blocks` of `block_rows`. Nothing here may depend on the batch: a sequence has the same bits
-/// alone and beside others.
+/// `blocks` of `block_rows`, and a GPU holds `held` of them at once. Nothing here may depend on the
+/// batch: a sequence has the same bits alone and beside others.
 int64_t threadgroups_of_keys(
-    const CacheProblem& p, int64_t rows, int64_t block_rows, int64_t blocks, bool few_bytes) {
+    const CacheProblem& p, int64_t rows, int64_t block_rows, int64_t blocks, int64_t held) {
   const int64_t capacity = capacity_of(p);
-  const int64_t most =
-      few_bytes ? std::clamp(capacity / kLongPart, kMostParts, 2 * kMostParts) : kMostParts;
+  const int64_t most = std::clamp(std::min(held, capacity / kLongPart), kMostParts, 2 * kMostParts);
   const int64_t of_row = kKeysOfRow / names(p.attention.dtype).size;
   const int64_t merged = std::max(kManyKeys, of_row * std::min(rows, block_rows));
   const int64_t others = std::max<int64_t>(p.attention.k.sizes[1] * blocks, 1);
-  const int64_t filling = std::max(kLeastThreadgroups, p.attention.gpu_cores);
-  const int64_t groups = std::min(blocks_of(capacity, kManyKeys),
-      std::max(blocks_of(capacity, merged), blocks_of(filling, others)));
-  return std::clamp<int64_t>(groups, 1, std::max<int64_t>(most / std::max<int64_t>(blocks, 1), 1));
+  const int64_t cores = std::max<int64_t>(p.attention.gpu_cores, 1);
+  const int64_t filling = blocks_of(std::max(kLeastThreadgroups, cores), others);
+  const int64_t most_of_block = most / std::max<int64_t>(blocks, 1);
+  const int64_t wanted = std::max(std::min(blocks_of(capacity, merged), most_of_block), filling);
+  const int64_t groups = std::max(in_whole_rounds(wanted, others, cores), filling);
+  return std::clamp<int64_t>(groups, 1, std::max<int64_t>(blocks_of(capacity, kManyKeys), 1));
 }
 
 int64_t group_heads(const Problem& p) { return p.q.sizes[1] / std::max<int64_t>(p.k.sizes[1], 1); }
@@ -183,8 +192,9 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
-  const bool few_bytes = fragments == 1 && (bd + vd) * dtype.size <= kFewBytes;
-  const int64_t groups = threadgroups_of_keys(p, rows, 8 * fragments, blocks, few_bytes);
+  const int64_t held =
+      fragments == 2 ? kMostParts * 3 / 2 : kMostParts * kManyBytes / ((bd + vd) * dtype.size);
+  const int64_t groups = threadgroups_of_keys(p, rows, 8 * fragments, blocks, held);
   DecodeParams& params = decode.params;
   fill_params(attention, params.attention);
   params.attention.out = to_strides(out.strides);

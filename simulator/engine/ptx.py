@@ -25,6 +25,20 @@ _CONSTANT, _GLOBAL = 100, 1
 _MAX_THREADS = re.compile(
     r"^\.(?:visible|weak) \.global \.align 4 \.u32 (\S+)_max_threads(?: = (\d+))?;\n", re.M
 )
+#: tensor_core_product of ptx_simd.h: transposes `b`, and adds to `sums` the product of `a` and it.
+#: The lower rows have zeros, and their sums, which nothing reads, lie in `unused`.
+_HALF_PRODUCT = re.compile(
+    r"\t// begin inline asm\n"
+    r"\tmovmatrix\.sync\.aligned\.m8n8\.trans\.b16 (?P<t>%r\d+), (?P<b>%r\d+);\n"
+    r"\t// end inline asm\n"
+    r"(?P<moves>(?:\tmov\.(?:f32|b32) \t[^;]+;\n)*)"
+    r"\t// begin inline asm\n"
+    r"\t(?P<name>mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32) "
+    r"\{(?P<sums>%f\d+,%f\d+),(?P<unused>%f\d+,%f\d+)\}, \{(?P<a>%r\d+),%r\d+\}, "
+    r"\{(?P=t)\}, \{(?P=sums),(?P=unused)\};\n"
+    r"\t// end inline asm\n"
+)
+_LOADED_WORD = re.compile(r"\tld\.shared\.u32 \t%r\d+, \[[^\]]+\];\n")
 _ENTRY_HEAD = re.compile(r"^\.visible \.entry (\S+)\([^)]*\)\n", re.M)
 
 
@@ -38,13 +52,15 @@ def compile(
     only: Sequence[str] = ("*",),
     equal_rate: bool = False,
     split_floats: bool = False,
+    join_rows: bool = False,
 ) -> str:
     """Compiles a Metal source to PTX, or takes it from the cache.
 
     The arguments are those of engine.compile.  With ``equal_rate`` half precision operands of a
     matrix product are multiplied as float operands are, without tensor cores.  With
     ``split_floats`` float operands are multiplied there, too, in parts of 16 or 22 bits together.
-    Raises CompileError.
+    With ``join_rows`` two products of halves that follow each other and share the right operand are
+    one on tensor cores, whose lower eight rows are of no use else.  Raises CompileError.
     """
     modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_SPLIT_FLOATS"] * split_floats
     lint.check_characters(source)
@@ -53,7 +69,8 @@ def compile(
     program = prepass.rewrite(text, constants, only)
     identity = hashlib.sha256(repr((program, arch, modes)).encode()).hexdigest()[:32]
     path = cache.get(f"{identity}.ptx", lambda p: p.write_text(_build(program, arch, modes)))
-    return path.read_text()
+    text = path.read_text()
+    return _join_rows(text) if join_rows else text
 
 
 def _build(program: str, arch: str, modes: Sequence[str]) -> str:
@@ -79,6 +96,39 @@ def _build(program: str, arch: str, modes: Sequence[str]) -> str:
         ]
         run([*back, "-S", "-", "-o", str(output)], ir)
         return _limit_threads(output.read_text())
+
+
+def _join_rows(text: str) -> str:
+    """Gives the upper rows of a product of halves and those of the next one to one instruction."""
+    pieces: list[str] = []
+    end = 0  # of what the pieces have
+    upper: re.Match[str] | None = None  # a product that is not in them yet
+    for product in _HALF_PRODUCT.finditer(text):
+        if upper and _share_rows(upper, product):
+            pieces.append(text[upper.start() : upper.end("moves")])
+            pieces.append(text[upper.end() : product.start()] + product["moves"])
+            sums = f"{{{upper['sums']},{product['sums']}}}"
+            factors = f"{{{upper['a']},{product['a']}}}, {{{upper['t']}}}"
+            pieces.append(
+                f"\t// begin inline asm\n\t{upper['name']} {sums}, {factors}, {sums};\n"
+                "\t// end inline asm\n"
+            )
+            end, upper = product.end(), None
+            continue
+        pieces.append(text[end : product.start()])
+        end, upper = product.start(), product
+    return "".join([*pieces, text[end:]])
+
+
+def _share_rows(upper: re.Match[str], lower: re.Match[str]) -> bool:
+    """Whether the products have one right operand, and what comes between them touches nothing of
+    the first one: a word that is read from shared memory, and moves."""
+    between = upper.string[upper.end() : lower.start()]
+    if upper["b"] != lower["b"] or not (_LOADED_WORD.fullmatch(between) or not between):
+        return False
+    of_upper = {upper["a"], upper["t"], *upper["sums"].split(",")}
+    touched = re.findall(r"%[rf]\d+", between + lower["moves"] + lower["sums"])
+    return of_upper.isdisjoint(touched)
 
 
 def _limit_threads(text: str) -> str:
