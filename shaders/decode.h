@@ -297,12 +297,18 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   for (int r = 0; r < R; r++) {
     const device T* from = query + rows[r].head.batch * attention.q.batch +
                            rows[r].head.head * attention.q.head + rows[r].query * attention.q.row;
-    for (int d = simdgroup; d < kDepth; d += SIMDGROUPS) {
+    ORCHARD_UNROLL
+    for (int d0 = 0; d0 < kDepth; d0 += SIMDGROUPS) {
+      const int d = d0 + simdgroup;
       const int first = of_pair[0].column(d);
       const int second = of_pair[1].column(d);
-      storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] = Pair(
-          F(rows[r].exists && first < attention.head_dim ? from[first * attention.q.col] : T(0)),
-          F(rows[r].exists && second < attention.head_dim ? from[second * attention.q.col] : T(0)));
+      if (kDepth % SIMDGROUPS == 0 || d < kDepth) {
+        storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] =
+            Pair(F(rows[r].is_query && first < attention.head_dim ? from[first * attention.q.col]
+                                                                  : T(0)),
+                F(rows[r].is_query && second < attention.head_dim ? from[second * attention.q.col]
+                                                                  : T(0)));
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -1,6 +1,6 @@
-// out and lse of attention_decode, from the sums of its parts: a threadgroup for each query of each
-// head. Its simdgroups take a run of the parts each, in their order, and are joined in the order of
-// the simdgroups. A sink is one more part, without a value.
+// out and lse of attention_decode, from the sums of its parts: a threadgroup for a pair of columns
+// of each lane, of each query of each head. Its simdgroups take a run of the parts each, in their
+// order, and are joined in the order of the simdgroups. A sink is one more part, without a value.
 //
 // A part's numbers are far away and few. So they are read for several parts at once, where they
 // would be waited for one after the other.
@@ -26,69 +26,65 @@ METAL_FUNC float2 forward_stats(float top, float total, bool powers) {
 }
 
 /// Parts whose sums a lane reads before it adds up any of them.
-#define ORCHARD_MERGED_AT_ONCE 8
+#define ORCHARD_MERGED_AT_ONCE 16
 
-/// What one simdgroup's run of parts comes to. PAIRS: of columns, of each lane.
-template <int PAIRS>
+/// What one simdgroup's run of parts comes to.
 struct RunOfParts {
-  float top;    // of the run's origins
-  float total;  // this lane's part of the sum
-  float2 columns[PAIRS];
+  float top;       // of the run's origins
+  float total;     // this lane's part of the sum
+  float2 columns;  // of this lane
 
   METAL_FUNC void start() {
     top = numeric_limits<float>::lowest();
     total = 0.0f;
-    ORCHARD_UNROLL
-    for (int c = 0; c < PAIRS; c++) {
-      columns[c] = float2(0.0f);
-    }
+    columns = float2(0.0f);
   }
 
-  METAL_FUNC void find_top(const device float2* stats, int count, int stride, ushort lane) {
-    for (int part = lane; part < count; part += ORCHARD_SIMD_WIDTH) {
-      top = max(top, stats[part * stride].x);
-    }
-    top = simd_max(top);
-  }
-
-  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's first pair of each, which has
-  /// `width` columns from there on.
-  METAL_FUNC void add(const device float2* stats, const device float* sums, int width, int count,
-      int stride, int sum_stride, ushort lane) {
+  /// Adds up to ORCHARD_SIMD_WIDTH parts. `sums` are this lane's columns of each, if it has any;
+  /// what was never written there is read and left out.
+  METAL_FUNC void add(const device float2* stats, const device float* sums, bool has_columns,
+      int count, int stride, int sum_stride, ushort lane) {
+    float2 pairs[ORCHARD_MERGED_AT_ONCE];
+    read(pairs, sums, has_columns ? count : 0, sum_stride);
+    const float2 none = float2(numeric_limits<float>::lowest(), 0.0f);
+    const float2 of_part = lane < count ? stats[lane * stride] : none;
+    const float before = top;
+    top = max(before, simd_max(of_part.x));
+    const float rescale = Exponential<true>::of(before - top);
+    total *= rescale;
+    columns *= rescale;
     float own = -1.0f;  // the factor of this lane's part; -1 where its sums were never written
-    if (lane < count) {
-      const float2 of_part = stats[lane * stride];
-      if (of_part.y != 0.0f) {
-        own = Exponential<true>::of(of_part.x - top);
-        total += of_part.y * own;
-      }
+    if (of_part.y != 0.0f) {
+      own = Exponential<true>::of(of_part.x - top);
+      total += of_part.y * own;
     }
     for (int i = 0; i < count; i += ORCHARD_MERGED_AT_ONCE) {
+      if (i > 0) {
+        read(pairs, sums + (int64_t)i * sum_stride, has_columns ? count - i : 0, sum_stride);
+      }
       ORCHARD_UNROLL
-      for (int c = 0; c < PAIRS; c++) {
-        float factors[ORCHARD_MERGED_AT_ONCE];
-        float2 pairs[ORCHARD_MERGED_AT_ONCE];
-        ORCHARD_UNROLL
-        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
-          factors[n] = simd_shuffle(own, ushort(i + n));
-          pairs[n] = float2(0.0f);
-          const int col = c * 2 * ORCHARD_SIMD_WIDTH;
-          if (factors[n] != -1.0f && col < width) {
-            pairs[n] =
-                *reinterpret_cast<const device float2*>(sums + (int64_t)(i + n) * sum_stride + col);
-          }
-        }
-        ORCHARD_UNROLL
-        for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
-          columns[c] = fma(float2(factors[n]), pairs[n], columns[c]);
-        }
+      for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+        const float factor = simd_shuffle(own, ushort(i + n));
+        columns = factor != -1.0f ? fma(float2(factor), pairs[n], columns) : columns;
+      }
+    }
+  }
+
+  /// This lane's columns of the next `count` parts, or of the first ORCHARD_MERGED_AT_ONCE of them.
+  METAL_FUNC static void read(
+      thread float2* pairs, const device float* sums, int count, int sum_stride) {
+    ORCHARD_UNROLL
+    for (int n = 0; n < ORCHARD_MERGED_AT_ONCE; n++) {
+      pairs[n] = float2(0.0f);
+      if (n < count) {
+        pairs[n] = *reinterpret_cast<const device float2*>(sums + (int64_t)n * sum_stride);
       }
     }
   }
 };
 
-// VD is the head dim of values, rounded up to what all lanes have a pair of. Grid: x rows.
-template <typename T, int VD, int SIMDGROUPS>
+// Grid: x rows, y columns, as many of them as the simdgroup has pairs.
+template <typename T, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void
 attention_decode_merge(const device float* sums
@@ -103,9 +99,8 @@ attention_decode_merge(const device float* sums
     ushort lane [[thread_index_in_simdgroup]]) {
   using Exp = Exponential<true>;
   const int kWidth = ORCHARD_SIMD_WIDTH;
-  const int kPairs = VD / (2 * ORCHARD_SIMD_WIDTH);
   threadgroup float2 run_stats[SIMDGROUPS];
-  threadgroup float2 run_columns[SIMDGROUPS * kPairs * ORCHARD_SIMD_WIDTH];
+  threadgroup float2 run_columns[SIMDGROUPS * ORCHARD_SIMD_WIDTH];
 
   constant AttentionParams& attention = params.attention;
   const int query = group.x % attention.q_len;
@@ -121,24 +116,23 @@ attention_decode_merge(const device float* sums
   const int begin = min(simdgroup * longest, params.parts);
   const int count = min(longest, params.parts - begin);
   const int64_t first_of_run = first + begin * stride;
-  RunOfParts<kPairs> run;
+  const int col = 2 * (group.y * kWidth + lane);
+  RunOfParts run;
   run.start();
-  run.find_top(part_sums + first_of_run, count, stride, lane);
   for (int part = 0; part < count; part += kWidth) {
     const int64_t at = first_of_run + part * stride;
-    run.add(part_sums + at, sums + at * params.part_stride + 2 * lane,
-        params.part_stride - 2 * lane, min(count - part, kWidth), stride,
-        stride * params.part_stride, lane);
+    run.add(part_sums + at, sums + at * params.part_stride + col, col < params.part_stride,
+        min(count - part, kWidth), stride, stride * params.part_stride, lane);
   }
   const float total_of_run = simd_sum(run.total);
   if (lane == 0) {
     run_stats[simdgroup] = float2(run.top, total_of_run);
   }
-  ORCHARD_UNROLL
-  for (int c = 0; c < kPairs; c++) {
-    run_columns[(simdgroup * kPairs + c) * kWidth + lane] = run.columns[c];
-  }
+  run_columns[simdgroup * kWidth + lane] = run.columns;
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup != 0) {
+    return;
+  }
 
   JoinedRow<SIMDGROUPS> joined;
   joined.find(run_stats, 1);
@@ -155,17 +149,14 @@ attention_decode_merge(const device float* sums
 
   device T* to = out + head_index / attention.num_heads * attention.out.batch +
                  head * attention.out.head + query * attention.out.row;
-  for (int c = simdgroup; c < kPairs; c += SIMDGROUPS) {
-    const float2 sum = joined.sum(run_columns + c * kWidth + lane, kPairs * kWidth);
-    const int col = 2 * (c * kWidth + lane);
-    if (col < attention.v_head_dim) {
-      to[col] = T(sum.x * factor);
-    }
-    if (col + 1 < attention.v_head_dim) {
-      to[col + 1] = T(sum.y * factor);
-    }
+  const float2 sum = joined.sum(run_columns + lane, kWidth);
+  if (col < attention.v_head_dim) {
+    to[col] = T(sum.x * factor);
   }
-  if (simdgroup == 0 && lane == 0) {
+  if (col + 1 < attention.v_head_dim) {
+    to[col + 1] = T(sum.y * factor);
+  }
+  if (group.y == 0 && lane == 0) {
     const int64_t at = (int64_t)head_index * attention.q_len + query;
     if (params.row_stats) {
       reinterpret_cast<device float2*>(lse)[at] =

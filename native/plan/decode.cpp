@@ -15,7 +15,7 @@ namespace {
 /// Wider heads leave no registers for a second fragment of rows.
 constexpr int kWidestPair = 128;
 
-/// Columns of which each lane of the merging kernel's simdgroups has a pair.
+/// Columns of a threadgroup of the merging kernel, of which each lane has a pair.
 constexpr int kMergedColumns = 2 * ORCHARD_SIMD_WIDTH;
 
 /// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
@@ -219,10 +219,9 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
           mask, ", ", word(ranges)),
       {static_cast<uint64_t>(row_blocks), static_cast<uint64_t>(groups)}));
   const int64_t out_rows = query_heads(attention) * attention.q.sizes[2];
-  const int64_t merged = blocks_of(vd, kMergedColumns) * kMergedColumns;
-  decode.plan.add(kernel_of("attention_decode_merge",
-      join("attention_decode_merge_", dtype.torch, "_v", merged),
-      join(dtype.metal, ", ", merged, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), 1}));
+  const uint64_t merged = static_cast<uint64_t>(blocks_of(vd, kMergedColumns));
+  decode.plan.add(kernel_of("attention_decode_merge", join("attention_decode_merge_", dtype.torch),
+      join(dtype.metal, ", ", kSimdgroups), {static_cast<uint64_t>(out_rows), merged}));
   return decode;
 }
 

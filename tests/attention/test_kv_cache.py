@@ -469,5 +469,5 @@ def test_is_reported():
     )
     assert metal.kernels == (
         "attention_decode_float16_d16_v16_r1_chunks_paged",
-        "attention_decode_merge_float16_v64",
+        "attention_decode_merge_float16",
     )

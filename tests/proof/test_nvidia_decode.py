@@ -174,7 +174,7 @@ def test_a_variant_of_each_kind_becomes_ptx(planner: caches.CachePlanner):
     calls = list(build.cache_calls())
     found = caches.kernels_of(planner, calls)
     longest = max((n for n in found if "float16" in n and "_d64_" in n), key=len)
-    for name in (longest, "attention_decode_merge_float16_v64", "attention_append_uint4"):
+    for name in (longest, "attention_decode_merge_float16", "attention_append_uint4"):
         text = ptx.compile(build.source_of(found[name]))
         assert f".entry {name}(" in text.replace(" (", "(")
 

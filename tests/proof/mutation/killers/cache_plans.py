@@ -79,10 +79,9 @@ def decode_variants(sources: Sources) -> None:
             _expect(plan, "_".join(words), ", ".join(arguments), groups, rows)
             assert plan.params.part_stride == vd
             merge = plan.kernels[1]
-            columns = -(-vd // 64) * 64
-            assert merge.name == f"attention_decode_merge_{torch_name}_v{columns}"
-            assert f"attention_decode_merge<{metal}, {columns}, 4>)" in merge.instantiation
-            assert merge.groups == (16, 1) and merge.threads == 128
+            assert merge.name == f"attention_decode_merge_{torch_name}"
+            assert f"attention_decode_merge<{metal}, 4>)" in merge.instantiation
+            assert merge.groups == (16, -(-vd // 64)) and merge.threads == 128
 
 
 def decode_rows(sources: Sources) -> None:
