@@ -9,7 +9,6 @@ struct JoinedRow {
   float top;
   float total;
   float factors[SIMDGROUPS];
-  bool seen[SIMDGROUPS];  // whether a part has a weight that is not zero
 
   /// `stats` are (origin, sum) of each part, `stride` apart.
   METAL_FUNC void find(const threadgroup float2* stats, int stride) {
@@ -22,21 +21,17 @@ struct JoinedRow {
     ORCHARD_UNROLL
     for (int i = 0; i < SIMDGROUPS; i++) {
       const float2 of_part = stats[i * stride];
-      seen[i] = of_part.y != 0.0f;
       factors[i] = Exponential<true>::of(of_part.x - top);
-      total += seen[i] ? of_part.y * factors[i] : 0.0f;
+      total += of_part.y * factors[i];
     }
   }
 
-  /// Of a pair of columns, which the parts have `stride` apart. What a row sees nothing of is
-  /// passed over: a weight of zero times a value need not be zero.
+  /// Of a pair of columns, which the parts have `stride` apart.
   METAL_FUNC float2 sum(const threadgroup float2* values, int stride) const {
     float2 joined = float2(0.0f);
     ORCHARD_UNROLL
     for (int i = 0; i < SIMDGROUPS; i++) {
-      if (seen[i]) {
-        joined = fma(float2(factors[i]), values[i * stride], joined);
-      }
+      joined = fma(float2(factors[i]), values[i * stride], joined);
     }
     return joined;
   }

@@ -103,10 +103,11 @@ int64_t threadgroups_of_keys(
   const int64_t merged = std::max(kManyKeys, of_row * std::min(rows, block_rows));
   const int64_t others = std::max<int64_t>(p.attention.k.sizes[1] * blocks, 1);
   const int64_t cores = std::max<int64_t>(p.attention.gpu_cores, 1);
-  const int64_t filling = blocks_of(std::max(kLeastThreadgroups, cores), others);
-  const int64_t most_of_block = most / std::max<int64_t>(blocks, 1);
-  const int64_t wanted = std::max(std::min(blocks_of(capacity, merged), most_of_block), filling);
-  const int64_t groups = std::max(in_whole_rounds(wanted, others, cores), filling);
+  const int64_t one_a_core = blocks_of(cores, others);
+  const int64_t filling = std::max(one_a_core, blocks_of(kLeastThreadgroups, others));
+  const int64_t wanted = std::min(std::max(blocks_of(capacity, merged), filling),
+      std::max(most / std::max<int64_t>(blocks, 1), one_a_core));
+  const int64_t groups = std::max(in_whole_rounds(wanted, others, cores), one_a_core);
   return std::clamp<int64_t>(groups, 1, std::max<int64_t>(blocks_of(capacity, kManyKeys), 1));
 }
 

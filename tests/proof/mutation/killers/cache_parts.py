@@ -13,7 +13,7 @@ from simulator import engine
 from torch import Tensor
 
 from ..harness import DECODE, DECODE_MERGE, DTYPE_NUMBERS, MaskPlace, Sources
-from .attention import BF16, F16, F32, dense
+from .attention import F16, F32, dense
 from .cache_plans import layout_of
 from .caches import Filled
 from .compiled import compile_kernel
@@ -142,19 +142,6 @@ def far_parts(sources: Sources, note: Callable[[str], None], **changed: Any) -> 
         assert torch.equal(left, right)
 
 
-def unseen_infinity(sources: Sources, note: Callable[[str], None], dtype: torch.dtype) -> None:
-    """A value that only the last query sees, alone in its part, reaches no other query."""
-    filled = Filled("", Cached((129,), heads=(1, 1), q_len=2, dtype=dtype,
-                               options={"window_right": 0}))  # fmt: skip
-    call = filled.call()
-    value = call.value.clone()
-    value[:, :, 128] = math.inf
-    right = filled.results(call, sources, note)[0]
-    out = filled.results(call._replace(value=value), sources, note)[0]
-    assert torch.equal(out[:, :, 0], right[:, :, 0])
-    assert not out[:, :, 1].isfinite().any()
-
-
 _ENDS: tuple[tuple[int, int, dict[str, int]], ...] = (
     (1, 0, {}), (65, 0, {}), (79, 0, {}), (73, 1, {}), (77, 41, {}), (88, 8, {}), (96, 79, {}),
     (130, 59, {"window_left": 70}),
@@ -263,13 +250,6 @@ def killers() -> tuple[Property, ...]:
         ),
         Property(
             "decode: sums beyond 32 bits", DECODE, functools.partial(far_parts, parts=1 << 22)
-        ),
-        *(
-            Property(
-                f"decode: a value of inf that one row sees, {dtype}".replace("torch.", ""), DECODE,
-                functools.partial(unseen_infinity, dtype=dtype), (DECODE_MERGE,),
-            )
-            for dtype in (F32, BF16)
         ),
         *(
             Property(

@@ -99,7 +99,7 @@ def decode_rows(sources: Sources) -> None:
         assert f"_r{block_rows // 8}_" in plan.kernels[0].name
         assert plan.part_rows == 2 * heads[1] * blocks * block_rows
         out_rows = 2 * heads[0] * q_len
-        assert plan.kernels[1].groups == (out_rows, 1)
+        assert plan.kernels[1].groups == (out_rows, -(-widths[1] // 64))
     nothing = plan_of(sources, heads=(0, 0))
     assert [kernel.groups for kernel in nothing.kernels] == [(0, 2), (0, 1)]
 
@@ -107,38 +107,42 @@ def decode_rows(sources: Sources) -> None:
 def decode_parts(sources: Sources) -> None:
     """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block.
 
-    Up to 64 of 1024 keys, where a key and its value have 256 bytes, and 8 rows are all.
+    Up to 64 of 1024 keys, the more, the fewer bytes a key and its value have; up to 48 where a
+    threadgroup has 16 rows.
     """
     for keys, groups in ((33791, 32), (33792, 33), (65535, 63), (65536, 64), (1 << 28, 64)):
-        for case, own in (
-            ({"heads": (1, 1)}, groups), ({"heads": (8, 1)}, groups), ({"batch": 3}, groups),
-            ({"heads": (4, 1), "q_len": 2}, groups), ({"widths": (7, 33)}, groups),
-            ({"dtype": torch.bfloat16}, groups), ({"heads": (9, 1)}, 32),
-            ({"heads": (4, 1), "q_len": 3}, 32), ({"dtype": torch.float32}, 32),
-            ({"widths": (65, 64)}, 32), ({"widths": (64, 65)}, 32), ({"heads": (17, 1)}, 16),
-            ({"widths": (65, 48)}, groups), ({"widths": (96, 32)}, groups),
-            ({"widths": (97, 32)}, 32), ({"dtype": torch.float32, "widths": (32, 32)}, groups),
-            ({"dtype": torch.float32, "widths": (33, 32)}, 32),
+        for case, most, blocks in (
+            ({"heads": (1, 1)}, 64, 1), ({"heads": (8, 1)}, 64, 1), ({"batch": 3}, 64, 1),
+            ({"heads": (4, 1), "q_len": 2}, 64, 1), ({"widths": (7, 33)}, 64, 1),
+            ({"dtype": torch.bfloat16}, 64, 1), ({"heads": (9, 1)}, 48, 1),
+            ({"heads": (4, 1), "q_len": 3}, 48, 1), ({"dtype": torch.float32}, 32, 1),
+            ({"widths": (65, 64)}, 56, 1), ({"widths": (64, 65)}, 56, 1),
+            ({"heads": (17, 1)}, 48, 2), ({"widths": (65, 48)}, 64, 1),
+            ({"widths": (96, 32)}, 64, 1), ({"widths": (97, 32)}, 56, 1),
+            ({"widths": (256, 256)}, 32, 1), ({"widths": (96, 96)}, 42, 1),
+            ({"dtype": torch.float32, "widths": (32, 32)}, 64, 1),
+            ({"dtype": torch.float32, "widths": (33, 32)}, 51, 1),
         ):  # fmt: skip
-            plan = plan_of(sources, keys=keys, **{"dtype": torch.float16, **case})
+            plan = plan_of(sources, keys=keys, **{"dtype": torch.float16, "gpu_cores": 1, **case})
+            own = min(groups, most) // blocks
             assert plan.params.parts == plan.kernels[0].groups[1] == own, (keys, case)
     for keys, groups in (
         (0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (7936, 31), (7937, 32),
         (8192, 32), (8193, 32),
     ):  # fmt: skip
         for batch, heads in ((1, (1, 1)), (5, (8, 4))):
-            plan = plan_of(sources, keys=keys, batch=batch, heads=heads)
+            plan = plan_of(sources, keys=keys, batch=batch, heads=heads, gpu_cores=1)
             assert plan.kernels[0].groups == (batch * heads[1], groups), keys
             assert plan.params.parts == groups
             assert plan.params.cache.capacity == plan.params.attention.kv_len == keys
     for rows, groups in ((17, 16), (33, 10), (48, 10), (49, 8), (257, 1), (512, 1), (513, 1)):
         for batch, kv_heads in ((1, 1), (3, 2)):
             heads = (rows * kv_heads, kv_heads)
-            plan = plan_of(sources, keys=8192, batch=batch, heads=heads)
+            plan = plan_of(sources, keys=8192, batch=batch, heads=heads, gpu_cores=1)
             blocks = -(-rows // 16)
             assert plan.kernels[0].groups == (batch * kv_heads * blocks, groups), rows
             assert plan.part_rows == batch * kv_heads * blocks * groups * 16
-            short = plan_of(sources, keys=300, batch=batch, heads=heads)
+            short = plan_of(sources, keys=300, batch=batch, heads=heads, gpu_cores=1)
             assert short.kernels[0].groups[1] == min(groups, 2)
     many = plan_of(sources, keys=8192, batch=3 << 12, heads=(1 << 10, 1 << 10))
     assert many.part_rows == (3 << 22) * 32 * 8
@@ -160,8 +164,25 @@ def decode_parts_of_rows(sources: Sources) -> None:
         (F16, (512, 64), 512, 1), (F16, (512, 64), 513, 2), (F16, (520, 65), 1 << 20, 32),
     ):  # fmt: skip
         for batch in (1, 3):
-            plan = plan_of(sources, dtype, batch, heads, keys=keys, widths=(128, 128))
+            plan = plan_of(sources, dtype, batch, heads, keys=keys, widths=(128, 128), gpu_cores=1)
             assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, keys)
+
+
+def decode_parts_in_rounds(sources: Sources) -> None:
+    """All cores have equally many threadgroups, about, and each one has one."""
+    for heads, width, cores, groups in (
+        ((64, 8), 128, 132, 33), ((64, 8), 128, 80, 30), ((64, 8), 128, 76, 28),
+        ((64, 8), 128, 40, 30), ((64, 8), 128, 24, 33), ((64, 8), 128, 10, 32),
+        ((64, 8), 64, 132, 66), ((64, 8), 64, 40, 65), ((8, 1), 128, 132, 132),
+        ((8, 1), 128, 40, 40), ((8, 1), 128, 33, 33), ((8, 1), 128, 21, 42), ((8, 1), 128, 22, 22),
+        ((8, 1), 64, 40, 80), ((512, 64), 128, 24, 31), ((512, 64), 128, 1 << 32, 512),
+        ((32, 1), 128, 132, 66), ((160, 1), 128, 132, 14), ((160, 1), 128, 11, 4),
+    ):  # fmt: skip
+        for batch in (1, 3):
+            plan = plan_of(
+                sources, F16, batch, heads, keys=1 << 17, widths=(width, width), gpu_cores=cores
+            )
+            assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, width, cores)
 
 
 def decode_parts_of_cores(sources: Sources) -> None:
@@ -313,6 +334,6 @@ def append_refusals(sources: Sources) -> None:
 
 PLANS = (
     decode_variants, decode_rows, decode_parts, decode_parts_of_rows,
-    decode_parts_of_cores, decode_params, decode_loads,
+    decode_parts_in_rounds, decode_parts_of_cores, decode_params, decode_loads,
     decode_refusals, append_plans, append_refusals,
 )  # fmt: skip

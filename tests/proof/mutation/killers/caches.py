@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,6 +82,19 @@ def decode_plan(call: CacheCall, x: dict[str, Guarded], sources: Sources) -> Any
     return sources.decode(layouts, DTYPE_NUMBERS[call.query.dtype], cache, **fields)
 
 
+def parts_of(first: int, last: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Keys [begin, end) of each of `parts` of keys [first, last): whole blocks, up to one more for
+    the first parts, but into no smaller ones than LEAST_PART.
+    """
+    blocks = -(-last // BLOCK) - first // BLOCK
+    taken = min(max(blocks // (LEAST_PART // BLOCK), 1), parts)
+    begin = first // BLOCK * BLOCK
+    for part in range(parts):
+        count = (blocks // taken + (part < blocks % taken)) * (part < taken)
+        yield max(begin, first), min(begin + count * BLOCK, last)
+        begin += count * BLOCK
+
+
 def work_of(call: CacheCall, groups: int = 0) -> tuple[int, Tensor]:
     """Products of fragments of keys, for every 8 of a head dim; and which threadgroups have any, as
     the grid has them: `groups` for the keys of a sequence, or as many as the plan has.
@@ -108,11 +121,7 @@ def work_of(call: CacheCall, groups: int = 0) -> tuple[int, Tensor]:
         if not seen:
             continue
         first, last = min(x for x, _ in seen), max(y for _, y in seen)
-        start = first // BLOCK * BLOCK
-        even = -((start - last) // parts)
-        size = max(-(-even // BLOCK) * BLOCK, LEAST_PART)
-        for part in range(parts):
-            begin, end = max(start + part * size, first), min(start + (part + 1) * size, last)
+        for part, (begin, end) in enumerate(parts_of(first, last, parts)):
             of_parts[part] = begin < end
             total += len(range(begin // BLOCK * BLOCK, end, BLOCK)) if begin < end else 0
     return total * block_rows // 8 * 2, torch.tensor(used).unflatten(1, (-1, 4)).any(-1)
@@ -205,8 +214,7 @@ class Filled:
             libraries[1], second, sources.buffers, params, known, joined, workers=1, seed=1
         )
         if not self.check:
-            simdgroups, pairs = second["threads"] // 32, -(-call.value.shape[3] // 64)
-            expected = simdgroups * (1 + pairs * 32) * 8
+            expected = second["threads"] // 32 * (1 + 32) * 8
             assert joining.threadgroup_memory == expected, "threadgroup memory of the merge"
         weights = part_sums.tensor[:, 1].clone()
         return x["out"].tensor.clone(), lse.tensor.clone(), counters.mma, weights

@@ -20,11 +20,12 @@ from orchard_ops.testing import assert_no_worse_than_math
 from ..harness import BOOL, DECODE, DECODE_MERGE, DTYPE_NUMBERS, Guarded, MaskPlace, Sources, launch
 from .attention import BF16, F16, F32, dense
 from .cache_plans import padded_width
+from .caches import BLOCK, LEAST_PART, parts_of
 from .compiled import compile_kernel
 from .properties import Property
 from .score_problems import Sight
 
-BLOCK, LEAST_PART, FEW, MANY = 16, 64, 16, 256
+FEW, MANY = 16, 256
 FAR = 2**31 - 1
 
 
@@ -121,12 +122,7 @@ class Few:
                 if not spans:
                     continue
                 first, last = min(x for x, _ in spans), max(y for _, y in spans)
-                start = first // BLOCK * BLOCK
-                even = -(-(last - start) // parts)
-                size = max(-(-even // BLOCK) * BLOCK, LEAST_PART)
-                for part in range(parts):
-                    begin = max(start + part * size, first)
-                    end = min(start + (part + 1) * size, last)
+                for part, (begin, end) in enumerate(parts_of(first, last, parts)):
                     of_parts[part] = begin < end and bool(shared[b, begin:end].any())
                     for key0 in range(begin // BLOCK * BLOCK, end, BLOCK):
                         total += bool(shared[b, max(key0, begin) : min(key0 + BLOCK, end)].any())
