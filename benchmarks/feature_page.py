@@ -27,6 +27,7 @@ BIAS_CYCLES = 0.97  #: that a bias may add to a product of a forward at D 64
 FUNCTION_CYCLES = 0.3  #: that a score_mod may add to a product above the fixed kernel
 ASKED, READ = 2.0, 0.02  #: of the fastest memory for a core; bytes read besides the cache
 OF_COPY, TIMES, GROUP, GROUP_TIMES = 0.85, 1.0, 8, 3.0  #: of decode on a GPU
+NARROW = (16, 40)  #: head dims of which a block has few products, or many of padding
 
 SCORES = {  #: gate's name -> (words, the GPU's name of it)
     "softcap": ("softcap", "softcap"),
@@ -234,15 +235,13 @@ def decode_model() -> Table:
     return rows
 
 
+def _timed() -> list[dict[str, Any]]:
+    return [r for r in result("nvidia/decode.json")["records"] if not r["failure"]]
+
+
 def _longest() -> list[dict[str, Any]]:
-    records = _one_query()
-    longest = max(r["length"] for r in records)
-    return [r for r in records if r["length"] == longest]
-
-
-def _one_query() -> list[dict[str, Any]]:
-    records = result("nvidia/decode.json")["records"]
-    return [r for r in records if not r["failure"] and r["q_len"] == 1 and not r["page_size"]]
+    longest = max(r["length"] for r in _timed())
+    return [r for r in _timed() if r["length"] == longest]
 
 
 def _of_copy(record: dict[str, Any], best: bool = False) -> float:
@@ -256,16 +255,18 @@ def _speedup(record: dict[str, Any]) -> float | None:
 
 
 def decode_gpu() -> Table:
-    """By dtype, head dim and batch, over the groups."""
+    """By dtype, head dim, batch, queries and pages, over the groups."""
     rows = [["keys, all groups", "of the copy", "with the best parts", "times PyTorch's"]]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in _longest():
-        groups.setdefault((r["dtype"], r["head_dim"], r["batch"], r["length"]), []).append(r)
-    for (dtype, head_dim, batch, length), records in groups.items():
+        kind = f", {r['q_len']} queries" * (r["q_len"] > 1)
+        kind += f", pages of {r['page_size']}" * bool(r["page_size"])
+        groups.setdefault((r["dtype"], r["head_dim"], r["batch"], r["length"], kind), []).append(r)
+    for (dtype, head_dim, batch, length, kind), records in groups.items():
         times = [x for r in records if (x := _speedup(r)) is not None]
         rows.append(
             [
-                f"{dtype} D {head_dim}, batch {batch}, {length}",
+                f"{dtype} D {head_dim}, batch {batch}, {length}{kind}",
                 span([_of_copy(r) for r in records]),
                 span([_of_copy(r, best=True) for r in records]),
                 span(times) if times else "",
@@ -340,13 +341,14 @@ def bounds() -> Table:
     add("8 ragged documents, packed beside padded", f"{LIMIT} of the ideal", "GPU", found, good)
 
     cases = result("apple_model/decode.json")["cases"]
-    few = [x["rate"] for x in cases if x["rows"] <= 8 and x["head_dim"] >= 64]
-    found, good = _share_within(few, ASKED, False)
+    few = [x for x in cases if x["rows"] <= 8]
     asks = f"asks for {ASKED:.0f} times the memory's rate"
-    add("decode, up to 8 rows, D 64 to 256", asks, "model A", found, good)
-    narrow = [x["rate"] for x in cases if x["rows"] <= 8 and x["head_dim"] < 64]
-    found, good = _share_within(narrow, ASKED, False)
-    add("decode, up to 8 rows, D 16 to 48", asks, "model A", found, good)
+    for words, belongs in (
+        ("32, 48, 64 to 256", lambda x: x["head_dim"] not in NARROW),
+        (" and ".join(map(str, NARROW)), lambda x: x["head_dim"] in NARROW),
+    ):
+        found, good = _share_within([x["rate"] for x in few if belongs(x)], ASKED, False)
+        add(f"decode, up to 8 rows, D {words}", asks, "model A", found, good)
     many = [x["rate"] for x in cases if x["rows"] > 8]
     found, good = _share_within(many, ASKED, False)
     add("decode, 9 to 16 rows, D 128", asks, "model A", found, good)
@@ -357,7 +359,7 @@ def bounds() -> Table:
     found, good = _share_within([_of_copy(r) for r in longest], OF_COPY, False)
     keys = f"decode, {longest[0]['length']} keys"
     add(keys, f"{OF_COPY} of a copy's rate", "GPU", found, good)
-    every = [x for r in _one_query() if (x := _speedup(r)) is not None]
+    every = [x for r in _timed() if (x := _speedup(r)) is not None]
     found, good = _share_within(every, TIMES, False)
     add("decode, all lengths", "never slower than PyTorch's kernels", "GPU", found, good)
     grouped = [x for r in longest if r["group"] == GROUP and (x := _speedup(r)) is not None]
@@ -402,7 +404,7 @@ def misses() -> list[str]:
     below = [f"{r['work']}: {_of_copy(r):.3f}" for r in _longest() if _of_copy(r) < OF_COPY]
     if below:
         found.append(f"below {OF_COPY} of the copy: {'; '.join(below)}")
-    every = [(r, x) for r in _one_query() if (x := _speedup(r)) is not None]
+    every = [(r, x) for r in _timed() if (x := _speedup(r)) is not None]
     slower = [f"{r['work']}: {x:.3f}" for r, x in every if x < TIMES]
     if slower:
         found.append(f"slower than PyTorch's: {'; '.join(slower)}")

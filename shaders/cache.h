@@ -154,8 +154,8 @@ struct CacheRows {
     width = columns;
   }
 
-  /// As many elements from column `col` on as BITS has, zero beyond the last one. WIDE: all columns
-  /// that lanes have are of a row.
+  /// As many elements from column `col` on as BITS has, zero beyond the row's last one. WIDE: the
+  /// row has all columns that the lanes share.
   template <bool WIDE, typename BITS>
   METAL_FUNC BITS bits(const device T* row, int col) const {
     return WIDE || col < width ? *reinterpret_cast<const device BITS*>(row + col) : BITS(0);
@@ -170,11 +170,12 @@ struct CacheRows {
     Chunk<T> chunk;
     if (!VEC) {
       ORCHARD_UNROLL
-      for (int i = 0; i < kElements / 2; i++) {
-        const int first = columns.column(g * kElements + 2 * i);
-        const int second = first + 1;
-        chunk.set_pair(i, vec<T, 2>(WIDE || first < width ? row[first * col_stride] : T(0),
-                              WIDE || second < width ? row[second * col_stride] : T(0)));
+      for (int e = 0; e < kElements; e += 2) {
+        const int col = columns.column(g * kElements + e);
+        const bool has_first = e < words * columns.kOfWord && (WIDE || col < width);
+        const bool has_second = e + 1 < words * columns.kOfWord && (WIDE || col + 1 < width);
+        chunk.set_pair(e / 2, vec<T, 2>(has_first ? row[col * col_stride] : T(0),
+                                  has_second ? row[(col + 1) * col_stride] : T(0)));
       }
     } else if (words == 4) {
       chunk.bits = bits<WIDE, uint4>(row, columns.column(g * kElements));
@@ -208,9 +209,9 @@ struct BlockRows {
   /// Whether key i of the block is of this part.
   METAL_FUNC bool has(int i) const { return keys.has(key0 + i); }
 
-  /// Of key 8 c + i of the block. WHOLE: all keys are of this part, and as wide as a lane's columns
-  /// reach. Else those that are not of it have the row of one that is: no other numbers are looked
-  /// at, and what comes of them is hidden later.
+  /// Of key 8 c + i of the block. WHOLE: all keys are of this part, and have all columns that the
+  /// lanes share. Else those that are not of it have the row of one that is: no other numbers are
+  /// looked at, and what comes of them is hidden later.
   template <bool WHOLE, typename COLUMNS>
   METAL_FUNC Chunk<T> chunk(int c, int i, COLUMNS columns, int g) const {
     if (WHOLE) {
@@ -229,7 +230,8 @@ struct KeyChunks {
   Chunk<T> first[FRAGMENTS][Columns::kChunks];
   Chunk<T> second[FRAGMENTS][Columns::kChunks];
 
-  /// Most blocks are whole: where their rows lie is known before the loop over them.
+  /// Most blocks are whole, and need no clamp: a row is as far from the block's first one as in any
+  /// other block.
   template <bool VEC>
   METAL_FUNC void load(
       thread const BlockRows<T, VEC>& rows, bool whole, Columns columns, LanePosition at) {

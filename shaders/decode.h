@@ -2,12 +2,12 @@
 //
 // The rows of a fragment are the queries of all heads that share a key/value head: row r is head
 // r % G of the group at query r / G. The keys that the rows of a threadgroup see are divided into
-// `parts` of whole blocks, as evenly as that goes, but into no smaller ones than
-// ORCHARD_LEAST_PART. Each simdgroup takes one part. Those of a threadgroup join theirs in the
+// `parts` of whole blocks, as evenly as that goes, but of no fewer blocks than ORCHARD_LEAST_PART
+// keys have. Each simdgroup takes one part. Those of a threadgroup join theirs in the
 // order of the parts and leave one sum and its statistics, which attention_decode_merge joins with
 // those of the other threadgroups in the same order. How the keys are divided depends on the
-// sequence itself and on the capacity of the cache, so that no result depends on what else is in
-// the batch.
+// sequence itself, on what all sequences have in common and on the GPU, so that no result depends
+// on what else is in the batch.
 //
 // K and V go from device memory into operands of the matrix unit without a stop: a lane reads
 // chunks of up to 16 bytes, which hold its elements of several fragments. Fragments of K^T so have
@@ -79,8 +79,8 @@ struct DecodeRow {
     end = exists ? behind : 0;
   }
 
-  /// Scores of key `first` and the next one: -inf for what the row does not see, or is not among
-  /// `keys`.
+  /// Scores of key `first` and the next one: -inf for a key that the row does not see, and for one
+  /// that is not among `keys`.
   METAL_FUNC float2 hide(float2 score, int first, Range keys) const {
     Range seen;
     seen.begin = max(keys.begin, begin);
@@ -280,7 +280,8 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   ValueChunks<T, kColumns, ValueColumns> v_chunks;
   const bool wide = attention.head_dim == BD && attention.v_head_dim == VD;
   int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
-  bool whole = whole_blocks.has(key0);  // every query sees all keys of the block
+  // Every query sees all keys of the block, but for what `sight` hides from all of them.
+  bool whole = whole_blocks.has(key0);
   CachedBlock block;
   if (key0 < keys.end) {
     block = sequence.template block<PAGED>(key0);
@@ -430,6 +431,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   }
 
   // Rows whose fragments lie in different simdgroups become one before they leave the threadgroup.
+  // A query sees some key of each part, unless `sight` hides all of them: parts have more keys than
+  // there are queries. So no part has anything but zeros for a query that another part has more
+  // for.
   ORCHARD_UNROLL
   for (int r = 0; r < R; r++) {
     const float total = softmax.total(r);
@@ -457,7 +461,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       if (c0 == 0) {
         joined.find(part_stats + r * 8 + at.row, R * 8);
       }
-      if (rows[r].exists && joined.total != 0.0f) {
+      if (rows[r].exists && joined.total != 0.0f) {  // nothing reads the others
         for (int c = simdgroup; c < count; c += SIMDGROUPS) {
           const int col = v_columns.column(2 * (c0 + c));
           *reinterpret_cast<device float2*>(sums + index * VD + col) =

@@ -1,6 +1,7 @@
-// out and lse of attention_decode, from the sums of its parts: a threadgroup for a pair of columns
-// of each lane, of each query of each head. Its simdgroups take a run of the parts each, in their
-// order, and are joined in the order of the simdgroups. A sink is one more part, without a value.
+// out and lse of attention_decode, from the sums of its parts. A threadgroup has a query of a head,
+// and two columns for each lane of a simdgroup. Its simdgroups take a run of the parts each, in
+// their order, and are joined in the order of the simdgroups. A sink is one more part, without a
+// value.
 //
 // A part's numbers are far away and few. So they are read for several parts at once, where they
 // would be waited for one after the other.
@@ -83,7 +84,7 @@ struct RunOfParts {
   }
 };
 
-// Grid: x rows, y columns, as many of them as the simdgroup has pairs.
+// Grid: x rows, y blocks of 2 ORCHARD_SIMD_WIDTH columns.
 template <typename T, int SIMDGROUPS>
 [[kernel,
     max_total_threads_per_threadgroup(ORCHARD_THREADS(SIMDGROUPS))]] void

@@ -18,8 +18,9 @@ constexpr int kWidestPair = 128;
 /// Columns of a threadgroup of the merging kernel, of which each lane has a pair.
 constexpr int kMergedColumns = 2 * ORCHARD_SIMD_WIDTH;
 
-/// Threadgroups for the rows of a key/value head of a sequence: more of them would only be more to
-/// merge, and more memory for their sums. Where there are many rows, the keys have fewer parts.
+/// Threadgroups for the rows of a key/value head of a sequence that are enough for most: more of
+/// them are more to merge, and more memory for their sums. Where there are many rows, the keys have
+/// fewer parts.
 constexpr int64_t kMostParts = 32;
 
 /// A core holds more threadgroups where each has fewer bytes of a key and its value under way, and
@@ -85,29 +86,33 @@ int row_fragments(const Problem& p, int64_t rows) {
   return rows > 8 && widest_head_dim(p) <= kWidestPair ? 2 : 1;
 }
 
-/// About as many parts as `parts`, so that all cores have equally many threadgroups: each part is
-/// one for each of `others`.
+/// About as many parts as `parts`, so that `others` threadgroups for each of them are equally many
+/// for all cores, or nearly.
 int64_t in_whole_rounds(int64_t parts, int64_t others, int64_t cores) {
   const int64_t rounds = std::max<int64_t>((2 * parts * others + cores) / (2 * cores), 1);
   return rounds * cores / others;
 }
 
 /// Threadgroups that share the keys of a sequence, where those of a key/value head have `rows`, in
-/// `blocks` of `block_rows`, and a GPU holds `held` of them at once. Nothing here may depend on the
+/// `blocks` of `block_rows`, and up to `most` are of use to a head. Nothing here may depend on the
 /// batch: a sequence has the same bits alone and beside others.
 int64_t threadgroups_of_keys(
-    const CacheProblem& p, int64_t rows, int64_t block_rows, int64_t blocks, int64_t held) {
+    const CacheProblem& p, int64_t rows, int64_t block_rows, int64_t blocks, int64_t most) {
   const int64_t capacity = capacity_of(p);
-  const int64_t most = std::clamp(std::min(held, capacity / kLongPart), kMostParts, 2 * kMostParts);
+  const int64_t of_head =
+      std::clamp(std::min(most, capacity / kLongPart), kMostParts, 2 * kMostParts);
   const int64_t of_row = kKeysOfRow / names(p.attention.dtype).size;
-  const int64_t merged = std::max(kManyKeys, of_row * std::min(rows, block_rows));
+  const int64_t merged =
+      blocks_of(capacity, std::max(kManyKeys, of_row * std::min(rows, block_rows)));
   const int64_t others = std::max<int64_t>(p.attention.k.sizes[1] * blocks, 1);
   const int64_t cores = std::max<int64_t>(p.attention.gpu_cores, 1);
   const int64_t one_a_core = blocks_of(cores, others);
   const int64_t filling = std::max(one_a_core, blocks_of(kLeastThreadgroups, others));
-  const int64_t wanted = std::min(std::max(blocks_of(capacity, merged), filling),
-      std::max(most / std::max<int64_t>(blocks, 1), one_a_core));
-  const int64_t groups = std::max(in_whole_rounds(wanted, others, cores), one_a_core);
+  const int64_t wanted = std::min(
+      std::max(merged, filling), std::max(of_head / std::max<int64_t>(blocks, 1), one_a_core));
+  // Where either of the two would no longer hold, some cores have one more than others.
+  const int64_t even = in_whole_rounds(wanted, others, cores);
+  const int64_t groups = even >= std::min(wanted, filling) && even <= merged ? even : wanted;
   return std::clamp<int64_t>(groups, 1, std::max<int64_t>(blocks_of(capacity, kManyKeys), 1));
 }
 

@@ -26,7 +26,7 @@ _MAX_THREADS = re.compile(
     r"^\.(?:visible|weak) \.global \.align 4 \.u32 (\S+)_max_threads(?: = (\d+))?;\n", re.M
 )
 #: tensor_core_product of ptx_simd.h: transposes `b`, and adds to `sums` the product of `a` and it.
-#: The lower rows have zeros, and their sums, which nothing reads, lie in `unused`.
+#: The lower rows have `zeros`, and their sums, which nothing reads, lie in `unused`.
 _HALF_PRODUCT = re.compile(
     r"\t// begin inline asm\n"
     r"\tmovmatrix\.sync\.aligned\.m8n8\.trans\.b16 (?P<t>%r\d+), (?P<b>%r\d+);\n"
@@ -34,7 +34,7 @@ _HALF_PRODUCT = re.compile(
     r"(?P<moves>(?:\tmov\.(?:f32|b32) \t[^;]+;\n)*)"
     r"\t// begin inline asm\n"
     r"\t(?P<name>mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32) "
-    r"\{(?P<sums>%f\d+,%f\d+),(?P<unused>%f\d+,%f\d+)\}, \{(?P<a>%r\d+),%r\d+\}, "
+    r"\{(?P<sums>%f\d+,%f\d+),(?P<unused>%f\d+,%f\d+)\}, \{(?P<a>%r\d+),(?P<zeros>%r\d+)\}, "
     r"\{(?P=t)\}, \{(?P=sums),(?P=unused)\};\n"
     r"\t// end inline asm\n"
 )
@@ -60,7 +60,7 @@ def compile(
     matrix product are multiplied as float operands are, without tensor cores.  With
     ``split_floats`` float operands are multiplied there, too, in parts of 16 or 22 bits together.
     With ``join_rows`` two products of halves that follow each other and share the right operand are
-    one on tensor cores, whose lower eight rows are of no use else.  Raises CompileError.
+    one on tensor cores, whose lower eight rows are otherwise unused.  Raises CompileError.
     """
     modes = ["MSL_EQUAL_RATE"] * equal_rate + ["MSL_SPLIT_FLOATS"] * split_floats
     lint.check_characters(source)
@@ -121,14 +121,21 @@ def _join_rows(text: str) -> str:
 
 
 def _share_rows(upper: re.Match[str], lower: re.Match[str]) -> bool:
-    """Whether the products have one right operand, and what comes between them touches nothing of
-    the first one: a word that is read from shared memory, and moves."""
+    """Whether the products have one right operand, and one may wait for the other.
+
+    Between them may be moves and a word that is read from shared memory, if neither touches what
+    the first product reads or writes.
+    """
     between = upper.string[upper.end() : lower.start()]
-    if upper["b"] != lower["b"] or not (_LOADED_WORD.fullmatch(between) or not between):
+    if between and not _LOADED_WORD.fullmatch(between):
         return False
-    of_upper = {upper["a"], upper["t"], *upper["sums"].split(",")}
+    if (upper["b"], upper["zeros"]) != (lower["b"], lower["zeros"]):
+        return False
+    sums = {*upper["sums"].split(","), *upper["unused"].split(",")}
     touched = re.findall(r"%[rf]\d+", between + lower["moves"] + lower["sums"])
-    return of_upper.isdisjoint(touched)
+    moved = re.findall(r"%[rf]\d+", upper["moves"])
+    stays = {upper["a"], upper["b"], upper["t"], *sums}
+    return stays.isdisjoint(touched) and upper["b"] not in moved
 
 
 def _limit_threads(text: str) -> str:

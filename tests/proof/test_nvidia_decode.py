@@ -199,6 +199,68 @@ def test_float_products_on_tensor_cores(
     assert text.count("shfl.sync") < ptx.compile(build.source_of(kernel)).count("shfl.sync") / 20
 
 
+def test_two_fragments_of_rows_share_a_product(planner: caches.CachePlanner):
+    work = DecodeWork("float16", 64, 4096, 1, 4, q_len=4)
+    found = caches.kernels_of(planner, [work.shaped()])
+    kernel = next(k for k in found.values() if k.family == "attention_decode")
+    of_each, joined = (
+        ptx.compile(build.source_of(kernel), join_rows=join_rows) for join_rows in (False, True)
+    )
+    # Q K^T and P V of a block of 16 keys
+    assert of_each.count("mma.sync") == of_each.count("movmatrix") == 2 * 2 * 2 * 64 // 8
+    assert joined.count("mma.sync") == joined.count("movmatrix") == 2 * 2 * 64 // 8
+    lines = of_each.splitlines()
+    assert len(lines) > len(joined.splitlines()) > len(lines) / 2
+
+
+def product(sums: tuple[int, int], right: int, moves: str = "", left: int = 1) -> str:
+    """PTX of a product of halves. Its other registers have the numbers behind those of the sums."""
+    first, second = sums
+    unused, transposed = f"%f{second + 1},%f{second + 2}", f"%r{second + 3}"
+    return (
+        "\t// begin inline asm\n"
+        f"\tmovmatrix.sync.aligned.m8n8.trans.b16 {transposed}, %r{right};\n"
+        f"\t// end inline asm\n{moves}\t// begin inline asm\n"
+        "\tmma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        f"{{%f{first},%f{second},{unused}}}, {{%r{left},%r0}}, {{{transposed}}}, "
+        f"{{%f{first},%f{second},{unused}}};\n\t// end inline asm\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("upper", "between", "lower", "joined"),
+    [
+        (product((10, 11), 5), "", product((20, 21), 5, left=2), True),
+        (product((10, 11), 5), "\tld.shared.u32 \t%r2, [%rd1+4];\n", product((20, 21), 5), True),
+        (product((10, 11), 5), "", product((20, 21), 5, "\tmov.f32 \t%f20, %f9;\n"), True),
+        (product((10, 11), 5), "", product((20, 21), 6), False),
+        (product((10, 11), 5), "", product((10, 11), 5), False),
+        (product((10, 11), 5), "", product((11, 12), 5), False),
+        (product((10, 11), 5), "", product((20, 21), 5, "\tmov.f32 \t%f20, %f10;\n"), False),
+        (product((10, 11), 5), "", product((20, 21), 5, "\tmov.b32 \t%r1, 0;\n"), False),
+        (product((10, 11), 5), "\tld.shared.u32 \t%r1, [%rd1];\n", product((20, 21), 5), False),
+        (product((10, 11), 5), "\tadd.rn.f32 \t%f9, %f10, %f10;\n", product((20, 21), 5), False),
+        (product((10, 11), 5), "$L__BB0_1:\n", product((20, 21), 5), False),
+    ],
+    ids=[
+        "neighbours", "a word is loaded", "sums begin at zero", "another right operand",
+        "the same sums", "a sum in both", "a sum is moved", "a left operand is moved",
+        "a left operand is loaded", "something is computed", "a jump may lead there",
+    ],
+)  # fmt: skip
+def test_which_products_share_their_rows(upper: str, between: str, lower: str, joined: bool):
+    text = f"first\n{upper}{between}{lower}last\n"
+    found = ptx._join_rows(text)
+    assert found.startswith("first\n") and found.endswith("last\n")
+    if not joined:
+        assert found == text
+        return
+    assert found.count("mma.sync") == found.count("movmatrix") == 1 and between in found
+    left = "%r2" if "%r2," in lower else "%r1"
+    both = "{%f10,%f11,%f20,%f21}"
+    assert f".f16.f16.f32 {both}, {{%r1,{left}}}, {{%r14}}, {both};\n" in found
+
+
 # ---- PyTorch's kernels --------------------------------------------------------------------------
 
 
@@ -395,8 +457,8 @@ def test_report():
     text = decode_report.page(result)
     assert "A GPU, driver 1, torch 2, today; commit abc, kernels def" in text
     assert "The copy: 3000 to 3000 GB/s." in text
-    assert "plan's parts, 0 of 2 rows of one query and 131072 keys reach 0.85" in text
-    assert "best number of parts, 1 of 2 rows of one query and 131072 keys reach 0.85" in text
+    assert "plan's parts, 0 of 2 rows with 131072 keys reach 0.85" in text
+    assert "best number of parts, 1 of 2 rows with 131072 keys reach 0.85" in text
     assert "groups of 8: 4.00 to 4.00 times as fast as PyTorch's, slower in 0 of 1 rows" in text
     assert "Failed: work 4: AssertionError: no." in text
     row = "| work 1 | 128, 256 | 0.60 (0.59-0.61) |  | 0.90 in 512 | 0.25 | 0.20 | 1.50 (1.49-1.51)"

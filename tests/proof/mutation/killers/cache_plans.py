@@ -107,8 +107,8 @@ def decode_rows(sources: Sources) -> None:
 def decode_parts(sources: Sources) -> None:
     """By the capacity, at most 32 threadgroups for all rows of a head, but 1 for each block.
 
-    Up to 64 of 1024 keys, the more, the fewer bytes a key and its value have; up to 48 where a
-    threadgroup has 16 rows.
+    Of 1024 keys there may be up to 64, the more, the fewer bytes a key and its value have, or up
+    to 48 where a threadgroup has 16 rows.
     """
     for keys, groups in ((33791, 32), (33792, 33), (65535, 63), (65536, 64), (1 << 28, 64)):
         for case, most, blocks in (
@@ -169,12 +169,12 @@ def decode_parts_of_rows(sources: Sources) -> None:
 
 
 def decode_parts_in_rounds(sources: Sources) -> None:
-    """All cores have equally many threadgroups, about, and each one has one."""
+    """About equally many threadgroups for each core, and no fewer in all than fill the GPU."""
     for heads, width, cores, groups in (
         ((64, 8), 128, 132, 33), ((64, 8), 128, 80, 30), ((64, 8), 128, 76, 28),
         ((64, 8), 128, 40, 30), ((64, 8), 128, 24, 33), ((64, 8), 128, 10, 32),
         ((64, 8), 64, 132, 66), ((64, 8), 64, 40, 65), ((8, 1), 128, 132, 132),
-        ((8, 1), 128, 40, 40), ((8, 1), 128, 33, 33), ((8, 1), 128, 21, 42), ((8, 1), 128, 22, 22),
+        ((8, 1), 128, 40, 40), ((8, 1), 128, 33, 33), ((8, 1), 128, 21, 42), ((8, 1), 128, 22, 32),
         ((8, 1), 64, 40, 80), ((512, 64), 128, 24, 31), ((512, 64), 128, 1 << 32, 512),
         ((32, 1), 128, 132, 66), ((160, 1), 128, 132, 14), ((160, 1), 128, 11, 4),
     ):  # fmt: skip
@@ -187,7 +187,10 @@ def decode_parts_in_rounds(sources: Sources) -> None:
 
 def decode_parts_of_cores(sources: Sources) -> None:
     """A sequence has a threadgroup for each core of the GPU, and at least 64."""
-    for cores, groups in ((0, 8), (1, 8), (64, 8), (65, 9), (76, 10), (132, 16), (1 << 32, 16)):
+    for cores, groups in (
+        (0, 8), (1, 8), (10, 8), (40, 8), (48, 8), (64, 8), (65, 9), (76, 10), (132, 16),
+        (1 << 32, 16),
+    ):  # fmt: skip
         for batch in (1, 3):
             plan = plan_of(
                 sources, batch=batch, heads=(64, 8), keys=4096, widths=(128, 128), gpu_cores=cores

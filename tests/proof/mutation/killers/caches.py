@@ -343,6 +343,15 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             "decode: columns apart, several queries", Cached((40, 9), q_len=3),
             layouts=("columns", "columns"),
         ),
+        *(
+            Filled(
+                f"decode: columns apart, {width} of them, {dtype}, to the end of the room"
+                .replace("torch.", ""),
+                Cached((64,), capacity=64, heads=(1, 1), widths=(width, width), dtype=dtype),
+                layouts=("columns", "columns"), check=True,
+            )
+            for width, dtype in ((16, F16), (48, F16), (112, F16), (16, F32), (48, F32), (64, F32))
+        ),
         Filled("decode: odd places", Cached((40, 9), dtype=F16), layouts=("rows_odd", "odd")),
         Filled(
             "decode: padded rows", Cached((40, 9), dtype=F16, q_len=2),
