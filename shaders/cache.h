@@ -172,8 +172,9 @@ struct CacheRows {
       ORCHARD_UNROLL
       for (int e = 0; e < kElements; e += 2) {
         const int col = columns.column(g * kElements + e);
-        const bool has_first = e < words * columns.kOfWord && (WIDE || col < width);
-        const bool has_second = e + 1 < words * columns.kOfWord && (WIDE || col + 1 < width);
+        const bool has = e < words * columns.kOfWord;  // so many are even
+        const bool has_first = has && (WIDE || col < width);
+        const bool has_second = has && (WIDE || col + 1 < width);
         chunk.set_pair(e / 2, vec<T, 2>(has_first ? row[col * col_stride] : T(0),
                                   has_second ? row[(col + 1) * col_stride] : T(0)));
       }

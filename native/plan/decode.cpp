@@ -87,9 +87,9 @@ int row_fragments(const Problem& p, int64_t rows) {
 }
 
 /// About as many parts as `parts`, so that `others` threadgroups for each of them are equally many
-/// for all cores, or nearly.
+/// for all cores, or nearly. There is one for each core at least.
 int64_t in_whole_rounds(int64_t parts, int64_t others, int64_t cores) {
-  const int64_t rounds = std::max<int64_t>((2 * parts * others + cores) / (2 * cores), 1);
+  const int64_t rounds = (2 * parts * others + cores) / (2 * cores);
   return rounds * cores / others;
 }
 
@@ -198,9 +198,9 @@ DecodePlan plan_decode(const CacheProblem& p, const Layout& out) {
   const bool chunks =
       allows_chunks(attention.k, dtype.size) && allows_chunks(attention.v, dtype.size);
   const int64_t blocks = blocks_of(rows, 8 * fragments);
-  const int64_t held =
+  const int64_t most =
       fragments == 2 ? kMostParts * 3 / 2 : kMostParts * kManyBytes / ((bd + vd) * dtype.size);
-  const int64_t groups = threadgroups_of_keys(p, rows, 8 * fragments, blocks, held);
+  const int64_t groups = threadgroups_of_keys(p, rows, 8 * fragments, blocks, most);
   DecodeParams& params = decode.params;
   fill_params(attention, params.attention);
   params.attention.out = to_strides(out.strides);

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..harness import DECODE, DECODE_MERGE, DTYPE_NUMBERS, MaskPlace, Sources
 from .attention import F16, F32, dense
 from .cache_plans import layout_of
-from .caches import Filled
+from .caches import Filled, parts_of
 from .compiled import compile_kernel
 from .positions import Sparse
 from .properties import Property
@@ -39,21 +39,25 @@ def _forward_plan(sources: Sources, heads: tuple[int, int], q_len: int, width: i
 
 def _launch(sources: Sources, note: Callable[[str], None], kernel: Any, params: Any,
             x: dict[str, Sparse], groups: tuple[int, int] | None = None,
-            check: bool = False) -> None:  # fmt: skip
-    library = compile_kernel(sources, kernel.family, vars(kernel), check)
+            check: bool = False, count: bool = False) -> Any:  # fmt: skip
+    """count: gives the engine's counters and its instructions by class."""
+    library = compile_kernel(sources, kernel.family, vars(kernel), check or count)
     note("compiled")
     block = torch.frombuffer(bytearray(bytes(params)), dtype=torch.uint8).clone()
     buffers = {sources.buffers[name]: tensor.buffer for name, tensor in x.items()}
     buffers[sources.buffers["params"]] = engine.Buffer(block.data_ptr(), len(block), False)
     wide, high = groups or kernel.groups
     grid = (wide * kernel.threads, high, 1)
-    library.launch(kernel.name, grid, (kernel.threads, 1, 1), buffers, workers=1)
+    launch = library.instruction_mix if count else library.launch
+    return launch(kernel.name, grid, (kernel.threads, 1, 1), buffers, workers=1)
 
 
 def _merged(sources: Sources, note: Callable[[str], None], heads: tuple[int, int], q_len: int,
-            width: int, keys: int, blocks: int = 0, check: bool = False) -> None:  # fmt: skip
+            width: int, keys: int, blocks: int = 0, check: bool = False,
+            rising: bool = False) -> None:  # fmt: skip
     """Parts of known sums, whose origins are exact: each a quarter below the one before.
 
+    rising: or 100 above it;
     blocks: from one key/value head to the next, in place of the plan's number.
     """
     plan = _forward_plan(sources, heads, q_len, width, keys)
@@ -69,7 +73,8 @@ def _merged(sources: Sources, note: Callable[[str], None], heads: tuple[int, int
     right, known = torch.empty(out.tensor.shape, dtype=torch.float64), []
     steps = torch.arange(parts, dtype=torch.float64)
     totals = 1 + steps / 8
-    weights = torch.exp(-steps / 4)
+    below = 100 * steps.flip(0) if rising else steps / 4
+    weights = torch.exp(-below)
     for head in range(heads[0]):
         for query in range(q_len):
             row = query * group + head % group
@@ -78,7 +83,7 @@ def _merged(sources: Sources, note: Callable[[str], None], heads: tuple[int, int
             at = block * parts * block_rows + row % block_rows + torch.arange(parts) * block_rows
             values = torch.randn(parts, stride, generator=generator)
             sums.tensor[at] = values
-            stats.tensor[at] = torch.stack([top - steps / 4, totals], 1).float()
+            stats.tensor[at] = torch.stack([top - below, totals], 1).float()
             total = float((totals * weights).sum())
             right[0, head, query] = (values.double() * weights[:, None]).sum(0)[:width] / total
             known.append((top * math.log2(math.e), math.log2(total)))
@@ -98,6 +103,12 @@ def merged_parts(sources: Sources, note: Callable[[str], None], check: bool = Fa
     _merged(sources, note, (8, 1), 1, 200, 300, check=check)
     _merged(sources, note, (16, 2), 3, 72, 8192, check=check)
     _merged(sources, note, (2, 2), 16, 64, 700, check=check)
+
+
+def merged_and_rising(sources: Sources, note: Callable[[str], None]) -> None:
+    """The last part has nearly all of a row's weight."""
+    for keys in (300, 1024, 8192):
+        _merged(sources, note, (8, 1), 1, 200, keys, rising=True)
 
 
 def merged_beyond_32_bits(sources: Sources, note: Callable[[str], None]) -> None:
@@ -165,6 +176,54 @@ def infinite_ends(sources: Sources, note: Callable[[str], None], **changed: Any)
         assert torch.equal(found, out), (length, first)
 
 
+def _counts_of_blocks(sources: Sources, note: Callable[[str], None], heads: tuple[int, int],
+                      q_len: int, dtype: torch.dtype, blocks: int) -> tuple[Any, dict]:  # fmt: skip
+    """Of one threadgroup, whose simdgroups have so many blocks of 16 keys each."""
+    keys = 4 * 16 * blocks
+    x = {
+        name: Sparse((1, n, length, 64), dense((1, n, length, 64)))
+        for name, n, length in (
+            ("query", heads[0], q_len), ("key", heads[1], keys), ("value", heads[1], keys)
+        )
+    }  # fmt: skip
+    layouts = {
+        "q": layout_of(1, heads[0], q_len, 64), "k": layout_of(1, heads[1], keys, 64),
+        "v": layout_of(1, heads[1], keys, 64), "out": layout_of(1, heads[0], q_len, 64),
+    }  # fmt: skip
+    plan = sources.forward_as_decode(layouts, DTYPE_NUMBERS[dtype], scale=1.0)
+    plan.params.parts = 1
+    x |= {"parts": Sparse((16, 64), (64, 1)), "part_sums": Sparse((16, 2), (2, 1))}
+    return _launch(sources, note, plan.kernels[0], plan.params, x, (1, 1), count=True)
+
+
+def whole_blocks(sources: Sources, note: Callable[[str], None], heads: tuple[int, int],
+                 q_len: int, dtype: torch.dtype) -> None:  # fmt: skip
+    """A block that all queries see costs no clamp and no mask, and rows of no query no store."""
+    few, many = (_counts_of_blocks(sources, note, heads, q_len, dtype, n) for n in (4, 8))
+    steady = {name: (n - few[1].get(name, 0)) / (4 * 128) for name, n in many[1].items()}
+    for name, most in (("select", 1), ("imul", 3), ("branch", 6)):
+        assert steady.get(name, 0) <= most, f"{steady[name]} times {name} for each block"
+    rows = heads[0] // heads[1] * q_len
+    block_rows = 16 if rows > 8 else 8
+    assert many[0].device_bytes_written == rows * 64 * 4 + block_rows * 8
+
+
+def evenly_divided(sources: Sources, note: Callable[[str], None]) -> None:
+    """A query of zeros has as large a sum of weights as its threadgroup has keys."""
+    for length, start, groups in (
+        (2048, 0, 3), (2049, 0, 3), (2047, 0, 3), (2033, 0, 5), (2032, 15, 5), (2030, 16, 7),
+        (2031, 17, 7), (1040, 0, 4), (1024, 0, 4), (1023, 0, 4), (1000, 900, 4),
+    ):  # fmt: skip
+        problem = Cached((length,), (start,), heads=(1, 1), capacity=2064)
+        filled = Filled("", problem, groups=groups)
+        call = filled.call()
+        query = torch.zeros_like(call.query)
+        weights = filled.results(call._replace(query=query), sources, note)[3]
+        found = weights.view(groups, 8)[:, 0].tolist()
+        of_parts = [max(end - begin, 0) for begin, end in parts_of(start, length, 4 * groups)]
+        assert found == [sum(of_parts[4 * n : 4 * n + 4]) for n in range(groups)], length
+
+
 def rows_behind_the_last_query(sources: Sources, note: Callable[[str], None]) -> None:
     """A block has 8 rows. Those behind 3 queries see nothing: what only they would see is NaN."""
     x = {n: Sparse((1, 1, rows, 64), dense((1, 1, rows, 64)))
@@ -227,7 +286,7 @@ def origins_of_zero(sources: Sources, note: Callable[[str], None]) -> None:
 @functools.cache
 def killers() -> tuple[Property, ...]:
     dense_rows = {
-        "heads": (0, 1 << 31, 64, 1), "rows": (0, 1, 9 << 24, 2), "columns": (0, 1, 2, 35 << 20),
+        "heads": (0, 1 << 31, 64, 1), "rows": (0, 1, 20 << 24, 2), "columns": (0, 1, 2, 35 << 20),
         "a column": (0, 1, 2, (1 << 31) + 1024),
     }  # fmt: skip
     of_decode = [
@@ -242,6 +301,7 @@ def killers() -> tuple[Property, ...]:
             "merge: parts by hand, checked", DECODE_MERGE,
             functools.partial(merged_parts, check=True),
         ),
+        Property("merge: parts that rise", DECODE_MERGE, merged_and_rising),
         Property("merge: parts beyond 32 bits", DECODE_MERGE, merged_beyond_32_bits),
         *of_decode,
         Property(
@@ -269,6 +329,15 @@ def killers() -> tuple[Property, ...]:
             )
             for width in (64, 256)
         ),
+        *(
+            Property(
+                f"decode: whole blocks, {dtype}, {heads[0]} heads, {q_len}".replace("torch.", ""),
+                DECODE,
+                functools.partial(whole_blocks, heads=heads, q_len=q_len, dtype=dtype),
+            )
+            for heads, q_len, dtype in (((4, 1), 1, F16), ((8, 1), 1, F32), ((3, 1), 4, F16))
+        ),
+        Property("decode: evenly divided", DECODE, evenly_divided, (DECODE_MERGE,)),
         Property("decode: rows behind the last query", DECODE, rows_behind_the_last_query),
         Property("decode: origins of zero", DECODE, origins_of_zero, (DECODE_MERGE,)),
     )  # fmt: skip

@@ -352,6 +352,26 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             )
             for width, dtype in ((16, F16), (48, F16), (112, F16), (16, F32), (48, F32), (64, F32))
         ),
+        Filled(
+            "decode: padded values to the end of the room",
+            Cached((64,), capacity=64, heads=(1, 1), widths=(64, 40), dtype=F16), check=True,
+        ),
+        Filled(
+            "decode: padded keys to the end of the room",
+            Cached((64,), capacity=64, heads=(1, 1), widths=(40, 64), dtype=F16), check=True,
+        ),
+        Filled(
+            "decode: part of a block to the end of the room",
+            Cached((9,), capacity=9, heads=(1, 1), dtype=F16), check=True,
+        ),
+        *(
+            Filled(
+                f"decode: queries whose windows begin in one block, {left}",
+                Cached((160,), heads=(2, 1), q_len=5, dtype=F16,
+                       options={"window_left": left, "window_right": right}),
+            )
+            for left, right in ((75, 0), (59, 0), (75, 2), (90, 0))
+        ),
         Filled("decode: odd places", Cached((40, 9), dtype=F16), layouts=("rows_odd", "odd")),
         Filled(
             "decode: padded rows", Cached((40, 9), dtype=F16, q_len=2),
@@ -383,6 +403,11 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             "decode: more groups than the lanes of a merging simdgroup have parts, checked",
             Cached((9000,), capacity=9008, heads=(1, 1), widths=(8, 72)),
             groups=160, check=True,
+        ),
+        Filled(
+            "decode: more groups than a lane reads parts of at once, checked",
+            Cached((9000,), capacity=9008, heads=(1, 1), widths=(8, 72)),
+            groups=76, check=True,
         ),
         Filled(
             "decode: a window in a long room",
