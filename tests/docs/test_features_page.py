@@ -86,7 +86,7 @@ def test_counts_beyond_their_bound_are_missed(changed: dict[str, Any]):
         ),
         (
             "apple_model/decode.json",
-            "decode, up to 8 rows, D 64",
+            "decode, up to 8 rows, D 32",
             lambda x: x["cases"][0].update(rate=1.9),
         ),
     ):
