@@ -245,7 +245,9 @@ def _special() -> tuple[Points, dict]:
 def test_infinities_nans_and_extremes(name: str):
     at, found = _special()
     value = found[name][0]
-    true, _ = torch_scores(_OPERATIONS[name], at, torch.float32)
+    # With some vector instructions PyTorch's own have infinity before float32 has.
+    dtype = torch.float64 if name in ("sinh", "cosh") else torch.float32
+    true = torch_scores(_OPERATIONS[name], at, dtype)[0].float()
     for is_kind in (torch.isnan, torch.isposinf, torch.isneginf):
         wrong = is_kind(value) != is_kind(true)
         assert not wrong.any(), (
