@@ -231,18 +231,6 @@ struct KeyChunks {
   Chunk<T> first[FRAGMENTS][Columns::kChunks];
   Chunk<T> second[FRAGMENTS][Columns::kChunks];
 
-  /// Most blocks are whole, and need no clamp: a row is as far from the block's first one as in any
-  /// other block.
-  template <bool VEC>
-  METAL_FUNC void load(
-      thread const BlockRows<T, VEC>& rows, bool whole, Columns columns, LanePosition at) {
-    if (whole) {
-      load_rows<true>(rows, columns, at);
-    } else {
-      load_rows<false>(rows, columns, at);
-    }
-  }
-
   template <bool WHOLE, bool VEC>
   METAL_FUNC void load_rows(
       thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
@@ -263,16 +251,6 @@ template <typename T, int FRAGMENTS, typename Columns>
 struct ValueChunks {
   Chunk<T> of[FRAGMENTS][Columns::kChunks];
 
-  template <bool VEC>
-  METAL_FUNC void load(
-      thread const BlockRows<T, VEC>& rows, bool whole, Columns columns, LanePosition at) {
-    if (whole) {
-      load_rows<true>(rows, columns, at);
-    } else {
-      load_rows<false>(rows, columns, at);
-    }
-  }
-
   template <bool WHOLE, bool VEC>
   METAL_FUNC void load_rows(
       thread const BlockRows<T, VEC>& rows, Columns columns, LanePosition at) {
@@ -288,3 +266,15 @@ struct ValueChunks {
     }
   }
 };
+
+/// Of most blocks, which are whole, no row needs a clamp: it is as far from the block's first one
+/// as in any other block.
+template <typename Chunks, typename Rows, typename Columns>
+METAL_FUNC void load_block(
+    thread Chunks& chunks, thread const Rows& rows, bool whole, Columns columns, LanePosition at) {
+  if (whole) {
+    chunks.template load_rows<true>(rows, columns, at);
+  } else {
+    chunks.template load_rows<false>(rows, columns, at);
+  }
+}

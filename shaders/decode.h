@@ -287,7 +287,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     block = sequence.template block<PAGED>(key0);
     k_rows.move_to(key0, block, attention.k);
     if (kKeysAhead) {
-      k_chunks.load(k_rows, wide && whole, k_columns, at);
+      load_block(k_chunks, k_rows, wide && whole, k_columns, at);
     }
   }
 
@@ -324,7 +324,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   while (key0 < keys.end) {
     v_rows.move_to(key0, block, attention.v);
     if (kKeysAhead) {
-      v_chunks.load(v_rows, wide && whole, v_columns, at);
+      load_block(v_chunks, v_rows, wide && whole, v_columns, at);
     }
     Tile<float, R, kColumns> s;
     ORCHARD_UNROLL
@@ -374,11 +374,11 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       block = sequence.template block<PAGED>(next);
       k_rows.move_to(next, block, attention.k);
       if (kKeysAhead) {
-        k_chunks.load(k_rows, wide && next_whole, k_columns, at);
+        load_block(k_chunks, k_rows, wide && next_whole, k_columns, at);
       }
     }
     if (kValuesAhead && !kKeysAhead) {
-      v_chunks.load(v_rows, wide && whole, v_columns, at);
+      load_block(v_chunks, v_rows, wide && whole, v_columns, at);
     }
     ORCHARD_UNROLL
     for (int r = 0; r < R; r++) {
