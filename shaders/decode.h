@@ -17,8 +17,8 @@
 //
 // What a block's values and the next block's keys take to arrive is time for the scores. Where they
 // and O have room in registers together, the values are asked for before the products of Q and K,
-// whose keys are there already, and the next keys before the softmax. Where only the values have,
-// they are asked for before the softmax.
+// whose keys are there already, and the next keys before the softmax. Where they have not, as many
+// of the values as have are asked for before the softmax.
 //
 // The forward of a call that has few queries and many keys runs here, too (prefers_decode in
 // native/plan/decode.h): its keys are a cache that is full.
@@ -219,8 +219,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   const int kSums = R * VD / 4;
   const int kOfValues = kBlock * VD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
   const int kOfKeys = kBlock * BD * sizeof(T) / (4 * ORCHARD_SIMD_WIDTH);
-  const bool kValuesAhead = kSums + kOfValues <= ORCHARD_OPERAND_REGISTERS;
   const bool kKeysAhead = kSums + kOfValues + kOfKeys <= ORCHARD_OPERAND_REGISTERS;
+  // So many of a block's fragments of values have room beside O, and are asked for ahead.
+  const int kRoom = (ORCHARD_OPERAND_REGISTERS - kSums) / (kOfValues / kColumns);
+  const int kValuesAhead = kRoom >= kColumns ? kColumns : kRoom > 0 ? kRoom : 0;
   threadgroup Pair storage[R * kDepth * ORCHARD_SIMD_WIDTH];
   threadgroup float2 part_stats[SIMDGROUPS * R * 8];
   threadgroup float2 fragments[SIMDGROUPS * kJoined * ORCHARD_SIMD_WIDTH];
@@ -277,7 +279,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   k_columns.lane = at.row;
   v_columns.lane = at.col / 2;
   KeyChunks<T, kColumns, KeyColumns> k_chunks;
-  ValueChunks<T, kColumns, ValueColumns> v_chunks;
+  ValueChunks<T, (kValuesAhead > 0 ? kValuesAhead : 1), ValueColumns> v_chunks;
   const bool wide = attention.head_dim == BD && attention.v_head_dim == VD;
   int key0 = sight.next(keys.begin / kBlock * kBlock, keys, lane);
   // Every query sees all keys of the block, but for what `sight` hides from all of them.
@@ -377,7 +379,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
         load_block(k_chunks, k_rows, wide && next_whole, k_columns, at);
       }
     }
-    if (kValuesAhead && !kKeysAhead) {
+    if (kValuesAhead > 0 && !kKeysAhead) {
       load_block(v_chunks, v_rows, wide && whole, v_columns, at);
     }
     ORCHARD_UNROLL
@@ -413,9 +415,9 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
       for (int f = 0; f < kValueDepth; f++) {
         if (f % (kChunk / 2) == 0) {
           const int g = f / (kChunk / 2);
-          a = kValuesAhead ? v_chunks.of[c][g]
-                           : v_rows.template chunk<false>(c, at.row, v_columns, g);
-          if (!kValuesAhead || SharedSight<MASK, RANGES>::kAny) {
+          const bool ahead = c < kValuesAhead;
+          a = ahead ? v_chunks.of[c][g] : v_rows.template chunk<false>(c, at.row, v_columns, g);
+          if (!ahead || SharedSight<MASK, RANGES>::kAny) {
             a.bits = hidden[c] ? uint4(0) : a.bits;
           }
         }
