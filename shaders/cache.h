@@ -219,7 +219,7 @@ struct BlockRows {
       const device T* rows = row0 + 8 * c * all.row_stride;
       return all.template chunk<true>(rows + i * all.row_stride, columns, g);
     }
-    const int row = clamp(key0 + 8 * c + i, keys.begin, keys.end - 1) - key0;
+    const int row = clamp(8 * c + i, keys.begin - key0, keys.end - 1 - key0);
     return all.template chunk<false>(row0 + row * all.row_stride, columns, g);
   }
 };

@@ -46,7 +46,7 @@ struct SharedQuery {
 struct DecodeRow {
   bool is_query;
   bool exists;  // is one, and sees any key
-  Head head;
+  Head head;    // no more of it than which one it is
   int query;
   int position;
   int begin;
@@ -59,7 +59,8 @@ struct DecodeRow {
     is_query = row < heads * attention.q_len;
     exists = is_query;
     query = row / heads;
-    head = query_head(kv_index * heads + row % heads, attention);
+    head.batch = kv_index / attention.num_kv_heads;
+    head.head = kv_index % attention.num_kv_heads * heads + row % heads;
     // Aligned at the bottom right, where the call does not move the queries: the last one stands on
     // the last key.
     position = sequence.length - attention.q_len + query + attention.diagonal;
@@ -86,6 +87,57 @@ struct DecodeRow {
     seen.begin = max(keys.begin, begin);
     seen.end = min(keys.end, end);
     return float2(seen.has(first) ? score.x : -INFINITY, seen.has(first + 1) ? score.y : -INFINITY);
+  }
+};
+
+/// What one simdgroup reads of Q for all: every SIMDGROUPS-th fragment of each row of fragments.
+template <typename T, int DEPTH, int R, int SIMDGROUPS>
+struct OwnQuery {
+  static constant constexpr const int kFragments = (DEPTH + SIMDGROUPS - 1) / SIMDGROUPS;
+
+  vec<T, 2> pairs[R][kFragments];
+  ushort simdgroup;
+
+  /// Where the i-th of them lies in its row, which has no more than DEPTH.
+  METAL_FUNC int depth(int i) const { return i * SIMDGROUPS + simdgroup; }
+
+  METAL_FUNC bool has(int i) const { return DEPTH % SIMDGROUPS == 0 || depth(i) < DEPTH; }
+
+  /// In the order of the head dim that K^T has.
+  METAL_FUNC void load(const device T* query, thread const DecodeRow* rows,
+      constant AttentionParams& params, LanePosition at) {
+    LaneColumns<T, 8, DEPTH> of_pair[2];  // rows of K^T
+    of_pair[0].lane = at.col;
+    of_pair[1].lane = at.col + 1;
+    ORCHARD_UNROLL
+    for (int r = 0; r < R; r++) {
+      const device T* row = query + rows[r].head.batch * params.q.batch +
+                            rows[r].head.head * params.q.head + rows[r].query * params.q.row;
+      ORCHARD_UNROLL
+      for (int i = 0; i < kFragments; i++) {
+        const bool exists = rows[r].is_query && has(i);
+        const int first = of_pair[0].column(depth(i));
+        const int second = of_pair[1].column(depth(i));
+        pairs[r][i] =
+            vec<T, 2>(exists && first < params.head_dim ? row[first * params.q.col] : T(0),
+                exists && second < params.head_dim ? row[second * params.q.col] : T(0));
+      }
+    }
+  }
+
+  /// To where SharedQuery has it.
+  template <typename F>
+  METAL_FUNC void share(threadgroup vec<F, 2>* storage, ushort lane) const {
+    ORCHARD_UNROLL
+    for (int r = 0; r < R; r++) {
+      ORCHARD_UNROLL
+      for (int i = 0; i < kFragments; i++) {
+        if (has(i)) {
+          storage[(r * DEPTH + depth(i)) * ORCHARD_SIMD_WIDTH + lane] =
+              vec<F, 2>(F(pairs[r][i].x), F(pairs[r][i].y));
+        }
+      }
+    }
   }
 };
 
@@ -265,7 +317,10 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
   common.end = min(simd_min(common.end), keys.end);
   const Starts whole_blocks = Starts::between(common.begin, common.end - kBlock);
 
-  // The first keys are asked for before Q is: they are on their way while Q is shared.
+  // Q and the first keys are on their way together.
+  OwnQuery<T, kDepth, R, SIMDGROUPS> own_query;
+  own_query.simdgroup = simdgroup;
+  own_query.load(query, rows, attention, at);
   BlockRows<T, VEC> k_rows;
   BlockRows<T, VEC> v_rows;
   k_rows.all.start(key + sequence.template first<PAGED>(attention.k),
@@ -293,27 +348,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     }
   }
 
-  KeyColumns of_pair[2];  // rows of K^T
-  of_pair[0].lane = at.col;
-  of_pair[1].lane = at.col + 1;
-  ORCHARD_UNROLL
-  for (int r = 0; r < R; r++) {
-    const device T* from = query + rows[r].head.batch * attention.q.batch +
-                           rows[r].head.head * attention.q.head + rows[r].query * attention.q.row;
-    ORCHARD_UNROLL
-    for (int d0 = 0; d0 < kDepth; d0 += SIMDGROUPS) {
-      const int d = d0 + simdgroup;
-      const int first = of_pair[0].column(d);
-      const int second = of_pair[1].column(d);
-      if (kDepth % SIMDGROUPS == 0 || d < kDepth) {
-        storage[(r * kDepth + d) * ORCHARD_SIMD_WIDTH + lane] =
-            Pair(F(rows[r].is_query && first < attention.head_dim ? from[first * attention.q.col]
-                                                                  : T(0)),
-                F(rows[r].is_query && second < attention.head_dim ? from[second * attention.q.col]
-                                                                  : T(0)));
-      }
-    }
-  }
+  own_query.share(storage, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   SharedQuery<F, kDepth> q;
   q.pairs = storage;
@@ -363,7 +398,7 @@ template <typename T, typename F, int BD, int VD, int R, int SIMDGROUPS, bool VE
     bool hidden[kColumns];  // a value: its weights are zero, but zero times its numbers need not be
     ORCHARD_UNROLL
     for (int c = 0; c < kColumns; c++) {
-      hidden[c] = !keys.has(key0 + 8 * c + at.row);
+      hidden[c] = !v_rows.has(8 * c + at.row);
       if (SharedSight<MASK, RANGES>::kAny) {
         addends[c] = float2(sight.addend(8 * c + at.col), sight.addend(8 * c + at.col + 1));
         const float addend = sight.addend(8 * c + at.row);  // a shuffle: of all lanes
