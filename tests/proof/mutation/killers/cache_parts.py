@@ -26,13 +26,14 @@ _TOPS = (0.375, 1000.0, -777.25, 12345.625, 30000.5, 55.5, -250000.25, 8.125)
 
 
 def _forward_plan(sources: Sources, heads: tuple[int, int], q_len: int, width: int, keys: int,
-                  key_strides: tuple[int, ...] = (), **fields: Any) -> Any:  # fmt: skip
+                  key_strides: tuple[int, ...] = (), batch: int = 1,
+                  **fields: Any) -> Any:  # fmt: skip
     def of_keys(n: int) -> tuple:
-        return layout_of(1, heads[1], keys, n, strides=key_strides or None)
+        return layout_of(batch, heads[1], keys, n, strides=key_strides or None)
 
     layouts = {
-        "q": layout_of(1, heads[0], q_len, 64), "k": of_keys(64), "v": of_keys(width),
-        "out": layout_of(1, heads[0], q_len, width),
+        "q": layout_of(batch, heads[0], q_len, 64), "k": of_keys(64), "v": of_keys(width),
+        "out": layout_of(batch, heads[0], q_len, width),
     }  # fmt: skip
     return sources.forward_as_decode(layouts, _F32, scale=1.0, **fields)
 
@@ -116,16 +117,17 @@ def merged_beyond_32_bits(sources: Sources, note: Callable[[str], None]) -> None
 
 
 def _far_parts(sources: Sources, note: Callable[[str], None], strides: tuple[int, ...] = (),
-               mask_stride: int = 0, parts: int = 0) -> list[Tensor]:  # fmt: skip
-    """What the parts of 2 heads of 256 keys come to.
+               mask_stride: int = 0, parts: int = 0, batch: int = 1) -> list[Tensor]:  # fmt: skip
+    """What the parts of 2 heads of 256 keys come to, of one sequence or of a batch of two.
 
     strides: of keys and values; parts: from one head to the next, of which the first one has keys.
     """
-    place = strides or dense((1, 2, 256, 64))
+    heads = 2 // batch
+    place = strides or dense((batch, heads, 256, 64))
     fields: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(6)
-    x = {"query": Sparse((1, 2, 1, 64), dense((1, 2, 1, 64)))}
-    x |= {name: Sparse((1, 2, 256, 64), place) for name in ("key", "value")}
+    x = {"query": Sparse((batch, heads, 1, 64), dense((batch, heads, 1, 64)))}
+    x |= {name: Sparse((batch, heads, 256, 64), place) for name in ("key", "value")}
     for tensor in x.values():
         tensor.tensor.copy_(torch.randn(tensor.tensor.shape, generator=generator))
     if mask_stride:
@@ -133,7 +135,7 @@ def _far_parts(sources: Sources, note: Callable[[str], None], strides: tuple[int
         x["mask"].tensor.copy_(torch.randn(256, generator=generator))
         strides_of_mask = (0, 0, 0, 0, mask_stride)
         fields["mask"] = MaskPlace((1, 1, 1, 1, 256), strides_of_mask, 0, 1, _F32)
-    plan = _forward_plan(sources, (2, 2), 1, 64, 256, place, **fields)
+    plan = _forward_plan(sources, (heads, heads), 1, 64, 256, place, batch, **fields)
     params = plan.params
     assert params.parts == 1
     params.parts = parts or 1
@@ -146,7 +148,9 @@ def _far_parts(sources: Sources, note: Callable[[str], None], strides: tuple[int
 
 def far_parts(sources: Sources, note: Callable[[str], None], **changed: Any) -> None:
     """Far apart in memory, the same numbers give the same sums."""
-    near = _far_parts(sources, note, **{name: 1 for name in changed if name == "mask_stride"})
+    near = _far_parts(
+        sources, note, mask_stride=int("mask_stride" in changed), batch=changed.get("batch", 1)
+    )
     far = _far_parts(sources, note, **changed)
     assert bool(near[1][:, 1].all())
     for left, right in zip(near, far):
@@ -304,6 +308,10 @@ def killers() -> tuple[Property, ...]:
         Property("merge: parts that rise", DECODE_MERGE, merged_and_rising),
         Property("merge: parts beyond 32 bits", DECODE_MERGE, merged_beyond_32_bits),
         *of_decode,
+        Property(
+            "decode: sequences beyond 32 bits", DECODE,
+            functools.partial(far_parts, strides=(1 << 31, 1 << 31, 64, 1), batch=2),
+        ),
         Property(
             "decode: a mask beyond 32 bits", DECODE,
             functools.partial(far_parts, mask_stride=9 << 20),

@@ -177,12 +177,23 @@ def decode_parts_in_rounds(sources: Sources) -> None:
         ((8, 1), 128, 40, 40), ((8, 1), 128, 33, 33), ((8, 1), 128, 21, 42), ((8, 1), 128, 22, 32),
         ((8, 1), 64, 40, 80), ((512, 64), 128, 24, 31), ((512, 64), 128, 1 << 32, 512),
         ((32, 1), 128, 132, 66), ((160, 1), 128, 132, 14), ((160, 1), 128, 11, 4),
+        ((8, 8), 16, 1, 64), ((8, 8), 16, 7, 63),
     ):  # fmt: skip
         for batch in (1, 3):
             plan = plan_of(
                 sources, F16, batch, heads, keys=1 << 17, widths=(width, width), gpu_cores=cores
             )
             assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, width, cores)
+
+
+def decode_parts_in_rounds_of_few_keys(sources: Sources) -> None:
+    """As long as that makes no fewer than fill the GPU, and no more than is cheap to join."""
+    for heads, width, keys, cores, groups in (
+        ((8, 8), 64, 2049, 7, 8), ((64, 8), 64, 4096, 24, 8), ((64, 8), 64, 4096, 38, 8),
+        ((16, 4), 64, 9500, 76, 38),
+    ):  # fmt: skip
+        plan = plan_of(sources, F16, 1, heads, keys=keys, widths=(width, width), gpu_cores=cores)
+        assert plan.params.parts == plan.kernels[0].groups[1] == groups, (heads, keys, cores)
 
 
 def decode_parts_of_cores(sources: Sources) -> None:
@@ -337,6 +348,6 @@ def append_refusals(sources: Sources) -> None:
 
 PLANS = (
     decode_variants, decode_rows, decode_parts, decode_parts_of_rows,
-    decode_parts_in_rounds, decode_parts_of_cores, decode_params, decode_loads,
-    decode_refusals, append_plans, append_refusals,
+    decode_parts_in_rounds, decode_parts_in_rounds_of_few_keys, decode_parts_of_cores,
+    decode_params, decode_loads, decode_refusals, append_plans, append_refusals,
 )  # fmt: skip

@@ -410,6 +410,11 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             groups=76, check=True,
         ),
         Filled(
+            "decode: one group more than a lane reads parts of at once, checked",
+            Cached((9000,), capacity=9008, heads=(8, 1), widths=(8, 72)),
+            groups=68, check=True,
+        ),
+        Filled(
             "decode: a window in a long room",
             Cached((9000,), capacity=9008, heads=(1, 1), dtype=F16, options={"window_left": 129}),
         ),
