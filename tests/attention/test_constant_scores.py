@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import DTYPES
+from representative import pairs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,9 +78,7 @@ def check(device: str, case: Case, operands: tuple[Tensor, ...], scoring: Scorin
         assert_attention_close(results, ref, eager)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("constant", CONSTANTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, constant, dtype", pairs(KINDS, CONSTANTS, DTYPES), ids=str)
 def test_constant_float_mask(device: str, kind: str, constant: float, dtype: torch.dtype):
     case = KINDS[kind].but(dtype=dtype)
     mask = torch.full((1, 1, case.q_len, case.kv_len), constant)

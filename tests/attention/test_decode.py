@@ -11,6 +11,7 @@ from attention_cases import DTYPES
 from cached_cases import NAN, Cached, decode, on, on_metal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from representative import pairs
 
 import orchard_ops
 
@@ -18,9 +19,7 @@ GROUPS = ((4, 4, 1), (8, 2, 1), (8, 1, 1), (4, 1, 3), (6, 2, 8), (24, 1, 2))
 """Query heads, key/value heads and queries: 1 to 48 rows for a key/value head."""
 
 
-@pytest.mark.parametrize("paged", (0, 16), ids=("rooms", "pages"))
-@pytest.mark.parametrize("heads", GROUPS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, heads, paged", pairs(DTYPES, GROUPS, (0, 16)), ids=str)
 def test_each_sequence_is_the_mathematics_of_its_keys(
     dtype: torch.dtype, heads: tuple[int, int, int], paged: int, checked: None
 ):

@@ -13,6 +13,7 @@ from attention_cases import (
     run,
     uneven_scores,
 )
+from representative import pairs
 
 from orchard_ops.testing import assert_attention_close
 
@@ -26,27 +27,22 @@ def ids(case: Case) -> str:
     return str(case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
-def test_every_variant_with_chunked_loads(head_dim: int, dtype: torch.dtype, dropout_p: float):
-    check_case(Case(37, 51, head_dim, dtype=dtype, dropout_p=dropout_p))
+DROPOUT, ODD = (0.0, 0.25), (0, 1)  # rows of odd heads are no chunks
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
-def test_every_variant_with_elementwise_loads(head_dim: int, dtype: torch.dtype, dropout_p: float):
-    check_case(Case(37, 51, head_dim - 1, dtype=dtype, dropout_p=dropout_p))
+@pytest.mark.parametrize(
+    "head_dim, dtype, dropout_p, odd", pairs(HEAD_DIMS, DTYPES, DROPOUT, ODD), ids=str
+)
+def test_every_variant(head_dim: int, dtype: torch.dtype, dropout_p: float, odd: int):
+    check_case(Case(37, 51, head_dim - odd, dtype=dtype, dropout_p=dropout_p))
 
 
 STORING_HEAD_DIMS = tuple(d for d in HEAD_DIMS if d >= 64)  # whose backward takes scratch
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", STORING_HEAD_DIMS)
-@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
-@pytest.mark.parametrize("odd", (0, 1))
+@pytest.mark.parametrize(
+    "head_dim, dtype, dropout_p, odd", pairs(STORING_HEAD_DIMS, DTYPES, DROPOUT, ODD), ids=str
+)
 def test_every_variant_without_scratch(
     head_dim: int,
     dtype: torch.dtype,
@@ -101,25 +97,23 @@ def test_keys_are_divided_where_one_head_does_not_fit(recording, monkeypatch: py
         assert names.count("attention_backward_dq_from_ds") == 3
 
 
-TILES = [
-    (dtype, head_dim, f"r{r}_k{bk}_b{buffers}{suffix}")
-    for dtype, head_dim, suffix in (
-        (torch.float16, 64, ""),
-        (torch.float16, 64, "_float"),
-        (torch.bfloat16, 40, ""),
-        (torch.float32, 128, ""),
-    )
-    for r in (1, 2)
-    for bk in (8, 16, 32)
-    for buffers in (0, 1, 2)
-]
+TILED = {
+    "float16 64": (torch.float16, 64, ""),
+    "float16 64, float": (torch.float16, 64, "_float"),
+    "bfloat16 40": (torch.bfloat16, 40, ""),
+    "float32 128": (torch.float32, 128, ""),
+}
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "tile"), TILES)
+@pytest.mark.parametrize(
+    "name, r, bk, buffers", pairs(TILED, (1, 2), (8, 16, 32), (0, 1, 2)), ids=str
+)
 def test_other_tiles(
-    dtype: torch.dtype, head_dim: int, tile: str, recording, monkeypatch: pytest.MonkeyPatch
+    name: str, r: int, bk: int, buffers: int, recording, monkeypatch: pytest.MonkeyPatch
 ):
     """The tiles that `bench` may sweep on a device."""
+    dtype, head_dim, suffix = TILED[name]
+    tile = f"r{r}_k{bk}_b{buffers}{suffix}"
     case = Case(75, 83, head_dim, dtype=dtype, window_right=3, dropout_p=0.1)
     monkeypatch.setenv("ORCHARD_TILES", f"attention_forward={tile}")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import DTYPES, Case, run
+from representative import pairs
 from torch import Tensor
 
 from orchard_ops import flash_attn
@@ -49,9 +50,7 @@ def test_scores_of_normal_operands(dtype: torch.dtype, head_dim: int):
     assert torch.equal(dv.cpu(), torch.ones_like(dv, device="cpu"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, scale, dtype", pairs(FAMILIES, SCALES, DTYPES), ids=str)
 def test_a_dominant_key_has_all_the_weight(
     family: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_cases import DTYPES, SEED, Case, lse_of
+from representative import pairs, product
 from torch import Tensor
 
 import orchard_ops
@@ -89,8 +90,11 @@ def test_every_broadcast(full: tuple[bool, ...], with_dlse: bool):
     assert dmask.any() == (full[3] or with_dlse)
 
 
-@pytest.mark.parametrize("full", FULL, ids=names)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    "full, dtype",
+    product(tuple(FULL), (torch.float16, torch.float32)),
+    ids=lambda x: names(x) if isinstance(x, tuple) else str(x),
+)
 def test_every_broadcast_with_all_else(full: tuple[bool, ...], dtype: torch.dtype):
     case = EVERY.but(dtype=dtype)
     sizes = (case.batch, case.num_heads, case.q_len, case.kv_len)
@@ -117,10 +121,11 @@ def test_many_windows_share_a_bias(recording):
         assert any("dmask_sum" in launch.kernel for launch in launches)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-@pytest.mark.parametrize("head_dim", (64, 128))
-@pytest.mark.parametrize("softcap", (0.0, 2.0))
-@pytest.mark.parametrize("shape", ((2, 4), (2, 1), (1, 4), (1, 1)), ids=str)
+@pytest.mark.parametrize(
+    "dtype, head_dim, softcap, shape",
+    pairs((torch.float16, torch.float32), (64, 128), (0.0, 2.0), ((2, 4), (2, 1), (1, 4), (1, 1))),
+    ids=str,
+)
 def test_biases_of_keys(
     head_dim: int, softcap: float, shape: tuple[int, int], dtype: torch.dtype, recording
 ):
@@ -159,8 +164,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature, dtype", product(tuple(FEATURES), tuple(DTYPES)), ids=str)
 def test_features(feature: str, dtype: torch.dtype):
     """The mask in float32, beside operands of any dtype."""
     case = SMALL.but(dtype=dtype, **FEATURES[feature])
@@ -168,9 +172,9 @@ def test_features(feature: str, dtype: torch.dtype):
     gradients(case, mask, drawn_dlse(case))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", (16, 64, 80, 96, 128, 160, 256))
-@pytest.mark.parametrize("odd", (0, 1))
+@pytest.mark.parametrize(
+    "head_dim, dtype, odd", pairs((16, 64, 80, 96, 128, 160, 256), DTYPES, (0, 1)), ids=str
+)
 def test_every_tile(head_dim: int, dtype: torch.dtype, odd: int):
     case = Case(40, 52, head_dim - odd, batch=2, dtype=dtype)
     gradients(case, drawn_mask(case, 1, 2, 40, 52))

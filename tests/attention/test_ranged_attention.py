@@ -9,6 +9,7 @@ import torch
 from attention_cases import DTYPES, Case, check_case, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from representative import pairs
 from torch import Tensor
 
 import orchard_ops
@@ -32,9 +33,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, dtype, case", pairs(DEVICES, DTYPES, CASES), ids=str)
 @pytest.mark.usefixtures("checked")
 def test_obeys_the_tolerance_rule(device: str, dtype: torch.dtype, case: Case):
     check_case(case.but(dtype=dtype), device=device, impl=IMPL[device])
@@ -49,9 +48,7 @@ LONG = [  # blocks of keys are skipped, others are seen by all of their queries
 ]
 
 
-@pytest.mark.parametrize("case", LONG, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scratch", ("0", "256"))
+@pytest.mark.parametrize("scratch, dtype, case", pairs(("0", "256"), DTYPES, LONG), ids=str)
 @pytest.mark.usefixtures("checked")
 def test_many_blocks(scratch: str, dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", scratch)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from attention_cases import DTYPES
+from representative import pairs
 from torch import Tensor
 
 from orchard_ops import KeyRanges
@@ -50,9 +51,7 @@ def check(case: Case, unseen: Tensor, scoring: Scoring, device: str, impl: str) 
             assert not x[unseen].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, name, dtype", pairs(DEVICES, WINDOWS, DTYPES), ids=str)
 def test_hidden_by_the_windows(device: str, name: str, dtype: torch.dtype):
     case, keys = WINDOWS[name]
     case = case.but(dtype=dtype)
@@ -78,10 +77,9 @@ MASKED = {  # on Metal one for each kernel: dq anew, dS stored, pairs; dtypes an
 }
 
 
-@pytest.mark.parametrize("kind", ("bool", "float32"))
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("problem", MASKED)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device, problem, name, kind", pairs(DEVICES, MASKED, MASKS, ("bool", "float32")), ids=str
+)
 def test_hidden_by_a_mask(device: str, problem: str, name: str, kind: str):
     """A key is unseen if the mask hides it from every row of every head that shares it."""
     case = MASKED[problem]
@@ -280,13 +278,11 @@ OWN = {  # the dimensions of (B, Hq, L, S) of a mask, and (B, Hq) of key ranges,
 }
 
 
-@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize(
-    ("problem", "kind"),
-    (("narrow", "bool"), ("narrow", "float32"), ("storing", "float32"), ("pairs", "bool"),
-     ("elements", "float32")),
-)  # fmt: skip
-@pytest.mark.parametrize("device", DEVICES)
+    "device, problem, name, kind",
+    pairs(DEVICES, BESIDE_RANGES, OWN, ("bool", "float32")),
+    ids=str,
+)
 def test_hidden_by_a_mask_and_key_ranges_together(
     device: str, problem: str, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ):

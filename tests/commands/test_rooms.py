@@ -62,7 +62,7 @@ def test_a_mac_runs_the_op_and_the_commands_on_its_gpu():
         for name in ("kernels", "layouts", "reference", "registration", "bad_input", "dropout")
     } <= files(tests)
     kernels = [test for test in tests if "test_kernels" in test]
-    assert len(kernels) > 600 and any("test_other_tiles" in test for test in kernels)
+    assert len(kernels) > 400 and any("test_other_tiles" in test for test in kernels)
     assert "attention/test_host_cost.py" not in files(tests)  # it counts in the simulator
     assert not [test for test in tests if "corrupt" in test]
     line = re.search(r"left out by rule: (.+)", printed)
