@@ -429,6 +429,13 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
         Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
         Filled(
+            "decode: a full odd room of wide heads", Cached((63, 63), capacity=63, widths=(256, 256))
+        ),
+        Filled(
+            "decode: a full odd room of wide heads, 16 bits",
+            Cached((63, 63), capacity=63, dtype=F16, widths=(256, 256)),
+        ),
+        Filled(
             "decode: a window far behind",
             Cached((500, 90), capacity=512, heads=(2, 1), options={"window_left": 70}),
         ),
