@@ -429,7 +429,8 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
         Filled("decode: a full odd room", Cached((63, 63), capacity=63, q_len=2)),
         Filled("decode: a full odd room, 16 bits", Cached((63, 63), capacity=63, dtype=F16)),
         Filled(
-            "decode: a full odd room of wide heads", Cached((63, 63), capacity=63, widths=(256, 256))
+            "decode: a full odd room of wide heads",
+            Cached((63, 63), capacity=63, widths=(256, 256)),
         ),
         Filled(
             "decode: a full odd room of wide heads, 16 bits",
