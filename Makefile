@@ -62,7 +62,7 @@ memory: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m benchmarks.memory $(ARGS)
 
 test: $(VENV)/dev tools lint $(PLUGIN)
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --durations=30 $(ARGS)
 
 quick: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m pytest -q -n 2 --dist worksteal --quick -m "not slow" $(ARGS)

@@ -30,7 +30,7 @@ def pairs(*factors: Collection[Any]) -> list[Any]:
     return _marked(values, by_default)
 
 
-def part(params: Iterable[Any], of: int, name: Callable[[Any], str]) -> list[Any]:
+def share(params: Iterable[Any], of: int, name: Callable[[Any], str]) -> list[Any]:
     """One of so many, drawn by name, runs by default; the others are slow."""
     return [pytest.param(x, marks=_slow(digest(name(x)) % of != 0), id=name(x)) for x in params]
 

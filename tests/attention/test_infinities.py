@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import DTYPES, Case, run
+from representative import product
 
 import orchard_ops
 from orchard_ops.scoring import Scoring
@@ -78,16 +79,16 @@ INFINITE = {  # the case, the argument, which of its numbers is infinite
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "dtype, value", [*((dtype, math.inf) for dtype in DTYPES), (torch.float32, -math.inf)], ids=str
-)
-@pytest.mark.parametrize("name", INFINITE)
+SIGNED = (*((dtype, math.inf) for dtype in DTYPES), (torch.float32, -math.inf))
+
+
+@pytest.mark.parametrize("name, infinity", product(tuple(INFINITE), SIGNED), ids=str)
 def test_infinity_reaches_what_it_reaches_in_the_reference(
-    name: str, dtype: torch.dtype, value: float
+    name: str, infinity: tuple[torch.dtype, float]
 ):
     """Forward and backward on Metal. A sink of +inf makes rows NaN, but for those that see no key.
     How near the finite numbers are is for other tests."""
-    case, argument, place = INFINITE[name]
+    (dtype, value), (case, argument, place) = infinity, INFINITE[name]
     case = case.but(dtype=dtype)
     operands = dict(zip(("query", "key", "value", "dout"), case.operands()))
     results = []

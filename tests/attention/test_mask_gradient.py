@@ -332,8 +332,7 @@ STORED = {  # the case, and the mask's shape
 }
 
 
-@pytest.mark.parametrize("hide", (False, True), ids=("", "hidden"))
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name, hide", product(tuple(STORED), (False, True)))
 def test_from_stored_ds(name: str, hide: bool, recording, monkeypatch: pytest.MonkeyPatch):
     """It is not computed again; without the scratch it is, to the same bits."""
     case, shape = STORED[name]

@@ -22,7 +22,7 @@ from mutation.harness import DQ, FORWARD, ROOT, Sources
 from mutation.killers import killers, killers_of_caches, killers_of_flex, machine_code
 from mutation.operators import OPERATORS
 from mutation.sites import Code
-from representative import part
+from representative import share
 
 SOURCES = Sources()
 
@@ -30,7 +30,7 @@ SOURCES = Sources()
 KILLERS = (*killers(), *killers_of_caches(), *killers_of_flex())
 
 
-@pytest.mark.parametrize("killer", part(KILLERS, 3, lambda killer: killer.name))
+@pytest.mark.parametrize("killer", share(KILLERS, 3, lambda killer: killer.name))
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 
