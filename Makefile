@@ -1,6 +1,6 @@
 # One command each; every target does its own set-up.
 #   make demo   train a small GPT on mps (a Mac's GPU, or the simulated device on Linux)
-#   make test   the whole suite; on a Mac what is not Linux-only (tests/rooms.py)
+#   make test   the suite, but for long sweeps (ARGS="-m slow"); on a Mac what is not Linux-only (tests/rooms.py)
 #   make quick  a part of it that takes a minute and a half, for the loop of work
 #   make clients  every cell of docs/transformers-matrix.md, and writes it
 #   make versions  what needs no mps device, on the oldest and the newest torch

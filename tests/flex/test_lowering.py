@@ -27,7 +27,6 @@ from flex_evaluation import (
     torch_scores,
     torch_seen,
 )
-from representative import share
 
 from orchard_ops.flex.metal import lower, lower_graph
 from orchard_ops.flex.mod import Mod, NotLowered
@@ -216,7 +215,7 @@ def _operations() -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", share(_OPERATIONS, 2, str))
+@pytest.mark.parametrize("name", _OPERATIONS)
 def test_operations_and_their_derivatives(name: str):
     pure = _APART.get(name, _OPERATIONS[name])
     check(name, _operations()[name], exact(pure, _place(name)))
@@ -242,7 +241,7 @@ def _special() -> tuple[Points, dict]:
     return at, _evaluated(texts, at)
 
 
-@pytest.mark.parametrize("name", share((n for n in _OPERATIONS if n not in _UNCERTAIN), 2, str))
+@pytest.mark.parametrize("name", [n for n in _OPERATIONS if n not in _UNCERTAIN])
 def test_infinities_nans_and_extremes(name: str):
     at, found = _special()
     value = found[name][0]

@@ -35,7 +35,7 @@ def check_as_kept(example: AnyExample) -> None:
     assert check_any(read) in ("metal", "reference", "refused")
 
 
-@settings(max_examples=50, **SLICE)
+@settings(max_examples=100, **SLICE)
 @given(example=PROBLEMS["attention"].examples())
 def test_every_argument(example: Example):
     check_as_kept(example)
