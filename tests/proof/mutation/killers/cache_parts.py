@@ -55,14 +55,15 @@ def _launch(sources: Sources, note: Callable[[str], None], kernel: Any, params: 
 
 def _merged(sources: Sources, note: Callable[[str], None], heads: tuple[int, int], q_len: int,
             width: int, keys: int, blocks: int = 0, check: bool = False,
-            rising: bool = False) -> None:  # fmt: skip
+            rising: bool = False, parts: int = 0) -> None:  # fmt: skip
     """Parts of known sums, whose origins are exact: each a quarter below the one before.
 
     rising: or 100 above it;
-    blocks: from one key/value head to the next, in place of the plan's number.
+    blocks: from one key/value head to the next, and parts: of a row, in place of the plan's number.
     """
     plan = _forward_plan(sources, heads, q_len, width, keys)
     params = plan.params
+    params.parts = parts or params.parts
     group = heads[0] // heads[1]
     parts, block_rows, stride = params.parts, params.block_rows, params.part_stride
     apart = params.blocks = blocks or params.blocks
@@ -104,6 +105,12 @@ def merged_parts(sources: Sources, note: Callable[[str], None], check: bool = Fa
     _merged(sources, note, (8, 1), 1, 200, 300, check=check)
     _merged(sources, note, (16, 2), 3, 72, 8192, check=check)
     _merged(sources, note, (2, 2), 16, 64, 700, check=check)
+
+
+def merged_in_two_turns(sources: Sources, note: Callable[[str], None]) -> None:
+    """A simdgroup reads 16 parts at once, and one more. Behind the last one memory ends, in which
+    most lanes of the second 64 columns have none."""
+    _merged(sources, note, (16, 2), 2, 72, 8192, check=True, parts=68)
 
 
 def merged_and_rising(sources: Sources, note: Callable[[str], None]) -> None:
@@ -305,6 +312,7 @@ def killers() -> tuple[Property, ...]:
             "merge: parts by hand, checked", DECODE_MERGE,
             functools.partial(merged_parts, check=True),
         ),
+        Property("merge: parts in two turns, checked", DECODE_MERGE, merged_in_two_turns),
         Property("merge: parts that rise", DECODE_MERGE, merged_and_rising),
         Property("merge: parts beyond 32 bits", DECODE_MERGE, merged_beyond_32_bits),
         *of_decode,

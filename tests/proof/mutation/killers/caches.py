@@ -357,6 +357,10 @@ def killers() -> tuple[Property | Filled | Appended, ...]:
             Cached((64,), capacity=64, heads=(1, 1), widths=(64, 40), dtype=F16), check=True,
         ),
         Filled(
+            "decode: padded values that are asked for ahead, to the end of the room",
+            Cached((64,), capacity=64, heads=(1, 1), widths=(192, 185), dtype=F16), check=True,
+        ),
+        Filled(
             "decode: padded keys to the end of the room",
             Cached((64,), capacity=64, heads=(1, 1), widths=(40, 64), dtype=F16), check=True,
         ),
