@@ -26,6 +26,7 @@ CPU_BUILD :=
 CPU_INDEX :=
 ON_MPS := $(PY)
 PLUGIN := src/orchard_ops/liborchard_ops.dylib
+DEVICE :=
 WHEEL := -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 else
 CPU_BUILD := +cpu
@@ -33,11 +34,12 @@ CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 
 # The simulated mps device; it needs clang-19 to execute the kernels.
 ON_MPS := ORCHARD_NATIVE_LIBRARY=$(CURDIR)/$(NATIVE) $(PY) -m simulator
 PLUGIN := $(NATIVE)
+DEVICE := device
 WHEEL := tools/macos/pack_wheel.py
 endif
 
 .PHONY: demo test quick clients versions docs bench memory lint format native wheel sdist hub-kernel abi tools clean
-.PHONY: engine dialect mutants nvidia inductor faults fuzz selftest model
+.PHONY: device engine dialect mutants nvidia inductor faults fuzz selftest model
 .DELETE_ON_ERROR:
 
 ifeq ($(SYSTEM),Darwin)
@@ -61,7 +63,8 @@ bench: $(VENV)/ready
 memory: $(VENV)/dev tools $(PLUGIN)
 	$(PY) -m benchmarks.memory $(ARGS)
 
-test: $(VENV)/dev tools lint $(PLUGIN)
+test: $(VENV)/dev tools
+	@$(MAKE) --no-print-directory -j 2 lint $(DEVICE) $(PLUGIN)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --durations=30 $(ARGS)
 
 quick: $(VENV)/dev tools $(PLUGIN)
@@ -119,6 +122,10 @@ format: $(VENV)/dev
 	git ls-files '*.h' '*.cpp' | xargs $(VENV)/bin/clang-format -i
 
 native: $(PLUGIN)
+
+# The simulated device itself, which the first test would wait for.
+device: $(VENV)/ready tools
+	$(PY) -c "from simulator import build; build.device_library()"
 
 # For the simulated device on Linux, or for the package itself on a Mac: what is edited is what runs.
 $(PLUGIN): $(shell find native shaders -name '*.h' -o -name '*.cpp' -o -name '*.py') $(VENV)/ready

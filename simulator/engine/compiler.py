@@ -6,12 +6,13 @@
 2. The pre-pass (lint and rewriting).
 3. clang with include/msl as a precompiled header, straight to an object.  In check mode: to LLVM
    IR, which instrument.py extends by a call for each memory access, then to an object.
-4. lld.  The runtime is a library of its own, loaded once.
+4. ld.  The runtime is a library of its own, loaded once.
 """
 
 import functools
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -143,13 +144,48 @@ def build(source: str, options: Options) -> Path:
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def make(path: Path) -> None:
-        program = text or preprocess(source, (), options.defines)
-        program = prepass.rewrite(program, dict(options.constants), options.only)
+        if text is None:
+            program = translate(source, options)
+        else:
+            program = prepass.rewrite(text, dict(options.constants), options.only)
         facts = _compile(program, options.check, path)
         # The facts come first: a library in the cache is complete.
         cache.get(f"{name}.json", lambda p: p.write_text(json.dumps(facts)) and None)
 
     return cache.get(f"{name}.so", make)
+
+
+#: The last lines of a source, where they instantiate kernels and nothing else.
+_INSTANTIATIONS = re.compile(
+    r'(?:^template \[\[host_name\("\w+"\)\]\] \[\[kernel\]\] [^;#"\n]+;\n*)+\Z', re.M
+)
+_MACRO = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.M)
+_LINE = re.compile(r'^#line (\d+) "(.*)"\n', re.M)
+
+
+def translate(source: str, options: Options) -> str:
+    """The C++ of a source that includes no files of the program's own.
+
+    Many sources differ in the kernels that they instantiate alone; what is in front of these is
+    preprocessed and rewritten once.
+    """
+    own = _INSTANTIATIONS.search(source)
+    if own and not options.constants and options.only == ("*",):
+        common = source[: own.start()]
+        macros = {*_MACRO.findall(common), *(define.split("=")[0] for define in options.defines)}
+        if macros.isdisjoint(re.findall(r"\w+", own[0])):
+            text = preprocess(common, (), options.defines)
+            return prepass.rewrite_instantiations(text, _line_marker(common) + own[0])
+    text = preprocess(source, (), options.defines)
+    return prepass.rewrite(text, dict(options.constants), options.only)
+
+
+def _line_marker(text: str) -> str:
+    """Of the line behind a text, as the preprocessor would write it."""
+    line, file, end = 1, "program_source", 0
+    for directive in _LINE.finditer(text):
+        line, file, end = int(directive[1]), directive[2], directive.end()
+    return f'# {line + text.count(chr(10), end)} "{file}"\n'
 
 
 def facts_of(library: Path) -> dict:

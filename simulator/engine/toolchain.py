@@ -1,4 +1,4 @@
-"""The compilers: clang 19 for kernels and the runtime, lld to link, llvm-symbolizer for reports."""
+"""The compilers: clang 19 for kernels and the runtime, ld to link, llvm-symbolizer for reports."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ INCLUDE = ENGINE / "include"
 RUNTIME = ENGINE / "runtime"
 
 CLANG = os.environ.get("SIMULATOR_CLANG", "clang-19")
-LINKER = os.environ.get("SIMULATOR_LLD", "ld.lld-19")
+LINKER = os.environ.get("SIMULATOR_LD", "ld")  # for one object several times as fast as lld
 SYMBOLIZER = os.environ.get("SIMULATOR_SYMBOLIZER", "llvm-symbolizer-19")
 
 # The same code, and so the same numbers, on every machine that has AVX2, FMA and F16C.

@@ -21,6 +21,8 @@ from orchard_ops.ops.schema import public_lse
 from orchard_ops.scoring import Scoring
 from orchard_ops.testing import SEED, Case, assert_attention_close, math_attention
 
+pytestmark = pytest.mark.usefixtures("checked")
+
 LOWEST = torch.finfo(torch.float32).min
 CONSTANTS = (1e4, -1e7, -1e9, 1e30, LOWEST)
 KINDS = {

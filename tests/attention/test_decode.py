@@ -11,9 +11,11 @@ from attention_cases import DTYPES
 from cached_cases import NAN, Cached, decode, on, on_metal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from representative import pairs
+from representative import pairs, product
 
 import orchard_ops
+
+pytestmark = pytest.mark.usefixtures("checked")
 
 GROUPS = ((4, 4, 1), (8, 2, 1), (8, 1, 1), (4, 1, 3), (6, 2, 8), (24, 1, 2))
 """Query heads, key/value heads and queries: 1 to 48 rows for a key/value head."""
@@ -21,7 +23,7 @@ GROUPS = ((4, 4, 1), (8, 2, 1), (8, 1, 1), (4, 1, 3), (6, 2, 8), (24, 1, 2))
 
 @pytest.mark.parametrize("dtype, heads, paged", pairs(DTYPES, GROUPS, (0, 16)), ids=str)
 def test_each_sequence_is_the_mathematics_of_its_keys(
-    dtype: torch.dtype, heads: tuple[int, int, int], paged: int, checked: None
+    dtype: torch.dtype, heads: tuple[int, int, int], paged: int
 ):
     """Ragged lengths, grouped heads, pages; what no sequence uses is NaN."""
     problem = Cached(
@@ -35,22 +37,21 @@ def test_each_sequence_is_the_mathematics_of_its_keys(
     problem.check(*on_metal(problem))
 
 
-@pytest.mark.parametrize(
-    "widths",
-    (
-        (16, 16),
-        (40, 24),
-        (80, 80),
-        (96, 112),
-        (128, 128),
-        (192, 128),
-        (64, 256),
-        (256, 256),
-        (37, 5),
-    ),
+WIDTHS = (
+    (16, 16),
+    (40, 24),
+    (80, 80),
+    (96, 112),
+    (128, 128),
+    (192, 128),
+    (64, 256),
+    (256, 256),
+    (37, 5),
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_widths(dtype: torch.dtype, widths: tuple[int, int], checked: None):
+
+
+@pytest.mark.parametrize("widths, dtype", product(WIDTHS, tuple(DTYPES)), ids=str)
+def test_widths(dtype: torch.dtype, widths: tuple[int, int]):
     """Values have a width of their own; rows that are not whole chunks are read by element."""
     problem = Cached((70, 33), q_len=2, widths=widths, dtype=dtype, heads=(6, 1))
     problem.check(*on_metal(problem))
@@ -77,9 +78,8 @@ FEATURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_features(dtype: torch.dtype, feature: str, checked: None):
+@pytest.mark.parametrize("feature, dtype", product(tuple(FEATURES), tuple(DTYPES)), ids=str)
+def test_features(dtype: torch.dtype, feature: str):
     problem = replace(FEATURES[feature], dtype=dtype)
     problem.check(*on_metal(problem))
 
@@ -210,9 +210,7 @@ def test_rooms_and_pages_have_the_same_bits():
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("paged", (0, 16))
-def test_numbers_outside_of_the_cache_are_taken_for_its_ends(
-    paged: int, device: str, checked: None
-):
+def test_numbers_outside_of_the_cache_are_taken_for_its_ends(paged: int, device: str):
     """Nothing else is read, as check mode sees, and nothing is waited for."""
     right = Cached((208, 0), page_size=paged, q_len=2, options={"window_right": 0})
     call = on(device, right.call())
@@ -404,7 +402,7 @@ def test_gradients_are_refused(device: str):
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("empty", ("batch", "queries", "keys"))
-def test_nothing_to_do(empty: str, device: str, checked: None):
+def test_nothing_to_do(empty: str, device: str):
     problem = Cached((0, 0), q_len=0 if empty == "queries" else 2)
     call = on(device, problem.call())
     if empty == "batch":

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import DTYPES, Case, lse_of
+from representative import product
 from torch import Tensor
 
 import orchard_ops
@@ -16,6 +17,8 @@ from orchard_ops import flash_attn
 from orchard_ops.cache import MOST_QUERIES
 from orchard_ops.scoring import NO_BACKWARD
 from orchard_ops.testing import assert_no_worse_than_math
+
+pytestmark = pytest.mark.usefixtures("checked")
 
 NAN = float("nan")
 LEAST = 256
@@ -84,9 +87,8 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mathematics(dtype: torch.dtype, name: str, checked: None, fresh_stats: None):
+@pytest.mark.parametrize("name, dtype", product(tuple(CASES), tuple(DTYPES)), ids=str)
+def test_mathematics(dtype: torch.dtype, name: str, fresh_stats: None):
     case = CASES[name].but(dtype=dtype)
     operands = case.operands()
     check(case, forward(case, operands[:3]), operands)

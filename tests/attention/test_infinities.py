@@ -13,6 +13,8 @@ from representative import product
 import orchard_ops
 from orchard_ops.scoring import Scoring
 
+pytestmark = pytest.mark.usefixtures("checked")
+
 INFINITE = {  # the case, the argument, which of its numbers is infinite
     "sink": (Case(40, 70, 32, num_heads=4, sinks=True), "sinks", 1),
     "sink of a divided forward": (Case(33, 513, 80, sinks=True), "sinks", 1),

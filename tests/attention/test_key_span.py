@@ -14,6 +14,7 @@ import torch._dynamo.testing
 from attention_cases import SEED, Case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from representative import product
 from torch import Tensor
 
 from orchard_ops import KeyRanges, flash_attn, flash_attn_varlen, flash_attn_varlen_func
@@ -72,14 +73,13 @@ def results(
     return case, scoring, run(case, *(x.to("mps") for x in case.operands()), scoring=on_device)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    ((torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 128)),
-    ids=str,
-)
+KERNELS = ((torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 128))
+
+
+@pytest.mark.parametrize("name, kernel", product(tuple(CASES), KERNELS), ids=str)
 @pytest.mark.usefixtures("checked")
-def test_obeys_the_tolerance_rule(dtype: torch.dtype, head_dim: int, name: str):
+def test_obeys_the_tolerance_rule(name: str, kernel: tuple[torch.dtype, int]):
+    dtype, head_dim = kernel
     with simulator.recording() as launches:
         case, scoring, found = results(name, dtype, head_dim, dropout_p=0.1)
     done = products(launches)

@@ -9,11 +9,14 @@ import torch
 from bottom_right import mathematics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from representative import product
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchard_ops
 from orchard_ops import cache_attention, flash_attn_with_kvcache
+
+pytestmark = pytest.mark.usefixtures("checked")
 
 NAN = float("nan")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -264,9 +267,8 @@ ON_METAL = {
 }
 
 
-@pytest.mark.parametrize("name", ON_METAL)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_metal(dtype: torch.dtype, name: str, checked: None, fresh_stats: None):
+@pytest.mark.parametrize("name, dtype", product(tuple(ON_METAL), DTYPES), ids=str)
+def test_on_metal(dtype: torch.dtype, name: str, fresh_stats: None):
     Problem(**ON_METAL[name], dtype=dtype).check("mps")
     assert orchard_ops.stats().fallbacks == 0
 
@@ -335,7 +337,7 @@ def test_nothing_is_waited_for():
 
 @pytest.mark.parametrize("page_size", (0, 16))
 @pytest.mark.parametrize("device", ("cpu", "mps"))
-def test_keys_without_room_are_left_out(device: str, page_size: int, checked: None):
+def test_keys_without_room_are_left_out(device: str, page_size: int):
     """Neither the next page nor another sequence's room is written to."""
     problem = Problem(lengths=(62, 7), new=4, page_size=page_size, dtype=torch.float32)
     arguments = problem.arguments(device)
@@ -350,7 +352,7 @@ def test_keys_without_room_are_left_out(device: str, page_size: int, checked: No
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("wrong", (-1, 1 << 20))
-def test_wrong_entries_and_pages_are_not_written(device: str, wrong: int, checked: None):
+def test_wrong_entries_and_pages_are_not_written(device: str, wrong: int):
     for of, name in (({"page_size": 16}, "block_table"), ({"entries": True}, "cache_batch_idx")):
         arguments = Problem(**of, dtype=torch.float32).arguments(device)
         arguments[name] = torch.full_like(arguments[name], wrong)
@@ -362,7 +364,7 @@ def test_wrong_entries_and_pages_are_not_written(device: str, wrong: int, checke
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
 @pytest.mark.parametrize("q_len", (1, 20))
-def test_a_cache_may_have_entries_to_spare(q_len: int, device: str, checked: None):
+def test_a_cache_may_have_entries_to_spare(q_len: int, device: str):
     """As in FlashAttention-2: sequence b has entry b, and the rest stays as it is."""
     problem = Problem(q_len=q_len, new=q_len, rotated=8, dtype=torch.float32)
     right, larger = (problem.arguments(device) for _ in range(2))

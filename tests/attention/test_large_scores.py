@@ -15,6 +15,8 @@ from torch import Tensor
 from orchard_ops import flash_attn
 from orchard_ops.testing import assert_attention_close
 
+pytestmark = pytest.mark.usefixtures("checked")
+
 SCALES = [10.0**n for n in range(0, 31, 3)]
 FAMILIES = {  # head_dim, and whether the backward may store dS
     "dkv, dq": (32, True),

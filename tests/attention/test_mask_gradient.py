@@ -173,7 +173,7 @@ def test_features(feature: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    "head_dim, dtype, odd", pairs((16, 64, 80, 96, 128, 160, 256), DTYPES, (0, 1)), ids=str
+    "head_dim, dtype, odd", product((16, 64, 80, 96, 128, 160, 256), tuple(DTYPES), (0, 1)), ids=str
 )
 def test_every_tile(head_dim: int, dtype: torch.dtype, odd: int):
     case = Case(40, 52, head_dim - odd, batch=2, dtype=dtype)

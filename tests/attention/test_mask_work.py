@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from attention_cases import Case, run
+from representative import product
 from torch import Tensor
 
 if sys.platform != "linux":
@@ -49,15 +50,20 @@ def seen_share(mask: Tensor, heads: int, rows: int) -> float:
     return blocks.any(5).any(3).double().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    (*((name, "bool") for name in MASKS), ("padding", "float32"), ("random blocks", "float32")),
+OF_KINDS = (
+    *((name, "bool") for name in MASKS),
+    ("padding", "float32"),
+    ("random blocks", "float32"),
 )
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
-@pytest.mark.parametrize("scratch", ("0", "64"))
+
+
+@pytest.mark.parametrize(
+    "mask_of_kind, head_dim, scratch", product(OF_KINDS, (32, 64, 128), ("0", "64")), ids=str
+)
 def test_products_follow_the_blocks_that_are_seen(
-    name: str, kind: str, head_dim: int, scratch: str, monkeypatch: pytest.MonkeyPatch
+    mask_of_kind: tuple[str, str], head_dim: int, scratch: str, monkeypatch: pytest.MonkeyPatch
 ):
+    name, kind = mask_of_kind
     monkeypatch.setenv("ORCHARD_BACKWARD_SCRATCH_MB", scratch)
     mask, heads = MASKS[name], 2
     case = Case(LENGTH, LENGTH, head_dim, num_kv_heads=2, dtype=torch.float16)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from representative import product
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +43,7 @@ LAYERS = {
     "not causal": AttentionLayer(4, 4, 32, "float16", is_causal=False),
     "not causal, grouped, float32": AttentionLayer(4, 2, 32, "float32", is_causal=False),
 }
-STEPS = ((128, 1), (203, 3))  # length, layers
+STEPS = ((128, 1), (203, 3))
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionLayer], Tensor]
 
@@ -97,17 +98,18 @@ def inputs_of(step: TrainingStep, length: int) -> int:
     return step.num_layers * sum(step.layer.inputs(length).values())
 
 
-@pytest.mark.parametrize(("length", "num_layers"), STEPS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name, length_and_layers", product(tuple(LAYERS), STEPS), ids=str)
 class TestBytes:
-    def test_stock(self, name: str, length: int, num_layers: int):
+    def test_stock(self, name: str, length_and_layers: tuple[int, int]):
+        length, num_layers = length_and_layers
         step = TrainingStep(LAYERS[name], num_layers)
         kept, peak = measured(step, length, stock)
         formula = num_layers * sum(step.layer.stock_kept(length).values())
         assert kept == inputs_of(step, length) + formula
         assert peak == step.stock(length)
 
-    def test_ours_without_scratch(self, name: str, length: int, num_layers: int):
+    def test_ours_without_scratch(self, name: str, length_and_layers: tuple[int, int]):
+        length, num_layers = length_and_layers
         step = TrainingStep(LAYERS[name], num_layers)
         with scratch_budget(0):
             kept, peak = measured(step, length, ours)
@@ -115,8 +117,9 @@ class TestBytes:
         assert peak == step.ours(length, scratch_mb=0)
 
     def test_ours_takes_no_more_scratch_than_the_bound(
-        self, name: str, length: int, num_layers: int
+        self, name: str, length_and_layers: tuple[int, int]
     ):
+        length, num_layers = length_and_layers
         step = TrainingStep(LAYERS[name], num_layers)
         for budget_mb in (1, 256):
             with scratch_budget(budget_mb):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from representative import product
 from sdpa_calls import CALLS, FORWARDS_OF_ONE_CALL, WAYS, by_pytorch, on_metal
 from torch import Tensor, nn
 
@@ -76,8 +77,9 @@ def test_without_gradients(name: str, mode: type[AbstractContextManager]):
     on_metal(1, 0)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name, dtype", product(tuple(CALLS), (torch.float16, torch.bfloat16)), ids=str
+)
 def test_autocast(name: str, dtype: torch.dtype):
     here, options, there, options_there = problem(name)
 

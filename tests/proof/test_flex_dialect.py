@@ -105,7 +105,7 @@ def _trees(part: int) -> Iterator[Mod]:
         yield _text(lambda b, h, q, kv, tree=tree: tree(None, b, h, q, kv), MASK)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", (0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))))
 def test_nothing_is_wrong_with_random_trees(part: int):
     mods = list(_trees(part))
     assert len({mod.text for mod in mods if mod.text}) > 85, "they are all alike"

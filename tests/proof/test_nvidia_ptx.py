@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from representative import product
 from simulator import engine
 from simulator.engine import ptx
 
@@ -69,8 +70,9 @@ CHOSEN = {
 ON_TENSOR_CORES = set(CHOSEN) - {"attention_backward_delta", "attention_backward_dq_from_ds"}
 
 
-@pytest.mark.parametrize("family", CHOSEN)
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+@pytest.mark.parametrize(
+    "family, dtype", product(tuple(CHOSEN), ("float16", "bfloat16", "float32"))
+)
 def test_our_kernels(family, dtype, variants, tmp_path):
     """A narrow variant with all features, and a wide one without dropout."""
     for head_dim, ending in CHOSEN[family]:

@@ -3,6 +3,7 @@
 Each module handles one construct.  Line structure is kept throughout.
 """
 
+import functools
 from collections.abc import Sequence
 
 from ..lexer import TokenStream
@@ -17,29 +18,48 @@ def rewrite(
 ) -> str:
     """``constants``: values of function constants, by name or by decimal index; ``only``: glob
     patterns of the kernels to make."""
-    stream = TokenStream(text)
-    check(stream)
-    expressions.rewrite_literals(stream)
-    expressions.rewrite_strings(stream)
-    expressions.rewrite_constructors(stream)
-    pass_ = _Declarations(stream, constants or {}, only)
-    pass_.run()
-    return stream.render() + ENTRY_TABLE
+    return _Declarations(text, constants or {}, only).run() + ENTRY_TABLE
+
+
+def rewrite_instantiations(common: str, own: str) -> str:
+    """rewrite(common + own), where ``own`` only instantiates kernels of ``common``.
+
+    ``common`` is rewritten once for all programs that begin with it.
+    """
+    known, text = _common(common)
+    return text + _Declarations(own, {}, ("*",), known).run() + ENTRY_TABLE
+
+
+@functools.lru_cache(maxsize=16)
+def _common(text: str) -> tuple[kernels.Kernels, str]:
+    declarations = _Declarations(text, {}, ("*",))
+    return declarations.kernels, declarations.run()
 
 
 class _Declarations:
     """Walks over the text once and hands each declaration to the module that knows it."""
 
-    def __init__(self, stream: TokenStream, constants: dict[str, object], only: Sequence[str]):
-        self.stream = stream
-        self.kernels = kernels.Kernels(stream, only)
+    def __init__(
+        self,
+        text: str,
+        constants: dict[str, object],
+        only: Sequence[str],
+        known: kernels.Kernels | None = None,
+    ):
+        self.stream = TokenStream(text)
+        self.kernels = kernels.Kernels(self.stream, only, known)
         self.constants = constants
         self.variables = storage.VariableNumbers()
 
-    def run(self) -> None:
+    def run(self) -> str:
+        check(self.stream)
+        expressions.rewrite_literals(self.stream)
+        expressions.rewrite_strings(self.stream)
+        expressions.rewrite_constructors(self.stream)
         i = 0
         while self.stream[i].kind != "end":
             i = self.step(i)
+        return self.stream.render()
 
     def step(self, i: int) -> int:
         """Handles what starts at i and returns where to go on."""

@@ -5,6 +5,8 @@ parameter.  How a parameter is passed follows from the function's C++ type
 (include/msl/arguments.h), so that only the names of the attributes have to be understood here.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,13 +51,13 @@ class _Kernel:
 
 
 class Kernels:
-    """Collects kernels and writes their entries."""
+    """Collects kernels and writes their entries; ``known`` are those of the text in front."""
 
-    def __init__(self, stream: TokenStream, only: Sequence[str]):
+    def __init__(self, stream: TokenStream, only: Sequence[str], known: Kernels | None = None):
         self.stream = stream
         self.only = only
-        self.known: dict[str, _Kernel] = {}
-        self.host_names: set[str] = set()
+        self.known: dict[str, _Kernel] = dict(known.known) if known else {}
+        self.host_names: set[str] = set(known.host_names) if known else set()
         self.pending = ""  # attributes seen in front of a definition
 
     def remember(self, attribute: str) -> None:
