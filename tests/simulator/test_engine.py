@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from simulator import engine
-from simulator.engine import arrays
+from simulator.engine import arrays, compiler
 
 ROOT = Path(__file__).parents[2]
 MODES = pytest.mark.parametrize("check", [False, True], ids=["plain", "check"])
@@ -455,6 +455,61 @@ def test_included_files_are_part_of_the_cache_key(tmp_path):
 def test_only_selects_kernels():
     library = engine.compile(MATRIX, only=["*_half"])
     assert library.names == ["multiply_half"]
+
+
+SCALING = """#include <metal_stdlib>
+using namespace metal;
+#define TWO 2
+#line 40 "scale.h"
+template <typename T, int N>
+[[kernel, max_total_threads_per_threadgroup(32 * N)]] void
+scale(device T* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  x[i] *= T(N);
+}
+"""
+COMMENT = "// which is more than instantiations\n"
+
+
+def scaling(name, factor, kernel="scale"):
+    of = f"{kernel}<float, {factor}>"
+    return f'template [[host_name("{name}")]] [[kernel]] decltype({of}) {of};\n'
+
+
+def test_what_sources_begin_with_is_preprocessed_once():
+    begin = compiler.preprocess.cache_info().misses
+    for factor in (3, 5):
+        source = SCALING + scaling(f"by_{factor}", factor) + scaling("again", factor)
+        x = np.ones(32, np.float32)
+        launch(source, f"by_{factor}", (32, 1, 1), (32, 1, 1), {0: x})
+        assert (x == factor).all()
+        apart, whole = (compiler.translate(text, compiler.Options(False)).split("\n")
+                        for text in (source, source + COMMENT))  # fmt: skip
+        assert [x.split() for x in apart if x[:1] != "#" and x.strip()] == [
+            x.split() for x in whole if x[:1] != "#" and x.strip()
+        ]
+    assert compiler.preprocess.cache_info().misses <= begin + 3  # two of which are whole
+
+
+def test_an_instantiation_may_name_a_macro():
+    x = np.ones(32, np.float32)
+    launch(SCALING + scaling("twice", "TWO"), "twice", (32, 1, 1), (32, 1, 1), {0: x})
+    assert (x == 2).all()
+
+
+@pytest.mark.parametrize("end", ["", COMMENT], ids=["apart", "whole"])
+@pytest.mark.parametrize(
+    "last, words",
+    [
+        (scaling("other", 3, "scal"), "scale.h:46: error: 'scal' does not name a kernel template"),
+        (scaling("by_3", 5), "scale.h:46: error: two kernels are named 'by_3'"),
+        (scaling("unknown", "three"), "scale.h:46:"),
+    ],
+    ids=["template", "name", "argument"],
+)
+def test_an_instantiation_that_is_wrong_is_named_by_its_line(last, words, end):
+    with pytest.raises(engine.CompileError) as error:
+        engine.compile(SCALING + scaling("by_3", 3) + last + end)
+    assert words in str(error.value)
 
 
 def test_compile_many_fills_the_cache(monkeypatch):
