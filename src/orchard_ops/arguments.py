@@ -11,17 +11,19 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import checks
 from .key_ranges import KeyRanges
 from .ops import seed
 from .scoring import Scoring
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 _OP = "orchard::flash_attn"
 _AUTOCAST_DEVICES = frozenset(
@@ -250,6 +252,16 @@ def _fold_batch(mask: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
     return mask.reshape(*map(math.prod, sizes), *mask.shape[num_batch:])
 
 
+def _is_causal_bias(mask: Any) -> TypeGuard[CausalBias]:
+    """Its module brings torch._dynamo with it, which takes about as long to import as torch: here
+    it is imported where there is such a mask, so that it has been already."""
+    if type(mask).__name__ != "CausalBias":
+        return False
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(mask, CausalBias)
+
+
 def _causal_bias(
     bias: CausalBias, q_len: int, kv_len: int, is_causal: bool, window_left: int, window_right: int
 ) -> int:
@@ -261,7 +273,7 @@ def _causal_bias(
             f"{_OP}: attn_mask must be a CausalBias for {q_len} queries and {kv_len} keys; "
             f"got one for {bias.seq_len_q} and {bias.seq_len_kv}"
         )
-    diagonal = kv_len - q_len if bias.variant == CausalVariant.LOWER_RIGHT else 0
+    diagonal = kv_len - q_len if bias.variant.name == "LOWER_RIGHT" else 0
     if window_right >= 0 or (window_left >= 0 and diagonal != 0):
         raise ValueError(
             f"{_OP}: a CausalBias and a window hide keys in two ways; got window_left "
@@ -309,7 +321,7 @@ def prepare(
     impl = "auto" if impl is None else impl
     checks.check_impl(_OP, impl)
     diagonal = 0
-    if isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         checks.check_kinds(_OP, query, key, value)
         _check_dimensions(query, key, value)
         diagonal = _causal_bias(

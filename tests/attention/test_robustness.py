@@ -281,6 +281,17 @@ def test_import_does_not_ask_for_mps():
     assert done.stdout == "mps:0\n", done.stderr
 
 
+def test_neither_import_nor_calls_load_the_compiler():
+    """torch._dynamo takes about as long to import as torch itself."""
+    code = (
+        PREAMBLE + USE + "q.requires_grad_(); orchard_ops.flash_attn(q, q, q).sum().backward()\n"
+        "bias = torch.randn(5, 5); orchard_ops.flash_attn(*[q.detach().cpu()] * 3, bias)\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    done = run_python(code)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_import_after_other_users_of_the_device():
     code = (
         "import simulator; simulator.enable()\n"

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import unpack_dual
 from torch.fx import Graph, GraphModule
@@ -120,10 +120,6 @@ def known_call(score: Use | None, mask: Use | None) -> Known | None:
 
 
 _lock = threading.Lock()
-_tracing = compile_lock
-"""PyTorch's tracer keeps what it traces in globals of the process, as torch.compile does, which
-calls `of_graph` while it holds this lock: with a lock of our own, two threads could wait for each
-other."""
 _of_functions: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
 _of_graphs: WeakKeyDictionary[GraphModule, dict[tuple[Any, ...], Kept]] = WeakKeyDictionary()
 """They go with the compiled code that has them."""
@@ -250,7 +246,7 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
                 for x, (_, shape) in zip(tensors, sizes)
             ]
         try:
-            with _tracing, apart(), no_autocast(query):
+            with _tracing(), apart(), no_autocast(query):
                 traced = trace(graph, kind, query.device, query.dtype, stand_ins)
         except (TypeError, AttributeError) as error:
             if all(isinstance(x, Tensor) for x in captures) and not numbers:
@@ -278,6 +274,15 @@ def of_graph(graph: GraphModule, kind: str, query: Tensor, captures: Sequence[An
     return Use(kind, function, kept, _without_gradient(kind, used))  # type: ignore[arg-type]
 
 
+def _tracing() -> AbstractContextManager[Any]:
+    """PyTorch's tracer keeps what it traces in globals of the process, as torch.compile does, which
+    calls `of_graph` while it holds this lock: with a lock of our own, two threads could wait for
+    each other."""
+    from torch._dynamo.convert_frame import compile_lock  # takes about as long as torch
+
+    return compile_lock
+
+
 def _written(traced: Traced) -> list[bool]:
     """Of each captured tensor, whether the mod makes it of Python's numbers."""
     placeholders = [n for n in traced.joint.graph.nodes if n.op == "placeholder"]
@@ -286,7 +291,7 @@ def _written(traced: Traced) -> list[bool]:
 
 def _trace(mod: Callable[..., Any], kind: str, query: Tensor) -> Traced:
     try:
-        with _tracing, apart(), no_autocast(query):
+        with _tracing(), apart(), no_autocast(query):
             return trace(mod, kind, query.device, query.dtype)
     except NotLowered as error:  # the reference could not run it either
         raise TypeError(

@@ -19,7 +19,7 @@ from torch.library import Library
 from .._version import __version__
 from ..flex import switch as flex_switch
 from ..namespace import NAME
-from . import causal_bias, kernels
+from . import kernels
 
 _lock = threading.Lock()
 _holders = 0
@@ -43,6 +43,8 @@ def _begin() -> None:
     # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
     config = torch.compiler.config
     config.cache_key_tag += _TAG
+    from . import causal_bias  # with torch._dynamo, which takes about as long as torch
+
     causal_bias.begin()
 
 
@@ -61,6 +63,8 @@ def _register() -> Library:
 
 def _end() -> None:
     global _registration
+    from . import causal_bias
+
     causal_bias.end()
     kernels.on = False
     config = torch.compiler.config
