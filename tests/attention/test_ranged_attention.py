@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from representative import pairs, product
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import orchard_ops
 from orchard_ops import KeyRanges
@@ -352,7 +353,7 @@ def test_dropout_counts_in_the_coordinates_of_the_tensors():
 
 
 RIGHT = KeyRanges.chunked(4, 8).tensor
-LOWER = torch.nn.attention.bias.causal_lower_right(8, 9)
+LOWER = causal_lower_right(8, 9)
 REFUSED = {
     "kind": ({"key_ranges": 3}, "key_ranges must be a tensor or None; got a int"),
     "dtype": ({"key_ranges": RIGHT.long()}, "key_ranges must be int32; got torch.int64"),
