@@ -30,7 +30,7 @@ SOURCES = Sources()
 KILLERS = (*killers(), *killers_of_caches(), *killers_of_flex())
 
 
-@pytest.mark.parametrize("killer", share(KILLERS, 6, lambda killer: killer.name))
+@pytest.mark.parametrize("killer", share(KILLERS, 20, lambda killer: killer.name))
 def test_without_a_mutant(killer):
     killer.run(SOURCES)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from representative import share
 from test_nvidia_speed import CpuKernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +21,10 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> plans.Planner:
     return build.build_planner(tmp_path_factory.mktemp("planner") / "lib.so")
 
 
-@pytest.mark.parametrize("case", [c for c in exact.cases() if c.head_dim <= 64], ids=str)
+SMALL = [case for case in exact.cases() if case.head_dim <= 64]
+
+
+@pytest.mark.parametrize("case", share(SMALL, 2, str))
 def test_results_are_known_to_the_bit(
     case: cases.Case, planner: plans.Planner, monkeypatch: pytest.MonkeyPatch
 ):

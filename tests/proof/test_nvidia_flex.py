@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from representative import share
 from test_nvidia_speed import CpuKernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +132,7 @@ def test_lists_have_whole_partial_and_empty_blocks():
 # ---- all of it, on the CPU
 
 
-@pytest.mark.parametrize("case", CASES[::5], ids=str)
+@pytest.mark.parametrize("case", share(CASES[::5], 2, str))
 def test_a_problem(case: FlexCase, planner: FlexPlanner):
     small = shrunk(case)
     of = prover(planner, small)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from representative import share
 from simulator.engine import ptx
 from test_nvidia_speed import CpuKernels
 
@@ -104,7 +105,7 @@ def proved(case: cases.Case, planner: plans.Planner, spoil: str = "") -> prove.R
     return prover.records[0]
 
 
-@pytest.mark.parametrize("case", list(shortened()), ids=str)
+@pytest.mark.parametrize("case", share(shortened(), 2, str))
 def test_small_cases(case: cases.Case, planner: plans.Planner, on_cpu: None):
     assert proved(case, planner).failure == ""
 
