@@ -253,9 +253,9 @@ def _fold_batch(mask: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
 
 
 def _is_causal_bias(mask: Any) -> TypeGuard[CausalBias]:
-    """Its module brings torch._dynamo with it, which takes about as long to import as torch: here
-    it is imported where there is such a mask, so that it has been already."""
-    if type(mask).__name__ != "CausalBias":
+    """The class is asked for where a mask may be one alone: its module loads torch._dynamo, which
+    takes about as long to import as torch."""
+    if mask is None or type(mask) is Tensor or type(mask) is Parameter:
         return False
     from torch.nn.attention.bias import CausalBias
 

@@ -285,11 +285,32 @@ def test_neither_import_nor_calls_load_the_compiler():
     """torch._dynamo takes about as long to import as torch itself."""
     code = (
         PREAMBLE + USE + "q.requires_grad_(); orchard_ops.flash_attn(q, q, q).sum().backward()\n"
-        "bias = torch.randn(5, 5); orchard_ops.flash_attn(*[q.detach().cpu()] * 3, bias)\n"
+        "x = q.detach().cpu(); bias = torch.randn(5, 5)\n"
+        "for mask in (bias, torch.nn.Parameter(bias)): orchard_ops.flash_attn(x, x, x, mask)\n"
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
     )
     done = run_python(code)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_takeover_that_is_interrupted_has_not_begun():
+    """What it loads takes a while: Ctrl-C leaves PyTorch's attention as it was."""
+    code = (
+        PREAMBLE + "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch.nn.attention.bias': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "try: orchard_ops.enable()\n"
+        "except KeyboardInterrupt: print('stopped')\n"
+        "del sys.meta_path[0]\n"
+        "q = torch.randn(1, 2, 5, 16, device='mps', requires_grad=True)\n"
+        "for _ in range(2):\n"
+        "    torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()\n"
+        "    print(orchard_ops.stats().metal['flash_attn_fwd'])\n"
+        "    orchard_ops.enable()\n"
+    )
+    done = run_python(code)
+    assert done.stdout == "stopped\n0\n1\n", done.stderr
 
 
 def test_import_after_other_users_of_the_device():

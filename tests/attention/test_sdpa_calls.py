@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.bias import (
+    CausalBias,
+    CausalVariant,
+    causal_lower_right,
+    causal_upper_left,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import orchard_ops
@@ -128,6 +133,16 @@ def test_swapped_heads_and_lengths_do_not_run_as_gqa():
     q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 4, 4, 16)
     with pytest.raises(ValueError, match="same number of heads, or enable_gqa=True"):
         orchard_ops.flash_attn(q, k, k)
+
+
+def test_a_class_made_from_causal_bias_is_one():
+    class Named(CausalBias):
+        pass
+
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (5, 8, 8))
+    bias = Named(CausalVariant.LOWER_RIGHT, 5, 8)
+    whole = orchard_ops.flash_attn(q, k, v, causal_lower_right(5, 8))
+    assert torch.equal(orchard_ops.flash_attn(q, k, v, bias), whole)
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))

@@ -37,7 +37,7 @@ def _common(text: str) -> tuple[kernels.Kernels, str]:
 
 
 class _Declarations:
-    """Walks over the text once and hands each declaration to the module that knows it."""
+    """Rewrites one text: its expressions, then each declaration by the module that knows it."""
 
     def __init__(
         self,

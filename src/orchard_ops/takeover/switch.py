@@ -36,6 +36,9 @@ _TAG = f"{NAME}-{__version__}-sdpa"
 
 def _begin() -> None:
     global _registration
+    # It loads torch._dynamo, which takes about as long as torch. Ctrl-C meanwhile changes nothing.
+    from . import causal_bias
+
     if _registration is None:
         _registration = _register()
         _forget_resolved_kernels()
@@ -43,8 +46,6 @@ def _begin() -> None:
     # torch.compile's caches on disk go by the model's graph, in which nothing tells the takeover.
     config = torch.compiler.config
     config.cache_key_tag += _TAG
-    from . import causal_bias  # with torch._dynamo, which takes about as long as torch
-
     causal_bias.begin()
 
 
@@ -150,7 +151,11 @@ def enable() -> None:
         if _enabled:
             return
         _enabled = True
-    _hold()
+    try:
+        _hold()
+    except BaseException:  # Ctrl-C: the next call begins anew
+        _enabled = False
+        raise
     flex_switch.hold()
 
 
